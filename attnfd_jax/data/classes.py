@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Class names and colours of the data sets, in the order of train ids."""
+
+import numpy as np
+
+
+def voc_palette(num_colours):
+  """Colours of the PASCAL VOC devkit, uint8 [num_colours, 3].
+
+  Bit 3 j + c of the index is bit 7 - j of colour channel c.
+  """
+  index = np.arange(num_colours)[:, None]
+  bits = (index[..., None] >> (3 * np.arange(8) + np.arange(3)[:, None])) & 1
+  return np.sum(bits << (7 - np.arange(8)), -1).astype(np.uint8)
+
+
+# SegNet's eleven classes of CamVid; id 11 is void.
+CAMVID = {
+  'sky': (128, 128, 128),
+  'building': (128, 0, 0),
+  'pole': (192, 192, 128),
+  'road': (128, 64, 128),
+  'pavement': (60, 40, 222),
+  'tree': (128, 128, 0),
+  'sign_symbol': (192, 128, 128),
+  'fence': (64, 64, 128),
+  'car': (64, 0, 128),
+  'pedestrian': (64, 64, 0),
+  'bicyclist': (0, 128, 192),
+}
+
+# cityscapesScripts, helpers/labels.py: the 19 train ids.
+CITYSCAPES = {
+  'road': (128, 64, 128),
+  'sidewalk': (244, 35, 232),
+  'building': (70, 70, 70),
+  'wall': (102, 102, 156),
+  'fence': (190, 153, 153),
+  'pole': (153, 153, 153),
+  'traffic light': (250, 170, 30),
+  'traffic sign': (220, 220, 0),
+  'vegetation': (107, 142, 35),
+  'terrain': (152, 251, 152),
+  'sky': (70, 130, 180),
+  'person': (220, 20, 60),
+  'rider': (255, 0, 0),
+  'car': (0, 0, 142),
+  'truck': (0, 0, 70),
+  'bus': (0, 60, 100),
+  'train': (0, 80, 100),
+  'motorcycle': (0, 0, 230),
+  'bicycle': (119, 11, 32),
+}
+
+_VOC_NAMES = (
+  'background aeroplane bicycle bird boat bottle bus car cat chair cow '
+  'diningtable dog horse motorbike person pottedplant sheep sofa train '
+  'tvmonitor'
+).split()
+VOC = {
+  name: tuple(colour.tolist())
+  for name, colour in zip(_VOC_NAMES, voc_palette(21), strict=True)
+}

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches by Grain: a pure function of seed and step, whatever the workers.
+
+So a run resumes by its step alone, without iterator state.
+"""
+
+import collections
+import itertools
+
+from absl import flags
+import grain
+import jax
+import numpy as np
+
+from attnfd_jax.data import transforms
+from attnfd_jax.data.sources import IGNORE_LABEL
+
+
+def _iterate(dataset, threads, workers):
+  # Grain's default keeps 500 batches in memory.
+  options = grain.ReadOptions(
+    num_threads=threads, prefetch_buffer_size=max(2, threads)
+  )
+  dataset = dataset.to_iter_dataset(options)
+  if workers:
+    if not flags.FLAGS.is_parsed():  # Grain reads a flag; grain issue 1355.
+      flags.FLAGS.mark_as_parsed()
+    dataset = dataset.mp_prefetch(
+      grain.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=2
+      )
+    )
+  return dataset
+
+
+def _local(batch_size):
+  """This process' share: (index, number of processes, records per batch)."""
+  process, count = jax.process_index(), jax.process_count()
+  if batch_size % count:
+    raise ValueError(f'{batch_size=} must be a multiple of {count} processes.')
+  return process, count, batch_size // count
+
+
+def train_batches(
+  source, augment, *, batch_size, seed, step=0, threads=4, workers=0
+):
+  """An endless grain.IterDataset of batches, from global step `step` on.
+
+  Args:
+    source: see sources.py.
+    augment: a grain RandomMap; all its results have one size.
+    batch_size: over all processes; each gets its equal share.
+    seed: of order and augmentation.
+    step: batches already consumed.
+    threads: of this process, or of each worker.
+    workers: processes, for transforms that hold the interpreter lock.
+  """
+  process, count, share = _local(batch_size)
+  dataset = grain.MapDataset.source(source).seed(seed).shuffle()
+  # Shards are cut after the random maps, else all hosts draw the same numbers.
+  dataset = dataset.random_map(augment).repeat()[process::count]
+  dataset = dataset.batch(share, drop_remainder=True)
+  return _iterate(dataset[step:], threads, workers)
+
+
+class _Selected:
+  """Records of `source` by index, prepared and padded to one size.
+
+  Indices of None are padding: ignored everywhere.
+  """
+
+  def __init__(self, source, indices, size, prepare):
+    self._source, self._indices = source, indices
+    self._height, self._width = size
+    self._prepare = prepare
+
+  def __len__(self):
+    return len(self._indices)
+
+  def __getitem__(self, i):
+    index = self._indices[i]
+    if index is None:
+      shape = (self._height, self._width)
+      image = np.zeros((*shape, 3), np.uint8)
+      label = np.full(shape, IGNORE_LABEL, np.uint8)
+    else:
+      record = self._source[index]
+      image, label = self._prepare(record['image'], record['label'])
+      image, label = transforms.pad(
+        image, label, height=self._height, width=self._width
+      )
+    return {'image': image, 'label': label}
+
+
+def eval_batches(
+  source, *, batch_size, short_side=None, size_multiple=1, threads=4, workers=0
+):
+  """Iterates once over whole images; every pixel counts exactly once.
+
+  Images of one size share batches, so there are as many compilations as sizes.
+
+  Args:
+    source: see sources.py.
+    batch_size: over all processes. The last batch of a size is filled with
+      images whose labels are all ignored.
+    short_side: resize image and label to it, as protocol `reference` does.
+    size_multiple: pad right and bottom to multiples, to have fewer sizes.
+    threads: of this process, or of each worker.
+    workers: processes.
+  """
+  process, count, share = _local(batch_size)
+
+  def prepare(image, label):
+    if short_side is None:
+      return image, label
+    return transforms.resize_short_side(image, label, size=short_side)
+
+  groups = collections.defaultdict(list)
+  for index in range(len(source)):
+    h, w = source.size(index)
+    if short_side is not None:
+      h, w = (n * short_side // min(h, w) for n in (h, w))
+    size = tuple(-(-n // size_multiple) * size_multiple for n in (h, w))
+    groups[size].append(index)
+  datasets = []
+  for size, indices in sorted(groups.items()):
+    indices = indices + [None] * (-len(indices) % batch_size)
+    selected = _Selected(source, indices[process::count], size, prepare)
+    dataset = grain.MapDataset.source(selected).batch(share)
+    datasets.append(_iterate(dataset, threads, workers))
+  return itertools.chain.from_iterable(datasets)
+
+
+def to_device(dataset, sharding, *, buffer=2):
+  """Puts the batches of a grain.IterDataset on devices ahead of their use."""
+
+  def put(batch):
+    return {
+      key: jax.make_array_from_process_local_data(sharding, value)
+      for key, value in batch.items()
+    }
+
+  return grain.experimental.ThreadPrefetchIterDataset(
+    dataset.map(put), prefetch_buffer_size=buffer
+  )

@@ -1,0 +1,550 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Procedural street scenes: a segmentation set that needs no download.
+
+A pinhole camera stands on a road; everything is a polygon in metres, painted
+from far to near into image and label alike, so labels are exact. Colour tells
+little: walls, roads and pavements share their greys, cars and clothes have
+any colour, puddles and windows show the sky, and posters show people and cars
+that are 'building'. All sizes and probabilities are our choice.
+"""
+
+import math
+import random
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+CLASS_NAMES = tuple(
+  'sky building road marking pavement tree pole car person'.split()
+)
+SKY, BUILDING, ROAD, MARKING, PAVEMENT, TREE, POLE, CAR, PERSON = range(9)
+IGNORED = 255  # The bonnet of the car that carries the camera.
+
+
+class Lighting(NamedTuple):
+  """One weather at one time of day."""
+
+  zenith: tuple  # RGB of the sky at the top of the image.
+  skyline: tuple  # RGB of the sky at the horizon, and of fog.
+  sun: tuple  # Factors on the colours of things.
+  shade: float  # Brightness inside a shadow; 1 for no shadows.
+  visibility: float  # Metres until 63 % of the light comes from fog.
+  clouds: float  # 0 for none to 1 for a covered sky.
+
+
+# fmt: off
+LIGHTINGS = (
+  Lighting((62, 112, 190), (178, 205, 228), (1.08, 1.03, .98), .5, 400, .4),
+  Lighting((120, 150, 190), (208, 215, 220), (1., 1., 1.), .6, 250, .7),
+  Lighting((150, 156, 162), (196, 198, 200), (.8, .82, .86), .93, 160, 1.),
+  Lighting((98, 134, 178), (248, 212, 156), (1.2, .99, .76), .42, 200, .3),
+  Lighting((54, 58, 98), (212, 134, 112), (.62, .55, .6), .8, 200, .6),
+  Lighting((178, 182, 184), (188, 190, 190), (.8, .82, .83), 1., 55, 0.),
+)
+# Cityscapes, but lane markings white and poles yellow, to be seen.
+PALETTE = np.uint8([
+  (70, 130, 180), (70, 70, 70), (128, 64, 128), (255, 255, 255),
+  (244, 35, 232), (107, 142, 35), (220, 220, 0), (0, 0, 142), (220, 20, 60),
+])
+GREYS = ((72, 72, 76), (94, 92, 90), (112, 114, 120), (128, 122, 112),
+         (148, 142, 130), (166, 164, 160))
+WALLS = GREYS + (
+  (150, 86, 66), (116, 66, 56), (196, 172, 130), (212, 204, 190),
+  (226, 226, 222), (150, 176, 200), (126, 146, 104), (208, 160, 140))
+PAINTS = ((22, 22, 26), (232, 232, 230), (150, 152, 156), (86, 88, 94),
+          (168, 26, 28), (30, 58, 128), (44, 92, 66), (214, 172, 40),
+          (112, 84, 62), (126, 168, 204))
+LEAVES = ((58, 92, 42), (84, 112, 48), (44, 70, 48), (150, 116, 44))
+SKINS = ((236, 196, 168), (204, 152, 118), (150, 102, 74), (92, 62, 46))
+METALS = ((66, 68, 70), (128, 130, 132), (44, 58, 50), (104, 86, 66))
+LINES = ((212, 212, 208), (226, 226, 220), (206, 170, 70))
+DARK, BLACK = (46, 52, 60), (24, 24, 26)
+# fmt: on
+
+
+# A plane maps (s, t) in metres to the world: x right, y up, z ahead.
+def ground(x, z):
+  return x, 0.0, z
+
+
+def facing(x, z, y=0.0, scale=1.0):
+  """Upright plane across the road, with its origin at (x, y, z)."""
+  return lambda s, t: (x + scale * s, y + scale * t, z)
+
+
+def along(x, z, y=0.0, scale=1.0):
+  """Upright plane beside the road: s runs ahead."""
+  return lambda s, t: (x, y + scale * t, z + scale * s)
+
+
+# Shapes on a plane: lists of (s, t).
+def box(s0, t0, s1, t1):
+  return [(s0, t0), (s1, t0), (s1, t1), (s0, t1)]
+
+
+def disc(s, t, radius, height=None):
+  angles = [i * math.pi / 5 for i in range(10)]
+  height = height or radius
+  return [
+    (s + radius * math.cos(a), t + height * math.sin(a)) for a in angles
+  ]
+
+
+def strip(x0, x1, z0, z1):
+  """Stretch of ground, with corners on the way so that it can bend."""
+  depths = [z0 * (z1 / z0) ** (i / 6) for i in range(7)]
+  return [(x0, z) for z in depths] + [(x1, z) for z in reversed(depths)]
+
+
+def scaled(colour, factor):
+  return [factor * c for c in colour]
+
+
+class Painter:
+  """Camera, light and canvas of one scene; the canvas has twice its size."""
+
+  def __init__(self, generator, height, width):
+    self.generator = generator
+    # For single numbers the standard library is several times faster.
+    self.rng = rng = random.Random(int(generator.integers(2**63)))
+    self.image = np.zeros((2 * height, 2 * width, 3), np.uint8)
+    self.label = np.zeros((2 * height, 2 * width), np.uint8)
+    self.light = rng.choice(LIGHTINGS)
+    self.focal = rng.uniform(1.4, 1.9) * width
+    self.eye = rng.uniform(1.25, 2.0)  # Metres above the ground.
+    self.horizon = int(rng.uniform(0.36, 0.52) * 2 * height)
+    self.centre = rng.uniform(0.3, 0.7) * 2 * width  # Vanishing point.
+    self.bend = rng.uniform(-1, 1) ** 3 * 0.005
+    self.sun = rng.uniform(-1.2, 1.2)  # Length of shadows, to the right.
+
+  def pick(self, colours, spread=14):
+    """One of the colours, somewhat lighter or darker, warmer or colder."""
+    shift, warmth = self.rng.gauss(0, spread), self.rng.gauss(0, spread / 3)
+    red, green, blue = self.rng.choice(colours)
+    return red + shift + warmth, green + shift, blue + shift - warmth
+
+  def depth(self, x, far):
+    """Random z from where a thing at x enters the image; mostly near."""
+    side = self.centre if x < 0 else self.image.shape[1] - self.centre
+    near = max(5.5, 1.1 * self.focal * abs(x) / side)
+    return near + self.rng.random() ** 2 * max(far - near, 4)
+
+  def pixels(self, plane, shape):
+    corners = []
+    for s, t in shape:
+      x, y, z = plane(s, t)
+      column = self.centre + self.focal * (x / z + self.bend * z)
+      corners.append((column, self.horizon - self.focal * (y - self.eye) / z))
+    return np.array(corners).astype(np.int32)
+
+  def fill(self, plane, shapes, colour, class_id=None):
+    """Fills shapes that do not overlap; without a class, the image only."""
+    pixels = [self.pixels(plane, shape) for shape in shapes]
+    # One depth per call would not do for the ground: see `draw_ground`.
+    depth = 0 if plane is ground else plane(*shapes[0][0])[2]
+    clear = math.exp(-depth / self.light.visibility)
+    colour = [
+      min(max(c * sun, 0), 255) * clear + fog * (1 - clear)
+      for c, sun, fog in zip(
+        colour, self.light.sun, self.light.skyline, strict=True
+      )
+    ]
+    cv2.fillPoly(self.image, pixels, colour)
+    if class_id is not None:
+      cv2.fillPoly(self.label, pixels, class_id)
+
+
+def smooth_noise(generator, height, width, cells):
+  """float32 [h, w] of about unit variance with `cells` values in a row."""
+  rows = max(2, cells * height // width)
+  noise = generator.standard_normal((rows, cells), np.float32)
+  return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def draw_sky(p):
+  shape = p.horizon + 1, p.image.shape[1]
+  skyline = np.float32(p.light.skyline)
+  mix = np.linspace(0, 1, shape[0], dtype=np.float32)[:, None, None]
+  sky = np.float32(p.pick([p.light.zenith])) * (1 - mix) + skyline * mix
+  noise = smooth_noise(p.generator, *shape, 5)
+  noise += 0.5 * smooth_noise(p.generator, *shape, 17)
+  cover = np.clip(noise + 2 * p.light.clouds - 1, 0, p.light.clouds)
+  cloud = 0.5 * skyline + p.rng.uniform(80, 125)
+  sky = sky + 0.8 * cover[..., None] * (cloud - sky)
+  p.image[: shape[0]] = np.clip(sky, 0, 255)
+
+
+def draw_skyline(p):
+  """Houses and tree tops at the end of the road."""
+  x, z = -110, 110
+  while x < 110:
+    width, height = p.rng.uniform(8, 24), p.rng.uniform(2, 10)
+    if p.rng.random() < 0.4:
+      crown = disc(width / 2, 0, width * 0.7, height)
+      p.fill(facing(x, z), [crown], p.pick(LEAVES), TREE)
+    else:
+      house = box(0, -2, width, height + 4)
+      p.fill(facing(x, z), [house], p.pick(WALLS), BUILDING)
+    x += width
+
+
+def draw_ground(p, left, right, gaps, shadows):
+  """Pavement everywhere, the road on it, side streets in the gaps."""
+  rng, below = p.rng, slice(p.horizon, None)
+  road, paving = p.pick(GREYS), p.pick(GREYS)
+  p.image[below] = np.clip(np.multiply(paving, p.light.sun), 0, 255)
+  p.label[below] = PAVEMENT
+  slabs = [box(-40, z, 40, z + 0.06) for z in range(4, 40, 2)]
+  slabs += [strip(x, x + 0.05, 2, 60) for x in (left - 2, right + 2)]
+  p.fill(ground, slabs, scaled(paving, 0.84))
+  kerbs = [strip(left - 0.3, left, 1, 150), strip(right, right + 0.3, 1, 150)]
+  p.fill(ground, kerbs, p.pick(GREYS, 30))
+  p.fill(ground, [strip(left, right, 1, 150)], road, ROAD)
+  for x, near, far in gaps:
+    street = box(left if x < 0 else right, near + 1, 8 * x, far - 1)
+    p.fill(ground, [street], road, ROAD)
+  for _ in range(rng.randrange(4)):  # Repairs and manhole covers.
+    x, z = rng.uniform(left + 0.5, right - 2), rng.uniform(4, 20)
+    patch = strip(x, x + rng.uniform(0.5, 1.5), z, z * 1.3)
+    p.fill(ground, [patch], p.pick([road], 18))
+    p.fill(ground, [disc(x, z - 1, 0.35)], scaled(road, 0.6))
+  draw_markings(p, left, right)
+  for _ in range(rng.randrange(3) if p.light.shade > 0.5 else 0):  # Puddles.
+    x, z = rng.uniform(left - 1, right + 1), rng.uniform(4, 15)
+    puddle = disc(x, z, rng.uniform(0.5, 1.8), rng.uniform(0.5, 1.5))
+    sky = np.divide(p.light.skyline, p.light.sun)
+    p.fill(ground, [puddle], sky * rng.uniform(0.75, 1))
+
+  shaded = np.zeros(p.label.shape, np.uint8)
+  for shadow in shadows:
+    cv2.fillPoly(shaded, [p.pixels(ground, shadow)], 255)
+  dark = cv2.convertScaleAbs(p.image, alpha=p.light.shade)
+  cv2.copyTo(dark[below], shaded[below], p.image[below])
+  rows = np.arange(0.5, p.image.shape[0] - p.horizon, dtype=np.float32)
+  clear = np.exp(-p.focal * p.eye / rows / p.light.visibility)[:, None, None]
+  fog = np.float32(p.light.skyline) * (1 - clear)
+  p.image[below] = p.image[below] * clear + fog
+
+
+def draw_markings(p, left, right):
+  rng, width = p.rng, p.rng.uniform(0.14, 0.24)
+  lanes = max(2, round((right - left) / 3.2))
+  lines = []
+  for lane in range(1, lanes):
+    x = left + (right - left) * lane / lanes - width / 2
+    dash, pitch = rng.choice(((2, 4), (3, 6), (3, 5), (60, 61)))
+    for z in np.arange(rng.uniform(2, 4), 62, pitch):
+      lines.append(strip(x, x + width, z, z + dash))
+  if rng.random() < 0.6:
+    for x in (left + 0.4, right - 0.4 - width):
+      lines.append(strip(x, x + width, 1, 70))
+  paint = scaled(p.pick(LINES, 10), rng.uniform(0.7, 1.05))  # Worn.
+  p.fill(ground, lines, paint, MARKING)
+  if rng.random() < 0.4:  # Zebra crossing.
+    z, bar = rng.uniform(5, 16), rng.uniform(0.4, 0.6)
+    bars = np.arange(left + 0.2, right - bar, 2 * bar)
+    p.fill(ground, [box(x, z, x + bar, z + 3) for x in bars], paint, MARKING)
+
+
+def draw_building(p, x, near, far):
+  """House that fills the side of the road beyond x from near to far."""
+  rng, side, length = p.rng, math.copysign(1, x), far - near
+  storeys = rng.randint(1, 5)
+  storey, top = rng.uniform(2.8, 3.4), 1.0
+  top += storeys * storey
+  base = p.pick(WALLS)
+  glass = rng.choice((DARK, p.light.skyline, scaled(base, 0.55), BLACK))
+  pitch, size = rng.uniform(1.8, 3.5), rng.uniform(0.8, 1.4)
+  front = lambda s, t: (x + side * s, t, near)  # noqa: E731
+  lit = 1.1 if side * p.sun > 0 else p.light.shade**0.5
+  for plane, span, gain in (
+    (front, 14.0, rng.uniform(0.7, 1.1)),
+    (along(x, near), length, lit),
+  ):
+    wall = scaled(base, gain)
+    p.fill(plane, [box(0, 0, span, top)], wall, BUILDING)
+    trim = [box(0, top - 0.5, span, top), box(0, 0, span, 0.5)]
+    p.fill(plane, trim, scaled(wall, rng.uniform(0.7, 1.2)))
+    windows = [
+      box(s, t, s + size, t + 1.5)
+      for t in np.arange(1.3, top - 1.8, storey)
+      for s in np.arange(0.6, span - size, pitch)
+    ]
+    if windows and near < 60:
+      p.fill(plane, windows, scaled(glass, gain))
+  wall = along(x, near)
+  if rng.random() < 0.5:  # Pitched roof.
+    slope, rise = rng.uniform(1, 3), rng.uniform(1, 3)
+    roof = lambda s, t: (x + side * slope * t, top + rise * t, near + s)  # noqa: E731
+    p.fill(roof, [box(0, 0, length, 1)], p.pick(WALLS), BUILDING)
+    gable = [(0, top), (slope, top + rise), (2 * slope, top)]
+    p.fill(front, [gable], base, BUILDING)
+  if rng.random() < 0.5:  # Shop with an awning.
+    p.fill(wall, [box(0.4, 0.3, length - 0.4, 2.6)], glass)
+    awning = lambda s, t: (x - side * (1 - t), 2.5 + 0.8 * t, near + s)  # noqa: E731
+    p.fill(awning, [box(0.4, 0, length - 0.4, 1)], p.pick(PAINTS), BUILDING)
+  if rng.random() < 0.4:  # Drainpipe, it looks like a pole.
+    p.fill(wall, [box(length - 0.4, 0, length - 0.15, top)], p.pick(METALS))
+  if rng.random() < 0.5:  # Poster or banner.
+    spot, size = rng.uniform(0, length / 2), rng.uniform(1, 1.6)
+    p.fill(wall, [box(spot, 0.5, spot + 2.4, 3)], p.pick(PAINTS))
+    if rng.random() < 0.6:
+      draw_person(p, along(x, near + spot + 1.2, 0.6, 2.2), None)
+    else:
+      draw_car_side(p, along(x, near + spot, 0.8, 0.55), None)
+
+
+def draw_tree(p, x, z, height):
+  rng, plane = p.rng, facing(x, z)
+  bark, width = p.pick(METALS), rng.uniform(0.12, 0.25)
+  lean = rng.uniform(-0.4, 0.4)
+  trunk = [(-width, 0), (width, 0), (lean + 0.1, height), (lean, height)]
+  p.fill(plane, [trunk], bark, TREE)
+  radius = rng.uniform(0.22, 0.36) * height
+  if rng.random() < 0.15:  # Winter.
+    for _ in range(9):
+      s, t = rng.uniform(-radius, radius), rng.uniform(0.3, 0.6) * height
+      twig = [(0, t), (0.12, t), (s, t + radius), (s - 0.05, t + radius)]
+      p.fill(plane, [twig], bark, TREE)
+    return
+  leaf = p.pick(LEAVES)
+  for i in range(16):  # Shaded leaves first, those in the sun last.
+    angle, reach = rng.uniform(0, 6.3), radius * rng.random() ** 0.5
+    s = lean + reach * math.cos(angle) + i * 0.02 * radius * -p.sun
+    t = 0.68 * height + reach * math.sin(angle) + i * 0.02 * radius
+    blob = disc(s, t, radius * rng.uniform(0.2, 0.45))
+    blob = [(a + rng.gauss(0, 0.1), b + rng.gauss(0, 0.1)) for a, b in blob]
+    p.fill(plane, [blob], scaled(p.pick([leaf], 8), 0.6 + i * 0.04), TREE)
+
+
+def draw_pole(p, x, z, kind):
+  """Lamp, traffic light, road sign or bollard, all of class 'pole'."""
+  rng, plane = p.rng, facing(x, z)
+  metal, width = p.pick(METALS), rng.uniform(0.07, 0.14)
+  height = {'lamp': rng.uniform(5, 8), 'bollard': 1.0}.get(kind, 2.9)
+  inward = -math.copysign(1, x)
+  p.fill(plane, [box(-width, 0, width, height)], metal, POLE)
+  if kind == 'lamp':
+    p.fill(plane, [box(0, height, inward * 1.6, height + 0.15)], metal, POLE)
+    head = box(inward * 1.2, height - 0.15, inward * 2, height + 0.2)
+    p.fill(plane, [head], p.pick((DARK, LINES[0])), POLE)
+  elif kind == 'light':
+    p.fill(plane, [box(-0.28, 2.2, 0.28, 3.3)], BLACK, POLE)
+    lamp, colour = rng.choice(((3.0, (235, 40, 30)), (2.45, (40, 220, 120))))
+    p.fill(plane, [disc(0, lamp, 0.18)], colour)
+  elif kind == 'sign':
+    triangle = [(-0.5, 2.4), (0.5, 2.4), (0, 3.3)]
+    plate = rng.choice((disc(0, 2.9, 0.45), triangle, box(-0.5, 2.3, 0.5, 3.1)))
+    p.fill(plane, [plate], p.pick(PAINTS), POLE)
+    p.fill(plane, [box(-0.25, 2.6, 0.25, 2.85)], p.pick(LINES))
+
+
+def draw_car_side(p, plane, class_id, paint=None, height=1.45):
+  """Car of 4.2 m from the left, on any plane."""
+  paint = paint or p.pick(PAINTS)
+  body = [(0, 0.3), (4.2, 0.3), (4.2, 0.75), (3.2, 0.95), (0.1, 0.95)]
+  cabin = [(0.15, 0.9), (3.2, 0.9), (2.5, height), (0.5, height)]
+  panes = [(0.5, 0.95), (1.5, 0.95), (1.5, height - 0.1), (0.7, height - 0.1)]
+  front = [(1.65, 0.95), (2.8, 0.95), (2.4, height - 0.1), (1.65, height - 0.1)]
+  p.fill(plane, [body], paint, class_id)
+  p.fill(plane, [cabin], scaled(paint, 0.9), class_id)
+  p.fill(plane, [panes, front], p.pick((DARK, p.light.skyline)))
+  wheels = [disc(0.8, 0.33, 0.34), disc(3.4, 0.33, 0.34)]
+  p.fill(plane, wheels, BLACK, class_id)
+  p.fill(plane, [disc(0.8, 0.33, 0.15), disc(3.4, 0.33, 0.15)], METALS[1])
+
+
+def draw_car(p, x, z, oncoming):
+  """Car along the road whose near end is at z."""
+  paint, height = p.pick(PAINTS), p.rng.choice((1.4, 1.5, 1.65, 2.0, 2.3))
+  inward = -math.copysign(1, x)
+  shadow = lambda s, t: (x + s, 0.01, z + t)  # noqa: E731
+  p.fill(shadow, [box(-1.1, -0.2, 1.1, 4.3)], BLACK)
+
+  def leaning(t):  # The cabin is narrower at the top.
+    return max(0.0, t - 0.95) * 0.4
+
+  def flank(s, t):
+    return x + inward * (0.9 - leaning(t)), t, z + (4.2 - s if oncoming else s)
+
+  def end(s, t):
+    return x + s * (0.9 - leaning(t)) / 0.9, t, z + leaning(t)
+
+  draw_car_side(p, flank, CAR, scaled(paint, p.rng.uniform(0.6, 1.1)), height)
+  tyres = [box(-0.85, 0, -0.6, 0.4), box(0.6, 0, 0.85, 0.4)]
+  p.fill(end, tyres, BLACK, CAR)
+  p.fill(end, [box(-0.9, 0.28, 0.9, height)], paint, CAR)
+  p.fill(end, [box(-0.75, 0.98, 0.75, height - 0.1)], p.pick((DARK, BLACK)))
+  lamps = [box(-0.85, 0.65, -0.55, 0.85), box(0.55, 0.65, 0.85, 0.85)]
+  p.fill(end, lamps, (250, 246, 220) if oncoming else (190, 24, 24))
+  p.fill(end, [box(-0.3, 0.45, 0.3, 0.6)], LINES[0])
+
+
+def draw_person(p, plane, class_id):
+  """Person of height 1 on a plane: legs, arms, body, bag, head and hair."""
+  rng, top, bottom = p.rng, p.pick(PAINTS), p.pick(PAINTS)
+  skin, stride = rng.choice(SKINS), rng.uniform(0.02, 0.17)
+  for s, foot in ((-0.05, -stride), (0.05, stride)):
+    leg = [(s - 0.06, 0.5), (s + 0.06, 0.5), (foot + 0.05, 0), (foot - 0.05, 0)]
+    p.fill(plane, [leg], scaled(bottom, 0.9 + s), class_id)
+  for side in (-1, 1):
+    hand = side * rng.uniform(0.14, 0.26)
+    arm = [(side * 0.1, 0.82), (side * 0.16, 0.8), (hand, 0.46)]
+    p.fill(plane, [arm], scaled(top, 0.8), class_id)
+    p.fill(plane, [disc(hand, 0.46, 0.03)], skin, class_id)
+  hem = rng.choice((0.48, 0.48, 0.3))  # A jacket or a coat.
+  body = [(-0.12, hem), (0.12, hem), (0.15, 0.8), (0.05, 0.86), (-0.15, 0.8)]
+  p.fill(plane, [body], top, class_id)
+  if rng.random() < 0.4:
+    bag, t = rng.choice((-0.2, 0.0, 0.2)), rng.uniform(0.4, 0.6)
+    p.fill(plane, [disc(bag, t, 0.08, 0.1)], p.pick(PAINTS), class_id)
+  p.fill(plane, [disc(0, 0.935, 0.065, 0.075)], p.pick(PAINTS), class_id)
+  p.fill(plane, [disc(0.01, 0.91, 0.05, 0.05)], skin)
+
+
+def furnish(p, left, right):
+  """Returns things as (z, draw), gaps between houses, and shadows."""
+  rng, things, gaps, shadows = p.rng, [], [], []
+
+  def add(z, draw, *arguments):
+    things.append((z, lambda: draw(p, *arguments)))
+
+  for edge, side in ((left, -1), (right, 1)):
+    pavement = rng.uniform(2.2, 5)
+    wall, z = edge + side * pavement, rng.uniform(1, 6)
+    while z < 90:
+      length = rng.uniform(6, 18)
+      if rng.random() < 0.2:
+        gaps.append((wall, z, z + length))
+      else:
+        # Sorted by the far end: whoever stands before the wall comes later.
+        add(z + length, draw_building, wall, z, z + length)
+      z += length
+    for _ in range(rng.randrange(4)):
+      x, height = edge + side * rng.uniform(0.7, 1.5), rng.uniform(3.5, 9)
+      z = p.depth(x, 45)
+      add(z, draw_tree, x, z, height)
+      for _ in range(9):
+        t = rng.uniform(0.4, 1) * height
+        reach = x + p.sun * t + rng.uniform(-1, 1)
+        spot = disc(reach, z + rng.uniform(-1.5, 1.5), rng.uniform(0.3, 1))
+        shadows.append(spot)
+    for kind in rng.choices(('lamp', 'light', 'sign', 'bollard'), k=2):
+      x = edge + side * rng.uniform(0.4, 0.9)
+      z = p.depth(x, 30)
+      add(z, draw_pole, x, z, kind)
+      shadows.append([(x, z), (x + 4 * p.sun, z), (x + 4 * p.sun, z + 0.15)])
+    for _ in range(rng.randint(1, 3)):
+      x = edge + side * rng.uniform(0.2, pavement - 0.4)
+      z = p.depth(x, 26)
+      add(z, draw_person, facing(x, z, 0, rng.uniform(1.2, 1.9)), PERSON)
+    if rng.random() < 0.6:  # Parked cars.
+      z = p.depth(edge, 20)
+      for i in range(rng.randint(1, 3)):
+        bay = z + i * rng.uniform(5, 6)
+        add(bay, draw_car, edge - side * 1.1, bay, rng.random() < 0.3)
+    reach = edge - side * rng.uniform(0.1, 0.5) * (right - left)
+    if side * p.sun < -0.3:  # The houses stand in front of the sun.
+      shadows.append(strip(2 * wall, reach, 1, rng.uniform(20, 90)))
+  for _ in range(rng.randrange(3)):  # Traffic.
+    lane = rng.choice((0.28, 0.72))
+    x = left + lane * (right - left)
+    z = p.depth(x, 45) + 2
+    add(z, draw_car, x, z, lane < 0.5)
+  if rng.random() < 0.35:  # Someone or something crosses.
+    x, z = rng.uniform(left, right), rng.uniform(8, 20)
+    if rng.random() < 0.6:
+      add(z, draw_person, facing(x, z, 0, rng.uniform(1.4, 1.9)), PERSON)
+    else:
+      add(z, draw_car_side, facing(x, z, 0, rng.choice((-1, 1))), CAR)
+  return things, gaps, shadows
+
+
+def photograph(p):
+  """Canvas to image: smaller, with texture, a lens, noise and JPEG."""
+  rng, shape = p.rng, (p.label.shape[0] // 2, p.label.shape[1] // 2)
+  size = shape[::-1]
+  image = cv2.resize(p.image, size, interpolation=cv2.INTER_AREA)
+  if rng.random() < 0.5:
+    image = cv2.GaussianBlur(image, (3, 3), rng.uniform(0.3, 0.8))
+  texture = sum(smooth_noise(p.generator, *shape, n) for n in (4, 16, 48))
+  texture = np.where(p.label[::2, ::2] == SKY, 0, texture)
+  noise = p.generator.standard_normal((*shape, 3), np.float32)
+  rows = np.linspace(-1, 1, shape[0], dtype=np.float32)[:, None]
+  columns = np.linspace(-1, 1, shape[1], dtype=np.float32)
+  vignette = 1 - rng.uniform(0, 0.15) * (rows**2 + columns**2)
+  gain = rng.uniform(0.85, 1.15) * vignette * (1 + 0.05 * texture)
+  cast = np.float32([rng.uniform(0.93, 1.07) for _ in range(3)])
+  image = image * gain[..., None] * cast + noise * rng.uniform(2, 8)
+  image = np.clip(image, 0, 255).astype(np.uint8)
+  quality = [cv2.IMWRITE_JPEG_QUALITY, rng.randint(60, 98)]
+  return cv2.imdecode(cv2.imencode('.jpg', image, quality)[1], 1)
+
+
+def render_scene(generator, *, height, width):
+  """Draws one scene; the same state of the generator, the same scene.
+
+  Args:
+    generator: a np.random.Generator.
+    height: rows, 32 or more; things scale with the image.
+    width: columns, 32 or more.
+
+  Returns:
+    RGB image, uint8 [h, w, 3], and label, uint8 [h, w]: an index of
+    CLASS_NAMES or 255 (ignored).
+
+  Raises:
+    ValueError: if a size is under 32.
+  """
+  for name, value in (('height', height), ('width', width)):
+    if value < 32:
+      raise ValueError(f'{name}={value} is too small to draw; use 32 or more.')
+  p = Painter(generator, height, width)
+  left, right = -p.rng.uniform(2, 7), p.rng.uniform(2.2, 5)
+  things, gaps, shadows = furnish(p, left, right)
+  draw_sky(p)
+  draw_ground(p, left, right, gaps, shadows)
+  draw_skyline(p)
+  for _, draw in sorted(things, key=lambda thing: -thing[0]):
+    draw()
+  if p.rng.random() < 0.25:
+    bonnet = (width, 2 * height), (width, int(0.14 * height))
+    cv2.ellipse(p.image, *bonnet, 0, 0, 360, p.pick(PAINTS), -1)
+    cv2.ellipse(p.label, *bonnet, 0, 0, 360, IGNORED, -1)
+  return photograph(p), p.label[::2, ::2].copy()
+
+
+class StreetScenes:
+  """Scenes 0 to num_scenes - 1, drawn when asked for, never stored.
+
+  A scene is a pure function of (seed, index): sets with other seeds do not
+  overlap, and any reader may read in any order or process.
+
+  Raises:
+    ValueError: if num_scenes < 1 or a size is under 32.
+  """
+
+  def __init__(self, num_scenes, *, height, width, seed):
+    if num_scenes < 1:
+      raise ValueError(f'{num_scenes=} leaves nothing to draw; use 1 or more.')
+    for name, value in (('height', height), ('width', width)):
+      if value < 32:
+        raise ValueError(f'{name}={value} is too small; use 32 or more.')
+    self.num_scenes = num_scenes
+    self.height = height
+    self.width = width
+    self.seed = seed
+
+  def __len__(self):
+    return self.num_scenes
+
+  def __getitem__(self, index):
+    """{'image': uint8 [h, w, 3], 'label': uint8 [h, w]}; no negative index."""
+    if not 0 <= index < self.num_scenes:
+      raise IndexError(f'{index=} is outside [0, {self.num_scenes}).')
+    generator = np.random.default_rng([self.seed, index])
+    image, label = render_scene(
+      generator, height=self.height, width=self.width
+    )
+    return {'image': image, 'label': label}

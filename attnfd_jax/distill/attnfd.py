@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention-guided feature distillation (AttnFD, arXiv 2403.05451).
+
+At every tap k, with student map S, teacher map T, attention A and connector
+phi (1x1 convolution and batch normalisation):
+
+  s = phi(A_student(S)),  t = A_teacher(T),
+  loss = sum over k of || s / ||s|| - t / ||t|| ||^2 / b
+
+where ||.|| runs over the whole batch (distiller.py:40-51 of the authors).
+"""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from attnfd_jax.models import layers
+from attnfd_jax.models.attention import CBAM
+
+# The arrays that are scaled to unit length: axes of [b, h, w, c].
+NORM_AXES = {
+  'batch': (0, 1, 2, 3),
+  'image': (1, 2, 3),
+  'pixel': (3,),
+  'channel': (1, 2),
+}
+TEACHER_ATTENTION = (
+  'checkpoint',
+  'random',
+  'parameter_free',
+  'in_path',
+  'none',
+)
+STUDENT_ATTENTION = ('learnable', 'mlp_frozen', 'parameter_free', 'none')
+REDUCTIONS = ('batchmean', 'unitmean', 'mean')
+MATCH_SIZES = ('none', 'to_teacher', 'to_student')
+# Squared length below which a map has no direction.
+TINY = 1e-12
+
+
+def unit(x, axes):
+  """x scaled to length 1 over `axes`, in float32; zeros stay zeros.
+
+  The authors divide by the bare norm, which is NaN for a map of zeros.
+  """
+  x = x.astype(layers.at_least_float32(x.dtype))
+  square = jnp.sum(jnp.square(x), axes, keepdims=True)
+  has_length = square > TINY
+  scale = jax.lax.rsqrt(jnp.where(has_length, square, 1))
+  return x * jnp.where(has_length, scale, 0)
+
+
+def direction_distance(student, teacher, *, norm_scope, reduction):
+  """Squared distance of two maps after each is scaled to unit length.
+
+  With the cosine of each pair of unit arrays a distance is 2 - 2 cos. With
+  norm_scope 'batch' the length is over the whole array, on a sharded batch a
+  global one.
+
+  Args:
+    student: [b, h, w, c].
+    teacher: [b, h, w, c]; treated as a constant.
+    norm_scope: key of NORM_AXES.
+    reduction: of the distances: 'batchmean' sums and divides by b, 'unitmean'
+      averages, 'mean' divides by the number of elements.
+
+  Returns:
+    float32 scalar, finite also for maps of zeros.
+  """
+  axes = NORM_AXES[norm_scope]
+  target = jax.lax.stop_gradient(unit(teacher, axes))
+  distance = jnp.sum(jnp.square(unit(student, axes) - target))
+  b = student.shape[0]
+  units = student.size
+  for axis in axes:
+    units //= student.shape[axis]
+  divisor = {'batchmean': b, 'unitmean': units, 'mean': student.size}
+  return distance / divisor[reduction]
+
+
+class Connector(nn.Module):
+  """1x1 convolution and normalisation to the teacher's channels."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    # N(0, 2 / c_teacher), distiller.py:10-22.
+    return layers.ConvNorm(
+      self.features, 1, kernel_init=layers.fan_out_normal, name='conv_norm'
+    )(x, train=train)
+
+
+class AttnFD(nn.Module):
+  """Attention gates, connectors and the distance of refined maps.
+
+  Attributes:
+    student_channels: tap -> channels of the student's map.
+    teacher_channels: tap -> channels of the teacher's map, the same taps.
+    teacher_attention: 'checkpoint' or 'random': frozen CBAMs in the collection
+      'teacher', to be replaced by stored ones in the first case;
+      'parameter_free'; 'in_path' if the maps were refined by the teacher
+      itself; 'none'. As the three others have no parameters, no such
+      collection exists for them.
+    student_attention: 'learnable', 'mlp_frozen' (the authors' optimiser never
+      sees the MLP of the channel gate), 'parameter_free' or 'none'.
+    norm_scope, reduction: see `direction_distance`.
+    teacher_bn: 'running' or 'batch' statistics in the teacher's gates while
+      training; the update is discarded.
+    match_size: when heights or widths differ, 'to_teacher' or 'to_student'
+      resizes the other map before the distance; 'none' is an error.
+    fan_out_taps: taps whose spatial gate starts as a ResNet convolution.
+  """
+
+  student_channels: Mapping[str, int]
+  teacher_channels: Mapping[str, int]
+  teacher_attention: str = 'parameter_free'
+  student_attention: str = 'learnable'
+  norm_scope: str = 'batch'
+  reduction: str = 'unitmean'
+  teacher_bn: str = 'running'
+  match_size: str = 'none'
+  fan_out_taps: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    for name, allowed in (
+      ('teacher_attention', TEACHER_ATTENTION),
+      ('student_attention', STUDENT_ATTENTION),
+      ('norm_scope', tuple(NORM_AXES)),
+      ('reduction', REDUCTIONS),
+      ('teacher_bn', ('batch', 'running')),
+      ('match_size', MATCH_SIZES),
+    ):
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+          f'{name}={getattr(self, name)!r} must be one of {", ".join(allowed)}.'
+        )
+    if set(self.student_channels) != set(self.teacher_channels):
+      raise ValueError(
+        f'Taps differ: student {sorted(self.student_channels)}, teacher '
+        f'{sorted(self.teacher_channels)}.'
+      )
+    super().__post_init__()
+
+  def setup(self):
+    taps = sorted(self.student_channels)
+    if self.student_attention != 'none':
+      self.student_gates = {
+        tap: self._gate(
+          tap,
+          parameter_free=self.student_attention == 'parameter_free',
+          freeze_mlp=self.student_attention == 'mlp_frozen',
+        )
+        for tap in taps
+      }
+    self.connectors = {
+      tap: Connector(self.teacher_channels[tap]) for tap in taps
+    }
+    # The teacher's gates are constants: a collection of their own, not params.
+    if self.teacher_attention in ('checkpoint', 'random'):
+      gates = {}
+
+      def variables():
+        if not gates:
+          rng = self.make_rng('params')
+          for i, tap in enumerate(taps):
+            x = jnp.zeros((1, 1, 1, self.teacher_channels[tap]))
+            gates[tap] = self._gate(tap, parent=None).init(
+              jax.random.fold_in(rng, i), x, train=False
+            )
+        return gates
+
+      self.teacher_variables = {
+        part: self.variable(
+          'teacher',
+          part,
+          lambda part=part: {tap: variables()[tap][part] for tap in taps},
+        )
+        for part in ('params', 'batch_stats')
+      }
+
+  def _gate(self, tap, **options):
+    init = layers.fan_in_normal
+    if tap in self.fan_out_taps:
+      init = layers.fan_out_normal
+    return CBAM(spatial_init=init, **options)
+
+  def _check(self, student_features, teacher_features):
+    for role, features, channels in (
+      ('student', student_features, self.student_channels),
+      ('teacher', teacher_features, self.teacher_channels),
+    ):
+      for tap, expected in channels.items():
+        if tap not in features:
+          raise ValueError(f'{role} has no map {tap!r}, only {list(features)}.')
+        shape = features[tap].shape
+        if len(shape) != 4 or shape[-1] != expected:
+          raise ValueError(
+            f'{role} map {tap!r} has shape {shape}; expected '
+            f'[b, h, w, {expected}] as in {role}_channels.'
+          )
+    for tap in self.student_channels:
+      ours, theirs = student_features[tap].shape, teacher_features[tap].shape
+      if ours[0] != theirs[0]:
+        raise ValueError(f'Batches differ at {tap!r}: {ours} and {theirs}.')
+      if self.match_size == 'none' and ours[1:3] != theirs[1:3]:
+        raise ValueError(
+          f'Sizes differ at {tap!r}: student {ours}, teacher {theirs}. Pass '
+          "match_size='to_teacher' or 'to_student' to resize."
+        )
+
+  def refined_maps(self, student_features, teacher_features, *, train):
+    """The maps after attention: two dicts tap -> [b, h, w, c]."""
+    self._check(student_features, teacher_features)
+    students, teachers = {}, {}
+    for tap in sorted(self.student_channels):
+      students[tap], teachers[tap] = student_features[tap], teacher_features[tap]
+      if self.student_attention != 'none':
+        students[tap] = self.student_gates[tap](students[tap], train=train)
+      if self.teacher_attention == 'parameter_free':
+        gate = CBAM(parameter_free=True, parent=None)
+        teachers[tap] = gate.apply({}, teachers[tap], train=False)
+      elif self.teacher_attention in ('checkpoint', 'random'):
+        variables = {
+          part: variable.value[tap]
+          for part, variable in self.teacher_variables.items()
+        }
+        teachers[tap] = self._gate(tap, parent=None).apply(
+          variables, teachers[tap], train=train and self.teacher_bn == 'batch'
+        )
+    return students, jax.lax.stop_gradient(teachers)
+
+  def __call__(self, student_features, teacher_features, *, train):
+    """Sum over the taps, and the term of each tap.
+
+    Args:
+      student_features: tap -> [b, h, w, c_student].
+      teacher_features: tap -> [b, h', w', c_teacher]; constants.
+      train: normalise connectors and gates by the statistics of the batch.
+
+    Returns:
+      float32 scalar and {tap: float32 scalar}.
+
+    Raises:
+      ValueError: names the tap and both shapes that do not fit.
+    """
+    students, teachers = self.refined_maps(
+      student_features, teacher_features, train=train
+    )
+    terms = {}
+    for tap, target in teachers.items():
+      student = self.connectors[tap](students[tap], train=train)
+      if self.match_size == 'to_teacher':
+        student = layers.resize(student, *target.shape[1:3])
+      elif self.match_size == 'to_student':
+        target = layers.resize(target, *student.shape[1:3])
+      terms[tap] = direction_distance(
+        student, target, norm_scope=self.norm_scope, reduction=self.reduction
+      )
+    return sum(terms.values()), terms
+
+  def from_outputs(self, student, teacher, labels, *, train):
+    """The protocol of all methods, see distill/__init__.py."""
+    del labels
+    return self(student['features'], teacher['features'], train=train)
+
+
+def attnfd_loss(
+  params, state, student_features, teacher_features, *, distiller, train
+):
+  """AttnFD loss of two sets of feature maps, before its weight lambda.
+
+  Pure: use it in any training step, under jit, grad, vmap or a sharded batch.
+
+  Args:
+    params: trained variables of `distiller`: student gates and connectors.
+    state: its other collections, e.g. running statistics.
+    student_features: tap -> [b, h, w, c].
+    teacher_features: tap -> [b, h, w, c]; no gradient reaches them.
+    distiller: an AttnFD module.
+    train: use and update batch statistics.
+
+  Returns:
+    float32 scalar, and {'state': the new state, 'terms': {tap: scalar}}.
+  """
+  (loss, terms), updated = distiller.apply(
+    {'params': params, **state},
+    student_features,
+    teacher_features,
+    train=train,
+    mutable=list(state),
+  )
+  return loss, {'state': {**state, **updated}, 'terms': terms}

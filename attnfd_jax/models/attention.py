@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CBAM: a channel gate, then a spatial gate (arXiv 1807.06521)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from attnfd_jax.models import layers
+
+
+class CBAM(nn.Module):
+  """Refines a map: x * channel gate * spatial gate (AttnFD, cbam.py).
+
+  The parameter-free form drops the MLP, the convolution and the normalisation
+  and takes the sum of both poolings for the logit of each gate.
+  """
+
+  parameter_free: bool = False
+  # The authors' optimiser never sees the MLP: it keeps its random start.
+  freeze_mlp: bool = False
+  reduction: int = 16
+  spatial_init: nn.initializers.Initializer = layers.fan_in_normal
+  dtype: jnp.dtype | None = None
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    """Returns the refined map, [b, h, w, c] as x."""
+    channels = x.shape[-1]
+    average, peak = jnp.mean(x, (1, 2)), jnp.max(x, (1, 2))
+    if self.parameter_free:
+      gate = average + peak
+    else:
+      hidden = max(channels // self.reduction, 1)
+      reduce = self._dense('mlp_reduce', channels, hidden)
+      expand = self._dense('mlp_expand', hidden, channels)
+      gate = expand(nn.relu(reduce(average))) + expand(nn.relu(reduce(peak)))
+    x = x * nn.sigmoid(gate)[:, None, None, :]
+
+    peak = jnp.max(x, -1, keepdims=True)
+    average = jnp.mean(x, -1, keepdims=True)
+    if self.parameter_free:
+      return x * nn.sigmoid(peak + average)
+    gate = layers.Conv(
+      1, 7, kernel_init=self.spatial_init, dtype=self.dtype, name='spatial_conv'
+    )(jnp.concatenate([peak, average], -1))
+    # torch momentum 0.01.
+    norm = layers.BatchNorm(0.99, dtype=self.dtype, name='spatial_bn')
+    return x * nn.sigmoid(norm(gate, train=train))
+
+  def _dense(self, name, inputs, features):
+    init = layers.torch_uniform(inputs)
+    kernel = self.param(f'{name}_kernel', init, (inputs, features))
+    bias = self.param(f'{name}_bias', init, (features,))
+    if self.freeze_mlp:
+      kernel, bias = jax.lax.stop_gradient((kernel, bias))
+
+    def apply(x):
+      operands = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+      return operands[0] @ operands[1] + operands[2]
+
+    return apply

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepLabV3+ (arXiv 1802.02611) with the three maps that AttnFD distils."""
+
+import difflib
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from attnfd_jax.models import layers
+from attnfd_jax.models.attention import CBAM
+from attnfd_jax.models.mobilenet_v2 import MobileNetV2
+from attnfd_jax.models.resnet import ResNet
+
+# To add a backbone, add a row: a module that is called with (image, train) and
+# returns the stride-4 map and the last map, and says if a ReLU follows.
+BACKBONES = {
+  'resnet18': functools.partial(ResNet, (2, 2, 2, 2), False),
+  'resnet34': functools.partial(ResNet, (3, 4, 6, 3), False),
+  'resnet50': functools.partial(ResNet, (3, 4, 6, 3), True),
+  'resnet101': functools.partial(ResNet, (3, 4, 23, 3), True),
+  'mobilenet_v2': MobileNetV2,
+}
+TAPS = ('backbone', 'aspp', 'decoder')
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+def normalise(image):
+  """uint8 RGB [..., 3] -> float32 with ImageNet's mean and deviation."""
+  image = image.astype(jnp.float32) / 255
+  return (image - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
+
+
+class ASPP(nn.Module):
+  """Five branches of context at the output stride; AttnFD, modeling/aspp.py."""
+
+  features: int
+  output_stride: int
+  dtype: jnp.dtype | None = None
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    """[b, h, w, c] -> [b, h, w, features]."""
+    _, h, w, _ = x.shape
+
+    def conv_norm_relu(name, x, size=1, dilation=1):
+      module = layers.ConvNorm(
+        self.features, size, dilation=dilation, dtype=self.dtype, name=name
+      )
+      return nn.relu(module(x, train=train))
+
+    rate = 96 // self.output_stride
+    branches = [conv_norm_relu('point', x)]
+    for i in (1, 2, 3):
+      branches.append(conv_norm_relu(f'atrous{i}', x, 3, i * rate))
+    pooled = jnp.mean(x, (1, 2), keepdims=True)
+    pooled = conv_norm_relu('pool', pooled)
+    branches.append(jnp.broadcast_to(pooled, branches[0].shape))
+    return conv_norm_relu('merge', jnp.concatenate(branches, -1))
+
+
+class Decoder(nn.Module):
+  """Merges context and detail at stride 4; AttnFD, modeling/decoder.py."""
+
+  features: int
+  low_level_features: int
+  dropout: float
+  dtype: jnp.dtype | None = None
+
+  @nn.compact
+  def __call__(self, low_level, context, *, train, dropout):
+    """[b, h/4, w/4, c], [b, h/s, w/s, c] -> [b, h/4, w/4, features]."""
+
+    def conv_norm_relu(name, x, features, size):
+      module = layers.ConvNorm(features, size, dtype=self.dtype, name=name)
+      return nn.relu(module(x, train=train))
+
+    detail = conv_norm_relu('low_level', low_level, self.low_level_features, 1)
+    context = layers.resize(context, *low_level.shape[1:3])
+    x = jnp.concatenate([context, detail], -1)
+    x = conv_norm_relu('conv1', x, self.features, 3)
+    x = nn.Dropout(self.dropout, name='dropout')(x, deterministic=not dropout)
+    return conv_norm_relu('conv2', x, self.features, 3)
+
+
+class DeepLabV3Plus(nn.Module):
+  """A segmentation network; the defaults are those of the AttnFD reference.
+
+  Attributes:
+    backbone: a key of BACKBONES.
+    num_classes: number of scores per pixel.
+    output_stride: image size over size of the last backbone map, 8 or 16.
+    width_multiplier: scales the channels of the backbone.
+    aspp_channels, decoder_channels: channels of the other two taps.
+    low_level_channels: channels of the stride-4 detail in the decoder.
+    in_path_attention: refines each tap by a CBAM inside the forward path; the
+      refined maps are then the taps. Fresh gates shrink a map to about a
+      quarter, so such a network must be trained, or loaded, with its gates.
+    aspp_dropout, decoder_dropout, head_dropout: dropped shares. The reference
+      has no ASPP dropout while distilling (aspp.py:86 against :111).
+    update_norms_twice: MobileNetV2 only, see mobilenet_v2.py.
+    dtype: compute type; parameters and statistics stay float32.
+  """
+
+  backbone: str
+  num_classes: int
+  output_stride: int = 16
+  width_multiplier: float = 1.0
+  aspp_channels: int = 256
+  decoder_channels: int = 256
+  low_level_channels: int = 48
+  in_path_attention: bool = False
+  aspp_dropout: float = 0.5
+  decoder_dropout: float = 0.5
+  head_dropout: float = 0.1
+  update_norms_twice: bool = False
+  dtype: jnp.dtype | None = None
+
+  def __post_init__(self):
+    if self.backbone not in BACKBONES:
+      near = difflib.get_close_matches(self.backbone, BACKBONES, 1)
+      hint = f' Did you mean {near[0]!r}?' if near else ''
+      names = ', '.join(BACKBONES)
+      raise ValueError(f'Unknown backbone {self.backbone!r}.{hint} Have: {names}.')
+    if self.output_stride not in (8, 16):
+      raise ValueError(f'output_stride={self.output_stride} must be 8 or 16.')
+    if self.num_classes < 1:
+      raise ValueError(f'num_classes={self.num_classes} must be at least 1.')
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, image, *, train, dropout=None):
+    """Scores and taps of normalised images.
+
+    Args:
+      image: float [b, h, w, 3], see `normalise`.
+      train: normalise by the statistics of the batch.
+      dropout: drop at random; by default as `train`. Needs the rng 'dropout'.
+
+    Returns:
+      'logits': float32 [b, h, w, k], at the size of the image.
+      'coarse_logits': [b, h/4, w/4, k], before the last resize.
+      'features': {'backbone', 'aspp', 'decoder'}, maps [b, h', w', c] of
+        strides output_stride, output_stride and 4. The backbone map of a
+        ResNet is tapped before its ReLU, the others after theirs.
+    """
+    if not jnp.issubdtype(image.dtype, jnp.floating):
+      raise ValueError(
+        f'image is {image.dtype}; call attnfd_jax.normalise on uint8 images.'
+      )
+    if image.ndim != 4 or image.shape[-1] != 3:
+      raise ValueError(f'{image.shape=} must be [b, h, w, 3].')
+    dropout = train if dropout is None else dropout
+
+    def refine(tap, x):
+      if not self.in_path_attention:
+        return x
+      module = CBAM(dtype=self.dtype, name=f'attention_{tap}')
+      return module(x, train=train)
+
+    def drop(name, rate, x):
+      return nn.Dropout(rate, name=name)(x, deterministic=not dropout)
+
+    options = {}
+    if self.backbone.startswith('mobilenet'):
+      options['update_norms_twice'] = self.update_norms_twice
+    backbone = BACKBONES[self.backbone](
+      output_stride=self.output_stride,
+      width_multiplier=self.width_multiplier,
+      dtype=self.dtype,
+      name='backbone',
+      **options,
+    )
+    features = {}
+    low_level, x = backbone(image, train=train)
+    features['backbone'] = x = refine('backbone', x)
+    if backbone.relu_after_tap:
+      x = nn.relu(x)
+    aspp = ASPP(
+      self.aspp_channels, self.output_stride, dtype=self.dtype, name='aspp'
+    )
+    features['aspp'] = x = refine('aspp', aspp(x, train=train))
+    x = drop('aspp_dropout', self.aspp_dropout, x)
+    decoder = Decoder(
+      self.decoder_channels,
+      self.low_level_channels,
+      self.decoder_dropout,
+      dtype=self.dtype,
+      name='decoder',
+    )
+    x = decoder(low_level, x, train=train, dropout=dropout)
+    features['decoder'] = x = refine('decoder', x)
+    x = drop('head_dropout', self.head_dropout, x)
+    head = layers.Conv(
+      self.num_classes, 1, use_bias=True, dtype=self.dtype, name='classifier'
+    )
+    coarse = head(x)
+    coarse = coarse.astype(layers.at_least_float32(coarse.dtype))
+    logits = layers.resize(coarse, *image.shape[1:3])
+    return {'logits': logits, 'coarse_logits': coarse, 'features': features}
