@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention-guided feature distillation for semantic segmentation, in JAX."""
 
-from attnfd_jax.distill.attnfd import attnfd_loss
 from attnfd_jax.distill.attnfd import AttnFD
+from attnfd_jax.distill.attnfd import attnfd_loss
 from attnfd_jax.metrics import confusion_matrix
 from attnfd_jax.metrics import mean_iou
 from attnfd_jax.models.deeplab import DeepLabV3Plus

@@ -2,6 +2,7 @@
 """Losses over arrays: pure, masked, in float32, safe when no pixel counts."""
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 IGNORE_LABEL = 255
@@ -28,7 +29,7 @@ def softmax_cross_entropy(logits, labels, *, ignore_label=IGNORE_LABEL):
     raise ValueError(f'{logits.shape=} does not fit {labels.shape=}.')
   valid = labels != ignore_label
   losses = optax.softmax_cross_entropy_with_integer_labels(
-    logits.astype(jnp.promote_types(logits.dtype, jnp.float32)),
+    logits.astype(np.promote_types(logits.dtype, np.float32)),
     jnp.where(valid, labels, 0).astype(jnp.int32),
   )
   counted = jnp.sum(valid, dtype=losses.dtype)

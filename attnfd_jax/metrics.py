@@ -76,8 +76,12 @@ def class_accuracy(counts):
 
 
 def frequency_weighted_iou(counts):
-  """Mean IoU weighted by the share of each class in the labels."""
+  """Mean IoU weighted by the share of each class in the labels; NaN if there
+  are no pixels.
+  """
   counts = np.asarray(counts, np.float64)
+  if not counts.sum():
+    return float('nan')
   share = _divide(counts.sum(1), np.full(len(counts), counts.sum()))
   return float(np.sum(share * iou_per_class(counts), where=share > 0))
 

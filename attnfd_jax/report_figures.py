@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawings of the report: curves and dots as SVG, pictures as PNG or JPEG.
+"""Drawings of the report: charts as SVG, pictures as PNG or JPEG.
 
 Arrays in, text out: every function returns something that can stand in an HTML
 page without a second file. Nothing here knows a run folder.
@@ -8,24 +8,26 @@ page without a second file. Nothing here knows a run folder.
 import base64
 import html
 import io
-import math
 import re
 
 import matplotlib
-import numpy as np
-from matplotlib import cm
+from matplotlib import colors
+from matplotlib import ticker
 from matplotlib.figure import Figure
+import numpy as np
 from PIL import Image
 
-# Okabe and Ito, 2008: told apart with every common colour blindness. The roles
-# keep theirs on the whole page; markers and dashes say the same without colour.
+# Okabe and Ito, 2008: told apart with every common colour blindness. A role
+# keeps its colour on the whole page; markers say the same without colour.
 ROLE_COLORS = {'teacher': '#0072B2', 'student': '#E69F00', 'distill': '#009E73'}
+ROLE_NAMES = {
+  'teacher': 'Teacher',
+  'student': 'Student',
+  'distill': 'Distilled',
+}
 ROLE_MARKERS = {'teacher': 's', 'student': 'o', 'distill': 'D'}
 TERM_COLORS = ('#D55E00', '#CC79A7', '#56B4E9', '#8C8C8C', '#9467BD', '#8C564B')
-TERM_DASHES = ('4 2', '1 1.6', '6 2 1 2', '2 2', '8 3', '1 3')
-
-RIGHT, WRONG, MENDED = '#E1E4E9', '#B2182B', '#2FB594'
-_HATCH = ((176, 178, 184), (132, 135, 142))  # Ignored pixels: two greys.
+TERM_DASHES = ('--', ':', '-.')
 
 # Colours that no drawing uses: they become variables of the page's CSS, so that
 # text and grid follow the light or dark theme of the reader.
@@ -41,10 +43,11 @@ _STYLE = {
   'axes.labelcolor': _INK,
   'axes.spines.top': False,
   'axes.spines.right': False,
-  'axes.grid': True,
   'axes.axisbelow': True,
+  'axes.grid': True,
   'grid.color': _LINE,
   'grid.linewidth': 0.6,
+  'legend.frameon': False,
   'xtick.color': _LINE,
   'ytick.color': _LINE,
   'xtick.labelcolor': _INK,
@@ -58,223 +61,140 @@ def _svg(figure, label):
   nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
   figure.savefig(stream, format='svg', transparent=True, metadata=nothing)
   text = stream.getvalue()
-  text = text[text.index('<svg') :]
-  _, _, width, height = re.search(r'viewBox="([^"]+)"', text)[1].split()
-  text = re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.S)
+  view_box = re.search(r'viewBox="[^"]+"', text)[0]
+  text = re.sub(r'.*?<svg[^>]*>', '', text, count=1, flags=re.S)
+  text = re.sub(r'<(metadata|style).*?</\1>', '', text, flags=re.S)
   # Several drawings share the page: names such as axes_1 would repeat.
   text = re.sub(r'<g id="[^"]*"', '<g', text)
-  # The page's fonts and rules, not matplotlib's ('font:' before 3.11).
-  text = re.sub(r'<style.*?</style>', '', text, flags=re.S)
+  # The page's font, not matplotlib's ('font:' before 3.11).
   text = re.sub(r'font-family: [^;"]*; ?', '', text)
   text = re.sub(r'font: ([\d.]+px)[^;"]*', r'font-size: \1', text)
-  opening = (
-    f'<svg viewBox="0 0 {width} {height}" role="img" '
-    f'style="max-width:{float(width) * 1.45:.0f}px" '
-    f'aria-label="{html.escape(label)}">'
-  )
-  text = re.sub(r'^<svg[^>]*>', lambda _: opening, text)
   text = text.replace(_INK, 'var(--ink)').replace(_LINE, 'var(--line)')
-  return re.sub(r'\n\s*', '\n', text)
+  text = re.sub(r'\n\s*', '\n', text)
+  return f'<svg {view_box} role="img" aria-label="{html.escape(label)}">{text}'
 
 
 def _thin(steps, values, most=150):
   """Means over neighbours, so that a long run stays a small drawing."""
   parts = min(len(steps), most)
   return [
-    np.array([np.mean(p) for p in np.array_split(np.asarray(x, float), parts)])
+    np.array([np.mean(part) for part in np.array_split(x, parts)])
     for x in (steps, values)
   ]
 
 
-def _axes(width, height, left=44, right=12, top=8, bottom=36):
-  """Axes with margins in points, so that neighbours on the page line up."""
-  figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-  box = (left, bottom, width - left - right, height - top - bottom)
-  scale = (width, height, width, height)
-  return figure, figure.add_axes([b / s for b, s in zip(box, scale, strict=True)])
+def _line_chart(lines, *, ylabel):
+  """SVG text; `lines` has name -> (steps, values, options of `Axes.plot`)."""
+  figure = Figure(figsize=(5.2, 3.4), dpi=72, layout='constrained')
+  axes = figure.subplots()
+  for name, (steps, values, options) in lines.items():
+    axes.plot(*_thin(steps, values), label=name, **options)
+  low, high = (
+    f([f(values) for _, values, _ in lines.values()]) for f in (min, max)
+  )
+  if low > 0 and high / low > 20:
+    # A small term beside a large one is invisible on a linear axis; an SVG
+    # text knows no exponents.
+    axes.set_yscale('log')
+    subs = (1, 2, 5) if high / low < 100 else (1,)
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=9))
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+  axes.xaxis.set_major_formatter('{x:,.0f}')
+  axes.set(xlabel='step', ylabel=ylabel)
+  axes.tick_params(length=0)
+  axes.margins(x=0.02)
+  axes.legend(loc='lower left', bbox_to_anchor=(-0.02, 1), ncols=3)
+  return _svg(figure, f'{ylabel} over steps: {", ".join(lines)}')
 
 
-def miou_curves(series):
-  """All stages in one axes.
+@matplotlib.rc_context(_STYLE)
+def miou_chart(series):
+  """SVG text of role -> (steps, mIoU as fractions)."""
+  lines = {}
+  for role, (steps, values) in series.items():
+    options = {'color': ROLE_COLORS[role], 'linewidth': 2}
+    if len(steps) <= 40:
+      options |= {'marker': ROLE_MARKERS[role], 'markersize': 4}
+    lines[ROLE_NAMES[role]] = (steps, 100 * values, options)
+  return _line_chart(lines, ylabel='mIoU val, %')
+
+
+@matplotlib.rc_context(_STYLE)
+def loss_chart(series, *, role):
+  """SVG text of name -> (steps, values); 'loss' is the total."""
+  options = {'color': ROLE_COLORS[role], 'linewidth': 2}
+  lines = {'total': (*series['loss'], options)}
+  terms = [name for name in series if name != 'loss']
+  # The only term of a stage without distillation is its total.
+  for i, name in enumerate(terms if len(terms) > 1 else ()):
+    options = {
+      'color': TERM_COLORS[i % len(TERM_COLORS)],
+      'linestyle': TERM_DASHES[i % len(TERM_DASHES)],
+    }
+    lines[name] = (*series[name], options)
+  return _line_chart(lines, ylabel='loss')
+
+
+def signed(value, digits=2):
+  """A number with its sign, a true minus, and no '−0.0'."""
+  text = f'{value:+.{digits}f}'
+  return text.replace('-', '−') if float(text) else '±' + text[1:]
+
+
+@matplotlib.rc_context(_STYLE)
+def class_chart(names, ious):
+  """IoU per class: a row per class, a dot per network.
 
   Args:
-    series: role -> (steps, mIoU as fractions), none of them empty.
+    names: k class names, from top to bottom.
+    ious: role -> k fractions, NaN where a class is absent.
 
   Returns:
     SVG text.
   """
-  with matplotlib.rc_context(_STYLE):
-    figure, axes = _axes(360, 230)
-    for role, (steps, values) in series.items():
-      steps, values = _thin(steps, values)
-      axes.plot(
-        steps,
-        100 * values,
-        color=ROLE_COLORS[role],
-        linewidth=2,
-        marker=ROLE_MARKERS[role] if len(steps) <= 40 else None,
-        markersize=4,
-      )
-    axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
-    _finish(axes, 'mIoU, %')
-    return _svg(figure, 'mIoU on the validation split over steps')
-
-
-def loss_curves(series, *, role):
-  """One stage: the total as a broad line, every term as a dashed one.
-
-  Args:
-    series: name -> (steps, values), none of them empty; 'loss' is the total.
-    role: whose colour the total has.
-
-  Returns:
-    SVG text and the key: a list of (name, colour, dashes or '').
-  """
-  key = []
-  with matplotlib.rc_context(_STYLE):
-    figure, axes = _axes(360, 230)
-    names = sorted(series, key=lambda name: name != 'loss')
-    terms = 0
-    for name in names:
-      color, dashes = ROLE_COLORS[role], ''
-      if name != 'loss':
-        color = TERM_COLORS[terms % len(TERM_COLORS)]
-        dashes = TERM_DASHES[terms % len(TERM_DASHES)]
-        terms += 1
-      style = (0, tuple(map(float, dashes.split()))) if dashes else 'solid'
-      axes.plot(
-        *_thin(*series[name]),
-        color=color,
-        linewidth=1.5 if dashes else 2.6,
-        linestyle=style,
-      )
-      key.append((name, color, dashes))
-    values = np.concatenate([series[name][1] for name in names])
-    # A small term beside a large one is invisible on a linear axis.
-    if values.min() > 0 and values.max() / values.min() > 20:
-      axes.set_yscale('log')
-      _decimal_ticks(axes.yaxis, values)
-    _finish(axes, 'loss')
-    return _svg(figure, f'loss of the stage {role} over steps'), key
-
-
-def _decimal_ticks(axis, values):
-  """Ticks such as 0.1 and 1: an SVG text knows no exponents."""
-  decades = math.log10(values.max() / values.min())
-  subs = (1, 2, 5) if decades < 2 else (1,)
-  axis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs, numticks=9))
-  axis.set_major_formatter(lambda value, _: f'{value:g}')
-  axis.set_minor_locator(matplotlib.ticker.NullLocator())
-
-
-def _finish(axes, ylabel):
-  axes.set_xlabel('step', labelpad=2)
-  axes.set_ylabel(ylabel, labelpad=4)
-  axes.tick_params(length=0)
-  axes.margins(x=0.02)
-  axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
-  axes.xaxis.set_major_formatter(lambda value, _: _short(value))
-
-
-def _short(value):
-  """25000 -> 25k: tick labels that fit side by side."""
-  for size, unit in ((1e6, 'M'), (1e3, 'k')):
-    if abs(value) >= 10 * size or (abs(value) >= size and value % size == 0):
-      return f'{value / size:g}{unit}'
-  return f'{value:g}'
-
-
-def class_dots(names, values):
-  """IoU per class: a row per class, a dot per network, sorted by the gain.
-
-  Without a student or a distilled student the order is by the IoU itself.
-  Classes without any value come last.
-
-  Args:
-    names: k class names.
-    values: role -> k fractions, NaN where a class is absent.
-
-  Returns:
-    List of SVG texts; more than one if there are many classes.
-  """
-  values = {role: 100 * np.asarray(v, float) for role, v in values.items()}
-  paired = 'student' in values and 'distill' in values
-  gains = values['distill'] - values['student'] if paired else None
-  order_by = gains if paired else next(iter(values.values()))
-  order = np.argsort(-np.nan_to_num(order_by, nan=-1e3), kind='stable')
-  columns = 1 if len(names) <= 24 else 2 * math.ceil(len(names) / 80)
-  drawings = []
-  for rows in np.array_split(order, columns):
-    with matplotlib.rc_context(_STYLE):
-      drawings.append(_dots(names, values, gains, rows, wide=columns == 1))
-  return drawings
-
-
-def _dots(names, values, gains, rows, *, wide):
-  labels = [_clip(names[i]) for i in rows]
-  left = 14 + 5.7 * max(len(label) for label in labels)
-  right = 12 if gains is None else 46
-  figure, axes = _axes(
-    500 if wide else 360, 62 + 18 * len(rows), left, right, top=24
-  )
-  y = np.arange(len(rows))
-  if gains is not None:
-    start, stop = values['student'][rows], values['distill'][rows]
-    axes.hlines(y, start, stop, color=_INK, alpha=0.35, linewidth=2.4, zorder=2)
-    axes.text(
-      1 + right / 2 / (axes.bbox.width),
-      -0.95,
-      'gain',
-      ha='center',
-      va='center',
-      transform=axes.get_yaxis_transform(),
-    )
-    for row, gain in enumerate(gains[rows]):
-      axes.text(
-        1 + (right - 4) / axes.bbox.width,
-        row,
-        '–' if np.isnan(gain) else signed(gain),
-        ha='right',
-        va='center',
-        transform=axes.get_yaxis_transform(),
-      )
-  for role, value in values.items():
+  height = 0.9 + 0.28 * len(names)
+  figure = Figure(figsize=(10.8, height), dpi=72, layout='constrained')
+  axes = figure.subplots()
+  y = np.arange(len(names))
+  for i, (role, values) in enumerate(ious.items()):
     axes.scatter(
-      value[rows],
-      y,
-      s=34,
+      100 * values,
+      y + 0.2 * (i - (len(ious) - 1) / 2),
+      s=30,
       color=ROLE_COLORS[role],
       marker=ROLE_MARKERS[role],
       linewidths=0,
-      zorder=3,
       clip_on=False,
+      zorder=3,
     )
-  axes.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -0.6), yticks=y)
-  axes.set_yticklabels(labels)
-  axes.set_xlabel('IoU, %', labelpad=2)
+  axes.set(xlim=(-1.5, 100), ylim=(len(names) - 0.4, -1), xlabel='IoU, %')
+  axes.set_yticks(y, [name[:28] for name in names])
   axes.tick_params(length=0)
   axes.spines['left'].set_visible(False)
-  return _svg(figure, 'IoU per class: ' + ', '.join(labels))
-
-
-def _clip(name, most=20):
-  return name if len(name) <= most else name[: most - 1] + '…'
-
-
-def signed(points):
-  """One decimal with its sign, a true minus, and no '−0.0'."""
-  points = round(points, 1)
-  return f'{points:+.1f}'.replace('-', '−') if points else '±0.0'
+  if {'student', 'distill'} <= set(ious):
+    gains = 100 * (ious['distill'] - ious['student'])
+    gains = ['–' if np.isnan(gain) else signed(gain, 1) for gain in gains]
+    right = axes.secondary_yaxis('right')
+    right.set_yticks([-0.8, *y], ['gain', *gains])
+    right.tick_params(length=0)
+    right.spines['right'].set_visible(False)
+  return _svg(figure, f'IoU per class: {", ".join(names)}')
 
 
 # Pictures.
 
 
-def _target(height, width):
-  """Size on the page: small pictures grow by whole pixels, large ones shrink."""
-  longest = max(height, width)
-  factor = 480 / longest if longest > 480 else max(1, round(320 / longest))
-  return max(1, round(width * factor)), max(1, round(height * factor))
+def _size(height, width, wanted=400):
+  """Small pictures grow by whole pixels, so that edges stay; large ones shrink.
+
+  Returns:
+    (width, height) for PIL.
+  """
+  scale = wanted / max(height, width)
+  scale = round(scale) if scale > 1 else scale
+  return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _uri(picture, kind, **options):
@@ -287,97 +207,111 @@ def _uri(picture, kind, **options):
 def photo(image):
   """uint8 [h, w, 3] as a data URI."""
   picture = Image.fromarray(np.ascontiguousarray(image))
-  picture = picture.resize(_target(*image.shape[:2]), Image.Resampling.BICUBIC)
-  return _uri(picture, 'JPEG', quality=85)
+  picture = picture.resize(_size(*image.shape[:2]), Image.Resampling.BICUBIC)
+  return _uri(picture, 'JPEG', quality=88)
 
 
-def class_map(classes, colors):
-  """Classes as flat colours; what is not below len(colors) is hatched grey.
+def class_map(classes, palette):
+  """Classes as flat colours; ignored pixels, of value 255, are transparent.
 
   Args:
     classes: uint8 [h, w].
-    colors: uint8 [k, 3], k at most 254.
+    palette: uint8 [k, 3], k below 256.
 
   Returns:
     A PNG as a data URI.
   """
-  k = min(len(colors), 254)
-  size = _target(*classes.shape)
   picture = Image.fromarray(np.ascontiguousarray(classes, dtype=np.uint8))
-  index = np.array(picture.resize(size, Image.Resampling.NEAREST))
-  y, x = np.indices(index.shape)
-  index = np.where(index < k, index, 254 + (x + y) // 5 % 2).astype(np.uint8)
+  picture = picture.resize(_size(*classes.shape), Image.Resampling.NEAREST)
   table = np.zeros((256, 3), np.uint8)
-  table[:k] = np.asarray(colors)[:k]
-  table[254:] = _HATCH
-  picture = Image.fromarray(index).convert('P')
+  table[: len(palette)] = palette
   picture.putpalette(table.tobytes())
-  return _uri(picture, 'PNG', optimize=True)
+  return _uri(picture, 'PNG', optimize=True, transparency=255)
 
 
-def _rgb(*colors):
-  return np.array([list(bytes.fromhex(color[1:])) for color in colors])
-
-
-def error_map(label, prediction):
-  """Wrong pixels red, right ones grey, ignored ones hatched."""
-  wrong = (label != prediction).astype(np.uint8)
-  wrong[label == 255] = 255
-  return class_map(wrong, _rgb(RIGHT, WRONG))
-
-
-def change_map(label, before, after):
-  """Pixels that became right or wrong from one network to the other."""
-  change = np.zeros(label.shape, np.uint8)
-  change[(before == label) & (after != label)] = 1
-  change[(before != label) & (after == label)] = 2
-  change[label == 255] = 255
-  return class_map(change, _rgb(RIGHT, WRONG, MENDED))
-
-
-def pixel_accuracy(label, prediction):
-  """Share of right pixels among those that count; NaN if there are none."""
-  counts = label != 255
-  return float(np.mean((label == prediction)[counts])) if counts.any() else np.nan
-
-
-def _enlarged(attention, size):
-  picture = Image.fromarray(np.ascontiguousarray(attention, dtype=np.float32))
-  return np.array(picture.resize(size, Image.Resampling.BILINEAR))
-
-
-def heat(image, attention):
-  """Attention over the grey image, from its own smallest to largest value.
+def heat_map(image, attention):
+  """Attention over the grey image.
 
   Args:
     image: uint8 [h, w, 3].
-    attention: float [th, tw], any range; a constant map is all dark.
+    attention: float [th, tw] from 0 to 1.
 
   Returns:
     A JPEG as a data URI.
   """
-  size = _target(*image.shape[:2])
+  size = _size(*image.shape[:2])
   grey = Image.fromarray(np.ascontiguousarray(image)).convert('L').resize(size)
-  level = _enlarged(np.nan_to_num(attention), size)
-  span = level.max() - level.min()
-  level = (level - level.min()) / (span if span > 0 else 1)
-  colors = matplotlib.colormaps['inferno'](level)[..., :3]
-  mixed = 0.3 * np.asarray(grey)[..., None] / 255 + 0.7 * colors
-  picture = Image.fromarray(np.uint8(np.clip(255 * mixed, 0, 255)))
-  return _uri(picture, 'JPEG', quality=85)
-
-
-def agreement(first, second):
-  """Correlation of two attention maps; NaN if one of them is constant."""
-  size = first.shape[::-1]
-  first = np.asarray(first, float).ravel()
-  second = _enlarged(second, size).astype(float).ravel()
-  if not (np.std(first) > 0 and np.std(second) > 0):
-    return np.nan
-  return float(np.corrcoef(first, second)[0, 1])
+  level = Image.fromarray(np.nan_to_num(attention.astype(np.float32)))
+  level = np.asarray(level.resize(size, Image.Resampling.BILINEAR))
+  color = matplotlib.colormaps['inferno'](level)[..., :3]
+  mixed = 0.3 * np.asarray(grey)[..., None] / 255 + 0.7 * color
+  return _uri(Image.fromarray(np.uint8(255 * mixed)), 'JPEG', quality=88)
 
 
 def heat_gradient():
-  """CSS colours of the attention maps from low to high."""
-  levels = cm.ScalarMappable(cmap='inferno').to_rgba(np.linspace(0, 1, 7))
-  return ', '.join(matplotlib.colors.to_hex(level) for level in levels)
+  """CSS colours of the heat maps from low to high."""
+  stops = matplotlib.colormaps['inferno'](np.linspace(0, 1, 7))
+  return ', '.join(map(colors.to_hex, stops))
+
+
+# The page: light, dark, on paper and on a phone.
+PAGE_CSS = """
+:root{color-scheme:light dark;--teacher:@teacher;--student:@student;
+--distill:@distill;--ink:#1b1f24;--soft:#5b6470;--line:#d5d9df;
+--paper:#fff;--tint:#f3f5f8}
+@media(prefers-color-scheme:dark){:root{--ink:#e4e7eb;--soft:#9aa4b1;
+--line:#3a414b;--paper:#14171b;--tint:#1f242b}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:2rem 1.25rem 3rem;max-width:1120px;
+background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
+h1{font-size:1.7rem;line-height:1.25;margin:0 0 .6rem}
+h2{font-size:1.3rem;margin:2.5rem 0 .5rem}
+h3{font-size:1.05rem;margin:2rem 0 .5rem}
+section{border-top:1px solid var(--line);margin-top:2.5rem}
+section h2{margin-top:1rem;overflow-wrap:anywhere}
+a{color:inherit}
+.lead{font-size:1.15rem;max-width:48rem;margin:.3rem 0 1.2rem}
+.note,small,dt{color:var(--soft);font-size:.85rem}
+.missing{background:var(--tint);border-left:4px solid var(--student);
+padding:.5rem .9rem}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:.9rem;margin-bottom:1rem;
+font-variant-numeric:tabular-nums}
+th,td{padding:.4rem .6rem;text-align:right;white-space:nowrap;
+border-bottom:1px solid var(--line)}
+th{color:var(--soft);font-weight:600;font-size:.8rem}
+th:first-child,td:first-child{padding-left:0}
+:is(th,td):nth-child(-n+2){text-align:left}
+i{display:inline-block;width:.8em;height:.8em;margin-right:.45em}
+i.dot{width:.7em;height:.7em;background:var(--teacher)}
+i.student{background:var(--student);border-radius:50%}
+i.distill{background:var(--distill);transform:rotate(45deg) scale(.9)}
+i.heat{width:8em;margin:0 .3em}
+.void,.row img{background:repeating-linear-gradient(135deg,#b0b2b8 0 4px,
+#84878e 4px 8px)}
+i:not(.dot){outline:1px solid var(--line)}
+figure{margin:0;min-width:0}
+figcaption{font-size:.85rem;display:flex;align-items:baseline;
+white-space:nowrap}
+figcaption small{margin-left:auto;font-size:.75rem}
+.charts{display:grid;gap:1.2rem 2rem;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,360px),1fr))}
+.charts figcaption{font-weight:600}
+svg{display:block;width:100%;height:auto}
+svg *{stroke-linejoin:round}
+.key{display:flex;flex-wrap:wrap;gap:.15rem 1rem;margin:.3rem 0 .6rem;
+font-size:.85rem}
+.row{display:grid;gap:.5rem;margin-bottom:.6rem;
+grid-template-columns:repeat(var(--n),1fr)}
+.row img{display:block;width:100%;height:auto}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.2rem;
+font-size:.9rem;margin:0}
+dd{margin:0;overflow-wrap:anywhere}
+details{margin-top:1rem;font-size:.9rem}
+pre{background:var(--tint);padding:.8rem;overflow-x:auto;font-size:.85em}
+@media(max-width:720px){.row{grid-template-columns:repeat(2,1fr)}}
+@media print{figure,tr,dl{break-inside:avoid}h3{break-after:avoid}
+*{print-color-adjust:exact}}
+"""
+for _role, _color in ROLE_COLORS.items():
+  PAGE_CSS = PAGE_CSS.replace(f'@{_role}', _color)

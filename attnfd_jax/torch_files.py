@@ -29,6 +29,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from attnfd_jax.errors import InputError
+
 _MAGIC = 0x1950A86A20F9469CFC6C
 # Real pickles are under 1 MB; each byte can cost 100 bytes of memory.
 _MAX_PICKLE = 2**24
@@ -51,7 +53,7 @@ _WRAPPERS = ('state_dict', 'model', 'model_state', 'net')
 _SAFE = 'get a file of tensors only, torch.save(model.state_dict(), ...)'
 
 
-class TorchFileError(ValueError):
+class TorchFileError(InputError):
   """A file that cannot be read or written; one line: file, fault, way out."""
 
 
@@ -69,10 +71,13 @@ def _errors(path, hint='truncated or damaged, copy or download it again'):
 
 
 def _refuse(name):
-  name = name.replace(' ', '.')[:80]
   return TorchFileError(
-    f'refuses to load {name!r}: not a tensor file we trust; {_SAFE}'
+    f'refuses to load {name[:80]!r}: not a tensor file we trust; {_SAFE}'
   )
+
+
+def _damaged(what):
+  return TorchFileError(f'damaged: {what}; copy or download it again')
 
 
 # What a pickle can name. All are inert; the machine compares types.
@@ -127,17 +132,12 @@ def _make_tensor(storage, offset, size, stride, *_):
   numbers = (offset, *size, *stride)
   fits = len(size) == len(stride) <= 32
   if not fits or not all(type(n) is int and 0 <= n < 2**60 for n in numbers):
-    raise TorchFileError(
-      'a tensor has an invalid shape, stride or offset; copy it again'
-    )
+    raise _damaged('a tensor with an invalid shape, stride or offset')
   held = storage.data.size // storage.dtype.itemsize
   count = math.prod(size)
   reach = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
   if count and (reach >= held or count > max(held, _MAX_REPEATED)):
-    raise TorchFileError(
-      f'a tensor of shape {size} does not fit its storage of {held}'
-      ' elements; copy the file again'
-    )
+    raise _damaged(f'a tensor {size} outside of its {held} stored elements')
   if not count:
     return np.empty(size, storage.dtype)
   # Strides in bytes; NumPy checks the bounds once more.
@@ -149,7 +149,7 @@ def _make_tensor(storage, offset, size, stride, *_):
 def _make_scalar(kind, data):
   data = data.encode('latin1') if isinstance(data, str) else data
   if type(kind) is not _DType or len(data) != kind.dtype.itemsize:
-    raise TorchFileError('holds a damaged NumPy scalar; copy it again')
+    raise _damaged('a NumPy scalar of the wrong size')
   return np.frombuffer(data, kind.dtype).astype(kind.dtype.newbyteorder('='))[0]
 
 
@@ -232,7 +232,7 @@ def _unpickle(data, find_storage=None):
       if name == 'STACK_GLOBAL':
         arg = f'{stack.pop(-2)} {stack.pop()}'
       if name == 'INST' or arg not in _GLOBALS:
-        raise _refuse(arg)
+        raise _refuse(arg.replace(' ', '.', 1))
       stack.append(_GLOBALS[arg])
     elif name == 'REDUCE':
       function, args = stack.pop(-2), stack.pop()
@@ -255,7 +255,7 @@ def _unpickle(data, find_storage=None):
         _, start, count = view[0]
         width = storage.dtype.itemsize
         if not 0 <= start <= start + count <= storage.data.size // width:
-          raise TorchFileError('a storage view is outside of its storage')
+          raise _damaged('a view outside of its storage')
         view = storage.data[start * width : (start + count) * width]
         storage = _Storage(view, storage.dtype)
       stack.append(storage)
@@ -263,7 +263,7 @@ def _unpickle(data, find_storage=None):
       return stack.pop(), position + 1
     elif name not in ('PROTO', 'FRAME'):
       raise _refuse(f'pickle opcode {name}')
-  raise TorchFileError('truncated; copy or download it again')
+  raise _damaged('truncated')
 
 
 def _make_finder(load):
@@ -272,15 +272,12 @@ def _make_finder(load):
 
   def find_storage(key, dtype, count):
     if not isinstance(key, str) or type(count) is not int or count < 0:
-      raise _refuse(f'a storage with a key of type {type(key).__name__}')
+      raise _damaged('a storage without a proper key and size')
     size = count * dtype.itemsize
     if key not in table:
       table[key] = _Storage(load(key, size), dtype)
     if table[key].dtype != dtype or table[key].data.size != size:
-      raise TorchFileError(
-        f'storage {key[:40]!r} has {table[key].data.size} bytes, the pickle'
-        f' says {size} of {dtype}; copy or download it again'
-      )
+      raise _damaged(f'storage {key[:40]!r} is not {size} bytes of {dtype}')
     return table[key]
 
   return find_storage, table
@@ -317,10 +314,7 @@ def _read_zip(file, size):
         ' write it again with torch.save'
       )
     if info.file_size > limit:
-      raise TorchFileError(
-        f'record {name[:40]!r} has {info.file_size} bytes, not {limit} or'
-        ' less; copy or download it again'
-      )
+      raise _damaged(f'record {name[:40]!r} is larger than {limit} bytes')
     return archive.read(info)
 
   order = 'little'
@@ -348,7 +342,7 @@ def _read_legacy(file, size):
     nonlocal size
     size -= wanted
     if size < 0:
-      raise TorchFileError('truncated: storages are larger than the file')
+      raise _damaged('storages are larger than the file')
     return np.empty(wanted, np.uint8)  # Filled below; the data come last.
 
   if run() != _MAGIC:
@@ -360,15 +354,16 @@ def _read_legacy(file, size):
   value = run(find_storage)
   keys = [str(key) for key in run()]
   if set(keys) != set(table) or len(keys) != len(table):
-    raise TorchFileError('truncated or damaged: its list of storages is wrong')
+    raise _damaged('its list of storages is wrong')
   file.seek(position)
   for key in keys:
     storage = table[key]
-    count = int.from_bytes(file.read(8), 'little')
-    if count * storage.dtype.itemsize != storage.data.size:
-      raise TorchFileError(f'damaged: storage {key[:40]!r} has another size')
+    # Compared as bytes: a cut count must not read as a smaller one.
+    count = storage.data.size // storage.dtype.itemsize
+    if file.read(8) != count.to_bytes(8, 'little'):
+      raise _damaged(f'storage {key[:40]!r} has another size')
     if file.readinto(storage.data) != storage.data.size:
-      raise TorchFileError('truncated; copy or download it again')
+      raise _damaged('truncated')
   _swap(table, 'little')
   return value
 

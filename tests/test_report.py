@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report: numbers, words and files, from run folders made up here."""
 
+import html
 import json
 import re
-import statistics
 import subprocess
 import sys
 
@@ -13,136 +13,58 @@ import pytest
 from attnfd_jax import report
 from attnfd_jax.errors import InputError
 
-NAMES = (
-  *('sky', 'building', 'pole', 'road', 'pavement', 'tree', 'sign <b>&'),
-  *('fence', 'car', 'pedestrian', 'bicyclist'),
-)
-PALETTE = np.array(
-  [
-    *([128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128]),
-    *([0, 0, 192], [128, 128, 0], [192, 128, 128], [64, 64, 128]),
-    *([64, 0, 128], [64, 64, 0], [0, 128, 192]),
-  ],
-  np.uint8,
-)
+NAMES = ('sky', 'road', 'sign <b>&', 'fence', 'car $x^2$')
+PALETTE = np.arange(15, dtype=np.uint8).reshape(5, 3)
 MIOU = {'teacher': 0.47, 'student': 0.412, 'distill': 0.4355}
-
-
-def _scenes(rng, n, height, width):
-  """Labels with a sky, houses, a road, cars and an ignored rim; images."""
-  y, x = np.mgrid[:height, :width] / [[[height]], [[width]]]
-  labels, images = [], []
-  for _ in range(n):
-    horizon = 0.4 + 0.1 * rng.random()
-    label = np.where(y < horizon, 0, 3)
-    for _ in range(6):
-      kind, left, size = rng.choice([1, 5, 1, 2]), rng.random(), rng.random()
-      tall = (x > left) & (x < left + 0.25 * size + 0.02)
-      label[tall & (y < horizon + 0.08) & (y > 0.45 - 0.4 * size)] = kind
-    label[(y > horizon) & (abs(x - 0.5) > 0.25 + 0.4 * (y - horizon))] = 4
-    for _ in range(4):
-      kind, cx = rng.choice([8, 9, 6, 10]), rng.random()
-      cy, r = 0.5 + 0.3 * rng.random(), 0.05 + 0.08 * rng.random()
-      label[(x - cx) ** 2 + (y - cy) ** 2 < r**2] = kind
-    image = PALETTE[label] * (0.65 + 0.35 * y[..., None])
-    image = image + 25 * np.sin(18 * x + 9 * y)[..., None]
-    label[:, : width // 30] = 255
-    labels.append(label)
-    images.append(np.clip(image + rng.normal(0, 6, image.shape), 0, 255))
-  return np.uint8(images), np.uint8(labels)
-
-
-def _blobs(rng, shape, low, high):
-  """Smooth noise in [low, high]."""
-  n, h, w = shape
-  y, x = np.mgrid[:h, :w] / [[[h]], [[w]]]
-  noise = sum(
-    np.sin(2 * np.pi * (a * x + b * y) + c)
-    for a, b, c in rng.uniform(-3, 3, (8, 3))
-  )
-  noise = np.stack([np.roll(noise, 3 * i, 1) for i in range(n)])
-  noise = (noise - noise.min()) / (noise.max() - noise.min())
-  return low + (high - low) * noise
 
 
 def _write_json(path, content):
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(content))
+  # The program writes sorted names; only class_names tells their order.
+  path.write_text(json.dumps(content, sort_keys=True))
 
 
-def make_run(folder, *, seed=0, miou=None, stages=report.STAGES, size=(96, 128)):
-  """A finished run folder with seeded numbers and smooth pictures."""
+def make_run(folder, *, seed=0, miou=MIOU, stages=report.STAGES):
+  """A finished run folder with seeded numbers and pictures."""
   rng = np.random.default_rng(seed)
-  miou = MIOU if miou is None else miou
-  config = {
-    'seed': seed,
-    'batch_size': 8,
-    'num_steps': 400,
-    'recipe': 'clean',
-    'stages': list(report.STAGES),
-    'data': {'name': 'camvid', 'root': '<root>'},
-    'student': {'backbone': 'resnet18'},
-    'teacher': {'backbone': 'resnet101', 'checkpoint': ''},
-    'distill': {'method': 'attnfd', 'attn_lambda': 2.0},
-    'optim': {'learning_rate': 0.01},
-  }
+  config = {'seed': seed, 'stages': report.STAGES}
+  config['data'] = {'name': 'camvid', 'root': '<root>'}
+  config['student'] = {'backbone': 'resnet18'}
+  config['distill'] = {'attn_lambda': 2.0}
   _write_json(folder / 'config.json', config)
-  image, label = _scenes(rng, 3, *size)
-  base = rng.uniform(0.25, 0.7, len(NAMES))
+  image = rng.integers(0, 256, (3, 12, 16, 3), np.uint8)
+  label = rng.integers(0, 5, (3, 12, 16), np.uint8)
+  label[:, :2] = 255
   results = {}
   for stage in stages:
-    ious = np.clip(base + rng.normal(miou[stage] - 0.45, 0.05, 11), 0, 1)
-    table = dict(zip(NAMES, ious.round(4).tolist(), strict=True))
-    table['fence'] = None
+    ious = dict(zip(NAMES, rng.random(5), strict=True), fence=None)
     results[stage] = {
-      'stage': stage,
       'dataset': 'camvid',
       'split': 'val',
       'protocol': 'native',
       'miou': miou[stage],
-      'pixel_accuracy': 0.8 + miou[stage] / 10,
-      'class_accuracy': miou[stage] + 0.1,
-      'fw_iou': 0.7,
-      'iou_per_class': table,
-      'step': 400,
-      'seed': seed,
+      'iou_per_class': ious,
       'params': 59_339_000 if stage == 'teacher' else 16_610_000,
-      'gflops': 88.1 if stage == 'teacher' else 21.4,
-      'train_seconds': 3725.0 if stage == 'teacher' else 830.0,
-      'device': 'cpu x2',
-      'versions': {'jax': '0.10.2', 'flax': '0.12.8'},
-      'method': 'attnfd',
-      'image_size': list(size),
-      'test': {'miou': miou[stage] - 0.02, 'split': 'test'},
+      'train_seconds': 3725.0,
+      'test': {'miou': miou[stage] - 0.02},
     }
     lines = []
-    for step in range(0, 401, 5):
-      decay = np.exp(-step / 120)
-      terms = {'ce': 0.4 + 2 * decay + 0.1 * rng.random()}
+    for step in range(20, 401, 20):
+      terms = {'ce': 40 / step, 'grad_norm': 1e6}
       if stage == 'distill':
-        terms['attnfd'] = 0.02 + 0.1 * decay + 0.005 * rng.random()
-      lines.append({'kind': 'train', 'step': step, **terms})
-      lines[-1] |= {'loss': sum(terms.values()), 'grad_norm': 1e6}
-      if step and step % 40 == 0:
-        value = miou[stage] * (1 - np.exp(-step / 90)) + 0.01 * rng.random()
-        lines.append({'kind': 'eval', 'step': step, 'miou': value})
+        terms['attnfd'] = 1 / step
+      lines.append({'kind': 'train', 'step': step, 'loss': 1.0, **terms})
+      lines.append({'kind': 'eval', 'step': step, 'miou': miou[stage]})
     text = '\n'.join(map(json.dumps, lines)) + '\n{"kind": "tra'
-    _write_json(folder / stage / 'result.json', results[stage])
+    _write_json(folder / stage / 'config.json', {'class_names': NAMES})
+    command = ['main.py', '--config=a b.py']
+    _write_json(folder / stage / 'environment.json', {'command': command})
     (folder / stage / 'metrics.jsonl').write_text(text)
-    noise = _blobs(rng, label.shape, 0, 1) > miou[stage] + 0.35
-    prediction = np.where(noise, np.roll(label, 9, 2), label)
-    prediction[prediction == 255] = 3
-    arrays = {'image': image, 'label': label, 'prediction': prediction}
-    arrays['palette'] = PALETTE
-    if stage == 'distill':
-      for tap, (h, w) in (
-        *(('backbone', (6, 8)), ('aspp', (6, 8))),
-        ('decoder', (24, 32)),
-      ):
-        teacher = _blobs(rng, (3, h, w), 0.2, 0.9)
-        arrays[f'teacher_attention_{tap}'] = teacher
-        noise = _blobs(rng, (3, h, w), 0, 0.3)
-        arrays[f'student_attention_{tap}'] = (teacher + noise)[:, ::1]
+    arrays = {'image': image, 'label': label, 'palette': PALETTE}
+    arrays['prediction'] = np.where(label == 255, 3, label)
+    for tap in ('backbone', 'aspp', 'decoder') if stage == 'distill' else ():
+      for role in ('teacher', 'student'):
+        arrays[f'{role}_attention_{tap}'] = rng.random((3, 3, 4), np.float32)
     np.savez_compressed(folder / stage / 'pictures.npz', **arrays)
   _write_json(folder / 'results.json', results)
   return folder
@@ -157,3 +79,121 @@ def _page(folders, output):
 def page(tmp_path_factory):
   folder = tmp_path_factory.mktemp('runs')
   return _page([make_run(folder / 'a')], folder / 'report.html')
+
+
+def test_page_has_the_numbers(page):
+  text = page.replace('\u00a0', ' ')
+  assert (
+    'AttnFD lifts the ResNet-18 student by +2.35 points of mIoU, '
+    'from 41.20 % to 43.55 % (val, protocol native); '
+    'that closes 41 % of the gap to the teacher (47.00 %). On the test split: '
+    '+2.35 points. One seed'
+  ) in text
+  rows = re.findall(r'<tr>.*?</tr>', text)
+  for cell in ('Student with AttnFD', '43.55', '+2.35', '41.55', '16.61'):
+    assert cell in rows[3]
+  assert '59.34' in rows[1] and '1:02:05' in rows[1]
+  assert page.count('loading="lazy"') == 3 * (1 + 1 + 3) + 2 * 2 * (1 + 3)
+  assert 'python -m attnfd_jax.main &#x27;--config=a b.py&#x27;' in page
+  assert page.count('total</text>') == 3 and page.count('>ce</text>') == 1
+  assert '100.0 % right' in text and '>Missing' not in page
+
+
+def test_class_names_stand_beside_their_colours(page):
+  colors = re.findall(r'rgb\((\d+ \d+ \d+)\)"></i>([^<]*)', page)
+  assert [html.unescape(name) for _, name in colors] == list(NAMES)
+  assert [c for c, _ in colors] == [' '.join(map(str, c)) for c in PALETTE]
+  texts = map(html.unescape, re.findall(r'>\s*([^<>]*)</text>', page))
+  assert [text for text in texts if text in NAMES] == list(NAMES)
+
+
+def test_page_is_offline_and_escaped(page):
+  assert not re.search(r'https?:|<script|<link|@import|<\?xml', page)
+  links = re.findall(r'(?:src|href)="([^"]*)"', page)
+  assert links and all(x.startswith(('data:image/', '#')) for x in links)
+  assert 'sign &lt;b&gt;&amp;' in page and '&lt;root&gt;' in page
+  assert '<b>&' not in page and '<root>' not in page
+  assert 'nan' not in re.sub(r'base64,[^"]*', '', page)
+
+
+@pytest.mark.parametrize(
+  ('teacher', 'student', 'distill', 'words'),
+  [
+    (0.47, 0.41, 0.44, 'closes 50 % of the gap to the teacher (47.00 %)'),
+    (0.47, 0.41, 0.48, 'passes the teacher (47.00 %)'),
+    (0.40, 0.41, 0.42, 'the teacher (40.00 %) is no better than the student'),
+    (0.47, 0.41, 0.40, 'does not help: the net student loses 1.00'),
+    (0.47, 0.41, 0.40, '; the teacher has 47.00 %.'),
+    (0.47, 0.41, 0.4102, 'makes no difference to the net student, from'),
+    (None, 0.41, 0.44, 'from 41.00 % to 44.00 % (val, protocol native).'),
+    (0.47, 0.41, None, 'no distilled student yet; finished: teacher 47.00 %'),
+  ],
+)
+def test_outcome(teacher, student, distill, words):
+  values = zip(report.STAGES, (teacher, student, distill), strict=True)
+  same = {'split': 'val', 'protocol': 'native'}
+  results = {stage: same | {'miou': value} for stage, value in values if value}
+  sentence = report.outcome(results, method='M', network='net')
+  assert words in sentence.replace('\u00a0', ' ')
+  if student and distill:
+    results['student']['protocol'] = 'reference'
+    sentence = report.outcome(results, method='M', network='net')
+    assert 'cannot be compared' in sentence
+
+
+def test_seeds_are_summarised(tmp_path):
+  folders = []
+  for i, (student, distill) in enumerate([(40, 43), (42, 44)]):
+    miou = {'teacher': 0.47, 'student': student / 100, 'distill': distill / 100}
+    folders.append(make_run(tmp_path / f'seed{i}', seed=i, miou=miou))
+  page = _page(folders, tmp_path / 'new' / 'report.html')
+  # The gain is paired by seed: 3 and 2 points.
+  for text in ('47.00 ± 0.00', '41.00 ± 1.41', '43.50 ± 0.71', '+2.50 ± 0.71'):
+    assert page.count(text) == (2 if text[0] == '+' else 1)  # And on test.
+  assert 'Mean over 2 seeds: AttnFD lifts' in page
+  assert 'href="#run-2"' in page and 'differs in' not in page
+  assert [p.name for p in (tmp_path / 'new').iterdir()] == ['report.html']
+
+  # Runs with other settings are not averaged.
+  config = json.loads((folders[1] / 'config.json').read_text())
+  config['distill']['attn_lambda'] = 3.5
+  _write_json(folders[1] / 'config.json', config)
+  page = _page(folders, tmp_path / 'report.html')
+  assert 'distill.attn_lambda=3.5' in page and 'distill.attn_lambda=2.0' in page
+  assert ' ± ' not in page
+
+
+def test_incomplete_run_says_what_is_missing(tmp_path):
+  folder = make_run(tmp_path / 'a', stages=('teacher', 'student'))
+  (folder / 'student' / 'metrics.jsonl').unlink()
+  (folder / 'student' / 'pictures.npz').unlink()
+  (folder / 'teacher' / 'pictures.npz').write_bytes(b'PK not a file')
+  page = _page([folder], tmp_path / 'report.html')
+  missing = 'distill, student/metrics.jsonl, teacher/pictures.npz'
+  assert f'Missing: {missing}, student/pictures.npz.' in page
+
+
+def test_a_failure_leaves_the_page_of_before(tmp_path):
+  _write_json(tmp_path / 'results.json', {'student': {'miou': None}})
+  page = _page([tmp_path], tmp_path / 'report.html')
+  assert 'finished: nothing' in page
+  (tmp_path / 'results.json').write_text('{')
+  with pytest.raises(InputError, match='results.json: not JSON'):
+    report.write_report([tmp_path], tmp_path / 'report.html')
+  assert (tmp_path / 'report.html').read_text(encoding='utf-8') == page
+
+
+def test_command_line(tmp_path):
+  _write_json(tmp_path / 'results.json', {})
+  output = f'--output={tmp_path}/page.html'
+  done, wrong = (
+    subprocess.run(
+      [sys.executable, '-m', 'attnfd_jax.report', folder, output],
+      capture_output=True,
+      text=True,
+    )
+    for folder in (tmp_path, tmp_path / 'other')
+  )
+  assert (done.returncode, wrong.returncode) == (0, 2), done.stderr
+  assert wrong.stderr.count('\n') == 1
+  assert 'other: no results.json there; give the --workdir' in wrong.stderr

@@ -69,9 +69,9 @@ class _Selected:
   Indices of None are padding: ignored everywhere.
   """
 
-  def __init__(self, source, indices, size, prepare):
+  def __init__(self, source, indices, image_size, label_size, prepare):
     self._source, self._indices = source, indices
-    self._height, self._width = size
+    self._image_size, self._label_size = image_size, label_size
     self._prepare = prepare
 
   def __len__(self):
@@ -80,20 +80,26 @@ class _Selected:
   def __getitem__(self, i):
     index = self._indices[i]
     if index is None:
-      shape = (self._height, self._width)
-      image = np.zeros((*shape, 3), np.uint8)
-      label = np.full(shape, IGNORE_LABEL, np.uint8)
-    else:
-      record = self._source[index]
-      image, label = self._prepare(record['image'], record['label'])
-      image, label = transforms.pad(
-        image, label, height=self._height, width=self._width
-      )
-    return {'image': image, 'label': label}
+      image = np.zeros((*self._image_size, 3), np.uint8)
+      label = np.full(self._label_size, IGNORE_LABEL, np.uint8)
+      return {'image': image, 'label': label}
+    record = self._source[index]
+    image, label = self._prepare(record['image'], record['label'])
+    return {
+      'image': transforms.pad(image, self._image_size, 0),
+      'label': transforms.pad(label, self._label_size, IGNORE_LABEL),
+    }
 
 
 def eval_batches(
-  source, *, batch_size, short_side=None, size_multiple=1, threads=4, workers=0
+  source,
+  *,
+  batch_size,
+  short_side=0,
+  resize_labels=False,
+  size_multiple=1,
+  threads=4,
+  workers=0,
 ):
   """Iterates once over whole images; every pixel counts exactly once.
 
@@ -103,29 +109,37 @@ def eval_batches(
     source: see sources.py.
     batch_size: over all processes. The last batch of a size is filled with
       images whose labels are all ignored.
-    short_side: resize image and label to it, as protocol `reference` does.
+    short_side: resize images to it; 0 leaves them.
+    resize_labels: and the labels too, as protocol `reference` does.
     size_multiple: pad right and bottom to multiples, to have fewer sizes.
     threads: of this process, or of each worker.
     workers: processes.
   """
   process, count, share = _local(batch_size)
 
+  def fitted(size):
+    return transforms.fit_short_side(size, short_side) if short_side else size
+
   def prepare(image, label):
-    if short_side is None:
-      return image, label
-    return transforms.resize_short_side(image, label, size=short_side)
+    size = fitted(label.shape)
+    image = transforms.resize_image(image, size)
+    return image, transforms.resize_label(
+      label, size if resize_labels else label.shape
+    )
+
+  def padded(size):
+    return tuple(-(-n // size_multiple) * size_multiple for n in size)
 
   groups = collections.defaultdict(list)
   for index in range(len(source)):
-    h, w = source.size(index)
-    if short_side is not None:
-      h, w = (n * short_side // min(h, w) for n in (h, w))
-    size = tuple(-(-n // size_multiple) * size_multiple for n in (h, w))
-    groups[size].append(index)
+    size = source.size(index)
+    image_size = padded(fitted(size))
+    label_size = image_size if resize_labels else padded(size)
+    groups[image_size, label_size].append(index)
   datasets = []
-  for size, indices in sorted(groups.items()):
+  for sizes, indices in sorted(groups.items()):
     indices = indices + [None] * (-len(indices) % batch_size)
-    selected = _Selected(source, indices[process::count], size, prepare)
+    selected = _Selected(source, indices[process::count], *sizes, prepare)
     dataset = grain.MapDataset.source(selected).batch(share)
     datasets.append(_iterate(dataset, threads, workers))
   return itertools.chain.from_iterable(datasets)

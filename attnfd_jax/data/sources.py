@@ -192,12 +192,15 @@ def pair_files(images, masks):
   return [(left[stem], right[stem]) for stem in left]
 
 
-def _source(pairs, num_classes, *, ignored=(), cache):
+def _source(config, pairs, num_classes, *, ignored=()):
+  pairs = pairs[: config['limit'] or None]
   allowed = (*range(num_classes), *ignored, IGNORE_LABEL)
   forbidden = np.ones(256, bool)
   forbidden[list(allowed)] = False
   table = id_table(range(num_classes))
-  return PairSource(pairs, table=table, forbidden=forbidden, cache=cache)
+  return PairSource(
+    pairs, table=table, forbidden=forbidden, cache=config['cache']
+  )
 
 
 def _camvid(config):
@@ -206,9 +209,7 @@ def _camvid(config):
   splits = {}
   for split in ('train', 'val', 'test'):
     pairs = pair_files(root / split, root / f'{split}annot')
-    splits[split] = _source(
-      pairs, len(classes.CAMVID), ignored=(11,), cache=config['cache']
-    )
+    splits[split] = _source(config, pairs, len(classes.CAMVID), ignored=(11,))
   return Dataset('camvid', *_classes(classes.CAMVID), splits)
 
 
@@ -217,8 +218,8 @@ def _folder(config):
   names = tuple(config['class_names'])
   if not names:
     raise InputError(
-      'config.data.class_names is empty; name the classes in the order of their '
-      'ids, e.g. --config.data.class_names="(\'background\', \'road\')".'
+      'config.data.class_names is empty; name the classes in the order of '
+      "their ids, e.g. --config.data.class_names=\"('background', 'road')\"."
     )
   root = pathlib.Path(config['root'])
   splits = {}
@@ -226,7 +227,7 @@ def _folder(config):
     if split == 'test' and not (root / 'images' / split).is_dir():
       continue
     pairs = pair_files(root / 'images' / split, root / 'masks' / split)
-    splits[split] = _source(pairs, len(names), cache=config['cache'])
+    splits[split] = _source(config, pairs, len(names))
   palette = classes.voc_palette(len(names))
   return Dataset('folder', names, palette, splits)
 

@@ -39,7 +39,7 @@ LIGHTINGS = (
   Lighting((120, 150, 190), (208, 215, 220), (1., 1., 1.), .6, 250, .7),
   Lighting((150, 156, 162), (196, 198, 200), (.8, .82, .86), .93, 160, 1.),
   Lighting((98, 134, 178), (248, 212, 156), (1.2, .99, .76), .42, 200, .3),
-  Lighting((54, 58, 98), (212, 134, 112), (.62, .55, .6), .8, 200, .6),
+  Lighting((54, 58, 98), (212, 134, 112), (.74, .66, .7), .8, 200, .6),
   Lighting((178, 182, 184), (188, 190, 190), (.8, .82, .83), 1., 55, 0.),
 )
 # Cityscapes, but lane markings white and poles yellow, to be seen.
@@ -61,6 +61,9 @@ METALS = ((66, 68, 70), (128, 130, 132), (44, 58, 50), (104, 86, 66))
 LINES = ((212, 212, 208), (226, 226, 220), (206, 170, 70))
 DARK, BLACK = (46, 52, 60), (24, 24, 26)
 # fmt: on
+ROUGHNESS = np.full(256, 0.05, np.float32)  # Contrast by class.
+ROUGHNESS[[SKY, TREE, CAR]] = 0, 0.12, 0.02
+CIRCLE = [(math.cos(a), math.sin(a)) for a in np.arange(10) * math.pi / 5]
 
 
 # A plane maps (s, t) in metres to the world: x right, y up, z ahead.
@@ -68,14 +71,14 @@ def ground(x, z):
   return x, 0.0, z
 
 
-def facing(x, z, y=0.0, scale=1.0):
-  """Upright plane across the road, with its origin at (x, y, z)."""
-  return lambda s, t: (x + scale * s, y + scale * t, z)
+def facing(x, z, y=0.0, scale=1.0, side=1):
+  """Upright plane across the road; s runs right, or left if side is -1."""
+  return lambda s, t: (x + side * scale * s, y + scale * t, z)
 
 
-def along(x, z, y=0.0, scale=1.0):
-  """Upright plane beside the road: s runs ahead."""
-  return lambda s, t: (x, y + scale * t, z + scale * s)
+def along(x, z, y=0.0, scale=1.0, run=0.0):
+  """Plane beside the road, s runs ahead; `run` metres of x per metre up."""
+  return lambda s, t: (x + run * t, y + scale * t, z + scale * s)
 
 
 # Shapes on a plane: lists of (s, t).
@@ -84,15 +87,12 @@ def box(s0, t0, s1, t1):
 
 
 def disc(s, t, radius, height=None):
-  angles = [i * math.pi / 5 for i in range(10)]
   height = height or radius
-  return [
-    (s + radius * math.cos(a), t + height * math.sin(a)) for a in angles
-  ]
+  return [(s + radius * c, t + height * d) for c, d in CIRCLE]
 
 
 def strip(x0, x1, z0, z1):
-  """Stretch of ground, with corners on the way so that it can bend."""
+  """Long stretch of ground; corners on the way let it follow a bend."""
   depths = [z0 * (z1 / z0) ** (i / 6) for i in range(7)]
   return [(x0, z) for z in depths] + [(x1, z) for z in reversed(depths)]
 
@@ -124,19 +124,24 @@ class Painter:
     red, green, blue = self.rng.choice(colours)
     return red + shift + warmth, green + shift, blue + shift - warmth
 
-  def depth(self, x, far):
-    """Random z from where a thing at x enters the image; mostly near."""
+  def nearest(self, x):
+    """The z from which on things at x are inside the image."""
     side = self.centre if x < 0 else self.image.shape[1] - self.centre
-    near = max(5.5, 1.1 * self.focal * abs(x) / side)
+    return max(5.0, self.focal * abs(x) / side)
+
+  def depth(self, x, far):
+    """Random z where things at x are visible, more often near than far."""
+    near = 1.1 * self.nearest(x)
     return near + self.rng.random() ** 2 * max(far - near, 4)
 
   def pixels(self, plane, shape):
-    corners = []
+    focal, centre, horizon = self.focal, self.centre, self.horizon
+    bend, eye, corners = self.bend, self.eye, []
     for s, t in shape:
       x, y, z = plane(s, t)
-      column = self.centre + self.focal * (x / z + self.bend * z)
-      corners.append((column, self.horizon - self.focal * (y - self.eye) / z))
-    return np.array(corners).astype(np.int32)
+      column = centre + focal * (x / z + bend * z)
+      corners.append((column, horizon - focal * (y - eye) / z))
+    return np.array(corners, np.int32)
 
   def fill(self, plane, shapes, colour, class_id=None):
     """Fills shapes that do not overlap; without a class, the image only."""
@@ -163,7 +168,7 @@ def smooth_noise(generator, height, width, cells):
 
 
 def draw_sky(p):
-  shape = p.horizon + 1, p.image.shape[1]
+  shape = p.horizon // 2 + 1, p.image.shape[1] // 2  # It is smooth anyway.
   skyline = np.float32(p.light.skyline)
   mix = np.linspace(0, 1, shape[0], dtype=np.float32)[:, None, None]
   sky = np.float32(p.pick([p.light.zenith])) * (1 - mix) + skyline * mix
@@ -172,13 +177,14 @@ def draw_sky(p):
   cover = np.clip(noise + 2 * p.light.clouds - 1, 0, p.light.clouds)
   cloud = 0.5 * skyline + p.rng.uniform(80, 125)
   sky = sky + 0.8 * cover[..., None] * (cloud - sky)
-  p.image[: shape[0]] = np.clip(sky, 0, 255)
+  sky = np.clip(sky, 0, 255).astype(np.uint8)
+  p.image[: 2 * shape[0]] = cv2.resize(sky, (2 * shape[1], 2 * shape[0]))
 
 
 def draw_skyline(p):
   """Houses and tree tops at the end of the road."""
-  x, z = -110, 110
-  while x < 110:
+  x, z = -80, 110
+  while x < 80:
     width, height = p.rng.uniform(8, 24), p.rng.uniform(2, 10)
     if p.rng.random() < 0.4:
       crown = disc(width / 2, 0, width * 0.7, height)
@@ -195,7 +201,7 @@ def draw_ground(p, left, right, gaps, shadows):
   road, paving = p.pick(GREYS), p.pick(GREYS)
   p.image[below] = np.clip(np.multiply(paving, p.light.sun), 0, 255)
   p.label[below] = PAVEMENT
-  slabs = [box(-40, z, 40, z + 0.06) for z in range(4, 40, 2)]
+  slabs = [box(-40, z, 40, z + 0.06) for z in range(4, 32, 3)]
   slabs += [strip(x, x + 0.05, 2, 60) for x in (left - 2, right + 2)]
   p.fill(ground, slabs, scaled(paving, 0.84))
   kerbs = [strip(left - 0.3, left, 1, 150), strip(right, right + 0.3, 1, 150)]
@@ -230,16 +236,20 @@ def draw_ground(p, left, right, gaps, shadows):
 def draw_markings(p, left, right):
   rng, width = p.rng, p.rng.uniform(0.14, 0.24)
   lanes = max(2, round((right - left) / 3.2))
+  paint = scaled(p.pick(LINES, 10), rng.uniform(0.7, 1.05))  # Worn.
   lines = []
   for lane in range(1, lanes):
     x = left + (right - left) * lane / lanes - width / 2
-    dash, pitch = rng.choice(((2, 4), (3, 6), (3, 5), (60, 61)))
-    for z in np.arange(rng.uniform(2, 4), 62, pitch):
-      lines.append(strip(x, x + width, z, z + dash))
+    if rng.random() < 0.25:
+      lines.append(strip(x, x + width, 2, 60))
+      continue
+    dash, pitch = rng.choice(((2, 4), (3, 6), (3, 5)))
+    first = rng.uniform(2, 4)
+    starts = [first + i * pitch for i in range(10)]
+    lines += [box(x, z, x + width, z + dash) for z in starts]
   if rng.random() < 0.6:
     for x in (left + 0.4, right - 0.4 - width):
       lines.append(strip(x, x + width, 1, 70))
-  paint = scaled(p.pick(LINES, 10), rng.uniform(0.7, 1.05))  # Worn.
   p.fill(ground, lines, paint, MARKING)
   if rng.random() < 0.4:  # Zebra crossing.
     z, bar = rng.uniform(5, 16), rng.uniform(0.4, 0.6)
@@ -248,216 +258,211 @@ def draw_markings(p, left, right):
 
 
 def draw_building(p, x, near, far):
-  """House that fills the side of the road beyond x from near to far."""
+  """House that fills the side of the road beyond x, from near to far."""
   rng, side, length = p.rng, math.copysign(1, x), far - near
-  storeys = rng.randint(1, 5)
-  storey, top = rng.uniform(2.8, 3.4), 1.0
-  top += storeys * storey
-  base = p.pick(WALLS)
-  glass = rng.choice((DARK, p.light.skyline, scaled(base, 0.55), BLACK))
-  pitch, size = rng.uniform(1.8, 3.5), rng.uniform(0.8, 1.4)
-  front = lambda s, t: (x + side * s, t, near)  # noqa: E731
-  lit = 1.1 if side * p.sun > 0 else p.light.shade**0.5
-  for plane, span, gain in (
-    (front, 14.0, rng.uniform(0.7, 1.1)),
-    (along(x, near), length, lit),
-  ):
-    wall = scaled(base, gain)
-    p.fill(plane, [box(0, 0, span, top)], wall, BUILDING)
-    trim = [box(0, top - 0.5, span, top), box(0, 0, span, 0.5)]
-    p.fill(plane, trim, scaled(wall, rng.uniform(0.7, 1.2)))
-    windows = [
-      box(s, t, s + size, t + 1.5)
-      for t in np.arange(1.3, top - 1.8, storey)
-      for s in np.arange(0.6, span - size, pitch)
-    ]
-    if windows and near < 60:
-      p.fill(plane, windows, scaled(glass, gain))
-  wall = along(x, near)
+  storey, base = rng.uniform(2.8, 3.4), p.pick(WALLS)
+  top = 1 + storey * rng.randint(1, 5)
+  glass = rng.choice((DARK, BLACK, p.light.skyline, scaled(base, 0.55)))
+  pitch, pier = rng.uniform(1.8, 3.5), rng.uniform(0.8, 1.4)
+  front, wall = facing(x, near, side=side), along(x, near)
+  sunny = 1.1 if side * p.sun > 0 else p.light.shade**0.5
+  faces = [(wall, length, sunny)]
+  if near > p.nearest(x):
+    faces.append((front, 12, rng.uniform(0.7, 1.1)))
+  for plane, span, gain in faces:
+    colour = scaled(base, gain)
+    p.fill(plane, [box(0, 0, span, top)], colour, BUILDING)
+    if near < 50:  # Bands of glass behind piers: fewer shapes than windows.
+      floors = np.arange(1.3, top - 1.8, storey).tolist()
+      piers = np.arange(0, span, pitch).tolist()
+      bands = [box(0, t, span, t + 1.5) for t in floors]
+      p.fill(plane, bands, scaled(glass, gain))
+      p.fill(plane, [box(s, 0, s + pier, top) for s in piers], colour)
+    ledges = [box(0, top - 0.5, span, top), box(0, 0, span, 0.5)]
+    p.fill(plane, ledges, scaled(colour, rng.uniform(0.7, 1.2)))
   if rng.random() < 0.5:  # Pitched roof.
-    slope, rise = rng.uniform(1, 3), rng.uniform(1, 3)
-    roof = lambda s, t: (x + side * slope * t, top + rise * t, near + s)  # noqa: E731
-    p.fill(roof, [box(0, 0, length, 1)], p.pick(WALLS), BUILDING)
-    gable = [(0, top), (slope, top + rise), (2 * slope, top)]
+    slope, rise = side * rng.uniform(0.5, 1.5), rng.uniform(1, 3)
+    roof = along(x, near, top, run=slope)
+    p.fill(roof, [box(0, 0, length, rise)], p.pick(WALLS), BUILDING)
+    ridge = top + rise
+    gable = [(0, top), (abs(slope) * rise, ridge), (12, ridge), (12, top)]
     p.fill(front, [gable], base, BUILDING)
   if rng.random() < 0.5:  # Shop with an awning.
     p.fill(wall, [box(0.4, 0.3, length - 0.4, 2.6)], glass)
-    awning = lambda s, t: (x - side * (1 - t), 2.5 + 0.8 * t, near + s)  # noqa: E731
-    p.fill(awning, [box(0.4, 0, length - 0.4, 1)], p.pick(PAINTS), BUILDING)
-  if rng.random() < 0.4:  # Drainpipe, it looks like a pole.
+    awning = along(x, near, 3.3, run=side * 1.3)
+    shape = box(0.4, -0.8, length - 0.4, 0)
+    p.fill(awning, [shape], p.pick(PAINTS), BUILDING)
+  if rng.random() < 0.4:  # A drainpipe looks like a pole.
     p.fill(wall, [box(length - 0.4, 0, length - 0.15, top)], p.pick(METALS))
-  if rng.random() < 0.5:  # Poster or banner.
-    spot, size = rng.uniform(0, length / 2), rng.uniform(1, 1.6)
-    p.fill(wall, [box(spot, 0.5, spot + 2.4, 3)], p.pick(PAINTS))
+  if rng.random() < 0.5 and near < 30:  # Poster.
+    s = rng.uniform(0, length - 2.4)
+    p.fill(wall, [box(s, 0.5, s + 2.4, 3)], p.pick(PAINTS))
     if rng.random() < 0.6:
-      draw_person(p, along(x, near + spot + 1.2, 0.6, 2.2), None)
+      draw_person(p, along(x, near + s + 1.2, 0.6, 2.2), None)
     else:
-      draw_car_side(p, along(x, near + spot, 0.8, 0.55), None)
+      draw_car_side(p, along(x, near + s, 0.8, 0.55), None)
 
 
 def draw_tree(p, x, z, height):
-  rng, plane = p.rng, facing(x, z)
-  bark, width = p.pick(METALS), rng.uniform(0.12, 0.25)
-  lean = rng.uniform(-0.4, 0.4)
+  rng, plane, bark = p.rng, facing(x, z), p.pick(METALS)
+  width, lean = rng.uniform(0.12, 0.25), rng.uniform(-0.4, 0.4)
+  radius = rng.uniform(0.22, 0.36) * height
   trunk = [(-width, 0), (width, 0), (lean + 0.1, height), (lean, height)]
   p.fill(plane, [trunk], bark, TREE)
-  radius = rng.uniform(0.22, 0.36) * height
-  if rng.random() < 0.15:  # Winter.
-    for _ in range(9):
-      s, t = rng.uniform(-radius, radius), rng.uniform(0.3, 0.6) * height
-      twig = [(0, t), (0.12, t), (s, t + radius), (s - 0.05, t + radius)]
-      p.fill(plane, [twig], bark, TREE)
-    return
   leaf = p.pick(LEAVES)
-  for i in range(16):  # Shaded leaves first, those in the sun last.
+  for i in range(12):  # Leaves in the shade first, those in the sun last.
     angle, reach = rng.uniform(0, 6.3), radius * rng.random() ** 0.5
-    s = lean + reach * math.cos(angle) + i * 0.02 * radius * -p.sun
+    s = lean + reach * math.cos(angle) - i * 0.02 * radius * p.sun
     t = 0.68 * height + reach * math.sin(angle) + i * 0.02 * radius
-    blob = disc(s, t, radius * rng.uniform(0.2, 0.45))
-    blob = [(a + rng.gauss(0, 0.1), b + rng.gauss(0, 0.1)) for a, b in blob]
-    p.fill(plane, [blob], scaled(p.pick([leaf], 8), 0.6 + i * 0.04), TREE)
+    size = radius * rng.uniform(0.25, 0.5)
+    blob = [(a + rng.uniform(-0.3, 0.3), b) for a, b in disc(s, t, size)]
+    p.fill(plane, [blob], scaled(p.pick([leaf], 8), 0.6 + i * 0.05), TREE)
 
 
 def draw_pole(p, x, z, kind):
-  """Lamp, traffic light, road sign or bollard, all of class 'pole'."""
-  rng, plane = p.rng, facing(x, z)
-  metal, width = p.pick(METALS), rng.uniform(0.07, 0.14)
-  height = {'lamp': rng.uniform(5, 8), 'bollard': 1.0}.get(kind, 2.9)
-  inward = -math.copysign(1, x)
-  p.fill(plane, [box(-width, 0, width, height)], metal, POLE)
+  """Lamp, traffic light, road sign or bollard; all of it is 'pole'."""
+  rng, metal, width = p.rng, p.pick(METALS), p.rng.uniform(0.08, 0.15)
+  plane = facing(x, z, side=-math.copysign(1, x))
+  top = {'lamp': rng.uniform(5, 8), 'bollard': 1.0}.get(kind, 2.9)
+  p.fill(plane, [box(-width, 0, width, top)], metal, POLE)
   if kind == 'lamp':
-    p.fill(plane, [box(0, height, inward * 1.6, height + 0.15)], metal, POLE)
-    head = box(inward * 1.2, height - 0.15, inward * 2, height + 0.2)
-    p.fill(plane, [head], p.pick((DARK, LINES[0])), POLE)
+    p.fill(plane, [box(0, top, 1.6, top + 0.15)], metal, POLE)
+    p.fill(plane, [box(1.2, top - 0.15, 2, top + 0.2)], p.pick(METALS), POLE)
   elif kind == 'light':
     p.fill(plane, [box(-0.28, 2.2, 0.28, 3.3)], BLACK, POLE)
-    lamp, colour = rng.choice(((3.0, (235, 40, 30)), (2.45, (40, 220, 120))))
-    p.fill(plane, [disc(0, lamp, 0.18)], colour)
+    t, colour = rng.choice(((3.0, (235, 40, 30)), (2.45, (40, 220, 120))))
+    p.fill(plane, [disc(0, t, 0.18)], colour)
   elif kind == 'sign':
     triangle = [(-0.5, 2.4), (0.5, 2.4), (0, 3.3)]
-    plate = rng.choice((disc(0, 2.9, 0.45), triangle, box(-0.5, 2.3, 0.5, 3.1)))
+    plate = rng.choice((disc(0, 2.9, 0.45), triangle, box(-0.5, 2.3, 0.5, 3)))
     p.fill(plane, [plate], p.pick(PAINTS), POLE)
-    p.fill(plane, [box(-0.25, 2.6, 0.25, 2.85)], p.pick(LINES))
+    p.fill(plane, [box(-0.25, 2.6, 0.25, 2.8)], p.pick(LINES))
 
 
-def draw_car_side(p, plane, class_id, paint=None, height=1.45):
-  """Car of 4.2 m from the left, on any plane."""
+def draw_car_side(p, plane, class_id, paint=None, top=1.45):
+  """Side view, 4.2 m long, on any plane; bonnet at the end of s."""
   paint = paint or p.pick(PAINTS)
   body = [(0, 0.3), (4.2, 0.3), (4.2, 0.75), (3.2, 0.95), (0.1, 0.95)]
-  cabin = [(0.15, 0.9), (3.2, 0.9), (2.5, height), (0.5, height)]
-  panes = [(0.5, 0.95), (1.5, 0.95), (1.5, height - 0.1), (0.7, height - 0.1)]
-  front = [(1.65, 0.95), (2.8, 0.95), (2.4, height - 0.1), (1.65, height - 0.1)]
+  cabin = [(0.15, 0.9), (3.2, 0.9), (2.5, top), (0.5, top)]
+  rear = [(0.5, 0.95), (1.5, 0.95), (1.5, top - 0.1), (0.7, top - 0.1)]
+  front = [(1.65, 0.95), (2.8, 0.95), (2.4, top - 0.1), (1.65, top - 0.1)]
   p.fill(plane, [body], paint, class_id)
   p.fill(plane, [cabin], scaled(paint, 0.9), class_id)
-  p.fill(plane, [panes, front], p.pick((DARK, p.light.skyline)))
-  wheels = [disc(0.8, 0.33, 0.34), disc(3.4, 0.33, 0.34)]
-  p.fill(plane, wheels, BLACK, class_id)
-  p.fill(plane, [disc(0.8, 0.33, 0.15), disc(3.4, 0.33, 0.15)], METALS[1])
+  p.fill(plane, [rear, front], p.pick((DARK, p.light.skyline)))
+  p.fill(plane, [disc(s, 0.33, 0.34) for s in (0.8, 3.4)], BLACK, class_id)
 
 
 def draw_car(p, x, z, oncoming):
-  """Car along the road whose near end is at z."""
-  paint, height = p.pick(PAINTS), p.rng.choice((1.4, 1.5, 1.65, 2.0, 2.3))
+  """Car or van that stands along the road with its near end at z."""
+  paint, top = p.pick(PAINTS), p.rng.choice((1.4, 1.5, 1.65, 2.0, 2.3))
   inward = -math.copysign(1, x)
-  shadow = lambda s, t: (x + s, 0.01, z + t)  # noqa: E731
-  p.fill(shadow, [box(-1.1, -0.2, 1.1, 4.3)], BLACK)
 
-  def leaning(t):  # The cabin is narrower at the top.
-    return max(0.0, t - 0.95) * 0.4
+  def lean(t):  # The cabin is narrower at the top.
+    return min(max(0.0, t - 0.95) * 0.4, 0.24)
 
   def flank(s, t):
-    return x + inward * (0.9 - leaning(t)), t, z + (4.2 - s if oncoming else s)
+    return x + inward * (0.9 - lean(t)), t, z + (4.2 - s if oncoming else s)
 
   def end(s, t):
-    return x + s * (0.9 - leaning(t)) / 0.9, t, z + leaning(t)
+    return x + s * (1 - lean(t)), t, z + lean(t)
 
-  draw_car_side(p, flank, CAR, scaled(paint, p.rng.uniform(0.6, 1.1)), height)
-  tyres = [box(-0.85, 0, -0.6, 0.4), box(0.6, 0, 0.85, 0.4)]
-  p.fill(end, tyres, BLACK, CAR)
-  p.fill(end, [box(-0.9, 0.28, 0.9, height)], paint, CAR)
-  p.fill(end, [box(-0.75, 0.98, 0.75, height - 0.1)], p.pick((DARK, BLACK)))
-  lamps = [box(-0.85, 0.65, -0.55, 0.85), box(0.55, 0.65, 0.85, 0.85)]
+  draw_car_side(p, flank, CAR, scaled(paint, p.rng.uniform(0.6, 1.1)), top)
+  p.fill(end, [box(-0.85, 0, 0.85, 0.4)], BLACK, CAR)
+  p.fill(
+    end, [box(-0.9, 0.28, 0.9, 0.95), box(-0.9, 0.95, 0.9, top)], paint, CAR
+  )
+  p.fill(end, [box(-0.75, 0.98, 0.75, top - 0.1)], p.pick((DARK, BLACK)))
+  lamps = [box(s, 0.65, s + 0.3, 0.85) for s in (-0.85, 0.55)]
   p.fill(end, lamps, (250, 246, 220) if oncoming else (190, 24, 24))
   p.fill(end, [box(-0.3, 0.45, 0.3, 0.6)], LINES[0])
 
 
 def draw_person(p, plane, class_id):
-  """Person of height 1 on a plane: legs, arms, body, bag, head and hair."""
-  rng, top, bottom = p.rng, p.pick(PAINTS), p.pick(PAINTS)
-  skin, stride = rng.choice(SKINS), rng.uniform(0.02, 0.17)
-  for s, foot in ((-0.05, -stride), (0.05, stride)):
-    leg = [(s - 0.06, 0.5), (s + 0.06, 0.5), (foot + 0.05, 0), (foot - 0.05, 0)]
-    p.fill(plane, [leg], scaled(bottom, 0.9 + s), class_id)
+  """Person of height 1: legs, arms, body, perhaps a bag, hair and face."""
+  rng, top, skin = p.rng, p.pick(PAINTS), p.rng.choice(SKINS)
+  legs, arms, hands = [], [], []
   for side in (-1, 1):
-    hand = side * rng.uniform(0.14, 0.26)
-    arm = [(side * 0.1, 0.82), (side * 0.16, 0.8), (hand, 0.46)]
-    p.fill(plane, [arm], scaled(top, 0.8), class_id)
-    p.fill(plane, [disc(hand, 0.46, 0.03)], skin, class_id)
+    foot, hand = side * rng.uniform(0.04, 0.2), side * rng.uniform(0.14, 0.26)
+    hip = [(side * 0.12, 0.5), (side * 0.01, 0.5)]
+    legs.append(hip + [(foot - 0.04, 0), (foot + 0.04, 0)])
+    arms.append([(side * 0.1, 0.82), (side * 0.17, 0.8), (hand, 0.44)])
+    hands.append(box(hand - 0.03, 0.43, hand + 0.03, 0.49))
+  p.fill(plane, legs, p.pick(PAINTS), class_id)
+  p.fill(plane, arms, scaled(top, 0.8), class_id)
+  p.fill(plane, hands, skin, class_id)
   hem = rng.choice((0.48, 0.48, 0.3))  # A jacket or a coat.
-  body = [(-0.12, hem), (0.12, hem), (0.15, 0.8), (0.05, 0.86), (-0.15, 0.8)]
+  body = [(-0.13, hem), (0.13, hem), (0.15, 0.8), (0.05, 0.86), (-0.15, 0.8)]
   p.fill(plane, [body], top, class_id)
   if rng.random() < 0.4:
-    bag, t = rng.choice((-0.2, 0.0, 0.2)), rng.uniform(0.4, 0.6)
-    p.fill(plane, [disc(bag, t, 0.08, 0.1)], p.pick(PAINTS), class_id)
-  p.fill(plane, [disc(0, 0.935, 0.065, 0.075)], p.pick(PAINTS), class_id)
-  p.fill(plane, [disc(0.01, 0.91, 0.05, 0.05)], skin)
+    bag = disc(rng.choice((-0.2, 0.0, 0.2)), rng.uniform(0.4, 0.6), 0.08)
+    p.fill(plane, [bag], p.pick(PAINTS), class_id)
+  p.fill(plane, [disc(0, 0.925, 0.065, 0.075)], p.pick(METALS), class_id)
+  p.fill(plane, [disc(0.01, 0.9, 0.05)], skin, class_id)
+
+
+def furnish_side(p, side, edge, add, shadows):
+  """Adds what stands beyond the kerb at x=edge; returns gaps for streets."""
+  rng, gaps = p.rng, []
+  pavement = rng.uniform(2.5, 6)
+  wall, z = edge + side * pavement, rng.uniform(1, 6)
+  while z < 75:
+    length = rng.uniform(6, 18)
+    if rng.random() < 0.2:
+      gaps.append((wall, z, z + length))
+    elif z + length > p.nearest(wall):
+      # Sorted by the far end: what stands before the wall is drawn later.
+      add(z + length, draw_building, wall, z, z + length)
+    z += length
+  if side * p.sun < -0.3:  # These houses stand before the sun.
+    reach = edge - side * rng.uniform(0, 4)
+    shadows.append(strip(2 * wall, reach, 1, rng.uniform(20, 90)))
+
+  for _ in range(rng.randrange(4)):
+    x, height = edge + side * rng.uniform(0.7, 1.5), rng.uniform(3.5, 9)
+    z = p.depth(x, 45)
+    add(z, draw_tree, x, z, height)
+    for t in (0.5, 0.6, 0.7, 0.8, 0.9):
+      s = x + p.sun * t * height + rng.uniform(-1, 1)
+      shadows.append(disc(s, z + rng.uniform(-1, 1), rng.uniform(0.4, 1)))
+  for kind in rng.choices(('lamp', 'light', 'sign', 'bollard'), k=2):
+    x = edge + side * rng.uniform(0.4, 0.9)
+    z = p.depth(x, 24)
+    add(z, draw_pole, x, z, kind)
+    shadows.append(box(x, z, x + 4 * p.sun, z + 0.15))
+  for _ in range(rng.randint(1, 3)):
+    x = edge + side * rng.uniform(0.2, pavement - 0.4)
+    z = p.depth(x, 22)
+    add(z, draw_person, facing(x, z, 0, rng.uniform(1.2, 1.9)), PERSON)
+  if rng.random() < 0.55:  # Parked cars.
+    first = p.depth(edge, 20)
+    for i in range(rng.randint(1, 3)):
+      z = first + 5.4 * i
+      add(z, draw_car, edge - side * 1.1, z, rng.random() < 0.3)
+      shadows.append(box(edge - side * 2.3, z - 0.3, edge, z + 4.5))
+  return gaps
 
 
 def furnish(p, left, right):
-  """Returns things as (z, draw), gaps between houses, and shadows."""
-  rng, things, gaps, shadows = p.rng, [], [], []
+  """Returns things as (z, draw), gaps between houses, shadow shapes."""
+  rng, things, shadows = p.rng, [], []
 
   def add(z, draw, *arguments):
     things.append((z, lambda: draw(p, *arguments)))
 
-  for edge, side in ((left, -1), (right, 1)):
-    pavement = rng.uniform(2.2, 5)
-    wall, z = edge + side * pavement, rng.uniform(1, 6)
-    while z < 90:
-      length = rng.uniform(6, 18)
-      if rng.random() < 0.2:
-        gaps.append((wall, z, z + length))
-      else:
-        # Sorted by the far end: whoever stands before the wall comes later.
-        add(z + length, draw_building, wall, z, z + length)
-      z += length
-    for _ in range(rng.randrange(4)):
-      x, height = edge + side * rng.uniform(0.7, 1.5), rng.uniform(3.5, 9)
-      z = p.depth(x, 45)
-      add(z, draw_tree, x, z, height)
-      for _ in range(9):
-        t = rng.uniform(0.4, 1) * height
-        reach = x + p.sun * t + rng.uniform(-1, 1)
-        spot = disc(reach, z + rng.uniform(-1.5, 1.5), rng.uniform(0.3, 1))
-        shadows.append(spot)
-    for kind in rng.choices(('lamp', 'light', 'sign', 'bollard'), k=2):
-      x = edge + side * rng.uniform(0.4, 0.9)
-      z = p.depth(x, 30)
-      add(z, draw_pole, x, z, kind)
-      shadows.append([(x, z), (x + 4 * p.sun, z), (x + 4 * p.sun, z + 0.15)])
-    for _ in range(rng.randint(1, 3)):
-      x = edge + side * rng.uniform(0.2, pavement - 0.4)
-      z = p.depth(x, 26)
-      add(z, draw_person, facing(x, z, 0, rng.uniform(1.2, 1.9)), PERSON)
-    if rng.random() < 0.6:  # Parked cars.
-      z = p.depth(edge, 20)
-      for i in range(rng.randint(1, 3)):
-        bay = z + i * rng.uniform(5, 6)
-        add(bay, draw_car, edge - side * 1.1, bay, rng.random() < 0.3)
-    reach = edge - side * rng.uniform(0.1, 0.5) * (right - left)
-    if side * p.sun < -0.3:  # The houses stand in front of the sun.
-      shadows.append(strip(2 * wall, reach, 1, rng.uniform(20, 90)))
+  gaps = furnish_side(p, -1, left, add, shadows)
+  gaps += furnish_side(p, 1, right, add, shadows)
   for _ in range(rng.randrange(3)):  # Traffic.
     lane = rng.choice((0.28, 0.72))
     x = left + lane * (right - left)
     z = p.depth(x, 45) + 2
     add(z, draw_car, x, z, lane < 0.5)
-  if rng.random() < 0.35:  # Someone or something crosses.
+    shadows.append(box(x - 1.1, z - 0.3, x + 1.1 + p.sun, z + 4.5))
+  if rng.random() < 0.4:  # Someone or something crosses.
     x, z = rng.uniform(left, right), rng.uniform(8, 20)
     if rng.random() < 0.6:
-      add(z, draw_person, facing(x, z, 0, rng.uniform(1.4, 1.9)), PERSON)
+      add(z, draw_person, facing(x, z, 0, 1.7), PERSON)
     else:
-      add(z, draw_car_side, facing(x, z, 0, rng.choice((-1, 1))), CAR)
+      add(z, draw_car_side, facing(x, z, side=rng.choice((-1, 1))), CAR)
   return things, gaps, shadows
 
 
@@ -469,12 +474,12 @@ def photograph(p):
   if rng.random() < 0.5:
     image = cv2.GaussianBlur(image, (3, 3), rng.uniform(0.3, 0.8))
   texture = sum(smooth_noise(p.generator, *shape, n) for n in (4, 16, 48))
-  texture = np.where(p.label[::2, ::2] == SKY, 0, texture)
+  texture *= ROUGHNESS[p.label[::2, ::2]]
   noise = p.generator.standard_normal((*shape, 3), np.float32)
   rows = np.linspace(-1, 1, shape[0], dtype=np.float32)[:, None]
   columns = np.linspace(-1, 1, shape[1], dtype=np.float32)
   vignette = 1 - rng.uniform(0, 0.15) * (rows**2 + columns**2)
-  gain = rng.uniform(0.85, 1.15) * vignette * (1 + 0.05 * texture)
+  gain = rng.uniform(0.85, 1.15) * vignette * (1 + texture)
   cast = np.float32([rng.uniform(0.93, 1.07) for _ in range(3)])
   image = image * gain[..., None] * cast + noise * rng.uniform(2, 8)
   image = np.clip(image, 0, 255).astype(np.uint8)
@@ -487,21 +492,15 @@ def render_scene(generator, *, height, width):
 
   Args:
     generator: a np.random.Generator.
-    height: rows, 32 or more; things scale with the image.
-    width: columns, 32 or more.
+    height: rows; all things scale with the image.
+    width: columns.
 
   Returns:
     RGB image, uint8 [h, w, 3], and label, uint8 [h, w]: an index of
     CLASS_NAMES or 255 (ignored).
-
-  Raises:
-    ValueError: if a size is under 32.
   """
-  for name, value in (('height', height), ('width', width)):
-    if value < 32:
-      raise ValueError(f'{name}={value} is too small to draw; use 32 or more.')
   p = Painter(generator, height, width)
-  left, right = -p.rng.uniform(2, 7), p.rng.uniform(2.2, 5)
+  left, right = -p.rng.uniform(2, 6), p.rng.uniform(2, 4.5)
   things, gaps, shadows = furnish(p, left, right)
   draw_sky(p)
   draw_ground(p, left, right, gaps, shadows)
@@ -544,7 +543,5 @@ class StreetScenes:
     if not 0 <= index < self.num_scenes:
       raise IndexError(f'{index=} is outside [0, {self.num_scenes}).')
     generator = np.random.default_rng([self.seed, index])
-    image, label = render_scene(
-      generator, height=self.height, width=self.width
-    )
+    image, label = render_scene(generator, height=self.height, width=self.width)
     return {'image': image, 'label': label}

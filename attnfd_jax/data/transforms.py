@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Augmentation of the AttnFD recipe with OpenCV, uint8 in and uint8 out.
 
-The recipe (custom_transforms.py:50-123 of the authors): flip, random scale, pad,
-random crop, blur. Here the window is cut before it is resized, about five times
-as fast and the same in distribution up to a common shift of under one pixel.
+The recipe (custom_transforms.py:50-123 of the authors): flip, random scale,
+pad, random crop, blur. Here the window is cut before it is resized, about five
+times as fast and the same up to a common shift of under one pixel.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import dataclasses
 import cv2
 import grain
 import numpy as np
+from PIL import Image
 
 from attnfd_jax.data.sources import IGNORE_LABEL
 
@@ -18,18 +19,15 @@ from attnfd_jax.data.sources import IGNORE_LABEL
 cv2.setNumThreads(0)
 
 
-def pad(image, label, *, height, width, label_fill=IGNORE_LABEL):
-  """Pads right and bottom: image by 0, label by `label_fill`."""
-  bottom, right = height - label.shape[0], width - label.shape[1]
+def pad(x, size, value):
+  """Pads [h, w] or [h, w, c] right and bottom to `size` with `value`."""
+  bottom, right = size[0] - x.shape[0], size[1] - x.shape[1]
   if not bottom and not right:
-    return image, label
-
-  def border(x, value):
-    return cv2.copyMakeBorder(
-      x, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=value
-    )
-
-  return border(image, (0, 0, 0)), border(label, label_fill)
+    return x
+  fill = (value,) * (x.shape[2] if x.ndim == 3 else 1)
+  return cv2.copyMakeBorder(
+    x, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=fill
+  )
 
 
 def distort(image, generator, *, strength):
@@ -58,7 +56,7 @@ class Augment(grain.transforms.RandomMap):
   """Random scale, crop, flip, blur and photometric distortion of a record.
 
   Attributes:
-    base_size: the short side becomes an integer in [base / 2, 2 base].
+    base_size: the short side becomes an integer in base times scale_range.
     crop_size: (height, width) of the result.
     label_fill: label of padded pixels; the reference pads VOC with background.
     flip, blur: probabilities.
@@ -67,6 +65,7 @@ class Augment(grain.transforms.RandomMap):
 
   base_size: int
   crop_size: tuple[int, int]
+  scale_range: tuple[float, float] = (0.5, 2.0)
   label_fill: int = IGNORE_LABEL
   flip: float = 0.5
   blur: float = 0.5
@@ -75,7 +74,8 @@ class Augment(grain.transforms.RandomMap):
   def random_map(self, record, rng):
     image, label = record['image'], record['label']
     h, w = label.shape
-    short = int(rng.integers(self.base_size // 2, 2 * self.base_size + 1))
+    low, high = (int(scale * self.base_size) for scale in self.scale_range)
+    short = int(rng.integers(low, high + 1))
     full = (h * short // min(h, w), w * short // min(h, w))
     size = [min(c, n) for c, n in zip(self.crop_size, full, strict=True)]
     window = []
@@ -98,25 +98,28 @@ class Augment(grain.transforms.RandomMap):
       image = cv2.GaussianBlur(image, (0, 0), sigma)
     if self.photometric:
       image = distort(image, rng, strength=self.photometric)
-    height, width = self.crop_size
-    image, label = pad(
-      image, label, height=height, width=width, label_fill=self.label_fill
-    )
-    return {'image': image, 'label': label}
+    return {
+      'image': pad(image, self.crop_size, 0),
+      'label': pad(label, self.crop_size, self.label_fill),
+    }
 
 
-def resize_short_side(image, label, *, size):
-  """As the reference evaluates: short side to `size`, the label as well.
+def fit_short_side(size, short_side):
+  """(height, width) with the given short side, as custom_transforms.py."""
+  return tuple(n * short_side // min(size) for n in size)
 
-  Pillow's antialiased bilinear and nearest, custom_transforms.py:103-123.
-  """
-  from PIL import Image
 
-  h, w = label.shape
-  height, width = h * size // min(h, w), w * size // min(h, w)
+def resize_image(image, size):
+  """Pillow's antialiased bilinear, as the reference evaluates."""
+  return _resize(image, size, Image.Resampling.BILINEAR)
 
-  def resized(x, how):
-    return np.asarray(Image.fromarray(x).resize((width, height), how))
 
-  how = Image.Resampling
-  return resized(image, how.BILINEAR), resized(label, how.NEAREST)
+def resize_label(label, size):
+  """Nearest neighbour."""
+  return _resize(label, size, Image.Resampling.NEAREST)
+
+
+def _resize(x, size, how):
+  if x.shape[:2] == tuple(size):
+    return x
+  return np.asarray(Image.fromarray(x).resize(size[::-1], how))

@@ -70,6 +70,12 @@ class WeightedSum(nn.Module):
       terms |= {f'{name}_{part}': value for part, value in parts.items()}
     return total, terms
 
+  def refined_maps(self, student_features, teacher_features, *, train):
+    """AttnFD's maps after attention, for pictures."""
+    return self.methods['attnfd'].refined_maps(
+      student_features, teacher_features, train=train
+    )
+
 
 def make_distiller(config, student_shapes, teacher_shapes):
   """Builds `config.method`, e.g. 'attnfd' or 'attnfd+kd', for two networks.

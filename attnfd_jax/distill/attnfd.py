@@ -12,6 +12,7 @@ where ||.|| runs over the whole batch (distiller.py:40-51 of the authors).
 
 from collections.abc import Mapping
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,11 @@ class AttnFD(nn.Module):
         f'Taps differ: student {sorted(self.student_channels)}, teacher '
         f'{sorted(self.teacher_channels)}.'
       )
+    # Hashable, so that jit can take a module as a static argument.
+    for name in ('student_channels', 'teacher_channels'):
+      frozen = flax.core.FrozenDict(getattr(self, name))
+      object.__setattr__(self, name, frozen)
+    object.__setattr__(self, 'fan_out_taps', tuple(self.fan_out_taps))
     super().__post_init__()
 
   def setup(self):
@@ -216,7 +222,10 @@ class AttnFD(nn.Module):
     self._check(student_features, teacher_features)
     students, teachers = {}, {}
     for tap in sorted(self.student_channels):
-      students[tap], teachers[tap] = student_features[tap], teacher_features[tap]
+      students[tap], teachers[tap] = (
+        x.astype(layers.at_least_float32(x.dtype))
+        for x in (student_features[tap], teacher_features[tap])
+      )
       if self.student_attention != 'none':
         students[tap] = self.student_gates[tap](students[tap], train=train)
       if self.teacher_attention == 'parameter_free':

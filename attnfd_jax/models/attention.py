@@ -56,6 +56,6 @@ class CBAM(nn.Module):
 
     def apply(x):
       operands = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-      return operands[0] @ operands[1] + operands[2]
+      return operands[0] @ operands[1] + operands[2][None]
 
     return apply

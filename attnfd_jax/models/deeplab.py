@@ -29,7 +29,10 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 def normalise(image):
   """uint8 RGB [..., 3] -> float32 with ImageNet's mean and deviation."""
   image = image.astype(jnp.float32) / 255
-  return (image - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
+  mean, std = jnp.array(IMAGE_MEAN), jnp.array(IMAGE_STD)
+  return (image - layers.per_channel(mean, image)) / layers.per_channel(
+    std, image
+  )
 
 
 class ASPP(nn.Module):
@@ -122,7 +125,9 @@ class DeepLabV3Plus(nn.Module):
       near = difflib.get_close_matches(self.backbone, BACKBONES, 1)
       hint = f' Did you mean {near[0]!r}?' if near else ''
       names = ', '.join(BACKBONES)
-      raise ValueError(f'Unknown backbone {self.backbone!r}.{hint} Have: {names}.')
+      raise ValueError(
+        f'Unknown backbone {self.backbone!r}.{hint} Have: {names}.'
+      )
     if self.output_stride not in (8, 16):
       raise ValueError(f'output_stride={self.output_stride} must be 8 or 16.')
     if self.num_classes < 1:

@@ -5,6 +5,7 @@ import flax.linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 # Untruncated normals, as torch draws them; he_normal would be truncated.
 fan_in_normal = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
@@ -23,7 +24,13 @@ def torch_uniform(fan_in):
 
 def at_least_float32(dtype):
   """The type in which statistics and norms of `dtype` maps are computed."""
-  return jnp.promote_types(dtype, jnp.float32)
+  # NumPy's: jax's fails where users forbid implicit promotion.
+  return np.promote_types(dtype, np.float32)
+
+
+def per_channel(values, x):
+  """values [c] as [..., 1, c], to broadcast with x of that rank."""
+  return values.reshape((1,) * (x.ndim - 1) + values.shape)
 
 
 def _grouped(x, kernel, strides, dilation, padding):
@@ -65,7 +72,7 @@ def _shifted(x, kernel, strides, dilation, padding):
   for i in range(size):
     for j in range(size):
       window = _strided(x, i * dilation, j * dilation, height, width, strides)
-      total += window * kernel[i, j, 0]
+      total += window * per_channel(kernel[i, j, 0], window)
   return total
 
 
@@ -112,7 +119,9 @@ class Conv(nn.Module):
   def __call__(self, x):
     k = self.kernel_size
     inputs = 1 if self.depthwise else x.shape[-1]
-    kernel = self.param('kernel', self.kernel_init, (k, k, inputs, self.features))
+    kernel = self.param(
+      'kernel', self.kernel_init, (k, k, inputs, self.features)
+    )
     bias = None
     if self.use_bias:
       init = torch_uniform(k * k * inputs)
@@ -125,7 +134,7 @@ class Conv(nn.Module):
     x = convolve(
       x, kernel, strides=self.strides, dilation=self.dilation, padding=padding
     )
-    return x if bias is None else x + bias
+    return x if bias is None else x + per_channel(bias, x)
 
 
 class BatchNorm(nn.Module):
@@ -154,15 +163,18 @@ class BatchNorm(nn.Module):
       axes = tuple(range(x.ndim - 1))
       # Two passes: E[x^2] - E[x]^2 loses everything for maps far from zero.
       mean = jnp.mean(x, axes)
-      var = jnp.mean(jnp.square(x - mean), axes)
-      if self.is_mutable_collection('batch_stats') and not self.is_initializing():
+      var = jnp.mean(jnp.square(x - per_channel(mean, x)), axes)
+      if (
+        self.is_mutable_collection('batch_stats') and not self.is_initializing()
+      ):
         n = x.size // x.shape[-1]
         unbiased = var * (n / max(n - 1, 1))
         keep, new = self.momentum, 1 - self.momentum
         running_mean.value = keep * running_mean.value + new * mean
         running_var.value = keep * running_var.value + new * unbiased
-    x = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
-    return x.astype(dtype)
+    scale = lax.rsqrt(var + self.epsilon) * scale
+    x = (x - per_channel(mean, x)) * per_channel(scale, x)
+    return (x + per_channel(bias, x)).astype(dtype)
 
 
 class ConvNorm(nn.Module):
@@ -194,7 +206,7 @@ class ConvNorm(nn.Module):
 
 
 def max_pool(x):
-  """3x3, stride 2, one pixel of padding: [b, h, w, c] -> about half the size."""
+  """3x3, stride 2, one pixel of padding: [b, h, w, c] -> half, rounded up."""
   return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
 
@@ -219,7 +231,9 @@ def resize(x, height, width):
   def step(size_out, size_in):
     return (size_out - 1) / (size_in - 1) if size_in > 1 else size_out
 
-  scale = jnp.array([step(height, h), step(width, w)], at_least_float32(x.dtype))
+  scale = jnp.array(
+    [step(height, h), step(width, w)], at_least_float32(x.dtype)
+  )
   # scale_and_translate counts from pixel edges, align_corners from centres.
   shift = jnp.where(jnp.array([h, w]) > 1, 0.5 * (1 - scale), 0)
   return jax.image.scale_and_translate(

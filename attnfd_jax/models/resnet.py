@@ -41,7 +41,9 @@ class Block(nn.Module):
     if self.bottleneck:
       features = 4 * width
       y = conv_norm('conv1', width, 1)(x, train=train)
-      y = conv_norm('conv2', width, 3, strides, dilation)(nn.relu(y), train=train)
+      y = conv_norm('conv2', width, 3, strides, dilation)(
+        nn.relu(y), train=train
+      )
       y = conv_norm('conv3', features, 1)(nn.relu(y), train=train)
     else:
       features = width

@@ -9,7 +9,6 @@ import collections
 import json
 import pathlib
 
-import ml_dtypes
 import numpy as np
 import torch
 
@@ -21,29 +20,30 @@ def make_tensors():
   torch.manual_seed(0)
   weight = torch.randn(4, 3, 2, 2)
   base = torch.arange(12, dtype=torch.float32)
-  return collections.OrderedDict([
-    ('conv.weight', torch.nn.Parameter(weight)),
-    ('bn.running_var', torch.rand(4, dtype=torch.float64)),
-    ('bn.num_batches_tracked', torch.tensor(7)),
-    ('view', base.reshape(3, 4).t()[1:, :2]),  # Strided, with an offset.
-    ('shared', base),
-    ('expanded', torch.tensor([2.5]).expand(3, 2)),
-    ('channels_last', weight.to(memory_format=torch.channels_last)),
-    ('bfloat16', torch.randn(5).bfloat16()),
-    ('half', torch.randn(3).half()),
-    ('int32', torch.tensor([-(2**31), 1], dtype=torch.int32)),
-    ('uint8', torch.tensor([0, 255], dtype=torch.uint8)),
-    ('bool', torch.tensor([True, False, True])),
-    ('empty', torch.zeros(0, 3)),
-  ])
+  return collections.OrderedDict(
+    [
+      ('conv.weight', torch.nn.Parameter(weight)),
+      ('bn.running_var', torch.rand(4, dtype=torch.float64)),
+      ('bn.num_batches_tracked', torch.tensor(7)),
+      ('view', base.reshape(3, 4).t()[1:, :2]),  # Strided, with an offset.
+      ('shared', base),
+      ('expanded', torch.tensor([2.5]).expand(3, 2)),
+      ('channels_last', weight.to(memory_format=torch.channels_last)),
+      ('bfloat16', torch.randn(5).bfloat16()),
+      ('half', torch.randn(3).half()),
+      ('int32', torch.tensor([-(2**31), 1], dtype=torch.int32)),
+      ('uint8', torch.tensor([0, 255], dtype=torch.uint8)),
+      ('bool', torch.tensor([True, False, True])),
+      ('empty', torch.zeros(0, 3)),
+    ]
+  )
 
 
 def to_numpy(tensor):
-  tensor = tensor.detach()
+  """The array of a tensor; uint16 bits for bfloat16, which .npz lacks."""
   if tensor.dtype == torch.bfloat16:
-    bits = tensor.view(torch.int16).numpy()
-    return bits.view(ml_dtypes.bfloat16)
-  return tensor.numpy()
+    return tensor.view(torch.int16).numpy().view(np.uint16)
+  return tensor.detach().numpy()
 
 
 def main():
@@ -63,9 +63,7 @@ def main():
   torch.save(
     checkpoint, FOLDER / 'legacy.pth', _use_new_zipfile_serialization=False
   )
-  # As .npz keeps no bfloat16, its bits are stored.
   arrays = {k: to_numpy(v) for k, v in tensors.items()}
-  arrays['bfloat16'] = arrays['bfloat16'].view(np.uint16)
   np.savez_compressed(FOLDER / 'expected.npz', **arrays)
   versions = {'torch': torch.__version__, 'numpy': np.__version__}
   text = json.dumps(versions, indent=2) + '\n'

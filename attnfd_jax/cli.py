@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all verbs share: bad input ends in one line and exit code 2."""
+
+import contextlib
+import os
+import pathlib
+import re
+import sys
+import traceback
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+
+from attnfd_jax.errors import InputError
+
+DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of bad input.')
+
+
+def enable_compilation_cache():
+  """Compiled programs are kept between runs, unless JAX was told where."""
+  if not jax.config.jax_compilation_cache_dir:
+    home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+    path = pathlib.Path(home) / 'attnfd_jax' / 'xla'
+    jax.config.update('jax_compilation_cache_dir', str(path))
+
+
+def _one_line(error):
+  text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+  text = text.replace('\\n', '\n').strip().strip('\'"')
+  if 'Traceback' in text:
+    # A config file that raised; its own message is the last line.
+    text = re.sub(r'^\w+: ', '', text.splitlines()[-1])
+  if 'Failed loading config file' in text:
+    # ml_collections tells all places it looked at first.
+    text = f'{text.splitlines()[-1].strip()} (--config)'
+  text = re.sub(r'^\W*(\w+)\W*\nDid you mean', r'No key \1. Did you mean', text)
+  return re.sub(r'\s*\n\s*', ' ', text).strip() or type(error).__name__
+
+
+@contextlib.contextmanager
+def _readable(errors, debug):
+  try:
+    yield
+  except KeyboardInterrupt:
+    print('\nInterrupted.', file=sys.stderr)
+    sys.exit(130)
+  except errors as error:
+    if debug():
+      traceback.print_exc()
+    print(f'error: {_one_line(error)}', file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv):
+  # ml_collections reports a wrong key by AttributeError or KeyError with the
+  # nearest one, a wrong value by TypeError or ValueError, a wrong path by
+  # IOError; all of them come from the command line here.
+  errors = (
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    OSError,
+    ImportError,
+    SyntaxError,
+    flags.Error,
+  )
+  debugging = '--debug' in argv
+  with _readable(errors, lambda: debugging):
+    return flags.FLAGS(argv)
+
+
+def run(main, *, positional=False):
+  """Parses flags, calls main(argv) and makes its bad input readable."""
+
+  def guarded(argv):
+    with _readable((InputError, OSError), lambda: DEBUG.value):
+      # Orbax tells every step it takes.
+      logging.set_verbosity(logging.INFO if DEBUG.value else logging.ERROR)
+      if len(argv) > 1 and not positional:
+        raise InputError(f'Unknown argument {argv[1]!r}; flags start with --.')
+      main(argv)
+
+  app.run(guarded, flags_parser=_parse)

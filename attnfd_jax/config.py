@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every key of a config with its default, and the two recipes.
+
+A file in configs/ starts from `default_config` and changes what differs. Keys
+that are None here are filled from the recipe by `resolve`, so that a single
+item can be overridden after it: --config.distill.teacher_bn=batch.
+"""
+
+from ml_collections import config_dict
+from ml_collections import ConfigDict
+
+from attnfd_jax.errors import InputError
+
+# METHOD section 5: what the authors' code does, and what we would advise.
+RECIPES = {
+  'reference': {
+    'data.label_pad': 'dataset',
+    'distill.aspp_dropout': 0.0,
+    'distill.ce_batch_division': True,
+    'distill.connector_schedule': 'first_epoch',
+    'distill.norm_scope': 'batch',
+    'distill.reduction': 'batchmean',
+    'distill.student_attention': 'mlp_frozen',
+    'distill.teacher_attention': 'checkpoint',
+    'distill.teacher_bn': 'batch',
+    'distill.teacher_dropout': True,
+    'distill.update_norms_twice': True,
+    'eval.protocol': 'reference',
+  },
+  'clean': {
+    'data.label_pad': 'ignore',
+    'distill.aspp_dropout': 0.5,
+    'distill.ce_batch_division': False,
+    'distill.connector_schedule': 'always',
+    'distill.norm_scope': 'batch',
+    'distill.reduction': 'unitmean',
+    'distill.student_attention': 'learnable',
+    'distill.teacher_attention': 'in_path',
+    'distill.teacher_bn': 'running',
+    'distill.teacher_dropout': False,
+    'distill.update_norms_twice': False,
+    'eval.protocol': 'native',
+  },
+}
+STAGES = ('teacher', 'student', 'distill')
+
+
+def _network(backbone):
+  config = ConfigDict()
+  config.backbone = backbone
+  config.output_stride = 16
+  config.width_multiplier = 1.0
+  config.aspp_channels = 256
+  config.decoder_channels = 256
+  config.low_level_channels = 48
+  config.aspp_dropout = 0.5
+  config.decoder_dropout = 0.5
+  config.head_dropout = 0.1
+  # None: as config.num_epochs and config.optim.lr.
+  config.num_epochs = config_dict.placeholder(float)
+  config.lr = config_dict.placeholder(float)
+  return config
+
+
+def default_config():
+  """All keys; configs/*.py change them and lock the result."""
+  config = ConfigDict()
+  config.recipe = 'clean'
+  config.seed = 0
+  config.stages = STAGES
+  config.batch_size = 8  # Global, over all devices.
+  config.num_epochs = 50.0
+  config.log_every_steps = 20
+
+  config.data = ConfigDict()
+  config.data.name = 'scenes'
+  config.data.root = ''
+  config.data.class_names = ()  # For 'folder': names in the order of ids.
+  config.data.base_size = 513
+  config.data.scale_range = (0.5, 2.0)  # Of the short side, times base_size.
+  config.data.crop_size = (513, 513)  # Height, width.
+  config.data.flip = 0.5
+  config.data.blur = 0.5
+  config.data.photometric = 0.0
+  config.data.label_pad = config_dict.placeholder(str)
+  config.data.limit = 0  # Images of each split, 0 for all.
+  config.data.cache = False  # Decoded pairs stay in memory.
+  config.data.threads = 4
+  config.data.workers = 0
+  # For 'scenes'.
+  config.data.image_size = (96, 128)
+  config.data.train_scenes = 512
+  config.data.val_scenes = 64
+  config.data.scenes_seed = 0
+
+  config.teacher = _network('resnet101')
+  config.teacher.in_path_attention = False
+  config.teacher.checkpoint = ''  # Folder of a stage; empty: train one.
+  config.student = _network('resnet18')
+
+  config.distill = ConfigDict()
+  config.distill.method = 'attnfd'
+  config.distill.attn_lambda = 2.0
+  config.distill.kd_weight = 1.0
+  config.distill.temperature = 1.0
+  config.distill.match_size = 'none'
+  for key, value in RECIPES['clean'].items():
+    group, name = key.split('.')
+    if group == 'distill':
+      config.distill[name] = config_dict.placeholder(type(value))
+
+  config.optim = ConfigDict()
+  config.optim.name = 'sgd'
+  config.optim.lr = 0.01
+  config.optim.head_lr_scale = 10.0  # ASPP, decoder, gates, connectors.
+  config.optim.warmup_epochs = 0.0
+  config.optim.power = 0.9  # Of the poly schedule.
+  config.optim.momentum = 0.9
+  config.optim.nesterov = True
+  config.optim.weight_decay = 5e-4
+  config.optim.clip_norm = config_dict.placeholder(float)
+  config.optim.accumulate = 1  # Parts of a batch, one after the other.
+  config.optim.remat = False  # Recompute blocks in the backward pass.
+  config.optim.ema_decay = 0.0  # 0 is off.
+  config.optim.dtype = 'float32'  # Of the computation, or 'bfloat16'.
+
+  config.eval = ConfigDict()
+  config.eval.protocol = config_dict.placeholder(str)
+  config.eval.every_epochs = 1.0
+  config.eval.batch_size = 8
+  # Short side of what the network sees, 0 for the image as it is; scores are
+  # always resized to the untouched label. For networks trained at base_size.
+  config.eval.short_side = 0
+  config.eval.size_multiple = 1  # Pad to multiples: fewer compilations.
+  config.eval.test_split = ''  # Evaluated once, with the checkpoint of val.
+  config.eval.num_pictures = 4
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.keep_best = 1
+
+  config.mesh = ConfigDict()
+  config.mesh.data = -1  # Devices on this axis; -1 is all.
+  return config
+
+
+def reference_config():
+  """What the data sets of the paper share in the authors' code."""
+  config = default_config()
+  config.recipe = 'reference'
+  config.batch_size = 6  # train_kd.py:281; global here, per GPU there.
+  config.data.base_size = 513  # train_kd.py:197.
+  config.data.crop_size = (513, 513)  # train_kd.py:199.
+  config.eval.size_multiple = 64
+  return config
+
+
+def debug(config):
+  """All code paths in about a minute on a CPU; the numbers mean nothing."""
+  config.data.limit = 12
+  config.batch_size = 4
+  config.num_epochs = 1.0
+  config.teacher.num_epochs = 1.0
+  config.eval.every_epochs = 1.0
+  config.eval.batch_size = 4
+  config.optim.warmup_epochs = 0.0
+  config.log_every_steps = 1
+  for network in (config.teacher, config.student):
+    network.backbone = 'resnet18'
+    network.width_multiplier = 0.125
+    network.aspp_channels = network.decoder_channels = 16
+    network.low_level_channels = 16
+  return config
+
+
+def with_variant(config, arg):
+  """`config` for arg None, its debug variant for 'debug'."""
+  if arg not in (None, 'debug'):
+    raise ValueError(f'Unknown variant {arg!r}; use debug or nothing.')
+  return debug(config) if arg else config
+
+
+def resolve(config):
+  """A locked copy in which every None of the recipe is filled.
+
+  Raises:
+    InputError: for a value outside its choices or its range.
+  """
+  config = config.copy_and_resolve_references()
+  if config.recipe not in RECIPES:
+    raise InputError(
+      f'config.recipe={config.recipe!r} must be one of {", ".join(RECIPES)}.'
+    )
+  for key, value in RECIPES[config.recipe].items():
+    group, name = key.split('.')
+    if config[group][name] is None:
+      config[group][name] = value
+  if config.data.label_pad == 'dataset':
+    # pascal.py:87 and coco.py:100 pad with background, Cityscapes with 255.
+    background = config.data.name in ('pascal_voc', 'coco')
+    config.data.label_pad = 'background' if background else 'ignore'
+  distill = config.distill
+  if distill.teacher_attention == 'in_path':
+    if not config.teacher.in_path_attention:
+      # Gates that nobody trained would only add noise.
+      distill.teacher_attention = 'parameter_free'
+  for role in ('teacher', 'student'):
+    for name, default in (
+      ('num_epochs', config.num_epochs),
+      ('lr', config.optim.lr),
+    ):
+      if config[role][name] is None:
+        config[role][name] = default
+  _check(config)
+  return config.lock()
+
+
+def _check(config):
+  choices = {
+    'data.label_pad': ('ignore', 'background'),
+    'distill.connector_schedule': ('always', 'warmup', 'first_epoch'),
+    'eval.protocol': ('native', 'reference'),
+    'optim.dtype': ('float32', 'bfloat16'),
+    'optim.name': ('sgd', 'adamw'),
+  }
+  for key, allowed in choices.items():
+    group, name = key.split('.')
+    if config[group][name] not in allowed:
+      raise InputError(
+        f'config.{key}={config[group][name]!r} must be one of '
+        f'{", ".join(allowed)}.'
+      )
+  unknown = [stage for stage in config.stages if stage not in STAGES]
+  if unknown or not config.stages:
+    raise InputError(
+      f'config.stages={tuple(config.stages)} must be chosen from '
+      f'{", ".join(STAGES)}.'
+    )
+  positive = (
+    'batch_size',
+    'num_epochs',
+    'log_every_steps',
+    'optim.accumulate',
+    'optim.lr',
+    'eval.batch_size',
+    'eval.every_epochs',
+    'data.base_size',
+    'data.threads',
+    'teacher.num_epochs',
+    'student.num_epochs',
+  )
+  for key in positive:
+    value = config
+    for part in key.split('.'):
+      value = value[part]
+    if not value > 0:
+      raise InputError(f'config.{key}={value} must be positive.')
+  parts = config.optim.accumulate
+  if config.batch_size % parts or config.batch_size // parts < 2:
+    raise InputError(
+      f'config.batch_size={config.batch_size} over optim.accumulate={parts} '
+      'must leave at least 2 images a part: the pooled branch of ASPP '
+      'normalises over them.'
+    )
+  if config.eval.short_side and config.eval.size_multiple != 1:
+    raise InputError('config.eval.short_side needs size_multiple=1.')
+  crop = config.data.crop_size
+  if len(crop) != 2 or min(crop) < 32:
+    raise InputError(
+      f'config.data.crop_size={tuple(crop)} must be (height, width), both at '
+      'least 32.'
+    )

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Scores a trained network on a split of its data set.
+
+  python -m attnfd_jax.evaluate --checkpoint=runs/camvid/distill \
+    [--split=test] [--scales=0.75,1,1.25 --flip] [--output=scores.json]
+
+--checkpoint is the folder of a stage; its config.json names the data set.
+"""
+
+import dataclasses
+import math
+import pathlib
+import sys
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from attnfd_jax import cli
+from attnfd_jax import metrics
+from attnfd_jax.data.sources import load_dataset
+from attnfd_jax.errors import InputError
+from attnfd_jax.training import evaluation
+from attnfd_jax.training import logs
+from attnfd_jax.training import networks
+from attnfd_jax.training import sharding
+
+PROTOCOLS = {
+  'native': 'scored at the size of the untouched labels',
+  'reference': (
+    'images and labels resized to a short side of '
+    f'{evaluation.REFERENCE_SHORT_SIDE} first, as the authors do'
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Averaged:
+  """A network whose probabilities are means over scales and mirror images.
+
+  Takes the place of a network wherever `apply` is called for its logits;
+  hashable, so that compiled steps are shared.
+
+  Attributes:
+    network: called with (variables, image, train=False).
+    scales: of height and width; each is one more forward pass, or two.
+    flip: average with the mirror image as well.
+  """
+
+  network: object
+  scales: tuple[float, ...] = (1.0,)
+  flip: bool = False
+
+  def apply(self, variables, image, *, train):
+    """Log of the mean probabilities, float32 [b, h, w, k], as 'logits' and,
+    there being no coarser map, as 'coarse_logits'.
+    """
+    b, h, w, _ = image.shape
+    total = 0.0
+    for scale in self.scales:
+      # Antialiased when it shrinks, half-pixel centres there and back.
+      size = [max(round(n * scale), 1) for n in (h, w)]
+      scaled = jax.image.resize(image, (b, *size, 3), 'linear')
+      for mirrored in (False, True)[: 1 + self.flip]:
+        x = scaled[:, :, ::-1] if mirrored else scaled
+        logits = self.network.apply(variables, x, train=train)['logits']
+        logits = logits[:, :, ::-1] if mirrored else logits
+        logits = jax.image.resize(logits, (b, h, w, logits.shape[-1]), 'linear')
+        total = total + jax.nn.softmax(logits)
+    mean = total / (len(self.scales) * (1 + self.flip))
+    logits = jnp.log(jnp.maximum(mean, jnp.finfo(mean.dtype).tiny))
+    return {'logits': logits, 'coarse_logits': logits}
+
+
+def parse_scales(text):
+  """(0.75, 1.0) of '0.75,1'.
+
+  Raises:
+    InputError: for anything else than positive numbers.
+  """
+  try:
+    scales = tuple(float(part) for part in text.split(','))
+  except ValueError:
+    scales = ()
+  if not scales or not all(0 < scale < math.inf for scale in scales):
+    raise InputError(
+      f'--scales={text}: expected positive numbers between commas, such as '
+      '--scales=0.75,1,1.25.'
+    )
+  return scales
+
+
+def load_network(
+  checkpoint, *, scales=(1.0,), flip=False, step=None, **options
+):
+  """As networks.load_network, with the arithmetic of the stage's own score.
+
+  Args:
+    checkpoint: folder of a stage.
+    scales, flip: see `Averaged`; the bare network if they change nothing.
+    step: which checkpoint; the best by default.
+    **options: of networks.load_network.
+
+  Raises:
+    InputError: if the folder is no stage, or has no such checkpoint.
+  """
+  if not checkpoint:
+    raise InputError(
+      '--checkpoint is missing; name the folder of a stage, such as '
+      '--checkpoint=runs/quickstart/distill.'
+    )
+  network, variables, info = networks.load_network(
+    checkpoint, step=step, **options
+  )
+  if info['optim']['dtype'] != 'float32':
+    network = network.clone(dtype=jnp.dtype(info['optim']['dtype']))
+  if tuple(scales) != (1.0,) or flip:
+    network = Averaged(network, tuple(scales), flip)
+  return network, variables, info
+
+
+def describe(checkpoint, info):
+  """'runs/quickstart/distill, step 320: resnet18 x0.125'."""
+  role = 'teacher' if info['stage'] == 'teacher' else 'student'
+  name = networks.describe(info[role])
+  return f'{checkpoint}, step {info["checkpoint_step"]}: {name}'
+
+
+def seen_short_side(info, protocol):
+  """Short side of the images that the network sees; 0 leaves their size."""
+  if protocol == 'reference':
+    return evaluation.REFERENCE_SHORT_SIDE
+  return info['eval'].get('short_side', 0)
+
+
+def progress(total):
+  """A bar on terminals; elsewhere a line now and then."""
+  interval = 0.2 if sys.stderr.isatty() else 10
+  return tqdm(total=total, unit=' images', mininterval=interval)
+
+
+class _Counted:
+  """A source that tells a progress bar what was read."""
+
+  def __init__(self, source, bar):
+    self._source, self._bar = source, bar
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index):
+    record = self._source[index]
+    self._bar.update()
+    return record
+
+  def size(self, index):
+    return self._source.size(index)
+
+
+def _load_split(info, data_root, split):
+  if data_root is not None:
+    info = info | {'data': info['data'] | {'root': data_root}}
+  try:
+    dataset = load_dataset(info['data'])
+  except InputError as error:
+    # The flag has another name here.
+    text = str(error).replace('--config.data.root', '--data_root')
+    raise InputError(text) from error
+  if split not in dataset.splits:
+    raise InputError(
+      f'--split={split}: {dataset.name} has {", ".join(dataset.splits)}.'
+    )
+  if list(dataset.class_names) != list(info['class_names']):
+    raise InputError(
+      f'The network knows the classes {list(info["class_names"])}, the data '
+      f'set {list(dataset.class_names)}.'
+    )
+  return dataset, dataset.splits[split]
+
+
+def evaluate_checkpoint(
+  checkpoint,
+  *,
+  data_root=None,
+  split='val',
+  protocol=None,
+  scales=(1.0,),
+  flip=False,
+  step=None,
+):
+  """Scores of a stage's network on one split of its data set.
+
+  Args:
+    checkpoint: folder of a stage.
+    data_root: where the data set is; by default where it was in training.
+    split: 'train', 'val' or 'test', as far as the data set has it.
+    protocol: 'native' or 'reference', see PROTOCOLS; by default that of the
+      stage.
+    scales, flip: see `Averaged`.
+    step: which checkpoint; the best by default.
+
+  Returns:
+    confusion matrix int64 [k, k] (rows are labels), and a dict: the entries of
+    metrics.summarise, and what they depend on. NaN is None, so it is JSON.
+
+  Raises:
+    InputError: whenever the user can mend it.
+  """
+  if protocol is not None and protocol not in PROTOCOLS:
+    raise InputError(
+      f'--protocol={protocol} must be one of {", ".join(PROTOCOLS)}.'
+    )
+  mesh = sharding.make_mesh()
+  network, variables, info = load_network(
+    checkpoint,
+    scales=scales,
+    flip=flip,
+    step=step,
+    sharding=sharding.replicated(mesh),
+  )
+  dataset, source = _load_split(info, data_root, split)
+  protocol = protocol or info['eval']['protocol']
+  short_side = seen_short_side(info, protocol)
+  print(
+    f'{describe(checkpoint, info)}, on the {len(source)} images of the '
+    f'{split} split of {dataset.name}'
+  )
+  with progress(len(source)) as bar:
+    counts = evaluation.evaluate(
+      network,
+      variables,
+      _Counted(source, bar),
+      num_classes=dataset.num_classes,
+      mesh=mesh,
+      protocol=protocol,
+      batch_size=info['eval']['batch_size'],
+      short_side=short_side,
+      size_multiple=info['eval']['size_multiple'],
+      threads=info['data']['threads'],
+    )
+  result = metrics.summarise(counts, dataset.class_names) | {
+    'checkpoint': str(checkpoint),
+    'stage': info['stage'],
+    'dataset': dataset.name,
+    'split': split,
+    'images': len(source),
+    'protocol': protocol,
+    'short_side': short_side,
+    'scales': list(scales),
+    'flip': flip,
+    'step': info['checkpoint_step'],
+    'device': logs.device_name(),
+    'versions': logs.versions(),
+  }
+  return counts, {
+    key: None if isinstance(value, float) and math.isnan(value) else value
+    for key, value in result.items()
+  }
+
+
+def _percent(value):
+  absent = value is None or math.isnan(value)
+  return f'{"absent" if absent else f"{100 * value:.2f}":>7}'
+
+
+def as_text(counts, result):
+  """The scores in percent with a table of classes, for the screen."""
+  words = f'protocol {result["protocol"]}: {PROTOCOLS[result["protocol"]]}'
+  averaged = ', '.join(f'{scale:g}' for scale in result['scales'])
+  if result['scales'] != [1]:
+    words += f'; mean over scales {averaged}'
+  if result['flip']:
+    words += '; mean with the mirror image'
+  lines = [f'{result["split"]} split, {words}', '']
+  for key, name in (
+    ('miou', 'mIoU'),
+    ('class_accuracy', 'class accuracy'),
+    ('pixel_accuracy', 'pixel accuracy'),
+    ('fw_iou', 'fwIoU'),
+  ):
+    lines.append(f'{name:16}{_percent(result[key])} %')
+  width = max(len(name) for name in ('class', *result['iou_per_class'])) + 2
+  lines += ['', f'{"class":{width}}  IoU %  found %  share %']
+  labelled = counts.sum(1)
+  with np.errstate(invalid='ignore'):
+    found, share = np.diag(counts) / labelled, labelled / labelled.sum()
+  for i, (name, iou) in enumerate(result['iou_per_class'].items()):
+    lines.append(
+      f'{name:{width}}{_percent(iou)}  {_percent(found[i])}  '
+      f'{_percent(share[i])}'
+    )
+  return '\n'.join(lines)
+
+
+def main(argv):
+  del argv
+  cli.enable_compilation_cache()
+  options = flags.FLAGS
+  scales = parse_scales(options.scales)
+  output = pathlib.Path(options.output) if options.output else None
+  if output is not None:  # Known to be writable before the long part.
+    if output.is_dir():
+      raise InputError(f'--output={output} is a folder; name a .json file.')
+    output.parent.mkdir(parents=True, exist_ok=True)
+  counts, result = evaluate_checkpoint(
+    options.checkpoint,
+    data_root=options.data_root,
+    split=options.split,
+    protocol=options.protocol,
+    scales=scales,
+    flip=options.flip,
+    step=options.step,
+  )
+  print(as_text(counts, result))
+  if output is not None:
+    logs.write_json(output, result)
+    print(f'\nscores: {output}')
+
+
+if __name__ == '__main__':
+  # Defined here, so that the verbs can be imported together.
+  flags.DEFINE_string('checkpoint', None, 'Folder of a stage.')
+  flags.DEFINE_string('data_root', None, 'Data set, if not where it was.')
+  flags.DEFINE_string('split', 'val', 'train, val or test.')
+  flags.DEFINE_string(
+    'protocol', None, 'native or reference; that of the stage by default.'
+  )
+  flags.DEFINE_string('scales', '1', 'Mean over these, e.g. 0.75,1,1.25.')
+  flags.DEFINE_bool('flip', False, 'Mean with the mirror image.')
+  flags.DEFINE_integer('step', None, 'Checkpoint; the best by default.')
+  flags.DEFINE_string('output', None, 'JSON file to write.')
+  cli.run(main)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Trains what is missing, distils, evaluates and writes a report.
+
+  python -m attnfd_jax.main --config=configs/quickstart.py [--workdir=DIR] \
+    [--config.optim.lr=0.02]
+
+The same command goes on after an interruption.
+"""
+
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from attnfd_jax import cli
+from attnfd_jax import report
+from attnfd_jax.training import stages
+
+CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'configs/NAME.py or configs/NAME.py:VARIANT.'
+)
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run; runs/NAME by default.'
+)
+
+
+def _default_workdir():
+  path, _, variant = flags.FLAGS['config'].config_filename.partition(':')
+  name = pathlib.Path(path).stem
+  return pathlib.Path('runs') / (f'{name}_{variant}' if variant else name)
+
+
+def main(argv):
+  del argv
+  cli.enable_compilation_cache()
+  workdir = pathlib.Path(WORKDIR.value or _default_workdir())
+  results = stages.run(CONFIG.value, workdir)
+  report.write_report([workdir], workdir / 'report.html')
+  for name, result in results.items():
+    test = result.get('test')
+    print(
+      f'{name:8} {result["network"]:20} val mIoU {100 * result["miou"]:6.2f}'
+      + (f'   test mIoU {100 * test["miou"]:6.2f}' if test else '')
+    )
+  print(f'report: {workdir / "report.html"}')
+
+
+if __name__ == '__main__':
+  flags.mark_flag_as_required('config')
+  cli.run(main)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks from configs, from seeds and from stored stages."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnfd_jax.errors import InputError
+from attnfd_jax.models.deeplab import DeepLabV3Plus
+from attnfd_jax.training import checkpoints
+
+_FIELDS = (
+  'backbone',
+  'output_stride',
+  'width_multiplier',
+  'aspp_channels',
+  'decoder_channels',
+  'low_level_channels',
+  'in_path_attention',
+  'aspp_dropout',
+  'decoder_dropout',
+  'head_dropout',
+)
+
+
+def compute_dtype(name):
+  """The `dtype` of modules: None leaves float32 images in float32."""
+  return None if name == 'float32' else jnp.dtype(name)
+
+
+def make_network(config, num_classes, *, dtype='float32', **changes):
+  """DeepLabV3Plus of a group `student` or `teacher` of a config.
+
+  Raises:
+    InputError: for a backbone or stride that does not exist.
+  """
+  options = {key: config[key] for key in _FIELDS if key in config} | changes
+  try:
+    return DeepLabV3Plus(
+      num_classes=num_classes, dtype=compute_dtype(dtype), **options
+    )
+  except ValueError as error:
+    raise InputError(str(error)) from error
+
+
+def describe(config):
+  """'resnet18' or 'resnet18 x0.25', for tables."""
+  width = config['width_multiplier']
+  suffix = '' if width == 1 else f' x{width:g}'
+  return f'{config["backbone"]}{suffix}'
+
+
+def init_key(seed, index):
+  """Keys for random starts. rbg compiles several times as fast as threefry
+  for hundreds of parameters; its numbers differ, so it is named here.
+  """
+  return jax.random.fold_in(jax.random.key(seed, impl='rbg'), index)
+
+
+def abstract_variables(network):
+  """Shapes and types of the variables, without computing or compiling."""
+  image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  return jax.eval_shape(
+    lambda x: network.init(jax.random.key(0), x, train=False), image
+  )
+
+
+def count_params(variables):
+  """Number of trained values of a network."""
+  return sum(x.size for x in jax.tree.leaves(variables['params']))
+
+
+def count_gflops(network, height, width):
+  """1e9 floating point operations of one image's forward pass, by XLA."""
+  variables = abstract_variables(network)
+  image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+
+  def forward(variables, image):
+    return network.apply(variables, image, train=False)['logits']
+
+  cost = jax.jit(forward).lower(variables, image).cost_analysis()
+  return float(cost['flops']) / 1e9 if cost else None
+
+
+def load_network(directory, *, sharding=None, step=None):
+  """Network, variables and description of a finished or running stage.
+
+  Args:
+    directory: of a stage, e.g. runs/camvid/distill.
+    sharding: of the variables; the first device by default.
+    step: which checkpoint; the best by default.
+
+  Returns:
+    module, {'params', 'batch_stats'}, and a dict: the stage's config.json with
+    'checkpoint_step'.
+
+  Raises:
+    InputError: if the folder is no stage, or has no such checkpoint.
+  """
+  directory = pathlib.Path(directory)
+  path = directory / 'config.json'
+  if not path.is_file():
+    raise InputError(
+      f'{directory}: no config.json; name the folder of a stage, such as '
+      'runs/quickstart/distill.'
+    )
+  info = json.loads(path.read_text())
+  if 'stage' not in info:
+    raise InputError(
+      f'{directory}: is a run; name one of its stages, e.g. '
+      f'{directory / "distill"}.'
+    )
+  role = 'teacher' if info['stage'] == 'teacher' else 'student'
+  network = make_network(info[role], len(info['class_names']))
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    abstract_variables(network),
+  )
+  variables, step = checkpoints.restore_student(
+    directory / 'checkpoints',
+    shapes,
+    averaged=info['optim']['ema_decay'] > 0,
+    step=step,
+  )
+  info['checkpoint_step'] = step
+  info['palette'] = np.array(info['palette'], np.uint8)
+  return network, variables, info

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One stage from its config: networks, optimiser, data, step, evaluation."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from attnfd_jax import metrics
+from attnfd_jax.data import pipeline
+from attnfd_jax.data.sources import Dataset
+from attnfd_jax.data.sources import IGNORE_LABEL
+from attnfd_jax.data.transforms import Augment
+from attnfd_jax.distill import make_distiller
+from attnfd_jax.distill import WeightedSum
+from attnfd_jax.errors import InputError
+from attnfd_jax.models.deeplab import DeepLabV3Plus
+from attnfd_jax.training import evaluation
+from attnfd_jax.training import networks
+from attnfd_jax.training import optim
+from attnfd_jax.training import sharding
+from attnfd_jax.training.state import make_state
+from attnfd_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A frozen network with its variables and its stage's config.json."""
+
+  network: DeepLabV3Plus
+  variables: dict
+  info: dict
+
+  @property
+  def name(self):
+    return networks.describe(self.info['teacher'])
+
+
+def load_teacher(config, workdir, dataset, mesh):
+  """The network of config.teacher.checkpoint, or of this run's stage.
+
+  Raises:
+    InputError: if it is absent or knows other classes.
+  """
+  directory = config.teacher.checkpoint or pathlib.Path(workdir) / 'teacher'
+  network, variables, info = networks.load_network(
+    directory, sharding=sharding.replicated(mesh)
+  )
+  if list(info['class_names']) != list(dataset.class_names):
+    raise InputError(
+      f'{directory}: the teacher knows {len(info["class_names"])} classes '
+      f'{info["class_names"]}, the data set {list(dataset.class_names)}.'
+    )
+  dtype = networks.compute_dtype(config.optim.dtype)
+  return Teacher(network.clone(dtype=dtype), variables, info)
+
+
+def make_student(config, num_classes, *, distilled):
+  """The student's network; the reference distils it without ASPP dropout."""
+  changes = {}
+  if distilled:
+    changes = {
+      'aspp_dropout': config.distill.aspp_dropout,
+      'update_norms_twice': config.distill.update_norms_twice,
+    }
+  return networks.make_network(
+    config.student, num_classes, dtype=config.optim.dtype, **changes
+  )
+
+
+def make_stage_distiller(config, student, teacher):
+  """The distiller for two networks, and the shapes that it will see.
+
+  Raises:
+    InputError: for a method or a switch that does not exist.
+  """
+  image = jax.ShapeDtypeStruct((2, *config.data.crop_size, 3), jnp.float32)
+  shapes = [
+    jax.eval_shape(
+      functools.partial(network.apply, train=False),
+      networks.abstract_variables(network),
+      image,
+    )
+    for network in (student, teacher)
+  ]
+  options = config.distill.to_dict()
+  if teacher.in_path_attention:
+    options['teacher_attention'] = 'in_path'
+  elif options['teacher_attention'] == 'in_path':
+    options['teacher_attention'] = 'parameter_free'
+  elif options['teacher_attention'] == 'checkpoint':
+    # A teacher of ours without gates: as the authors' own training leaves
+    # them, at their random start.
+    options['teacher_attention'] = 'random'
+  backbones = (student.backbone, teacher.backbone)
+  if all(name.startswith('resnet') for name in backbones):
+    options['fan_out_taps'] = ('backbone',)
+  try:
+    return make_distiller(options, *shapes), shapes
+  except ValueError as error:
+    raise InputError(str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """What a stage computes with; built by `make_stage`.
+
+  Attributes:
+    name: 'teacher', 'student' or 'distill'.
+    config: resolved.
+    dataset, mesh: what it trains on.
+    network: in training.
+    teacher, distiller: None but in 'distill'.
+    output_shapes: of student and teacher, for the distiller.
+    epoch_steps, num_steps, eval_every: in steps.
+  """
+
+  name: str
+  config: object
+  dataset: Dataset
+  mesh: jax.sharding.Mesh
+  network: DeepLabV3Plus
+  teacher: Teacher | None
+  distiller: WeightedSum | None
+  output_shapes: list
+  epoch_steps: int
+  num_steps: int
+  eval_every: int
+
+  @property
+  def options(self):
+    """The group of the network in training."""
+    role = 'teacher' if self.name == 'teacher' else 'student'
+    return self.config[role]
+
+  @functools.cached_property
+  def schedule(self):
+    optimizer = self.config.optim
+    return optim.poly_schedule(
+      self.options.lr,
+      num_steps=self.num_steps,
+      power=optimizer.power,
+      warmup_steps=round(optimizer.warmup_epochs * self.epoch_steps),
+    )
+
+  @functools.cached_property
+  def tx(self):
+    distill, options = self.config.distill, self.config.optim
+    always = self.distiller is None
+    return optim.make_optimizer(
+      self.schedule,
+      name=options.name,
+      head_lr_scale=options.head_lr_scale,
+      weight_decay=options.weight_decay,
+      momentum=options.momentum,
+      nesterov=options.nesterov,
+      clip_norm=options.clip_norm,
+      connector_schedule='always' if always else distill.connector_schedule,
+      epoch_steps=self.epoch_steps,
+      mlp_frozen=distill.student_attention == 'mlp_frozen',
+    )
+
+  def init_state(self):
+    """A fresh TrainState on the mesh, compiled as one program."""
+
+    def init(rng):
+      image = jnp.zeros((1, 64, 64, 3))
+      variables = {'student': self.network.init(rng, image, train=False)}
+      if self.distiller is not None:
+        outputs = jax.tree.map(
+          lambda x: jnp.zeros(x.shape, x.dtype), self.output_shapes
+        )
+        variables['distiller'] = self.distiller.init(
+          jax.random.fold_in(rng, 1), *outputs, None, train=False
+        )
+      return make_state(variables, self.tx, ema=self.config.optim.ema_decay > 0)
+
+    # Student and distilled student of one seed start from the same weights.
+    index = 0 if self.name == 'teacher' else 1
+    rng = networks.init_key(self.config.seed, index)
+    everywhere = sharding.replicated(self.mesh)
+    return jax.jit(init, out_shardings=everywhere)(rng)
+
+  def make_train_step(self):
+    distill, optimizer = self.config.distill, self.config.optim
+    return make_train_step(
+      self.network,
+      self.tx,
+      teacher=self.teacher.network if self.teacher else None,
+      distiller=self.distiller,
+      schedule=self.schedule,
+      mesh=self.mesh,
+      teacher_bn=distill.teacher_bn,
+      teacher_dropout=distill.teacher_dropout,
+      ce_batch_division=distill.ce_batch_division,
+      accumulate=optimizer.accumulate,
+      remat=optimizer.remat,
+      ema_decay=optimizer.ema_decay,
+    )
+
+  def make_batches(self, step):
+    """Batches on the mesh, from global step `step` on."""
+    data = self.config.data
+    augment = Augment(
+      base_size=data.base_size,
+      crop_size=tuple(data.crop_size),
+      scale_range=tuple(data.scale_range),
+      label_fill=0 if data.label_pad == 'background' else IGNORE_LABEL,
+      flip=data.flip,
+      blur=data.blur,
+      photometric=data.photometric,
+    )
+    batches = pipeline.train_batches(
+      self.dataset.splits['train'],
+      augment,
+      batch_size=self.config.batch_size,
+      seed=self.config.seed,
+      step=step,
+      threads=data.threads,
+      workers=data.workers,
+    )
+    return pipeline.to_device(batches, sharding.by_batch(self.mesh))
+
+  def evaluate(self, variables, split='val'):
+    """Entries of result.json for one split."""
+    options = self.config.eval
+    counts = evaluation.evaluate(
+      self.network,
+      variables,
+      self.dataset.splits[split],
+      num_classes=self.dataset.num_classes,
+      mesh=self.mesh,
+      protocol=options.protocol,
+      batch_size=options.batch_size,
+      short_side=options.short_side,
+      size_multiple=options.size_multiple,
+      threads=self.config.data.threads,
+    )
+    return metrics.summarise(counts, self.dataset.class_names)
+
+  def description(self):
+    """The stage's config.json: enough to rebuild the network without data."""
+    return json.loads(self.config.to_json_best_effort()) | {
+      'stage': self.name,
+      'class_names': list(self.dataset.class_names),
+      'palette': self.dataset.palette.tolist(),
+    }
+
+
+def make_stage(name, config, dataset, mesh, workdir):
+  """Builds stage `name`; loads the teacher when there is one to learn from."""
+  num_classes = dataset.num_classes
+  teacher = distiller = None
+  shapes = []
+  if name == 'teacher':
+    network = networks.make_network(
+      config.teacher, num_classes, dtype=config.optim.dtype
+    )
+  else:
+    distilled = name == 'distill'
+    network = make_student(config, num_classes, distilled=distilled)
+  if name == 'distill':
+    teacher = load_teacher(config, workdir, dataset, mesh)
+    distiller, shapes = make_stage_distiller(config, network, teacher.network)
+  role = 'teacher' if name == 'teacher' else 'student'
+  epoch = len(dataset.splits['train']) / config.batch_size
+  return Stage(
+    name=name,
+    config=config,
+    dataset=dataset,
+    mesh=mesh,
+    network=network,
+    teacher=teacher,
+    distiller=distiller,
+    output_shapes=shapes,
+    epoch_steps=max(-(-len(dataset.splits['train']) // config.batch_size), 1),
+    num_steps=max(round(config[role].num_epochs * epoch), 1),
+    eval_every=max(round(config.eval.every_epochs * epoch), 1),
+  )

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training changes: arrays only, so that it saves and shards as it is."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+  """State of one stage.
+
+  Attributes:
+    step: int32 scalar, updates applied so far.
+    params: {'student': ..., 'distiller': ...}; the network in training is
+      called student in every stage. Without a teacher there is no distiller.
+    collections: same keys, everything that is not trained: running statistics,
+      the teacher's frozen gates.
+    opt_state: of the optimiser.
+    ema: averaged variables of the student, or {}.
+  """
+
+  step: jax.Array
+  params: dict
+  collections: dict
+  opt_state: optax.OptState
+  ema: dict
+
+  def student_variables(self):
+    """Variables of the network to evaluate: the average if there is one."""
+    if self.ema:
+      return self.ema
+    collections = self.collections['student']
+    return {'params': self.params['student'], **collections}
+
+
+def make_state(variables, tx, *, ema):
+  """TrainState of {'student': variables, ...}; `ema` keeps an average."""
+  params, collections = {}, {}
+  for name, parts in variables.items():
+    parts = dict(parts)
+    params[name] = parts.pop('params', {})
+    collections[name] = parts
+  # Copies: a donated state must not hold one buffer twice.
+  average = jax.tree.map(jnp.copy, variables['student']) if ema else {}
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    collections=collections,
+    opt_state=tx.init(params),
+    ema=average,
+  )

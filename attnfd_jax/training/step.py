@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One jitted, sharded, donated step for all stages; the step of evaluation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from attnfd_jax.losses import softmax_cross_entropy
+from attnfd_jax.metrics import confusion_matrix
+from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.models.layers import resize
+from attnfd_jax.training import sharding
+from attnfd_jax.training.state import TrainState
+
+
+def make_train_step(
+  student,
+  tx,
+  *,
+  teacher=None,
+  distiller=None,
+  schedule,
+  mesh,
+  teacher_bn='running',
+  teacher_dropout=False,
+  ce_batch_division=False,
+  accumulate=1,
+  remat=False,
+  ema_decay=0.0,
+):
+  """Returns jitted (state, teacher_variables, batch, rng) -> state, metrics.
+
+  Batch statistics and norms are over the global batch on any mesh, so that
+  the result does not depend on the number of devices.
+
+  Args:
+    student: the network in training.
+    tx: Optax transformation.
+    teacher: network or None; teacher_variables are then {}.
+    distiller: module called with (student, teacher, labels); see distill/.
+    schedule: step -> learning rate, for the log.
+    mesh: with an axis 'data'.
+    teacher_bn: 'running' or 'batch' statistics in the teacher, whose own
+      running ones never change.
+    teacher_dropout: drop in the teacher as well.
+    ce_batch_division: divide the cross-entropy by the batch, as the authors do
+      (utils/loss.py).
+    accumulate: parts of the batch, one after the other, in less memory;
+      statistics and norms are then over a part.
+    remat: keep only block outputs for the backward pass, compute the rest
+      again.
+    ema_decay: of the averaged student; 0 keeps none.
+  """
+
+  def forward(variables, image, rng):
+    return student.apply(
+      variables,
+      image,
+      train=True,
+      rngs={'dropout': rng},
+      mutable=['batch_stats'],
+    )
+
+  if remat:
+    policy = jax.checkpoint_policies.save_only_these_names('block')
+    forward = jax.checkpoint(forward, policy=policy)
+
+  def loss_fn(params, collections, teacher_variables, batch, rng):
+    image = normalise(batch['image'])  # uint8 until here.
+    label = batch['label']
+    student_rng, teacher_rng = jax.random.split(rng)
+    out, updated = forward(
+      {'params': params['student'], **collections['student']},
+      image,
+      student_rng,
+    )
+    loss = ce = softmax_cross_entropy(out['logits'], label)
+    if ce_batch_division:
+      loss = ce / image.shape[0]
+    terms = {'ce': ce}
+    collections = {**collections, 'student': updated}
+    if distiller is not None:
+      # Statistics are not mutable here: the teacher stays as it is.
+      target = jax.lax.stop_gradient(
+        teacher.apply(
+          teacher_variables,
+          image,
+          train=teacher_bn == 'batch',
+          dropout=teacher_dropout,
+          rngs={'dropout': teacher_rng},
+        )
+      )
+      state = collections['distiller']
+      (distance, parts), updated = distiller.apply(
+        {'params': params['distiller'], **state},
+        out,
+        target,
+        label,
+        train=True,
+        mutable=list(state),
+      )
+      loss = loss + distance
+      terms |= parts
+      collections['distiller'] = {**state, **updated}
+    return loss, (collections, terms | {'loss': loss})
+
+  def gradients(state, teacher_variables, batch, rng):
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+      return grad_fn(
+        state.params, state.collections, teacher_variables, batch, rng
+      )
+
+    def split(x):
+      # Every device keeps its images: the parts interleave.
+      parts = x.reshape(-1, accumulate, *x.shape[1:])
+      return jnp.swapaxes(parts, 0, 1)
+
+    def add_part(carry, part):
+      collections, total = carry
+      index, batch = part
+      grads, (collections, terms) = grad_fn(
+        state.params,
+        collections,
+        teacher_variables,
+        batch,
+        jax.random.fold_in(rng, index),
+      )
+      return (collections, jax.tree.map(jnp.add, total, grads)), terms
+
+    start = (state.collections, jax.tree.map(jnp.zeros_like, state.params))
+    parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
+    (collections, total), terms = jax.lax.scan(add_part, start, parts)
+    grads = jax.tree.map(lambda x: x / accumulate, total)
+    return grads, (collections, jax.tree.map(jnp.mean, terms))
+
+  def train_step(state, teacher_variables, batch, rng):
+    rng = jax.random.fold_in(rng, state.step)
+    grads, (collections, metrics) = gradients(
+      state, teacher_variables, batch, rng
+    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics |= {
+      'grad_norm': optax.tree.norm(grads),
+      'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
+    }
+    state = TrainState(
+      step=state.step + 1,
+      params=params,
+      collections=collections,
+      opt_state=opt_state,
+      ema=state.ema,
+    )
+    if ema_decay:
+      current = state.replace(ema={}).student_variables()
+      # A young average would be the random start.
+      decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+      average = jax.tree.map(
+        lambda old, new: decay * old + (1 - decay) * new, state.ema, current
+      )
+      state = state.replace(ema=average)
+    return state, metrics
+
+  everywhere = sharding.replicated(mesh)
+  return jax.jit(
+    train_step,
+    donate_argnums=0,
+    in_shardings=(everywhere, everywhere, sharding.by_batch(mesh), everywhere),
+    out_shardings=(everywhere, everywhere),
+  )
+
+
+@functools.lru_cache
+def make_eval_step(network, num_classes, mesh):
+  """Returns jitted (variables, batch) -> confusion matrix int32 [k, k].
+
+  Cached, so that two stages with the same network share one compilation.
+  """
+
+  def eval_step(variables, batch):
+    out = network.apply(variables, normalise(batch['image']), train=False)
+    label = batch['label']
+    # From the coarse scores in one step, whatever the size of the label.
+    logits = resize(out['coarse_logits'], *label.shape[1:])
+    predictions = jnp.argmax(logits, -1)
+    return confusion_matrix(predictions, label, num_classes=num_classes)
+
+  everywhere = sharding.replicated(mesh)
+  return jax.jit(
+    eval_step,
+    in_shardings=(everywhere, sharding.by_batch(mesh)),
+    out_shardings=everywhere,
+  )

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Cityscapes, ResNet-101 -> ResNet-18, defaults of the AttnFD reference.
+
+  python -m attnfd_jax.main --config=configs/cityscapes.py[:debug]
+
+The authors publish 73.04 mIoU on val (README), protocol reference, and no
+command; crop and base size are the defaults of their script. Not run by us:
+the reader for this data set is not written yet.
+"""
+
+from attnfd_jax.config import reference_config
+from attnfd_jax.config import with_variant
+
+
+def get_config(arg=None):
+  config = reference_config()
+  config.data.name = 'cityscapes'
+  config.data.root = 'data/cityscapes'
+  config.num_epochs = 200.0  # train_kd.py:275.
+  config.optim.lr = 0.01  # train_kd.py:289, for a batch of 6.
+  return with_variant(config, arg)

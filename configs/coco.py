@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""COCO 2017 with the 21 VOC classes, defaults of the AttnFD reference.
+
+  python -m attnfd_jax.main --config=configs/coco.py[:debug]
+
+The paper has no table for it. Not run by us: the reader for this data set is
+not written yet.
+"""
+
+from attnfd_jax.config import reference_config
+from attnfd_jax.config import with_variant
+
+
+def get_config(arg=None):
+  config = reference_config()
+  config.data.name = 'coco'
+  config.data.root = 'data/coco'
+  config.num_epochs = 30.0  # train_kd.py:274.
+  config.optim.lr = 0.1  # train_kd.py:288, for a batch of 6.
+  return with_variant(config, arg)

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Your own images: images/{train,val}/* and masks/{train,val}/*.png.
+
+  python -m attnfd_jax.main --config=configs/folder.py[:debug] \
+    --config.data.root=PATH --config.data.class_names="('background', 'road')"
+
+An image and its mask have the same stem; masks are 8-bit PNGs of class ids in
+the order of class_names, 255 is ignored. A split `test` is read if it exists.
+"""
+
+from attnfd_jax.config import default_config
+from attnfd_jax.config import with_variant
+
+
+def get_config(arg=None):
+  config = default_config()
+  config.data.name = 'folder'
+  config.data.root = 'data/folder'
+  config.data.photometric = 0.5
+  config.num_epochs = 100.0
+  config.teacher.backbone = 'resnet34'
+  # From scratch: no part has pretrained weights.
+  config.optim.lr = 0.05
+  config.optim.head_lr_scale = 1.0
+  config.optim.warmup_epochs = 3.0
+  config.eval.every_epochs = 5.0
+  config.eval.size_multiple = 64  # Images of any size, few compilations.
+  return with_variant(config, arg)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Four CPU devices and no implicit promotion, set before jax starts."""
+
+import contextlib
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Programs of an earlier run must not hide that something compiles again, or no
+# longer: tests that want a cache make a temporary one.
+os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)
+_COUNT = '--xla_force_host_platform_device_count'
+if _COUNT not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_COUNT}=4'
+
+# The lines above must run first.
+from absl import flags  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+# grain reads a flag, and no test runs under absl.app.
+flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture
+def key():
+  """A jax key; split it, or fold_in, for more than one use."""
+  return jax.random.key(0)
+
+
+@pytest.fixture
+def fill():
+  """(shapes or arrays, seed) -> the tree with NumPy values, never 0 or 1.
+
+  Norms and biases of a fresh network are neutral, so that a test could not see
+  them; and this compiles nothing.
+  """
+
+  def fill(tree, seed=0):
+    generator = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+      if leaf.ndim > 1:
+        fan_in = np.prod(leaf.shape[:-1])
+        values = generator.normal(size=leaf.shape) * (2 / fan_in) ** 0.5
+      elif path[-1].key in ('scale', 'var'):
+        values = generator.uniform(0.5, 1.5, leaf.shape)
+      else:
+        values = generator.uniform(-0.5, 0.5, leaf.shape)
+      return values.astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
+
+  return fill
+
+
+@pytest.fixture
+def standard_promotion():
+  """For code of others that mixes types: optax.adam raises float ** int32."""
+  with jax.numpy_dtype_promotion('standard'):
+    yield
+
+
+@pytest.fixture
+def x64():
+  """A context in which arrays are float64: derivatives without rounding."""
+
+  @contextlib.contextmanager
+  def context():
+    jax.config.update('jax_enable_x64', True)
+    try:
+      yield
+    finally:
+      jax.config.update('jax_enable_x64', False)
+
+  return context

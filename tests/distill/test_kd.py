@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logit distillation against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnfd_jax.distill.kd import logit_distance
+from attnfd_jax.distill.kd import LogitKD
+
+# Means of some hundred float32 logarithms.
+CLOSE = {'rtol': 1e-5, 'atol': 1e-6}
+SHAPE = (2, 4, 5, 6)
+
+
+def normal(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def softmax(x):
+  x = np.exp(x - x.max(-1, keepdims=True))
+  return x / x.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize('temperature', [1.0, 4.0])
+def test_value_and_gradient(temperature):
+  s, t = 2 * normal(0, *SHAPE), 2 * normal(1, *SHAPE)
+  loss, grads = jax.value_and_grad(logit_distance)(
+    s, t, temperature=temperature
+  )
+  assert loss.dtype == jnp.float32
+  p = softmax(t.astype(np.float64) / temperature)
+  q = softmax(s.astype(np.float64) / temperature)
+  divergence = np.sum(p * np.log(p / q), -1)
+  np.testing.assert_allclose(loss, temperature**2 * divergence.mean(), **CLOSE)
+  # T^2 from the front, 1 / T from inside; 40 pixels.
+  np.testing.assert_allclose(grads, temperature * (q - p) / 40, **CLOSE)
+
+
+def test_a_shift_of_all_scores_of_a_pixel_changes_nothing():
+  s, t = normal(0, *SHAPE), normal(1, *SHAPE)
+  loss = logit_distance(s, t, temperature=2.0)
+  shift = 5 * normal(2, *SHAPE[:3], 1)
+  for pair in ((s + shift, t), (s, t + shift)):
+    np.testing.assert_allclose(
+      logit_distance(*pair, temperature=2.0), loss, **CLOSE
+    )
+
+
+def test_zero_at_equality():
+  s = 3 * normal(0, *SHAPE)
+  loss, grads = jax.value_and_grad(logit_distance)(s, s, temperature=2.0)
+  assert loss == 0
+  # Rounding of probabilities, over 40 pixels.
+  np.testing.assert_allclose(grads, 0, rtol=0, atol=1e-7)
+
+
+def test_teacher_has_no_gradient():
+  s, t = normal(0, *SHAPE), normal(1, *SHAPE)
+  grads = jax.grad(logit_distance, argnums=1)(s, t, temperature=2.0)
+  np.testing.assert_array_equal(grads, 0)
+
+
+def test_large_and_bfloat16_logits():
+  s, t = 1e3 * normal(0, *SHAPE), 1e3 * normal(1, *SHAPE)
+  loss, grads = jax.value_and_grad(logit_distance)(s, t, temperature=1.0)
+  assert np.isfinite(loss) and np.isfinite(grads).all()
+  rounded = [jnp.asarray(x, jnp.bfloat16) for x in (s, t)]
+  assert logit_distance(*rounded, temperature=1.0).dtype == jnp.float32
+
+
+def test_shapes_must_be_equal():
+  s, t = normal(0, *SHAPE), normal(1, 2, 4, 5, 7)
+  with pytest.raises(ValueError, match=r'\(2, 4, 5, 6\).*\(2, 4, 5, 7\)'):
+    logit_distance(s, t, temperature=1.0)
+
+
+def test_the_method_takes_the_scores_before_the_last_resize():
+  s, t = normal(0, *SHAPE), normal(1, *SHAPE)
+  outputs = [{'coarse_logits': x, 'logits': None} for x in (s, t)]
+  loss, terms = LogitKD(3.0).apply(
+    {}, *outputs, None, train=True, method='from_outputs'
+  )
+  assert terms == {}
+  np.testing.assert_array_equal(loss, logit_distance(s, t, temperature=3.0))

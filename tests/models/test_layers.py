@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers against NumPy, and the fast forms of convolution against lax."""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnfd_jax.models import layers
+from attnfd_jax.training import sharding
+
+# Sums of at most some hundred products, in another order than NumPy's.
+CLOSE = {'rtol': 1e-5, 'atol': 1e-5}
+
+
+def normal(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def plain_convolution(x, kernel, strides, dilation, padding):
+  """Every output pixel by itself, in float64; depthwise with 1 input."""
+  x, kernel = x.astype(np.float64), kernel.astype(np.float64)
+  pad = (padding, padding)
+  x = np.pad(x, ((0, 0), pad, pad, (0, 0)))
+  k, _, inputs, features = kernel.shape
+  reach = dilation * (k - 1)
+  rows = range(0, x.shape[1] - reach, strides)
+  columns = range(0, x.shape[2] - reach, strides)
+  y = np.zeros((len(x), len(rows), len(columns), features))
+  formula = 'bijc,ijcf->bf'
+  if inputs == 1:
+    kernel, formula = kernel[:, :, 0], 'bijc,ijc->bc'
+  for i, top in enumerate(rows):
+    for j, left in enumerate(columns):
+      window = x[
+        :,
+        top : top + reach + 1 : dilation,
+        left : left + reach + 1 : dilation,
+      ]
+      y[:, i, j] = np.einsum(formula, window, kernel)
+  return y
+
+
+# (kernel size, depthwise), strides, dilation, padding.
+FORMS = {
+  'point': (1, False, 1, 1, 0),
+  'point_stride2': (1, False, 2, 1, 0),
+  'point_padded': (1, False, 1, 1, 1),
+  'full': (3, False, 1, 1, 1),
+  'full_stride2': (3, False, 2, 1, 1),
+  'full_dilation3': (3, False, 1, 3, 3),
+  'stem': (7, False, 2, 1, 3),
+  'depthwise': (3, True, 1, 1, 1),
+  'depthwise_stride2': (3, True, 2, 1, 0),
+  'depthwise_dilation2': (3, True, 1, 2, 2),
+  'depthwise_stride2_dilation2': (3, True, 2, 2, 0),
+}
+
+
+@pytest.mark.parametrize('form', FORMS.values(), ids=FORMS)
+def test_convolve_equals_the_plain_form(form):
+  k, depthwise, strides, dilation, padding = form
+  x = normal(0, 2, 8, 11, 6)
+  kernel = normal(1, k, k, 1, 6) if depthwise else normal(1, k, k, 6, 4)
+
+  def plain(x, kernel):
+    return lax.conv_general_dilated(
+      x,
+      kernel,
+      (strides, strides),
+      [(padding, padding)] * 2,
+      rhs_dilation=(dilation, dilation),
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+      feature_group_count=6 if depthwise else 1,
+    )
+
+  def ours(x, kernel):
+    return layers.convolve(
+      x, kernel, strides=strides, dilation=dilation, padding=padding
+    )
+
+  def run(f, x, kernel):
+    def weighed(x, kernel):
+      y = f(x, kernel)
+      # Every output has its own weight: a shifted map would show.
+      weight = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+      return jnp.sum(y * weight), y
+
+    return jax.grad(weighed, (0, 1), has_aux=True)(x, kernel)
+
+  (grads, y), (expected_grads, expected) = jax.jit(
+    lambda x, kernel: (run(ours, x, kernel), run(plain, x, kernel))
+  )(x, kernel)
+  by_hand = plain_convolution(x, kernel, strides, dilation, padding)
+  np.testing.assert_allclose(y, by_hand, **CLOSE)
+  np.testing.assert_allclose(y, expected, **CLOSE)
+  for actual, wanted in zip(grads, expected_grads, strict=True):
+    # Kernel gradients sum up to 200 products.
+    np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+  ('kernel', 'padding', 'convolutions'),
+  [((1, 1, 6, 4), 0, 0), ((3, 3, 1, 6), 1, 0), ((3, 3, 6, 4), 1, 1)],
+  ids=['point', 'depthwise', 'full'],
+)
+def test_slow_forms_are_not_lowered_on_cpu(kernel, padding, convolutions):
+  x = jnp.zeros((1, 5, 5, 6))
+
+  def convolve(x, kernel):
+    return layers.convolve(x, kernel, padding=padding)
+
+  text = jax.jit(convolve).lower(x, jnp.zeros(kernel)).as_text()
+  assert text.count('stablehlo.convolution') == convolutions
+
+
+@pytest.mark.parametrize(
+  ('size', 'strides', 'dilation'),
+  [(1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 2), (3, 2, 2), (7, 2, 1)],
+)
+def test_conv_pads_symmetrically(fill, size, strides, dilation):
+  module = layers.Conv(3, size, strides, dilation, use_bias=True)
+  x = normal(0, 1, 8, 9, 2)
+  variables = fill(jax.eval_shape(module.init, jax.random.key(0), x))
+  params = variables['params']
+  padding = dilation * (size - 1) // 2
+  kernel = params['kernel']
+  expected = plain_convolution(x, kernel, strides, dilation, padding)
+  actual = module.apply(variables, x)
+  assert actual.shape[1:3] == (-(-8 // strides), -(-9 // strides))
+  np.testing.assert_allclose(actual, expected + params['bias'], **CLOSE)
+
+
+@pytest.mark.parametrize(
+  ('init', 'shape', 'fan'),
+  [
+    (layers.fan_in_normal, (3, 3, 64, 16), 9 * 64),
+    (layers.fan_in_normal, (3, 3, 1, 1024), 9),
+    (layers.fan_out_normal, (3, 3, 64, 16), 9 * 16),
+    (layers.fan_out_normal, (1, 1, 64, 128), 128),
+  ],
+  ids=['fan_in', 'depthwise', 'fan_out', 'connector'],
+)
+def test_starts_are_untruncated_normals(key, init, shape, fan):
+  x = np.asarray(init(key, shape, jnp.float32)) * (fan / 2) ** 0.5
+  # Four standard errors of 8192 or more samples.
+  np.testing.assert_allclose(x.std(), 1, rtol=0, atol=0.032)
+  np.testing.assert_allclose(x.mean(), 0, rtol=0, atol=0.045)
+  # A truncated normal of the same deviation ends at 2.28.
+  assert np.abs(x).max() > 3
+
+
+def test_bias_starts_as_in_torch(key):
+  params = layers.Conv(4000, 1, use_bias=True).init(
+    key, jnp.zeros((1, 1, 1, 256))
+  )['params']
+  bias = params['bias']
+  assert 0.99 / 16 < np.abs(bias).max() <= 1 / 16
+  assert bias.min() < -0.9 / 16
+
+
+def test_batch_norm_in_training(key):
+  module = layers.BatchNorm(momentum=0.8)
+  x = 3 + 2 * normal(0, 2, 3, 1, 4)
+  variables = {
+    'params': {'scale': normal(1, 4), 'bias': normal(2, 4)},
+    'batch_stats': {'mean': normal(3, 4), 'var': 1 + normal(4, 4) ** 2},
+  }
+  y, updated = module.apply(variables, x, train=True, mutable=['batch_stats'])
+  wide = x.astype(np.float64).reshape(6, 4)
+  mean, var = wide.mean(0), wide.var(0)
+  scale, bias = variables['params'].values()
+  expected = (x - mean) / np.sqrt(var + 1e-5) * scale + bias
+  np.testing.assert_allclose(y, expected, **CLOSE)
+  old, new = variables['batch_stats'], updated['batch_stats']
+  expected = 0.8 * old['mean'] + 0.2 * mean
+  np.testing.assert_allclose(new['mean'], expected, **CLOSE)
+  # PyTorch keeps the unbiased variance: 6 / 5 of the batch's.
+  expected = 0.8 * old['var'] + 0.2 * var * 6 / 5
+  np.testing.assert_allclose(new['var'], expected, **CLOSE)
+
+
+def test_batch_norm_in_evaluation():
+  x = normal(0, 2, 3, 2, 4)
+  stats = {'mean': normal(3, 4), 'var': 1 + normal(4, 4) ** 2}
+  params = {'scale': normal(1, 4), 'bias': normal(2, 4)}
+  y, updated = layers.BatchNorm().apply(
+    {'params': params, 'batch_stats': stats},
+    x,
+    train=False,
+    mutable=['batch_stats'],
+  )
+  expected = (x - stats['mean']) / np.sqrt(stats['var'] + 1e-5)
+  expected = expected * params['scale'] + params['bias']
+  np.testing.assert_allclose(y, expected, **CLOSE)
+  jax.tree.map(np.testing.assert_array_equal, updated['batch_stats'], stats)
+
+
+def test_batch_norm_can_discard_its_update(key):
+  module = layers.BatchNorm()
+  x = 5 + normal(0, 4, 3, 3, 2)
+  variables = module.init(key, x, train=True)
+  y = module.apply(variables, x, train=True)
+  # 36 values to zero mean, up to the rounding of 5.
+  np.testing.assert_allclose(np.mean(y, (0, 1, 2)), 0, rtol=0, atol=1e-5)
+  # Neither init nor apply moved the start.
+  np.testing.assert_array_equal(variables['batch_stats']['mean'], 0)
+  np.testing.assert_array_equal(variables['batch_stats']['var'], 1)
+
+
+def test_batch_norm_far_from_zero(key):
+  x = 1000 + normal(0, 8, 8, 8, 1)
+  y = layers.BatchNorm().apply(
+    layers.BatchNorm().init(key, x, train=False), x, train=True
+  )
+  # 1000 has 6e-5 between neighbours; E[x^2] - E[x]^2 would be off by 0.06.
+  np.testing.assert_allclose(np.std(y), 1, rtol=1e-3, atol=0)
+
+
+def test_batch_norm_of_a_single_value_is_finite(key):
+  x = jnp.full((1, 1, 1, 2), 3.0)
+  variables = layers.BatchNorm().init(key, x, train=False)
+  y, updated = layers.BatchNorm().apply(
+    variables, x, train=True, mutable=['batch_stats']
+  )
+  np.testing.assert_array_equal(y, 0)
+  # 0.9 of the start, and no variance to add.
+  np.testing.assert_allclose(
+    updated['batch_stats']['var'], 0.9, rtol=1e-6, atol=0
+  )
+
+
+def test_batch_norm_in_bfloat16(key):
+  x = (100 + normal(0, 4, 8, 8, 2)).astype(jnp.bfloat16)
+  module = layers.BatchNorm()
+  variables = module.init(key, x, train=False)
+  y, updated = module.apply(variables, x, train=True, mutable=['batch_stats'])
+  assert y.dtype == jnp.bfloat16
+  for leaf in jax.tree.leaves((variables, updated)):
+    assert leaf.dtype == jnp.float32
+  exact = np.asarray(x, np.float64)
+  # Of the rounded input, the statistics are those of float32.
+  np.testing.assert_allclose(
+    updated['batch_stats']['mean'],
+    0.1 * exact.mean((0, 1, 2)),
+    rtol=1e-6,
+    atol=0,
+  )
+
+
+def test_batch_norm_is_global_on_a_sharded_batch(key):
+  mesh = sharding.make_mesh()
+  assert mesh.size > 1
+  module = layers.BatchNorm()
+  # Each device alone would see another mean.
+  x = (
+    normal(0, 8, 3, 3, 2) + np.arange(8, dtype=np.float32)[:, None, None, None]
+  )
+  variables = module.init(key, x, train=False)
+
+  def run(x):
+    return module.apply(variables, x, train=True, mutable=['batch_stats'])
+
+  everywhere, by_batch = sharding.replicated(mesh), sharding.by_batch(mesh)
+  sharded = jax.jit(run, in_shardings=by_batch, out_shardings=everywhere)(x)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), sharded, run(x)
+  )
+
+
+@pytest.mark.parametrize('size', [(6, 7), (9, 4)], ids=['even_odd', 'odd_even'])
+def test_max_pool_pads_with_minus_infinity(size):
+  x = -1 - np.abs(normal(0, 2, *size, 3))  # Padding by 0 would win.
+  padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+  rows, columns = range(0, size[0], 2), range(0, size[1], 2)
+  expected = [
+    [padded[:, i : i + 3, j : j + 3].max((1, 2)) for j in columns] for i in rows
+  ]
+  expected = np.transpose(expected, (2, 0, 1, 3))
+  np.testing.assert_array_equal(layers.max_pool(x), expected)
+
+
+def interpolation(size_out, size_in):
+  """Matrix [out, in] of linear interpolation with aligned corners."""
+  matrix = np.zeros((size_out, size_in))
+  for i in range(size_out):
+    x = i * (size_in - 1) / (size_out - 1) if size_out > 1 else 0.0
+    low = min(int(np.floor(x)), max(size_in - 2, 0))
+    high = min(low + 1, size_in - 1)
+    matrix[i, low] += 1 - (x - low)
+    matrix[i, high] += x - low
+  return matrix
+
+
+@pytest.mark.parametrize(
+  ('before', 'after'),
+  [
+    ((5, 4), (5, 4)),
+    ((5, 9), (17, 5)),
+    ((3, 7), (6, 20)),
+    ((33, 17), (129, 16)),
+    ((1, 1), (4, 5)),
+    ((5, 4), (1, 1)),
+    ((1, 5), (3, 1)),
+    ((7, 1), (3, 3)),
+    ((5, 5), (1, 7)),
+    ((1, 4), (1, 7)),
+  ],
+  ids=lambda size: 'x'.join(map(str, size)),
+)
+def test_resize_aligns_corners(before, after):
+  x, weight = normal(0, 2, *before, 3), normal(1, 2, *after, 3)
+  rows, columns = map(interpolation, after, before)
+
+  @jax.jit
+  def run(x, weight):
+    y, pull_back = jax.vjp(lambda x: layers.resize(x, *after), x)
+    return y, pull_back(weight)[0]
+
+  y, dx = run(x, weight)
+  formula = 'ip,jq,bpqc->bijc'
+  expected = np.einsum(formula, rows, columns, x)
+  np.testing.assert_allclose(y, expected, **CLOSE)
+  expected = np.einsum(formula, rows.T, columns.T, weight)
+  # Positions are float32: up to 129 of them round to about 1e-5.
+  np.testing.assert_allclose(dx, expected, rtol=1e-4, atol=2e-4)
+  corners = np.ix_(range(2), (0, -1), (0, -1))
+  if min(*before, *after) > 1:
+    np.testing.assert_allclose(y[corners], x[corners], **CLOSE)
+
+
+def test_resize_keeps_the_type():
+  x = jnp.ones((1, 3, 3, 2), jnp.bfloat16)
+  assert layers.resize(x, 5, 5).dtype == jnp.bfloat16

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The smallest run that leaves a stage's folder, for tests of the verbs."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from attnfd_jax.training import stages
+
+ROOT = pathlib.Path(__file__).parents[1]
+# The user's own cache of programs stays as it is.
+_CACHE = tempfile.TemporaryDirectory()
+
+
+def tiny_config():
+  """quickstart, shrunk to two steps on 8 scenes of 32 x 48."""
+  path = ROOT / 'configs' / 'quickstart.py'
+  spec = importlib.util.spec_from_file_location('quickstart', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config()
+  config.stages = ('student',)
+  config.data.image_size = (32, 48)
+  config.data.base_size = 32
+  config.data.crop_size = (32, 32)
+  config.data.train_scenes = 8
+  config.data.val_scenes = 2
+  config.batch_size = 4
+  config.num_epochs = 1.0
+  config.eval.every_epochs = 0.5
+  config.checkpoint.keep_best = 2
+  return config
+
+
+def make_stage(tmp_path_factory):
+  """Folder of a trained student; made once in a session."""
+  workdir = tmp_path_factory.getbasetemp() / 'tiny_run'
+  stages.run(tiny_config(), workdir)
+  return workdir / 'student'
+
+
+def run_verb(verb, *arguments):
+  """`python -m attnfd_jax.<verb>` on one CPU device, as a user has it."""
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '',
+    'PYTHONPATH': str(ROOT),
+    'PYTHONWARNINGS': 'error',
+    'XDG_CACHE_HOME': _CACHE.name,
+  }
+  return subprocess.run(
+    [sys.executable, '-m', f'attnfd_jax.{verb}', *map(str, arguments)],
+    capture_output=True,
+    text=True,
+    env=environment,
+    check=False,
+  )
