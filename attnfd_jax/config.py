@@ -29,7 +29,7 @@ RECIPES = {
   },
   'clean': {
     'data.label_pad': 'ignore',
-    'distill.aspp_dropout': 0.5,
+    'distill.aspp_dropout': 'student',
     'distill.ce_batch_division': False,
     'distill.connector_schedule': 'always',
     'distill.norm_scope': 'batch',
@@ -104,7 +104,7 @@ def default_config():
   config.distill.kd_weight = 1.0
   config.distill.temperature = 1.0
   config.distill.match_size = 'none'
-  for key, value in RECIPES['clean'].items():
+  for key, value in RECIPES['reference'].items():
     group, name = key.split('.')
     if group == 'distill':
       config.distill[name] = config_dict.placeholder(type(value))
@@ -199,6 +199,9 @@ def resolve(config):
     background = config.data.name in ('pascal_voc', 'coco')
     config.data.label_pad = 'background' if background else 'ignore'
   distill = config.distill
+  if distill.aspp_dropout == 'student':
+    # As in the baseline, so that only the loss differs.
+    distill.aspp_dropout = config.student.aspp_dropout
   if distill.teacher_attention == 'in_path':
     if not config.teacher.in_path_attention:
       # Gates that nobody trained would only add noise.

@@ -3,11 +3,13 @@
 
 import contextlib
 import os
+import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Programs of an earlier run must not hide that something compiles again, or no
-# longer: tests that want a cache make a temporary one.
-os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)
+# Else the commands under test would use, and fill, the user's own cache; by
+# the environment, so that processes of tests have it too.
+_CACHE = tempfile.TemporaryDirectory(prefix='attnfd_jax_tests_')
+os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
 _COUNT = '--xla_force_host_platform_device_count'
 if _COUNT not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_COUNT}=4'

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks from configs, from seeds and from stored stages."""
 
+import functools
 import json
 import pathlib
 
@@ -11,6 +12,7 @@ import numpy as np
 from attnfd_jax.errors import InputError
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.training import checkpoints
+from attnfd_jax.training.flops import count_flops
 
 _FIELDS = (
   'backbone',
@@ -74,15 +76,10 @@ def count_params(variables):
 
 
 def count_gflops(network, height, width):
-  """1e9 floating point operations of one image's forward pass, by XLA."""
-  variables = abstract_variables(network)
+  """1e9 operations of the convolutions of one image's forward pass."""
   image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-
-  def forward(variables, image):
-    return network.apply(variables, image, train=False)['logits']
-
-  cost = jax.jit(forward).lower(variables, image).cost_analysis()
-  return float(cost['flops']) / 1e9 if cost else None
+  forward = functools.partial(network.apply, train=False)
+  return count_flops(forward, abstract_variables(network), image) / 1e9
 
 
 def load_network(directory, *, sharding=None, step=None):

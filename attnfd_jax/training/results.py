@@ -48,6 +48,8 @@ def write(stage, state, directory, *, step):
     result |= {
       'method': config.distill.method,
       'teacher': stage.teacher.name,
+      'teacher_miou': stage.teacher.miou,
+      'attn_lambda': config.distill.attn_lambda,
       'teacher_attention': attention_of(stage.distiller),
     }
   result = _without_nan(result)

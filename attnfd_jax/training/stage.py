@@ -28,15 +28,12 @@ from attnfd_jax.training.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-  """A frozen network with its variables and its stage's config.json."""
+  """A frozen network with its variables."""
 
   network: DeepLabV3Plus
   variables: dict
-  info: dict
-
-  @property
-  def name(self):
-    return networks.describe(self.info['teacher'])
+  name: str
+  miou: float | None  # On val, if its stage has finished.
 
 
 def load_teacher(config, workdir, dataset, mesh):
@@ -54,8 +51,15 @@ def load_teacher(config, workdir, dataset, mesh):
       f'{directory}: the teacher knows {len(info["class_names"])} classes '
       f'{info["class_names"]}, the data set {list(dataset.class_names)}.'
     )
+  result = pathlib.Path(directory) / 'result.json'
+  score = json.loads(result.read_text())['miou'] if result.exists() else None
   dtype = networks.compute_dtype(config.optim.dtype)
-  return Teacher(network.clone(dtype=dtype), variables, info)
+  return Teacher(
+    network.clone(dtype=dtype),
+    variables,
+    name=networks.describe(info['teacher']),
+    miou=score,
+  )
 
 
 def make_student(config, num_classes, *, distilled):

@@ -147,7 +147,9 @@ def _run_stage(name, config, dataset, mesh, workdir):
       log.line(f'goes on at step {latest}')
     if stage.teacher:
       attention = results.attention_of(stage.distiller)
-      log.line(f'teacher {stage.teacher.name}, attention {attention}')
+      score = stage.teacher.miou
+      known = '' if score is None else f', val mIoU {100 * score:.2f}'
+      log.line(f'teacher {stage.teacher.name}{known}, attention {attention}')
     state = loop.train(
       state,
       train_step=stage.make_train_step(),

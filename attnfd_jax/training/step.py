@@ -68,7 +68,9 @@ def make_train_step(
     forward = jax.checkpoint(forward, policy=policy)
 
   def loss_fn(params, collections, teacher_variables, batch, rng):
-    image = normalise(batch['image'])  # uint8 until here.
+    image = batch['image']
+    if image.dtype == jnp.uint8:
+      image = normalise(image)
     label = batch['label']
     student_rng, teacher_rng = jax.random.split(rng)
     out, updated = forward(

@@ -4,8 +4,8 @@
 import functools
 
 import jax
-from jax.test_util import check_grads
 import jax.numpy as jnp
+from jax.test_util import check_grads
 import numpy as np
 import pytest
 

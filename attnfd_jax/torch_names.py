@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of our variables in the authors' PyTorch checkpoints, both ways.
+
+Every leaf of a tree of ours has one name there (METHOD section 3), so import
+and export walk the same table: nothing is guessed from shapes.
+"""
+
+import re
+
+from flax import traverse_util
+import numpy as np
+
+# (regex of our module, its name there); first full match wins. A ConvNorm ends
+# in conv or bn here, and in two names that the last two columns give there.
+_RESNET = (
+  (r'stem', '', 'conv1', 'bn1'),
+  (r'layer(\d)_(\d+)/conv(\d)', r'layer\1.\2.', r'conv\3', r'bn\3'),
+  (r'layer(\d)_(\d+)/downsample', r'layer\1.\2.downsample.', '0', '1'),
+)
+_MOBILENET = (
+  (r'stem', 'features.0.', '0', '1'),
+  # Block 1 has no expansion: its convolutions are numbered from there.
+  (r'block1/depthwise', 'features.1.conv.', '0', '1'),
+  (r'block1/project', 'features.1.conv.', '3', '4'),
+  (r'block(\d+)/expand', r'features.\1.conv.', '0', '1'),
+  (r'block(\d+)/depthwise', r'features.\1.conv.', '3', '4'),
+  (r'block(\d+)/project', r'features.\1.conv.', '6', '7'),
+)
+_HEADS = (
+  (r'aspp/point', 'aspp.aspp1.', 'atrous_conv', 'bn'),
+  (r'aspp/atrous1', 'aspp.aspp2.', 'atrous_conv', 'bn'),
+  (r'aspp/atrous2', 'aspp.aspp3.', 'atrous_conv', 'bn'),
+  (r'aspp/atrous3', 'aspp.aspp4.', 'atrous_conv', 'bn'),
+  (r'aspp/pool', 'aspp.global_avg_pool.', '1', '2'),
+  (r'aspp/merge', 'aspp.', 'conv1', 'bn1'),
+  (r'decoder/low_level', 'decoder.', 'conv1', 'bn1'),
+  (r'decoder/conv1', 'decoder.last_conv.', '0', '1'),
+  (r'decoder/conv2', 'decoder.last_conv.', '4', '5'),
+)
+_CONNECTOR_NUMBER = {'backbone': 3, 'aspp': 4, 'decoder': 5}
+_NORM = {
+  'scale': 'weight',
+  'bias': 'bias',
+  'mean': 'running_mean',
+  'var': 'running_var',
+}
+# Ours is [in, out] or [h, w, in, out], theirs [out, in] or [out, in, h, w].
+_TO_OURS = {2: (1, 0), 4: (2, 3, 1, 0)}
+_TO_THEIRS = {2: (1, 0), 4: (3, 2, 0, 1)}
+
+
+def _conv_norm(rules, module, path, leaf):
+  """Name of a leaf of a ConvNorm at `module`, or None."""
+  for pattern, prefix, conv, norm in rules:
+    match = re.fullmatch(pattern, module)
+    if match:
+      if path == 'conv':
+        return match.expand(prefix + conv) + '.weight'
+      return f'{match.expand(prefix + norm)}.{_NORM[leaf]}'
+  return None
+
+
+def network_name(path, backbone):
+  """Name of a leaf of DeepLabV3Plus.
+
+  Args:
+    path: without its collection, e.g. 'aspp/pool/bn/scale'.
+    backbone: key of BACKBONES.
+  """
+  if path.startswith('classifier/'):
+    kind = 'weight' if path.endswith('kernel') else 'bias'
+    return f'decoder.last_conv.8.{kind}'
+  gate = re.fullmatch(r'attention_(\w+?)/(.*)', path)
+  if gate:
+    return gate_name(*gate.groups())
+  *module, part, leaf = path.split('/')
+  module = '/'.join(module)
+  if module.startswith('backbone/'):
+    rules = _RESNET if backbone.startswith('resnet') else _MOBILENET
+    module = module.removeprefix('backbone/')
+    return f'backbone.{_conv_norm(rules, module, part, leaf)}'
+  return _conv_norm(_HEADS, module, part, leaf)
+
+
+def gate_name(tap, path):
+  """Name of a leaf of the CBAM at `tap`."""
+  names = {
+    'mlp_reduce_kernel': 'ChannelGate.mlp.1.weight',
+    'mlp_reduce_bias': 'ChannelGate.mlp.1.bias',
+    'mlp_expand_kernel': 'ChannelGate.mlp.3.weight',
+    'mlp_expand_bias': 'ChannelGate.mlp.3.bias',
+    'spatial_conv/kernel': 'SpatialGate.spatial.conv.weight',
+  }
+  if path.startswith('spatial_bn/'):
+    leaf = _NORM[path.removeprefix('spatial_bn/')]
+    return f'{tap}.cbam.SpatialGate.spatial.bn.{leaf}'
+  return f'{tap}.cbam.{names[path]}'
+
+
+def connector_name(tap, path):
+  """Name of a leaf of the Connector at `tap`: the last three of their six."""
+  prefix = f'Connectors.{_CONNECTOR_NUMBER[tap]}'
+  *_, part, leaf = path.split('/')
+  return f'{prefix}.0.weight' if part == 'conv' else f'{prefix}.1.{_NORM[leaf]}'
+
+
+def aliases(name):
+  """Other names of one tensor: MobileNetV2's trunk is registered twice."""
+  match = re.fullmatch(r'(.*backbone)\.features\.(\d+)\.(.*)', name)
+  if not match:
+    return []
+  trunk, index, rest = match.groups()
+  half = 'low' if int(index) <= 3 else 'high'
+  return [f'{trunk}.{half}_level_features.{index}.{rest}']
+
+
+def flatten(tree):
+  """{'collection/path': leaf} of a tree of collections."""
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
+def fill(target, tensors, name_of):
+  """Arrays of `tensors` in the structure of `target`.
+
+  Args:
+    target: {collection: tree} of arrays or shapes.
+    tensors: {their name: array}.
+    name_of: path without collection -> their name.
+
+  Returns:
+    The filled tree, in which leaves without a tensor are None; the names that
+    were used; and {name: (shape found, shape wanted)} of those that do not fit.
+  """
+  filled, used, reshaped = {}, set(), {}
+  for key, leaf in flatten(target).items():
+    path = key.split('/', 1)[1]
+    name = name_of(path)
+    filled[key] = None
+    if name not in tensors:
+      continue
+    used.add(name)
+    value = np.asarray(tensors[name])
+    if path.endswith('kernel'):
+      value = value.transpose(_TO_OURS.get(value.ndim, range(value.ndim)))
+    if value.shape != leaf.shape:
+      reshaped[name] = (value.shape, leaf.shape)
+    else:
+      filled[key] = np.ascontiguousarray(value, dtype=leaf.dtype)
+  return traverse_util.unflatten_dict(filled, sep='/'), used, reshaped
+
+
+def export(tree, name_of):
+  """{their name: array} of a tree of collections, with batch counters."""
+  tensors = {}
+  for key, leaf in flatten(tree).items():
+    path = key.split('/', 1)[1]
+    name = name_of(path)
+    value = np.asarray(leaf)
+    if path.endswith('kernel'):
+      value = value.transpose(_TO_THEIRS[value.ndim])
+    tensors[name] = np.ascontiguousarray(value)
+    if name.endswith('.running_var'):
+      counter = name.removesuffix('running_var') + 'num_batches_tracked'
+      tensors[counter] = np.zeros((), np.int64)
+  return tensors

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every config loads, resolves and builds; bad values are told in one line."""
+
+import functools
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from attnfd_jax.config import debug
+from attnfd_jax.config import default_config
+from attnfd_jax.config import RECIPES
+from attnfd_jax.config import resolve
+from attnfd_jax.data import classes
+from attnfd_jax.data import synthetic
+from attnfd_jax.errors import InputError
+from attnfd_jax.training import networks
+from attnfd_jax.training.stage import make_student
+
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+VARIANTS = {
+  'camvid': (None, 'debug', 'cpu'),
+  'cityscapes': (None, 'debug'),
+  'coco': (None, 'debug'),
+  'folder': (None, 'debug'),
+  'pascal_voc': (None, 'debug'),
+  'quickstart': (None,),
+}
+FILES = [(name, arg) for name, args in VARIANTS.items() for arg in args]
+NUM_CLASSES = {
+  'camvid': len(classes.CAMVID),
+  'cityscapes': len(classes.CITYSCAPES),
+  'coco': len(classes.VOC),
+  'folder': 2,
+  'pascal_voc': len(classes.VOC),
+  'quickstart': len(synthetic.CLASS_NAMES),
+}
+PUBLISHED = {
+  'camvid': 11,
+  'cityscapes': 19,
+  'coco': 21,
+  'folder': 2,
+  'pascal_voc': 21,
+  'quickstart': 9,
+}
+
+
+@functools.cache
+def _module(name):
+  spec = importlib.util.spec_from_file_location(name, CONFIGS / f'{name}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def load(name, arg=None):
+  return _module(name).get_config(arg)
+
+
+def leaves(config, prefix=''):
+  """{'group.key': value}, placeholders included."""
+  found = {}
+  for key, value in config.items():
+    if hasattr(value, 'items'):
+      found |= leaves(value, f'{prefix}{key}.')
+    else:
+      found[prefix + key] = value
+  return found
+
+
+def identify(value):
+  return 'full' if value is None else str(value)
+
+
+every_config = pytest.mark.parametrize(('name', 'arg'), FILES, ids=identify)
+
+
+def test_all_files_are_listed():
+  assert {path.stem for path in CONFIGS.glob('*.py')} == set(VARIANTS)
+
+
+@every_config
+def test_loads_locks_and_serialises(name, arg):
+  config = load(name, arg)
+  assert set(leaves(config)) == set(leaves(default_config()))
+  with pytest.raises(AttributeError, match='Did you mean.*lr'):
+    config.optim.lrr = 1.0
+  resolved = resolve(config)
+  for group in (resolved, resolved.data, resolved.distill, resolved.student):
+    assert group.is_locked
+  with pytest.raises(AttributeError):
+    resolved.distill.teacher_bm = 'batch'
+  stored = json.loads(resolved.to_json_best_effort())
+  assert set(leaves(stored)) == set(leaves(resolved))
+  for key, value in leaves(stored).items():
+    ours = leaves(resolved)[key]
+    assert value == (list(ours) if isinstance(ours, tuple) else ours), key
+
+
+@every_config
+def test_says_its_own_command(name, arg):
+  text = _module(name).__doc__
+  assert f'--config=configs/{name}.py' in text
+  assert arg is None or arg in text
+
+
+@every_config
+def test_is_resolved_but_for_what_may_be_absent(name, arg):
+  missing = {k for k, v in leaves(resolve(load(name, arg))).items() if v is None}
+  assert missing == {'optim.clip_norm'}
+
+
+@pytest.mark.parametrize('name', sorted(set(VARIANTS) - {'quickstart'}))
+def test_unknown_variants_are_refused(name):
+  with pytest.raises(ValueError, match="Unknown variant 'degub'; use .*debug"):
+    load(name, 'degub')
+
+
+# The full networks of the paper's data sets are the same but for their classes.
+@pytest.mark.parametrize(
+  ('name', 'arg'),
+  [(n, a) for n, a in FILES if a or n in ('cityscapes', 'quickstart')],
+  ids=identify,
+)
+def test_networks_build(name, arg):
+  config = resolve(load(name, arg))
+  assert NUM_CLASSES[name] == PUBLISHED[name]
+  built = (
+    networks.make_network(config.teacher, NUM_CLASSES[name]),
+    make_student(config, NUM_CLASSES[name], distilled=True),
+  )
+  assert built[1].aspp_dropout == config.distill.aspp_dropout
+  for network, options in zip(
+    built, (config.teacher, config.student), strict=True
+  ):
+    variables = networks.abstract_variables(network)
+    kernel = variables['params']['classifier']['kernel']
+    width = options.decoder_channels
+    assert kernel.shape == (1, 1, width, PUBLISHED[name])
+
+
+def test_outputs_have_the_size_of_the_crop():
+  config = resolve(load('pascal_voc', 'debug'))
+  network = networks.make_network(config.student, 21)
+  height, width = config.data.crop_size
+  image = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
+  out = jax.eval_shape(
+    functools.partial(network.apply, train=False),
+    networks.abstract_variables(network),
+    image,
+  )
+  assert out['logits'].shape == (2, 513, 513, 21)
+
+
+@pytest.mark.parametrize('recipe', sorted(RECIPES))
+def test_a_recipe_fills_what_is_none_and_nothing_else(recipe):
+  config = default_config()
+  config.recipe = recipe
+  before, after = leaves(config), leaves(resolve(config))
+  empty = {key for key, value in before.items() if value is None}
+  inherited = {
+    f'{role}.{key}'
+    for role in ('teacher', 'student')
+    for key in ('num_epochs', 'lr')
+  }
+  assert empty == set(RECIPES[recipe]) | inherited | {'optim.clip_norm'}
+  changed = {key for key in before if before[key] != after[key]}
+  assert changed == empty - {'optim.clip_norm'}
+  derived = {'data.label_pad', 'distill.teacher_attention'}
+  for key in RECIPES[recipe].keys() - derived:
+    assert after[key] == RECIPES[recipe][key], key
+  # The config itself stays open: flags may still change it.
+  assert leaves(config) == before
+
+
+def test_recipes_have_the_same_keys():
+  assert set(RECIPES['clean']) == set(RECIPES['reference'])
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('distill.teacher_bn', 'batch'),
+    ('distill.ce_batch_division', True),
+    ('distill.aspp_dropout', 0.0),
+    ('distill.teacher_attention', 'none'),
+    ('data.label_pad', 'background'),
+    ('eval.protocol', 'reference'),
+    ('student.lr', 0.5),
+    ('teacher.num_epochs', 3.0),
+  ],
+)
+def test_overrides_win(key, value):
+  config = default_config()
+  plain = leaves(resolve(config))
+  assert plain[key] != value
+  group, name = key.split('.')
+  config[group][name] = value
+  changed = leaves(resolve(config))
+  assert {k for k in plain if plain[k] != changed[k]} == {key}
+  assert changed[key] == value
+
+
+@pytest.mark.parametrize(
+  ('name', 'pad'),
+  [
+    ('pascal_voc', 'background'),
+    ('coco', 'background'),
+    ('cityscapes', 'ignore'),
+    ('camvid', 'ignore'),
+  ],
+)
+def test_label_pad_of_the_reference(name, pad):
+  config = load(name)
+  config.recipe = 'reference'
+  assert resolve(config).data.label_pad == pad
+  config.recipe = 'clean'
+  assert resolve(config).data.label_pad == 'ignore'
+
+
+@pytest.mark.parametrize(
+  ('in_path', 'attention'), [(True, 'in_path'), (False, 'parameter_free')]
+)
+def test_in_path_needs_a_teacher_with_gates(in_path, attention):
+  config = default_config()
+  config.teacher.in_path_attention = in_path
+  assert resolve(config).distill.teacher_attention == attention
+
+
+def test_networks_inherit_rate_and_epochs():
+  config = default_config()
+  config.optim.lr, config.num_epochs, config.student.lr = 0.25, 7.0, 0.5
+  config = resolve(config)
+  assert (config.teacher.lr, config.student.lr) == (0.25, 0.5)
+  assert (config.teacher.num_epochs, config.student.num_epochs) == (7.0, 7.0)
+
+
+def test_debug_is_small():
+  config = resolve(debug(default_config()))
+  assert config.data.limit == 12
+  for network in (config.teacher, config.student):
+    assert network.width_multiplier <= 0.125
+    assert network.num_epochs == 1.0
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'message'),
+  [
+    (
+      'recipe',
+      'refrence',
+      r"config.recipe='refrence' must be one of reference, clean\.",
+    ),
+    (
+      'data.label_pad',
+      'zero',
+      r"config.data.label_pad='zero' must be one of ignore, background\.",
+    ),
+    (
+      'distill.connector_schedule',
+      'never',
+      "config.distill.connector_schedule='never' must be one of always, war",
+    ),
+    (
+      'eval.protocol',
+      'pixel',
+      r"config.eval.protocol='pixel' must be one of native, reference\.",
+    ),
+    (
+      'optim.dtype',
+      'float16',
+      r"config.optim.dtype='float16' must be one of float32, bfloat16\.",
+    ),
+    (
+      'optim.name',
+      'adam',
+      r"config.optim.name='adam' must be one of sgd, adamw\.",
+    ),
+    (
+      'stages',
+      ('teacher', 'distil'),
+      r"config.stages=\('teacher', 'distil'\) must be chosen from teacher",
+    ),
+    ('stages', (), r'config.stages=\(\) must be chosen from'),
+    ('num_epochs', 0.0, r'config.num_epochs=0.0 must be positive\.'),
+    ('student.lr', -1.0, None),
+    ('optim.lr', float('nan'), r'config.optim.lr=nan must be positive\.'),
+    ('eval.batch_size', 0, r'config.eval.batch_size=0 must be positive\.'),
+    ('data.threads', 0, r'config.data.threads=0 must be positive\.'),
+    ('optim.accumulate', 0, r'config.optim.accumulate=0 must be positive\.'),
+    (
+      'optim.accumulate',
+      3,
+      r'config.batch_size=8 over optim.accumulate=3 must leave at least 2',
+    ),
+    (
+      'optim.accumulate',
+      8,
+      r'config.batch_size=8 over optim.accumulate=8 must leave at least 2',
+    ),
+    (
+      'data.crop_size',
+      (31, 64),
+      r'config.data.crop_size=\(31, 64\) must be \(height, width\)',
+    ),
+    (
+      'data.crop_size',
+      (64,),
+      r'config.data.crop_size=\(64,\) must be \(height, width\)',
+    ),
+  ],
+  ids=str,
+)
+def test_bad_values(key, value, message):
+  config = default_config()
+  *groups, name = key.split('.')
+  group = config
+  for part in groups:
+    group = group[part]
+  group[name] = value
+  with pytest.raises(InputError, match=message) as error:
+    resolve(config)
+  assert '\n' not in str(error.value)
+
+
+def test_short_side_excludes_padding():
+  config = default_config()
+  config.eval.short_side, config.eval.size_multiple = 64, 32
+  with pytest.raises(InputError, match='short_side needs size_multiple=1'):
+    resolve(config)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the pages say is so: their Python runs, and what they name exists."""
+
+import importlib.util
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from attnfd_jax.config import default_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [
+  *(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')),
+  *sorted((ROOT / 'docs').glob('*.md')),
+]
+each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+  """Programs that run a few times are not worth optimising."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def python_blocks(name):
+  text = (ROOT / name).read_text()
+  return re.findall(r'^```python\n(.*?)^```$', text, re.DOTALL | re.MULTILINE)
+
+
+def run(block):
+  namespace = {}
+  exec(compile(block, 'block', 'exec'), namespace)
+  return namespace
+
+
+def test_readme_loss():
+  (block,) = python_blocks('README.md')
+  found = run(block)
+  # 2 - 2 cos of maps that have nothing in common.
+  assert 1.5 < found['loss'] < 2.5
+  grads, student_grads = found['gradients']
+  assert np.any(student_grads['last'])
+  assert grads.keys() == found['params'].keys()
+  assert found['state'].keys() == found['aux']['state'].keys()
+
+
+def test_example_of_the_functional_api_learns():
+  example, _ = python_blocks('docs/functional_api.md')
+  losses = run(example)['losses']
+  assert np.all(np.isfinite(losses))
+  assert losses[-1] < 0.8 * losses[0]
+
+
+def test_networks_and_metrics_of_the_functional_api():
+  _, block = python_blocks('docs/functional_api.md')
+  run(block)  # It asserts by itself.
+
+
+@pytest.mark.parametrize(
+  'command',
+  [
+    'pip install -e . && python -m attnfd_jax.main '
+    '--config=configs/quickstart.py',
+    "pip install -e '.[test]' && pytest",
+  ],
+  ids=['main', 'tests'],
+)
+def test_readme_has_the_commands_of_ci_once(command):
+  lines = (ROOT / 'README.md').read_text().splitlines()
+  assert lines.count(command) == 1
+  # CI takes the first line that starts so.
+  assert sum(line.startswith('pip install -e') for line in lines) == 2
+
+
+@each_page
+def test_links_lead_to_files(page):
+  targets = re.findall(r'\]\(([^)\s]+)\)', page.read_text())
+  local = [target for target in targets if '://' not in target]
+  missing = [t for t in local if not (page.parent / t.split('#')[0]).exists()]
+  assert not missing
+
+
+@each_page
+def test_commands_and_configs_exist(page):
+  text = page.read_text()
+  for verb in re.findall(r'python -m attnfd_jax\.(\w+)', text):
+    assert (ROOT / 'attnfd_jax' / f'{verb}.py').is_file(), verb
+  for name, variant in re.findall(r'\bconfigs/(\w+)\.py(?::(\w+))?', text):
+    path = ROOT / 'configs' / f'{name}.py'
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.get_config(variant or None)
+
+
+@each_page
+def test_keys_exist(page):
+  config, text = default_config(), page.read_text()
+  groups = '|'.join(key for key in config if hasattr(config[key], 'keys'))
+  keys = re.findall(r'--config\.([\w.]*\w)', text)
+  keys += re.findall(rf'`((?:{groups})\.\w+)`', text)
+  for key in keys:
+    value = config
+    for part in key.split('.'):
+      assert part in value, key
+      value = value[part]

@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training step of a network that compiles fast, alone and distilled."""
+
+import functools
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnfd_jax.distill import make_distiller
+from attnfd_jax.models import layers
+from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.training import optim
+from attnfd_jax.training import sharding
+from attnfd_jax.training import step as steps
+from attnfd_jax.training.state import make_state
+
+NUM_CLASSES = 3
+CLEAN = {
+  'method': 'attnfd',
+  'attn_lambda': 2.0,
+  'teacher_attention': 'random',
+  'student_attention': 'learnable',
+  'norm_scope': 'batch',
+  'reduction': 'unitmean',
+}
+
+
+class Small(nn.Module):
+  """One tap, with all that couples the images of a batch and all noise."""
+
+  channels: int = 4
+  norm: bool = True
+  dropout_rate: float = 0.5
+  dtype: jnp.dtype | None = None
+
+  @nn.compact
+  def __call__(self, image, *, train, dropout=None):
+    dropout = train if dropout is None else dropout
+
+    def block(name, x):
+      if self.norm:
+        module = layers.ConvNorm(
+          self.channels, strides=2, dtype=self.dtype, name=name
+        )
+        x = module(x, train=train)
+      else:
+        x = layers.Conv(self.channels, strides=2, name=name)(x)
+      return checkpoint_name(x, 'block')
+
+    x = tap = block('backbone', image)
+    x = block('decoder', nn.relu(x))
+    x = nn.Dropout(self.dropout_rate)(nn.relu(x), deterministic=not dropout)
+    head = layers.Conv(
+      NUM_CLASSES, 1, use_bias=True, dtype=self.dtype, name='classifier'
+    )
+    coarse = head(x).astype(jnp.float32)
+    logits = layers.resize(coarse, *image.shape[1:3])
+    return {
+      'logits': logits,
+      'coarse_logits': coarse,
+      'features': {'backbone': tap},
+    }
+
+
+def schedule(step):
+  return 0.05 / (1.0 + step.astype(jnp.float32))
+
+
+def make_batch(seed=0, size=8):
+  generator = np.random.default_rng(seed)
+  label = generator.integers(0, NUM_CLASSES, (size, 16, 12), np.uint8)
+  label[:, -3:] = 255
+  image = generator.integers(0, 256, (size, 16, 12, 3), np.uint8)
+  return {'image': image, 'label': label}
+
+
+def draw(tree, seed):
+  generator = np.random.default_rng(seed)
+
+  def values(path, leaf):
+    if path[-1].key == 'var':
+      return generator.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+    return generator.normal(size=leaf.shape).astype(np.float32) * 0.5
+
+  return jax.tree_util.tree_map_with_path(values, tree)
+
+
+class Setting:
+  """A step with a fresh state; `run` gives states and metrics on the host."""
+
+  def __init__(
+    self, *, student=None, distill=None, devices=1, ema_decay=0.0, **options
+  ):
+    student = student or Small()
+    self.mesh = sharding.make_mesh(devices)
+    image = jax.ShapeDtypeStruct((2, 16, 12, 3), jnp.float32)
+
+    def shapes(network):
+      init = functools.partial(network.init, train=False)
+      variables = jax.eval_shape(init, jax.random.key(0), image)
+      apply = functools.partial(network.apply, train=False)
+      return variables, jax.eval_shape(apply, variables, image)
+
+    variables, output = shapes(student)
+    variables = {'student': draw(variables, 0)}
+    self.teacher_variables, teacher, distiller = {}, None, None
+    if distill:
+      teacher = Small(6)
+      parts, target = shapes(teacher)
+      distiller = make_distiller(distill, output, target)
+      init = functools.partial(distiller.init, train=False)
+      found = jax.eval_shape(init, jax.random.key(0), output, target, None)
+      variables['distiller'] = draw(found, 1)
+      self.teacher_variables = draw(parts, 2)
+    tx = optim.make_optimizer(schedule, weight_decay=0.0, nesterov=False)
+    self.step = steps.make_train_step(
+      student,
+      tx,
+      teacher=teacher,
+      distiller=distiller,
+      schedule=schedule,
+      mesh=self.mesh,
+      ema_decay=ema_decay,
+      **options,
+    )
+    everywhere = sharding.replicated(self.mesh)
+    self.rng = jax.device_put(jax.random.key(0), everywhere)
+    self.teacher_variables = jax.device_put(self.teacher_variables, everywhere)
+    state = make_state(variables, tx, ema=ema_decay > 0)
+    self.state = jax.device_put(state, everywhere)
+
+  def run(self, *batches, teacher_variables=None):
+    # A copy: the state is donated.
+    state, history = jax.tree.map(jnp.copy, self.state), []
+    for batch in batches:
+      batch = jax.device_put(batch, sharding.by_batch(self.mesh))
+      state, metrics = self.step(
+        state, teacher_variables or self.teacher_variables, batch, self.rng
+      )
+      history.append(jax.device_get((state, metrics)))
+    return history
+
+
+@pytest.fixture(scope='module', autouse=True)
+def fast_compilation():
+  """What is tested does not depend on how well XLA optimises."""
+  before = jax.config.jax_disable_most_optimizations
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)
+
+
+@pytest.fixture(scope='module')
+def alone():
+  return Setting()
+
+
+@pytest.fixture(scope='module')
+def distilled():
+  return Setting(distill=CLEAN)
+
+
+@pytest.fixture(scope='module')
+def reference():
+  return Setting(
+    distill=CLEAN | {'teacher_bn': 'batch', 'student_attention': 'mlp_frozen'},
+    teacher_bn='batch',
+    teacher_dropout=True,
+    ce_batch_division=True,
+  )
+
+
+def assert_close(ours, theirs, *, rtol, atol):
+  assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(ours),
+    jax.tree.leaves(theirs),
+    strict=True,
+  ):
+    np.testing.assert_allclose(
+      a, b, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path)
+    )
+
+
+def any_differs(ours, theirs):
+  pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+  return any(np.any(a != b) for a, b in pairs)
+
+
+def test_one_device_equals_four(distilled):
+  """Statistics, norms and noise are those of the global batch."""
+  four = Setting(distill=CLEAN, devices=4)
+  assert len(four.rng.sharding.device_set) == 4
+  batches = make_batch(0), make_batch(1)
+  for (ours, our_metrics), (theirs, their_metrics) in zip(
+    distilled.run(*batches), four.run(*batches), strict=True
+  ):
+    # Float32 sums over the batch in two orders; a part's own statistics
+    # would differ by percents.
+    assert_close(our_metrics, their_metrics, rtol=2e-5, atol=1e-6)
+    assert_close(ours.params, theirs.params, rtol=1e-4, atol=2e-6)
+    assert_close(ours.collections, theirs.collections, rtol=2e-5, atol=2e-6)
+  assert any_differs(ours.params, jax.device_get(distilled.state.params))
+
+
+def test_metrics_of_a_step(distilled):
+  (_, first), (_, second) = distilled.run(make_batch(0), make_batch(1))
+  names = ('loss', 'ce', 'attnfd', 'attnfd_backbone')
+  assert set(first) == {*names, 'grad_norm', 'learning_rate'}
+  # Rounding of one sum.
+  np.testing.assert_allclose(
+    first['loss'], first['ce'] + 2 * first['attnfd'], rtol=1e-6, atol=0
+  )
+  assert first['grad_norm'] > 0
+  np.testing.assert_allclose(
+    [first['learning_rate'], second['learning_rate']],
+    [0.05, 0.025],
+    rtol=1e-6,
+    atol=0,
+  )
+
+
+def test_the_first_update_is_the_gradient(alone):
+  """SGD without decay: the norm of the update over the rate is reported."""
+  ((state, metrics),) = alone.run(make_batch())
+  start = jax.device_get(alone.state.params)
+  total = 0.0
+  for (path, new), old in zip(
+    jax.tree_util.tree_leaves_with_path(state.params),
+    jax.tree.leaves(start),
+    strict=True,
+  ):
+    scale = 1 if path[1].key == 'backbone' else 10
+    total += np.sum(np.square((old - new) / (0.05 * scale)))
+  # Differences of float32 weights.
+  np.testing.assert_allclose(
+    np.sqrt(total), metrics['grad_norm'], rtol=1e-4, atol=0
+  )
+
+
+def test_compiles_once_and_donates(distilled):
+  setting = distilled
+  state, old = jax.tree.map(jnp.copy, setting.state), []
+  for seed in range(3):
+    old.append(state)
+    batch = jax.device_put(make_batch(seed), sharding.by_batch(setting.mesh))
+    with jax.transfer_guard('disallow'):
+      state, _ = setting.step(
+        state, setting.teacher_variables, batch, setting.rng
+      )
+  # All tests of this file that share the step share one program.
+  assert setting.step._cache_size() == 1
+  assert int(state.step) == 3
+  for stale in old:
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(stale.params))
+  leaves = jax.tree.leaves(setting.teacher_variables)
+  assert not any(leaf.is_deleted() for leaf in leaves)
+
+
+def test_ema(alone):
+  decay, batches = 0.26, [make_batch(seed) for seed in range(4)]
+  setting = Setting(ema_decay=decay)
+  start = jax.device_get(setting.state)
+  average = start.student_variables()
+  decays = []
+  for n, (state, _) in enumerate(setting.run(*batches), 1):
+    d = min(decay, (1 + n) / (10 + n))
+    decays.append(d)
+    now = {'params': state.params['student'], **state.collections['student']}
+    average = jax.tree.map(lambda a, w, d=d: d * a + (1 - d) * w, average, now)
+    assert_close(state.student_variables(), average, rtol=1e-5, atol=1e-6)
+  assert decays[0] < decays[1] < decays[-1] == decay
+  # Training does not see it.
+  (*_, (plain, _)) = alone.run(*batches)
+  assert_close(state.params, plain.params, rtol=1e-5, atol=1e-6)
+
+
+def test_noise_is_new_in_each_step(alone):
+  batch = make_batch()
+  (first, first_metrics), _ = alone.run(batch, batch)
+  ((again, again_metrics),) = alone.run(batch)
+  assert not any_differs(first, again)
+  assert not any_differs(first_metrics, again_metrics)
+  original, later = alone.state, alone.state.step + 7
+  try:
+    alone.state = original.replace(step=later)
+    ((_, other_metrics),) = alone.run(batch)
+  finally:
+    alone.state = original
+  assert other_metrics['ce'] != first_metrics['ce']
+
+
+@pytest.mark.parametrize('mode', ['clean', 'reference'])
+def test_the_teacher_stays(request, mode):
+  setting = request.getfixturevalue({'clean': 'distilled'}.get(mode, mode))
+  before = jax.device_get(setting.teacher_variables)
+  start = jax.device_get(setting.state)
+  ((state, _),) = setting.run(make_batch())
+  assert not any_differs(setting.teacher_variables, before)
+  # Neither do its gates, a constant collection of the distiller.
+  gates = state.collections['distiller']['teacher']
+  assert not any_differs(gates, start.collections['distiller']['teacher'])
+  assert any_differs(
+    state.collections['distiller']['batch_stats'],
+    start.collections['distiller']['batch_stats'],
+  )
+  assert set(state.params) == {'student', 'distiller'}
+
+
+@pytest.mark.parametrize('mode', ['clean', 'reference'])
+def test_statistics_of_the_teacher(request, mode):
+  """'batch' neither reads nor writes the running ones."""
+  setting = request.getfixturevalue({'clean': 'distilled'}.get(mode, mode))
+  ((_, first),) = setting.run(make_batch())
+  other = setting.teacher_variables | {
+    'batch_stats': jax.tree.map(
+      lambda x: 2 * x, setting.teacher_variables['batch_stats']
+    )
+  }
+  ((_, second),) = setting.run(make_batch(), teacher_variables=other)
+  assert (first['attnfd'] == second['attnfd']) == (mode == 'reference')
+
+
+def test_ce_batch_division(reference):
+  ((_, metrics),) = reference.run(make_batch())
+  # Rounding of one sum; 8 images.
+  np.testing.assert_allclose(
+    metrics['loss'],
+    metrics['ce'] / 8 + 2 * metrics['attnfd'],
+    rtol=1e-6,
+    atol=0,
+  )
+
+
+def test_frozen_gates_get_no_gradient(reference):
+  start = jax.device_get(reference.state.params['distiller'])
+  ((state, _),) = reference.run(make_batch())
+  moved = {
+    path[-1].key
+    for (path, new), old in zip(
+      jax.tree_util.tree_leaves_with_path(state.params['distiller']),
+      jax.tree.leaves(start),
+      strict=True,
+    )
+    if np.any(new != old)
+  }
+  # No weight decay here: what stays has no gradient.
+  assert moved == {'kernel', 'scale', 'bias'}
+
+
+def test_parts_add_up_without_coupling():
+  """Without norms and noise, parts of equal size average to the whole."""
+  student = Small(norm=False, dropout_rate=0.0)
+  batch = make_batch()
+  results = [
+    Setting(student=student, accumulate=parts).run(batch)[0]
+    for parts in (1, 2)
+  ]
+  (whole, whole_metrics), (parts, part_metrics) = results
+  # Float32 sums in another order.
+  assert_close(parts.params, whole.params, rtol=1e-5, atol=1e-6)
+  assert_close(part_metrics, whole_metrics, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_have_statistics_of_their_own(alone):
+  setting = Setting(accumulate=2)
+  ((state, metrics),) = setting.run(make_batch())
+  ((whole, whole_metrics),) = alone.run(make_batch())
+  stats = state.collections['student']['batch_stats']['backbone']['bn']
+  start = setting.state.collections['student']['batch_stats']['backbone']['bn']
+  once = whole.collections['student']['batch_stats']['backbone']['bn']
+  # Two updates with keep 0.9, on halves whose means average to the whole's.
+  batch_mean = (once['mean'] - 0.9 * start['mean']) / 0.1
+  apart = np.abs(np.asarray(stats['mean'] - once['mean'])).max()
+  expected = 0.81 * start['mean'] + 0.19 * batch_mean
+  # The halves differ: 0.09 and 0.1 of their means.
+  np.testing.assert_allclose(stats['mean'], expected, rtol=0, atol=0.02)
+  assert apart > 0.02
+  # The same quantity on half of the images.
+  np.testing.assert_allclose(
+    metrics['ce'], whole_metrics['ce'], rtol=0.3, atol=0
+  )
+  assert int(state.step) == 1
+
+
+def test_remat_changes_nothing(alone):
+  setting = Setting(remat=True)
+  batches = make_batch(0), make_batch(1)
+  for ours, theirs in zip(
+    setting.run(*batches), alone.run(*batches), strict=True
+  ):
+    # The same operations, fused otherwise.
+    assert_close(ours, theirs, rtol=1e-4, atol=2e-6)
+  arguments = setting.state, setting.teacher_variables, batches[0], setting.rng
+  texts = [str(s.step.trace(*arguments).jaxpr) for s in (setting, alone)]
+  assert ['remat' in t or 'checkpoint[' in t for t in texts] == [True, False]
+
+
+def test_bfloat16_keeps_float32_weights(alone):
+  setting = Setting(student=Small(dtype=jnp.dtype('bfloat16')))
+  (_, (state, metrics)) = setting.run(make_batch(0), make_batch(1))
+  assert {x.dtype for x in jax.tree.leaves(state.params)} == {
+    np.dtype('float32')
+  }
+  assert {x.dtype for x in jax.tree.leaves(state.collections)} == {
+    np.dtype('float32')
+  }
+  (_, (_, plain)) = alone.run(make_batch(0), make_batch(1))
+  # Eight bits of mantissa, twice.
+  np.testing.assert_allclose(metrics['loss'], plain['loss'], rtol=0.05, atol=0)
+  assert metrics['loss'] != plain['loss']
+
+
+def test_a_batch_without_labels_is_harmless(distilled, alone):
+  batch = make_batch()
+  batch['label'][:] = 255
+  ((state, metrics),) = alone.run(batch)
+  assert metrics['loss'] == metrics['grad_norm'] == 0
+  assert not any_differs(
+    state.params, jax.device_get(alone.state.params)
+  )
+  ((state, metrics),) = distilled.run(batch)
+  assert metrics['ce'] == 0 and np.isfinite(metrics['loss'])
+  assert metrics['attnfd'] > 0  # The maps are compared all the same.
+  for leaf in jax.tree.leaves(state.params):
+    assert np.all(np.isfinite(leaf))
+
+
+def test_eval_step_counts_pixels():
+  mesh, network = sharding.make_mesh(4), Small()
+  variables = Setting().state.student_variables()
+  variables = jax.device_put(variables, sharding.replicated(mesh))
+  batch = make_batch(size=4)
+  # Labels larger than what the network sees.
+  batch['label'] = np.repeat(batch['label'], 2, 1)
+  count = steps.make_eval_step(network, NUM_CLASSES, mesh)
+  assert steps.make_eval_step(Small(), NUM_CLASSES, mesh) is count
+  counts = np.asarray(
+    count(variables, jax.device_put(batch, sharding.by_batch(mesh)))
+  )
+  out = network.apply(
+    jax.device_get(variables), normalise(batch['image']), train=False
+  )
+  scores = layers.resize(out['coarse_logits'], 32, 12)
+  predictions = np.argmax(np.asarray(scores), -1)
+  expected = np.zeros((3, 3), int)
+  valid = batch['label'] != 255
+  np.add.at(expected, (batch['label'][valid], predictions[valid]), 1)
+  assert counts.sum() == valid.sum()
+  # Ties may round to either side.
+  assert np.abs(counts - expected).sum() <= 4
