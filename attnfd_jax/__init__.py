@@ -7,12 +7,16 @@ from attnfd_jax.metrics import confusion_matrix
 from attnfd_jax.metrics import mean_iou
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.torch_models import load_torch
+from attnfd_jax.torch_models import load_torch_distiller
 
 __all__ = [
   'AttnFD',
   'DeepLabV3Plus',
   'attnfd_loss',
   'confusion_matrix',
+  'load_torch',
+  'load_torch_distiller',
   'mean_iou',
   'normalise',
 ]

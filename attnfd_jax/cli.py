@@ -28,7 +28,9 @@ def enable_compilation_cache():
 
 def _one_line(error):
   text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
-  text = text.replace('\\n', '\n').strip().strip('\'"')
+  text = text.replace('\\n', '\n').strip()
+  if text.startswith(('"', "'")):  # A name in quotes, or a text that is.
+    text = text.strip('\'"')
   if 'Traceback' in text:
     # A config file that raised; its own message is the last line.
     text = re.sub(r'^\w+: ', '', text.splitlines()[-1])
@@ -36,6 +38,8 @@ def _one_line(error):
     # ml_collections tells all places it looked at first.
     text = f'{text.splitlines()[-1].strip()} (--config)'
   text = re.sub(r'^\W*(\w+)\W*\nDid you mean', r'No key \1. Did you mean', text)
+  if re.fullmatch(r'\w+', text):  # No key is near enough.
+    text = f'No key {text} in this group of --config.'
   return re.sub(r'\s*\n\s*', ' ', text).strip() or type(error).__name__
 
 

@@ -56,6 +56,8 @@ def _network(backbone):
   config.aspp_dropout = 0.5
   config.decoder_dropout = 0.5
   config.head_dropout = 0.1
+  # PyTorch file of first weights, of a backbone or a whole network.
+  config.pretrained = ''
   # None: as config.num_epochs and config.optim.lr.
   config.num_epochs = config_dict.placeholder(float)
   config.lr = config_dict.placeholder(float)
@@ -63,7 +65,7 @@ def _network(backbone):
 
 
 def default_config():
-  """All keys; configs/*.py change them and lock the result."""
+  """All keys; configs/*.py change them and cannot add any."""
   config = ConfigDict()
   config.recipe = 'clean'
   config.seed = 0
@@ -95,7 +97,10 @@ def default_config():
 
   config.teacher = _network('resnet101')
   config.teacher.in_path_attention = False
-  config.teacher.checkpoint = ''  # Folder of a stage; empty: train one.
+  # Folder of a stage or PyTorch file; empty: train one.
+  config.teacher.checkpoint = ''
+  # From 0 to 1, on val; a worse teacher stops the run before distillation.
+  config.teacher.min_miou = 0.0
   config.student = _network('resnet18')
 
   config.distill = ConfigDict()
@@ -140,7 +145,7 @@ def default_config():
 
   config.mesh = ConfigDict()
   config.mesh.data = -1  # Devices on this axis; -1 is all.
-  return config
+  return config.lock()  # A typo in a config file is an error, too.
 
 
 def reference_config():
@@ -150,7 +155,6 @@ def reference_config():
   config.batch_size = 6  # train_kd.py:281; global here, per GPU there.
   config.data.base_size = 513  # train_kd.py:197.
   config.data.crop_size = (513, 513)  # train_kd.py:199.
-  config.eval.size_multiple = 64
   return config
 
 
@@ -193,15 +197,15 @@ def resolve(config):
   for key, value in RECIPES[config.recipe].items():
     group, name = key.split('.')
     if config[group][name] is None:
-      config[group][name] = value
+      # 'student': as in the baseline, so that only the loss differs. A field
+      # keeps the type of its first value.
+      same = value == 'student'
+      config[group][name] = config.student[name] if same else value
   if config.data.label_pad == 'dataset':
     # pascal.py:87 and coco.py:100 pad with background, Cityscapes with 255.
     background = config.data.name in ('pascal_voc', 'coco')
     config.data.label_pad = 'background' if background else 'ignore'
   distill = config.distill
-  if distill.aspp_dropout == 'student':
-    # As in the baseline, so that only the loss differs.
-    distill.aspp_dropout = config.student.aspp_dropout
   if distill.teacher_attention == 'in_path':
     if not config.teacher.in_path_attention:
       # Gates that nobody trained would only add noise.
@@ -221,6 +225,7 @@ def _check(config):
   choices = {
     'data.label_pad': ('ignore', 'background'),
     'distill.connector_schedule': ('always', 'warmup', 'first_epoch'),
+    'distill.teacher_bn': ('batch', 'running'),
     'eval.protocol': ('native', 'reference'),
     'optim.dtype': ('float32', 'bfloat16'),
     'optim.name': ('sgd', 'adamw'),
@@ -266,6 +271,10 @@ def _check(config):
     )
   if config.eval.short_side and config.eval.size_multiple != 1:
     raise InputError('config.eval.short_side needs size_multiple=1.')
+  if not 0 <= config.teacher.min_miou <= 1:
+    raise InputError(
+      f'config.teacher.min_miou={config.teacher.min_miou} must be from 0 to 1.'
+    )
   crop = config.data.crop_size
   if len(crop) != 2 or min(crop) < 32:
     raise InputError(

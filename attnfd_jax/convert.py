@@ -1,344 +1,311 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch checkpoints as our variables, and back; torch is not needed.
+r"""PyTorch files into folders of ours, and back; torch is not needed.
 
-Recognised: the authors' models and distillers, plain DeepLabV3+ of the same
-family, and trunks of torchvision (ResNet, MobileNetV2) and tonylins
-(MobileNetV2).
+  python -m attnfd_jax.convert --source=teacher.pth.tar --target=runs/teacher \
+    [--backbone=resnet101 --num_classes=21] [--class_names=road,car,...]
+  python -m attnfd_jax.convert --source=runs/camvid/distill --target=a.pth
+
+The folder can be evaluated and predicted with, and be a teacher. --target ends
+in .pth, .pth.tar or .safetensors when --source is a folder.
 """
 
-import dataclasses
-import functools
-import re
+import json
+import os
+import pathlib
+import shutil
+import tempfile
 
+from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from attnfd_jax import cli
 from attnfd_jax import torch_files
+from attnfd_jax import torch_models
 from attnfd_jax import torch_names
-from attnfd_jax.distill.attnfd import AttnFD
+from attnfd_jax.config import default_config
+from attnfd_jax.config import resolve
+from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
-from attnfd_jax.models.attention import CBAM
-from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.models.deeplab import TAPS
+from attnfd_jax.models.deeplab import IMAGE_MEAN
+from attnfd_jax.models.deeplab import IMAGE_STD
+from attnfd_jax.training import checkpoints
+from attnfd_jax.training import logs
+from attnfd_jax.training import networks
+from attnfd_jax.training.state import make_state
 
-# Layers of torchvision's MobileNetV2 blocks -> those of the reference.
-_TORCHVISION_BLOCK_1 = {'0.0': '0', '0.1': '1', '1': '3', '2': '4'}
-_TORCHVISION_BLOCK = {
-  '0.0': '0',
-  '0.1': '1',
-  '1.0': '3',
-  '1.1': '4',
-  '2': '6',
-  '3': '7',
+TORCH_ENDINGS = ('.pth', '.pth.tar', '.safetensors')
+# Number of classes -> the data set of the paper, or ours, that has so many.
+_DATASETS = {
+  len(classes.VOC): ('pascal_voc', classes.VOC),
+  len(classes.CITYSCAPES): ('cityscapes', classes.CITYSCAPES),
+  len(classes.CAMVID): ('camvid', classes.CAMVID),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """What an import found; names are those of the file.
-
-  Attributes:
-    loaded: tensors that were used.
-    missing: names that the network needs and the file lacks.
-    unexpected: names that the network has no place for.
-    reshaped: {name: (shape found, shape wanted)}, not used.
-  """
-
-  loaded: list
-  missing: list
-  unexpected: list
-  reshaped: dict
-
-  @property
-  def complete(self):
-    return not (self.missing or self.unexpected or self.reshaped)
-
-  def __str__(self):
-    lines = [
-      f'loaded {len(self.loaded)}, missing {len(self.missing)}, unexpected '
-      f'{len(self.unexpected)}, reshaped {len(self.reshaped)}'
-    ]
-    for kind in ('missing', 'unexpected'):
-      names = getattr(self, kind)
-      more = f' and {len(names) - 5} more' if len(names) > 5 else ''
-      if names:
-        lines.append(f'{kind}: {", ".join(names[:5])}{more}')
-    for name, (found, wanted) in list(self.reshaped.items())[:5]:
-      lines.append(f'{name}: has {found}, needs {wanted}')
-    return '; '.join(lines)
+def _new(target):
+  if os.path.lexists(target):
+    raise InputError(f'--target={target}: exists; name another one.')
+  return pathlib.Path(target)
 
 
-def _as_arrays(state_dict):
-  """NumPy arrays of a mapping of arrays or torch tensors."""
-
-  def convert(value):
-    if hasattr(value, 'detach'):
-      value = value.detach().cpu().numpy()
-    return np.asarray(value)
-
-  return {name: convert(value) for name, value in state_dict.items()}
-
-
-def _read(source):
-  if isinstance(source, dict):
-    return _as_arrays(source)
-  return torch_files.read_state_dict(source)
-
-
-def reference_names(tensors):
-  """Renames trunks of other projects; drops classifiers, counters, aliases.
-
-  Raises:
-    InputError: if an alias differs from what it repeats.
-  """
-  trunk_only = not any(name.startswith('backbone.') for name in tensors)
-  # tonylins numbers layers as the reference; torchvision nests them.
-  nested = any(re.match(r'features\.2\.conv\.0\.0\.', x) for x in tensors)
-  found = {}
-  for name, value in tensors.items():
-    if name.endswith('num_batches_tracked'):
-      continue
-    if trunk_only:
-      if re.match(r'(fc|classifier|features\.18)\.', name):
-        continue
-      name = f'backbone.{_unnest(name) if nested else name}'
-    found[name] = value
-  for name in list(found):
-    for alias in torch_names.aliases(name):
-      if alias in found and not np.array_equal(found.pop(alias), found[name]):
-        raise InputError(f'{alias} differs from {name}, which it must repeat.')
-  return found
-
-
-def _unnest(name):
-  match = re.fullmatch(r'features\.(\d+)\.conv\.(\d(?:\.\d)?)\.(\w+)', name)
-  if not match:
-    return name
-  block, layer, leaf = match.groups()
-  names = _TORCHVISION_BLOCK_1 if block == '1' else _TORCHVISION_BLOCK
-  return f'features.{block}.conv.{names[layer]}.{leaf}'
-
-
-def _abstract(module, *inputs):
-  init = functools.partial(module.init, train=False)
-  return jax.eval_shape(init, jax.random.key(0), *inputs)
-
-
-def _abstract_network(network):
-  return _abstract(network, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
-
-
-def _abstract_gates(channels):
-  """{'params', 'batch_stats'} of the CBAMs of a network, by tap."""
-  gates = {
-    tap: _abstract(CBAM(), jax.ShapeDtypeStruct((1, 2, 2, c), jnp.float32))
-    for tap, c in channels.items()
-  }
-  return {
-    part: {tap: gate[part] for tap, gate in gates.items()}
-    for part in ('params', 'batch_stats')
-  }
-
-
-def _gate_path_name(path):
-  tap, rest = path.split('/', 1)
-  return torch_names.gate_name(tap, rest)
-
-
-def _merge(*results):
-  """(names used, names missing, reshaped) of several calls of `fill`."""
-  used, reshaped = set(), {}
-  for _, more_used, more_reshaped, _ in results:
-    used |= more_used
-    reshaped |= more_reshaped
-  missing = [name for *_, names in results for name in names]
-  return used, missing, reshaped
-
-
-def _fill(target, tensors, name_of):
-  tree, used, reshaped = torch_names.fill(target, tensors, name_of)
-  paths = (key.split('/', 1)[1] for key in torch_names.flatten(target))
-  missing = [name for name in map(name_of, paths) if name not in tensors]
-  return tree, used, reshaped, missing
-
-
-def import_network(tensors, network):
-  """Variables of `network` from named arrays, with holes where none fits.
-
-  Args:
-    tensors: {name: array}, names as in `reference_names`.
-    network: DeepLabV3Plus.
-
-  Returns:
-    The variables, None where a tensor is missing; the three CBAMs as
-    {'params', 'batch_stats'} or None; and a Report.
-  """
-  target = _abstract_network(network)
-  name_of = functools.partial(
-    torch_names.network_name, backbone=network.backbone
-  )
-  parts = [_fill(target, tensors, name_of)]
-  attention = None
-  # A parameter-free CBAM leaves its unused convolution in the file.
-  if 'backbone.cbam.ChannelGate.mlp.1.weight' in tensors:
-    if not network.in_path_attention:
-      channels = feature_channels(network)
-      parts.append(_fill(_abstract_gates(channels), tensors, _gate_path_name))
-      attention = parts[1][0]
-  used, missing, reshaped = _merge(*parts)
-  left = sorted(
-    name
-    for name in tensors.keys() - used
-    if not ('.cbam.' in name and attention is None)
-  )
-  report = Report(sorted(used - reshaped.keys()), missing, left, reshaped)
-  return parts[0][0], attention, report
-
-
-def feature_channels(network):
-  """{tap: channels} of a network's taps."""
-  image = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
-  apply = functools.partial(network.apply, train=False)
-  out = jax.eval_shape(apply, _abstract_network(network), image)
-  return {tap: x.shape[-1] for tap, x in out['features'].items()}
-
-
-def load_torch(source, *, backbone, num_classes, **options):
-  """A DeepLabV3Plus and its attention from a PyTorch checkpoint.
-
-  Args:
-    source: path of a .pth, .pth.tar or .safetensors file, or a mapping of
-      names to arrays or torch tensors.
-    backbone: key of BACKBONES.
-    num_classes: of the classifier in the file.
-    **options: of DeepLabV3Plus.
-
-  Returns:
-    variables {'params', 'batch_stats'} of DeepLabV3Plus, and the three CBAMs
-    as {'params', 'batch_stats'} with the taps as keys, or None.
-
-  Raises:
-    InputError: if any tensor is missing, unexpected or of another shape.
-  """
-  network = DeepLabV3Plus(backbone, num_classes, **options)
-  tensors = reference_names(_read(source))
-  variables, attention, report = import_network(tensors, network)
-  if not report.complete:
-    raise InputError(f'Not a {backbone} with {num_classes} classes: {report}.')
-  return variables, attention
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillationPair:
-  """Student, teacher and distiller with their variables."""
-
-  student: DeepLabV3Plus
-  teacher: DeepLabV3Plus
-  distiller: AttnFD
-  student_variables: dict
-  teacher_variables: dict
-  distiller_variables: dict
-
-
-def load_torch_distiller(
-  state_dict, *, student_backbone, teacher_backbone, num_classes
-):
-  """The authors' Distiller (t_net.*, s_net.*, Connectors.*), recipe reference.
-
-  Args:
-    state_dict: names to arrays or torch tensors, or the path of a file.
-    student_backbone, teacher_backbone: keys of BACKBONES.
-    num_classes: of both networks.
-
-  Raises:
-    InputError: if a network or a connector is incomplete.
-  """
-  tensors = _read(state_dict)
-
-  def part(prefix):
+def _metadata(path):
+  """What `export_stage` left in a .safetensors file, or {}."""
+  if path.suffix != '.safetensors':
+    return {}
+  _, metadata = torch_files.read_safetensors(path)
+  try:
     return {
-      name.removeprefix(prefix): value
-      for name, value in tensors.items()
-      if name.startswith(prefix)
+      key: json.loads(metadata[key])
+      for key in ('class_names', 'palette', 'in_path_attention')
+      if key in metadata
     }
-
-  student = DeepLabV3Plus(
-    student_backbone, num_classes, aspp_dropout=0.0, update_norms_twice=True
-  )
-  teacher = DeepLabV3Plus(teacher_backbone, num_classes, aspp_dropout=0.0)
-  loaded = []
-  for network, prefix in ((student, 's_net.'), (teacher, 't_net.')):
-    found = reference_names(part(prefix))
-    variables, attention, report = import_network(found, network)
-    if not report.complete or attention is None:
-      raise InputError(f'{prefix}* is not a {network.backbone}: {report}.')
-    loaded.append((variables, attention))
-  (student_variables, gates), (teacher_variables, teacher_gates) = loaded
-  channels = [feature_channels(network) for network in (student, teacher)]
-  backbones = (student_backbone, teacher_backbone)
-  resnets = all(name.startswith('resnet') for name in backbones)
-  distiller = AttnFD(
-    *channels,
-    teacher_attention='checkpoint',
-    student_attention='mlp_frozen',
-    reduction='batchmean',
-    teacher_bn='batch',
-    fan_out_taps=('backbone',) if resnets else (),
-  )
-  maps = [
-    {tap: jnp.zeros((1, 2, 2, c)) for tap, c in taps.items()}
-    for taps in channels
-  ]
-  target = dict(_abstract(distiller, *maps))
-  target.pop('teacher')
-  connectors = {
-    part: {
-      name: tree for name, tree in trees.items() if name.startswith('connec')
-    }
-    for part, trees in target.items()
-  }
-
-  def connector_name(path):
-    module, rest = path.split('/', 1)
-    return torch_names.connector_name(module.removeprefix('connectors_'), rest)
-
-  filled, _, reshaped, missing = _fill(connectors, tensors, connector_name)
-  if missing or reshaped:
-    raise InputError(
-      f'Connectors do not fit: {Report([], missing, [], reshaped)}.'
-    )
-  variables = {
-    part: filled[part]
-    | {f'student_gates_{tap}': gates[part][tap] for tap in TAPS}
-    for part in ('params', 'batch_stats')
-  }
-  variables['teacher'] = teacher_gates
-  return DistillationPair(
-    student,
-    teacher,
-    distiller,
-    student_variables,
-    teacher_variables,
-    variables,
-  )
+  except ValueError:
+    return {}  # Keys of somebody else.
 
 
-def export_torch(variables, attention=None, *, backbone):
-  """{name: array} that the authors' DeepLab loads strictly.
+def _describe_classes(num_classes, class_names, metadata):
+  """Name of the data set, names of its classes, palette as a list."""
+  names, palette = metadata.get('class_names'), metadata.get('palette')
+  shape = np.shape(palette) if palette is not None else ()
+  if class_names:
+    if len(class_names) != num_classes or len({*class_names}) != num_classes:
+      raise InputError(
+        f'--class_names has {len(class_names)} names, {len({*class_names})} of '
+        f'them different; the network has {num_classes} classes.'
+      )
+    names = list(class_names)
+  elif not isinstance(names, list) or len(names) != num_classes:
+    names = None
+  if names is None and num_classes in _DATASETS:
+    dataset, table = _DATASETS[num_classes]
+    return dataset, list(table), [list(colour) for colour in table.values()]
+  if shape != (num_classes, 3):
+    palette = classes.voc_palette(num_classes).tolist()
+  for dataset, table in _DATASETS.values():
+    if names == list(table):
+      return dataset, names, [list(colour) for colour in table.values()]
+  names = names or [f'class_{i}' for i in range(num_classes)]
+  return 'folder', [str(name) for name in names], palette
+
+
+def fill_holes(variables, network):
+  """Random values, as networks start, in place of None."""
+
+  leaves, structure = jax.tree.flatten(variables, is_leaf=lambda x: x is None)
+
+  @jax.jit
+  def init(rng):
+    # Only what is returned is compiled.
+    fresh = network.init(rng, jnp.zeros((1, 64, 64, 3)), train=False)
+    pairs = zip(leaves, structure.flatten_up_to(fresh), strict=True)
+    return [new for old, new in pairs if old is None]
+
+  fresh = iter(jax.device_get(init(networks.init_key(0, 1))))
+  leaves = [next(fresh) if leaf is None else leaf for leaf in leaves]
+  return structure.unflatten(leaves)
+
+
+def import_stage(
+  source,
+  target,
+  *,
+  backbone=None,
+  num_classes=None,
+  class_names=(),
+  in_path_attention=None,
+  allow_missing=False,
+):
+  """Writes the folder `target` from a PyTorch file; returns lines to print.
 
   Args:
-    variables: of a DeepLabV3Plus.
-    attention: its three CBAMs as of `load_torch`; without them the result fits
-      a plain DeepLabV3+ of the same family.
-    backbone: key of BACKBONES.
+    source: .pth, .pth.tar or .safetensors file.
+    target: folder that does not exist.
+    backbone: key of BACKBONES; by default what the names show.
+    num_classes: by default that of the classifier in the file.
+    class_names: in the order of ids.
+    in_path_attention: the CBAMs belong into the forward path of the network;
+      by default what our own .safetensors says, else False, as in the authors'
+      code.
+    allow_missing: fill what does not fit at random.
+
+  Raises:
+    InputError: whenever the user can mend it; nothing is written then.
   """
-  tensors = torch_names.export(
-    variables, functools.partial(torch_names.network_name, backbone=backbone)
+  source, target = pathlib.Path(source), _new(target)
+  tensors = torch_models.reference_names(torch_files.read_state_dict(source))
+  metadata = _metadata(source)
+  options = torch_models.infer_options(tensors)
+  given = {'backbone': backbone, 'num_classes': num_classes}
+  options |= {key: value for key, value in given.items() if value is not None}
+  for key in given:
+    if key not in options:
+      raise InputError(f'{source.name}: does not show its {key}; give --{key}.')
+  config = default_config()
+  num_classes = options.pop('num_classes')
+  if in_path_attention is None:
+    in_path_attention = metadata.get('in_path_attention') is True
+  config.student.update(options)
+  with config.student.unlocked():
+    config.student.in_path_attention = in_path_attention
+  network = networks.make_network(config.student, num_classes)
+  variables, attention, report = torch_models.import_network(tensors, network)
+  name = networks.describe(config.student)
+  found = f'{source.name} as {name} with {num_classes} classes: {report}'
+  if not report.loaded:
+    raise InputError(f'{found}; nothing in it fits.')
+  if not report.complete and not allow_missing:
+    raise InputError(f'{found}; --allow_missing fills the rest at random.')
+  dataset, names, palette = _describe_classes(
+    num_classes, class_names, metadata
   )
-  if attention is not None:
-    tensors |= torch_names.export(attention, _gate_path_name)
-  for name in list(tensors):
-    # The same array under two names is one storage in the file.
-    tensors |= dict.fromkeys(torch_names.aliases(name), tensors[name])
-  return tensors
+  config.data.name = dataset
+  if dataset == 'folder':
+    config.data.class_names = tuple(names)
+  lines = [found]
+  if torch_models.backbone_only(report):
+    lines.append('the file holds a backbone and nothing else')
+  holes = _count_holes(variables)
+  if holes:
+    variables = fill_holes(variables, network)
+    lines.append(f'{holes} tensors are random: not in the file, or unfit')
+  if attention is not None and _count_holes(attention):
+    attention = None
+    lines.append('its attention is incomplete and was left out')
+  info = json.loads(resolve(config).to_json_best_effort()) | {
+    'stage': 'converted',
+    'source': source.name,
+    'class_names': names,
+    'palette': palette,
+  }
+  _write_folder(target, info, variables, attention)
+  gates = 'no attention' if attention is None else 'attention kept'
+  lines.append(f'{target}: {name}, {num_classes} classes ({dataset}), {gates}')
+  return lines
+
+
+def _count_holes(tree):
+  leaves = jax.tree.leaves(tree, is_leaf=lambda x: x is None)
+  return sum(leaf is None for leaf in leaves)
+
+
+def _write_folder(target, info, variables, attention):
+  target.parent.mkdir(parents=True, exist_ok=True)
+  temporary = pathlib.Path(
+    tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent)
+  )
+  try:
+    temporary.chmod(0o755)
+    logs.write_json(temporary / 'config.json', info)
+    logs.write_json(temporary / 'environment.json', logs.environment())
+    if attention is not None:
+      torch_files.write_safetensors(
+        temporary / networks.ATTENTION_FILE, torch_names.flatten(attention)
+      )
+    state = jax.tree.map(jnp.asarray, {'student': variables})
+    state = make_state(state, optax.identity(), ema=False)
+    with checkpoints.make_manager(temporary / 'checkpoints') as manager:
+      checkpoints.save(manager, 0, state, {'source': info['source']}, miou=0.0)
+      manager.wait_until_finished()
+    temporary.rename(target)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def export_stage(source, target):
+  """Writes a PyTorch file from a stage's folder; returns lines to print.
+
+  Args:
+    source: folder of a stage; its best checkpoint is taken.
+    target: file that does not exist; its ending decides the format.
+
+  Raises:
+    InputError: whenever the user can mend it; nothing is written then.
+  """
+  target = _new(target)
+  network, variables, info = networks.load_network(source)
+  attention = networks.load_attention(source, network, info)
+  tensors = torch_models.export_torch(
+    variables, attention, backbone=network.backbone
+  )
+  target.parent.mkdir(parents=True, exist_ok=True)
+  if target.suffix == '.safetensors':
+    metadata = {
+      'backbone': network.backbone,
+      'class_names': info['class_names'],
+      'palette': info['palette'].tolist(),
+      'mean': IMAGE_MEAN,
+      'std': IMAGE_STD,
+      'in_path_attention': network.in_path_attention,
+    }
+    metadata = {key: json.dumps(value) for key, value in metadata.items()}
+    torch_files.write_safetensors(target, tensors, metadata)
+  else:
+    # What the authors' train_kd.py reads.
+    torch_files.write_torch(
+      target, {'epoch': 0, 'state_dict': tensors, 'best_pred': 0.0}
+    )
+  name = networks.describe(info[networks.role_of(info)])
+  lines = [f'{target}: {name}, {len(tensors)} entries']
+  if network.in_path_attention:
+    lines.append(
+      "its attention is in the forward path, which the authors' DeepLab has "
+      'not: it loads the file, and computes something else'
+    )
+  elif attention is None:
+    lines.append(
+      'without attention, as in plain DeepLabV3+; the strict load of the '
+      'authors wants some'
+    )
+  return lines
+
+
+def main(argv):
+  del argv
+  options = flags.FLAGS
+  for name in ('source', 'target'):
+    if not options[name].value:
+      raise InputError(f'--{name} is missing; name a file or a folder.')
+  source, target = pathlib.Path(options.source), pathlib.Path(options.target)
+  if not source.exists():
+    raise InputError(f'--source={source}: no such file or folder.')
+  to_torch = target.name.endswith(TORCH_ENDINGS)
+  if source.is_dir() != to_torch:
+    raise InputError(
+      f'--target={target}: a folder becomes a file that ends in '
+      f'{", ".join(TORCH_ENDINGS)}, and a file becomes a folder.'
+    )
+  if to_torch:
+    given = ('backbone', 'num_classes', 'class_names', 'in_path_attention')
+    given = [name for name in given if options[name].present]
+    if given or options.allow_missing:
+      raise InputError(
+        f'--{(given or ["allow_missing"])[0]} is for PyTorch files as --source.'
+      )
+    lines = export_stage(source, target)
+  else:
+    lines = import_stage(
+      source,
+      target,
+      backbone=options.backbone,
+      num_classes=options.num_classes,
+      class_names=options.class_names,
+      in_path_attention=options.in_path_attention,
+      allow_missing=options.allow_missing,
+    )
+  print('\n'.join(lines))
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('source', None, 'PyTorch file, or folder of a stage.')
+  flags.DEFINE_string('target', None, 'Folder, or file; must not exist.')
+  flags.DEFINE_string('backbone', None, 'As in the file by default.')
+  flags.DEFINE_integer('num_classes', None, 'As in the file by default.')
+  flags.DEFINE_list('class_names', [], 'Names in the order of ids.')
+  flags.DEFINE_bool(
+    'in_path_attention', None, 'The CBAMs belong into the forward path.'
+  )
+  flags.DEFINE_bool('allow_missing', False, 'Fill what is missing at random.')
+  cli.run(main)

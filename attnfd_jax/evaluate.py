@@ -123,8 +123,7 @@ def load_network(
 
 def describe(checkpoint, info):
   """'runs/quickstart/distill, step 320: resnet18 x0.125'."""
-  role = 'teacher' if info['stage'] == 'teacher' else 'student'
-  name = networks.describe(info[role])
+  name = networks.describe(info[networks.role_of(info)])
   return f'{checkpoint}, step {info["checkpoint_step"]}: {name}'
 
 

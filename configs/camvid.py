@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""CamVid (SegNet's 480x360 release), ResNet-101 -> ResNet-18, from scratch.
+r"""CamVid (SegNet's 480x360 release), ResNet-34 -> ResNet-18, from scratch.
 
   python -m attnfd_jax.main --config=configs/camvid.py[:debug|:cpu] \
     --config.data.root=PATH [--config.optim.dtype=bfloat16]
 
-The paper gives no CamVid recipe; this one is ours (recipe clean). No ImageNet
-weights. What it reaches: experiments/camvid/README.md.
+The paper gives no CamVid recipe; this one is ours (recipe clean). Without
+ImageNet weights its ResNet-101 teacher stays below the student it should teach
+(val 57.6, a ResNet-18 60.3); a ResNet-34 reaches 63.7 in four minutes of an
+H100. All numbers: experiments/camvid/README.md.
 """
 
 from attnfd_jax.config import debug
@@ -24,7 +26,7 @@ def get_config(arg=None):
   config.batch_size = 16
   config.num_epochs = 120.0
   config.teacher.num_epochs = 200.0
-  config.teacher.in_path_attention = True
+  config.teacher.backbone = 'resnet34'
   config.optim.lr = 0.05
   config.optim.head_lr_scale = 1.0  # No part starts from pretrained weights.
   config.optim.warmup_epochs = 3.0
@@ -42,13 +44,12 @@ def get_config(arg=None):
     config.optim.weight_decay = 0.01
     config.teacher.backbone = 'resnet18'
     config.teacher.width_multiplier = 0.5
-    config.teacher.in_path_attention = False
     config.student.width_multiplier = 0.25
     for network, channels in ((config.teacher, 64), (config.student, 32)):
       network.aspp_channels = network.decoder_channels = channels
     config.num_epochs = 40.0
     config.teacher.num_epochs = 50.0
-    config.distill.attn_lambda = 0.3
+    config.distill.attn_lambda = 0.1
   elif arg:
     raise ValueError(f'Unknown variant {arg!r}; use debug, cpu or nothing.')
   return config

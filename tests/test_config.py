@@ -109,7 +109,9 @@ def test_says_its_own_command(name, arg):
 
 @every_config
 def test_is_resolved_but_for_what_may_be_absent(name, arg):
-  missing = {k for k, v in leaves(resolve(load(name, arg))).items() if v is None}
+  missing = {
+    k for k, v in leaves(resolve(load(name, arg))).items() if v is None
+  }
   assert missing == {'optim.clip_norm'}
 
 
@@ -169,7 +171,11 @@ def test_a_recipe_fills_what_is_none_and_nothing_else(recipe):
   assert empty == set(RECIPES[recipe]) | inherited | {'optim.clip_norm'}
   changed = {key for key in before if before[key] != after[key]}
   assert changed == empty - {'optim.clip_norm'}
-  derived = {'data.label_pad', 'distill.teacher_attention'}
+  derived = {
+    'data.label_pad',
+    'distill.aspp_dropout',
+    'distill.teacher_attention',
+  }
   for key in RECIPES[recipe].keys() - derived:
     assert after[key] == RECIPES[recipe][key], key
   # The config itself stays open: flags may still change it.
@@ -238,6 +244,15 @@ def test_networks_inherit_rate_and_epochs():
   assert (config.teacher.num_epochs, config.student.num_epochs) == (7.0, 7.0)
 
 
+@pytest.mark.parametrize(
+  ('recipe', 'dropped'), [('clean', 0.25), ('reference', 0.0)]
+)
+def test_aspp_dropout_while_distilling(recipe, dropped):
+  config = default_config()
+  config.recipe, config.student.aspp_dropout = recipe, 0.25
+  assert resolve(config).distill.aspp_dropout == dropped
+
+
 def test_debug_is_small():
   config = resolve(debug(default_config()))
   assert config.data.limit == 12
@@ -286,7 +301,6 @@ def test_debug_is_small():
     ),
     ('stages', (), r'config.stages=\(\) must be chosen from'),
     ('num_epochs', 0.0, r'config.num_epochs=0.0 must be positive\.'),
-    ('student.lr', -1.0, None),
     ('optim.lr', float('nan'), r'config.optim.lr=nan must be positive\.'),
     ('eval.batch_size', 0, r'config.eval.batch_size=0 must be positive\.'),
     ('data.threads', 0, r'config.data.threads=0 must be positive\.'),

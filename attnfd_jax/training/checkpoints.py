@@ -64,6 +64,42 @@ def restore(manager, step, state, run):
   return found['state']
 
 
+def restore_parts(directory, wanted, *, step=None):
+  """A part of a saved state, and its step.
+
+  Args:
+    directory: `checkpoints` of a stage.
+    wanted: the part: a tree of arrays or ShapeDtypeStruct with shardings.
+    step: which checkpoint; the best by default.
+
+  Raises:
+    InputError: if there is none, or it has no such part.
+  """
+  if not pathlib.Path(directory).is_dir():
+    raise InputError(f'{directory}: no checkpoints there.')
+  with make_manager(directory, read_only=True) as manager:
+    step = manager.best_step() if step is None else step
+    if step is None or step not in manager.all_steps():
+      raise InputError(
+        f'{directory}: no checkpoint {"" if step is None else step}; have '
+        f'{manager.all_steps()}.'
+      )
+    wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+    args = ocp.args.Composite(
+      state=ocp.args.PyTreeRestore(
+        wanted, restore_args=restore_args, partial_restore=True
+      )
+    )
+    try:
+      return manager.restore(step, args=args)['state'], step
+    except ValueError as error:
+      raise InputError(
+        f'{directory}: checkpoint {step} is of another network than '
+        f'config.json beside it says ({str(error).splitlines()[0]}).'
+      ) from error
+
+
 def restore_student(directory, variables, *, averaged, step=None):
   """Variables of the evaluated network from a stage's checkpoints.
 
@@ -76,39 +112,15 @@ def restore_student(directory, variables, *, averaged, step=None):
   Raises:
     InputError: if there is none, or it belongs to another network.
   """
-  if not pathlib.Path(directory).is_dir():
-    raise InputError(f'{directory}: no checkpoints there.')
-  with make_manager(directory, read_only=True) as manager:
-    step = manager.best_step() if step is None else step
-    if step is None or step not in manager.all_steps():
-      raise InputError(
-        f'{directory}: no checkpoint {"" if step is None else step}; have '
-        f'{manager.all_steps()}.'
-      )
-    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, variables)
-    if averaged:
-      wanted = {'ema': shapes}
-    else:
-      shapes = dict(shapes)
-      params = shapes.pop('params')
-      wanted = {
-        'params': {'student': params},
-        'collections': {'student': shapes},
-      }
-    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-    args = ocp.args.Composite(
-      state=ocp.args.PyTreeRestore(
-        wanted, restore_args=restore_args, partial_restore=True
-      )
-    )
-    try:
-      found = manager.restore(step, args=args)['state']
-    except ValueError as error:
-      raise InputError(
-        f'{directory}: checkpoint {step} is of another network than '
-        f'config.json beside it says ({str(error).splitlines()[0]}).'
-      ) from error
   if averaged:
+    found, step = restore_parts(directory, {'ema': variables}, step=step)
     return found['ema'], step
+  collections = dict(variables)
+  params = collections.pop('params')
+  wanted = {
+    'params': {'student': params},
+    'collections': {'student': collections},
+  }
+  found, step = restore_parts(directory, wanted, step=step)
   student = found['collections']['student']
   return {'params': found['params']['student'], **student}, step

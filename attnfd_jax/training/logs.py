@@ -88,6 +88,15 @@ class StageLog:
     with (self._directory / 'log.txt').open('a') as file:
       file.write(f'{now} {text}\n')
 
+  def last(self, kind, name, *, default=None):
+    """The last value that `metrics` got, also before a restart."""
+    lines = []
+    if self._metrics.exists():
+      lines = self._metrics.read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    found = [x[name] for x in records if x['kind'] == kind]
+    return found[-1] if found else default
+
   def metrics(self, kind, step, values):
     """One JSON object for programs."""
     record = {'kind': kind, 'step': int(step)}

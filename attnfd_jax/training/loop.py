@@ -100,6 +100,8 @@ def train(
   clock = _Clock(step, num_steps, batch_size)
   metrics = None
   best = -math.inf
+  if manager.best_step() is not None:
+    best = manager.metrics(manager.best_step())['miou']
   while True:
     if step > first and (step % eval_every == 0 or step == num_steps):
       # Before saving: a network with NaN weights must not be kept.
@@ -125,23 +127,28 @@ def train(
       start = time.monotonic()
     state, metrics = train_step(state, teacher_variables, batch, rng)
     step += 1
+    due = step % log_every == 0 or step == num_steps
     if step == first + 1:
       jax.block_until_ready(metrics)
       seconds = time.monotonic() - start
       log.line(f'first step after {seconds:.1f} s; faster next time, cached')
-      _check_finite(step, jax.device_get(metrics), manager)
-      clock.reset(step)
-    elif step % log_every == 0 or step == num_steps:
-      values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-      _check_finite(step, values, manager)
+    elif not due:
+      continue
+    values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    _check_finite(step, values, manager)
+    shown = ('loss', *sorted(set(values) - {'loss', 'learning_rate'}))
+    terms = '  '.join(
+      f'{name} {values[name]:.4f}' for name in shown if name.count('_') < 2
+    )
+    if step == first + 1:
+      clock.reset(step)  # Its time is that of the compiler.
+    else:
       speed, left = clock.read(step)
-      log.metrics('train', step, values | speed)
-      shown = ('loss', *sorted(set(values) - {'loss', 'learning_rate'}))
-      terms = '  '.join(
-        f'{name} {values[name]:.4f}' for name in shown if name.count('_') < 2
-      )
-      log.line(
-        f'step {step}/{num_steps}  {terms}  '
-        f'{speed["images_per_second"]:.1f} images/s  '
+      values |= speed
+      terms += (
+        f'  {speed["images_per_second"]:.1f} images/s  '
         f'waiting {speed["data_wait"]:.0%}  left {left}'
       )
+    if due:
+      log.metrics('train', step, values)
+      log.line(f'step {step}/{num_steps}  {terms}')

@@ -5,15 +5,21 @@ import functools
 import json
 import pathlib
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnfd_jax import torch_files
+from attnfd_jax import torch_models
 from attnfd_jax.errors import InputError
 from attnfd_jax.models.deeplab import DeepLabV3Plus
+from attnfd_jax.models.deeplab import TAPS
 from attnfd_jax.training import checkpoints
 from attnfd_jax.training.flops import count_flops
 
+# Of a stage made from a PyTorch file: '<collection>/<tap>/<leaf>'.
+ATTENTION_FILE = 'attention.safetensors'
 _FIELDS = (
   'backbone',
   'output_stride',
@@ -82,6 +88,51 @@ def count_gflops(network, height, width):
   return count_flops(forward, abstract_variables(network), image) / 1e9
 
 
+def load_pretrained(path, network):
+  """Variables of a network from the backbone, or all, of a PyTorch file.
+
+  Args:
+    path: of the file; a head for other classes is left out.
+    network: DeepLabV3Plus.
+
+  Returns:
+    The variables with None where the file has nothing that fits, and a line
+    that says so.
+
+  Raises:
+    InputError: if the backbone is not filled completely.
+  """
+  tensors = torch_models.reference_names(torch_files.read_state_dict(path))
+  variables, _, report = torch_models.import_network(tensors, network)
+  backbone = jax.tree.leaves(
+    [tree.get('backbone') for tree in variables.values()],
+    is_leaf=lambda x: x is None,
+  )
+  if any(leaf is None for leaf in backbone):
+    raise InputError(
+      f'{path}: does not fill the backbone {network.backbone}: {report}.'
+    )
+  what = 'whole network'
+  if not report.complete:
+    what = 'backbone and what else fits'
+  if torch_models.backbone_only(report):
+    what = 'backbone'
+  return variables, f'starts from the {what} of {path}: {report}'
+
+
+def role_of(info):
+  """The group of a stage's config.json that describes its network."""
+  return 'teacher' if info['stage'] == 'teacher' else 'student'
+
+
+def _with_sharding(shapes, sharding):
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+  )
+
+
 def load_network(directory, *, sharding=None, step=None):
   """Network, variables and description of a finished or running stage.
 
@@ -110,20 +161,62 @@ def load_network(directory, *, sharding=None, step=None):
       f'{directory}: is a run; name one of its stages, e.g. '
       f'{directory / "distill"}.'
     )
-  role = 'teacher' if info['stage'] == 'teacher' else 'student'
-  network = make_network(info[role], len(info['class_names']))
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    abstract_variables(network),
-  )
+  network = make_network(info[role_of(info)], len(info['class_names']))
   variables, step = checkpoints.restore_student(
     directory / 'checkpoints',
-    shapes,
+    _with_sharding(abstract_variables(network), sharding),
     averaged=info['optim']['ema_decay'] > 0,
     step=step,
   )
   info['checkpoint_step'] = step
   info['palette'] = np.array(info['palette'], np.uint8)
   return network, variables, info
+
+
+def load_attention(directory, network, info):
+  """The CBAMs at the taps of a stored network, outside its forward path.
+
+  They are those of an imported file, or the ones that a student was distilled
+  with.
+
+  Args:
+    directory: of a stage.
+    network, info: as of `load_network`.
+
+  Returns:
+    {'params', 'batch_stats'} with the taps as keys, NumPy arrays, or None.
+  """
+  directory = pathlib.Path(directory)
+  path = directory / ATTENTION_FILE
+  if path.is_file():
+    tensors, _ = torch_files.read_safetensors(path)
+    return traverse_util.unflatten_dict(tensors, sep='/')
+  if info['stage'] != 'distill' or network.in_path_attention:
+    return None
+  distill = info['distill']
+  trained = distill['student_attention'] in ('learnable', 'mlp_frozen')
+  if 'attnfd' not in distill['method'].split('+') or not trained:
+    return None
+  gates = _with_sharding(torch_models.abstract_gates(network), None)
+
+  def wanted(part):
+    named = {f'student_gates_{tap}': x for tap, x in gates[part].items()}
+    return {'methods_attnfd': named}
+
+  found, _ = checkpoints.restore_parts(
+    directory / 'checkpoints',
+    {
+      'params': {'distiller': wanted('params')},
+      'collections': {'distiller': {'batch_stats': wanted('batch_stats')}},
+    },
+    step=info['checkpoint_step'],
+  )
+  found = jax.device_get(found)
+  parts = {
+    'params': found['params']['distiller'],
+    'batch_stats': found['collections']['distiller']['batch_stats'],
+  }
+  return {
+    part: {tap: tree['methods_attnfd'][f'student_gates_{tap}'] for tap in TAPS}
+    for part, tree in parts.items()
+  }

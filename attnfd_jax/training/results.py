@@ -98,6 +98,8 @@ def _train_seconds(directory):
   for line in (directory / 'metrics.jsonl').read_text().splitlines():
     record = json.loads(line)
     if record['kind'] == 'train':
-      total += record['step_seconds'] * (record['step'] - last)
+      # The first step after a start has no time of its own.
+      seconds = record.get('step_seconds', 0.0)
+      total += seconds * (record['step'] - last)
       last = record['step']
   return total

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from attnfd_jax import metrics
+from attnfd_jax import torch_files
+from attnfd_jax import torch_models
 from attnfd_jax.data import pipeline
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.data.sources import IGNORE_LABEL
@@ -33,18 +35,23 @@ class Teacher:
   network: DeepLabV3Plus
   variables: dict
   name: str
-  miou: float | None  # On val, if its stage has finished.
+  miou: float | None  # On val, if known.
+  # Frozen CBAMs of its checkpoint, as of networks.load_attention.
+  attention: dict | None = None
 
 
 def load_teacher(config, workdir, dataset, mesh):
   """The network of config.teacher.checkpoint, or of this run's stage.
 
   Raises:
-    InputError: if it is absent or knows other classes.
+    InputError: if it is absent, damaged or knows other classes.
   """
   directory = config.teacher.checkpoint or pathlib.Path(workdir) / 'teacher'
+  everywhere = sharding.replicated(mesh)
+  if pathlib.Path(directory).is_file():
+    return _load_torch_teacher(config, directory, dataset, everywhere)
   network, variables, info = networks.load_network(
-    directory, sharding=sharding.replicated(mesh)
+    directory, sharding=everywhere
   )
   if list(info['class_names']) != list(dataset.class_names):
     raise InputError(
@@ -55,10 +62,37 @@ def load_teacher(config, workdir, dataset, mesh):
   score = json.loads(result.read_text())['miou'] if result.exists() else None
   dtype = networks.compute_dtype(config.optim.dtype)
   return Teacher(
-    network.clone(dtype=dtype),
+    # Whatever drops in a teacher, ASPP does not (aspp.py:104-111).
+    network.clone(dtype=dtype, aspp_dropout=0.0),
     variables,
-    name=networks.describe(info['teacher']),
+    name=networks.describe(info[networks.role_of(info)]),
     miou=score,
+    attention=networks.load_attention(directory, network, info),
+  )
+
+
+def _load_torch_teacher(config, path, dataset, everywhere):
+  network = networks.make_network(
+    config.teacher,
+    dataset.num_classes,
+    dtype=config.optim.dtype,
+    aspp_dropout=0.0,
+  )
+  variables, attention, report = torch_models.import_network(
+    torch_models.reference_names(torch_files.read_state_dict(path)), network
+  )
+  name = networks.describe(config.teacher)
+  if not report.complete:
+    raise InputError(
+      f'{path}: not a whole {name} with {dataset.num_classes} classes: '
+      f'{report}. A part of a network can be config.teacher.pretrained.'
+    )
+  return Teacher(
+    network,
+    jax.device_put(variables, everywhere),
+    name=name,
+    miou=None,
+    attention=attention,
   )
 
 
@@ -75,8 +109,13 @@ def make_student(config, num_classes, *, distilled):
   )
 
 
-def make_stage_distiller(config, student, teacher):
+def make_stage_distiller(config, student, teacher, *, has_gates=False):
   """The distiller for two networks, and the shapes that it will see.
+
+  Args:
+    config: resolved.
+    student, teacher: networks.
+    has_gates: the teacher's checkpoint brings frozen gates.
 
   Raises:
     InputError: for a method or a switch that does not exist.
@@ -92,10 +131,15 @@ def make_stage_distiller(config, student, teacher):
   ]
   options = config.distill.to_dict()
   if teacher.in_path_attention:
+    if options['teacher_attention'] not in ('in_path', 'checkpoint'):
+      raise InputError(
+        f'distill.teacher_attention={options["teacher_attention"]!r}, but the '
+        'maps of this teacher are refined in its forward path; use in_path.'
+      )
     options['teacher_attention'] = 'in_path'
   elif options['teacher_attention'] == 'in_path':
     options['teacher_attention'] = 'parameter_free'
-  elif options['teacher_attention'] == 'checkpoint':
+  elif options['teacher_attention'] == 'checkpoint' and not has_gates:
     # A teacher of ours without gates: as the authors' own training leaves
     # them, at their random start.
     options['teacher_attention'] = 'random'
@@ -167,8 +211,16 @@ class Stage:
       mlp_frozen=distill.student_attention == 'mlp_frozen',
     )
 
-  def init_state(self):
-    """A fresh TrainState on the mesh, compiled as one program."""
+  def init_state(self, *, fresh=True, log=print):
+    """A TrainState at step 0 on the mesh, compiled as one program.
+
+    Args:
+      fresh: fill in pretrained weights; False if a checkpoint follows.
+      log: called with a line about them.
+
+    Raises:
+      InputError: if a file of pretrained weights does not fit.
+    """
 
     def init(rng):
       image = jnp.zeros((1, 64, 64, 3))
@@ -186,7 +238,53 @@ class Stage:
     index = 0 if self.name == 'teacher' else 1
     rng = networks.init_key(self.config.seed, index)
     everywhere = sharding.replicated(self.mesh)
-    return jax.jit(init, out_shardings=everywhere)(rng)
+    state = jax.jit(init, out_shardings=everywhere)(rng)
+    if fresh and self.options.pretrained:
+      path = self.options.pretrained
+      loaded, line = networks.load_pretrained(path, self.network)
+      log(line)
+      state = self._fill(state, 'student', loaded)
+    if self._keeps_gates:
+      frozen = {'teacher': {'methods_attnfd': self.teacher.attention}}
+      state = self._fill(state, 'distiller', frozen)
+    return state
+
+  @property
+  def _keeps_gates(self):
+    if self.teacher is None or self.teacher.attention is None:
+      return False
+    method = self.distiller.methods.get('attnfd')
+    return method is not None and method.teacher_attention == 'checkpoint'
+
+  def _fill(self, state, name, loaded):
+    """`state` with the arrays of `loaded` in place of those of `name`."""
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
+    def copy(tree):
+      # A donated state must own its buffers, and hold none twice.
+      return jax.tree.map(jnp.copy, tree)
+
+    def put(old, new):
+      return jax.tree.map(
+        lambda new, old: old if new is None else new,
+        copy(new),
+        old,
+        is_leaf=lambda x: x is None,
+      )
+
+    loaded = dict(loaded)
+    changes = {}
+    if state.ema and name == 'student':
+      changes['ema'] = put(state.ema, loaded)
+    if 'params' in loaded:
+      params = put(state.params[name], loaded.pop('params'))
+      changes['params'] = state.params | {name: params}
+    collections = state.collections[name]
+    collections = collections | put(
+      {key: collections[key] for key in loaded}, loaded
+    )
+    changes['collections'] = state.collections | {name: collections}
+    return state.replace(**changes)
 
   def make_train_step(self):
     distill, optimizer = self.config.distill, self.config.optim
@@ -228,11 +326,11 @@ class Stage:
     )
     return pipeline.to_device(batches, sharding.by_batch(self.mesh))
 
-  def evaluate(self, variables, split='val'):
-    """Entries of result.json for one split."""
+  def evaluate(self, variables, split='val', *, network=None):
+    """Entries of result.json for one split; of the student by default."""
     options = self.config.eval
     counts = evaluation.evaluate(
-      self.network,
+      network or self.network,
       variables,
       self.dataset.splits[split],
       num_classes=self.dataset.num_classes,
@@ -268,7 +366,12 @@ def make_stage(name, config, dataset, mesh, workdir):
     network = make_student(config, num_classes, distilled=distilled)
   if name == 'distill':
     teacher = load_teacher(config, workdir, dataset, mesh)
-    distiller, shapes = make_stage_distiller(config, network, teacher.network)
+    distiller, shapes = make_stage_distiller(
+      config,
+      network,
+      teacher.network,
+      has_gates=teacher.attention is not None,
+    )
   role = 'teacher' if name == 'teacher' else 'student'
   epoch = len(dataset.splits['train']) / config.batch_size
   return Stage(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run: the stages teacher, student and distill, one after the other."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -15,6 +16,7 @@ from attnfd_jax.training import loop
 from attnfd_jax.training import networks
 from attnfd_jax.training import results
 from attnfd_jax.training import sharding
+from attnfd_jax.training.stage import load_teacher
 from attnfd_jax.training.stage import make_stage
 from attnfd_jax.training.stage import make_stage_distiller
 from attnfd_jax.training.stage import make_student
@@ -30,6 +32,7 @@ HARMLESS = (
   'eval.batch_size',
   'eval.num_pictures',
   'mesh.data',
+  'teacher.min_miou',
 )
 
 
@@ -51,6 +54,7 @@ def run(config, workdir):
   dataset = load_dataset(config.data)
   mesh = sharding.make_mesh(config.mesh.data)
   _check(config, dataset, mesh)
+  _check_files(config, dataset, mesh, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   _claim(workdir / 'config.json', config)
   sizes = ', '.join(f'{k} {len(v)}' for k, v in dataset.splits.items())
@@ -61,6 +65,9 @@ def run(config, workdir):
   )
   table = {}
   for name in config.stages:
+    if name == 'teacher' and config.teacher.checkpoint:
+      print(f'[teacher] given: {config.teacher.checkpoint}', flush=True)
+      continue
     table[name] = _run_stage(name, config, dataset, mesh, workdir)
     path = workdir / 'results.json'
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -91,6 +98,19 @@ def _check(config, dataset, mesh):
     make_stage_distiller(config, student, teacher)
 
 
+def _check_files(config, dataset, mesh, workdir):
+  """What stages that have not begun will read can be read."""
+  begun = [name for name in config.stages if (workdir / name).exists()]
+  for name in {*config.stages} - {*begun}:
+    role = 'teacher' if name == 'teacher' else 'student'
+    given = role == 'teacher' and config.teacher.checkpoint
+    if config[role].pretrained and not given:
+      network = networks.make_network(config[role], dataset.num_classes)
+      networks.load_pretrained(config[role].pretrained, network)
+    if name == 'distill' and config.teacher.checkpoint:
+      load_teacher(config, workdir, dataset, mesh)
+
+
 def _flat(config, prefix=''):
   for key, value in config.items():
     if isinstance(value, dict):
@@ -117,6 +137,32 @@ def _claim(path, config):
   logs.write_json(path, ours)
 
 
+def _score_teacher(stage, log, *, resumed):
+  """The stage with its teacher's mIoU on val; bad teachers stop here."""
+  teacher = stage.teacher
+  if resumed:
+    score = log.last('teacher', 'miou', default=teacher.miou)
+  elif teacher.miou is not None and not stage.config.teacher.checkpoint:
+    score = teacher.miou  # Of this run: the same images, the same protocol.
+  else:
+    scores = stage.evaluate(teacher.variables, network=teacher.network)
+    log.metrics('teacher', 0, scores)
+    score = scores['miou']
+  if score is not None:
+    log.line(f'teacher val mIoU {100 * score:.2f}')
+  floor = stage.config.teacher.min_miou
+  if not resumed and floor > 0 and not (score is not None and score >= floor):
+    known = 'unknown' if score is None else f'{score:.4f}'
+    raise InputError(
+      f'{stage.config.teacher.checkpoint or "teacher"}: val mIoU {known} is '
+      f'below config.teacher.min_miou={floor:g}; use a better teacher or lower '
+      'the floor.'
+    )
+  return dataclasses.replace(
+    stage, teacher=dataclasses.replace(teacher, miou=score)
+  )
+
+
 def _run_stage(name, config, dataset, mesh, workdir):
   directory = workdir / name
   finished = directory / 'result.json'
@@ -141,15 +187,14 @@ def _run_stage(name, config, dataset, mesh, workdir):
       f'{networks.describe(stage.options)}, {stage.num_steps} steps of '
       f'{config.batch_size} images; preparing the network ...'
     )
-    state = stage.init_state()
+    state = stage.init_state(fresh=not latest, log=log.line)
     if latest:
       state = checkpoints.restore(manager, latest, state, run_facts)
       log.line(f'goes on at step {latest}')
     if stage.teacher:
       attention = results.attention_of(stage.distiller)
-      score = stage.teacher.miou
-      known = '' if score is None else f', val mIoU {100 * score:.2f}'
-      log.line(f'teacher {stage.teacher.name}{known}, attention {attention}')
+      log.line(f'teacher {stage.teacher.name}, attention {attention}')
+      stage = _score_teacher(stage, log, resumed=latest > 0)
     state = loop.train(
       state,
       train_step=stage.make_train_step(),

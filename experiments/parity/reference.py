@@ -25,11 +25,8 @@ def import_reference(path):
   if not (path / 'distiller.py').is_file():
     sys.exit(f'{path}: no distiller.py; clone AmirMansurian/AttnFD there.')
   sys.path.insert(0, str(path))
-  for name in (
-    'torchvision',
-    'torchvision.models',
-    'torchvision.models.resnet',
-  ):
+  unused = ('torchvision', 'torchvision.models', 'torchvision.models.resnet')
+  for name in unused:
     sys.modules.setdefault(name, types.ModuleType(name))
   import torch.utils.model_zoo as model_zoo
 

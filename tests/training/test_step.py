@@ -19,13 +19,23 @@ from attnfd_jax.training import step as steps
 from attnfd_jax.training.state import make_state
 
 NUM_CLASSES = 3
-CLEAN = {
+DISTILL = {
   'method': 'attnfd',
   'attn_lambda': 2.0,
-  'teacher_attention': 'random',
-  'student_attention': 'learnable',
   'norm_scope': 'batch',
   'reduction': 'unitmean',
+}
+# Without gates: they take as long to compile as all the rest.
+CLEAN = DISTILL | {'teacher_attention': 'none', 'student_attention': 'none'}
+REFERENCE = DISTILL | {
+  'teacher_attention': 'random',
+  'student_attention': 'mlp_frozen',
+  'teacher_bn': 'batch',
+}
+REFERENCE_STEP = {
+  'teacher_bn': 'batch',
+  'teacher_dropout': True,
+  'ce_batch_division': True,
 }
 
 
@@ -58,7 +68,7 @@ class Small(nn.Module):
       NUM_CLASSES, 1, use_bias=True, dtype=self.dtype, name='classifier'
     )
     coarse = head(x).astype(jnp.float32)
-    logits = layers.resize(coarse, *image.shape[1:3])
+    logits = jnp.repeat(jnp.repeat(coarse, 4, 1), 4, 2)
     return {
       'logits': logits,
       'coarse_logits': coarse,
@@ -145,33 +155,19 @@ class Setting:
     return history
 
 
-@pytest.fixture(scope='module', autouse=True)
-def fast_compilation():
-  """What is tested does not depend on how well XLA optimises."""
-  before = jax.config.jax_disable_most_optimizations
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
-
-
 @pytest.fixture(scope='module')
 def alone():
   return Setting()
 
 
 @pytest.fixture(scope='module')
-def distilled():
+def clean():
   return Setting(distill=CLEAN)
 
 
 @pytest.fixture(scope='module')
 def reference():
-  return Setting(
-    distill=CLEAN | {'teacher_bn': 'batch', 'student_attention': 'mlp_frozen'},
-    teacher_bn='batch',
-    teacher_dropout=True,
-    ce_batch_division=True,
-  )
+  return Setting(distill=REFERENCE, **REFERENCE_STEP)
 
 
 def assert_close(ours, theirs, *, rtol, atol):
@@ -191,24 +187,25 @@ def any_differs(ours, theirs):
   return any(np.any(a != b) for a, b in pairs)
 
 
-def test_one_device_equals_four(distilled):
+@pytest.mark.slow
+def test_one_device_equals_four(reference):
   """Statistics, norms and noise are those of the global batch."""
-  four = Setting(distill=CLEAN, devices=4)
+  four = Setting(distill=REFERENCE, devices=4, **REFERENCE_STEP)
   assert len(four.rng.sharding.device_set) == 4
   batches = make_batch(0), make_batch(1)
   for (ours, our_metrics), (theirs, their_metrics) in zip(
-    distilled.run(*batches), four.run(*batches), strict=True
+    reference.run(*batches), four.run(*batches), strict=True
   ):
     # Float32 sums over the batch in two orders; a part's own statistics
     # would differ by percents.
     assert_close(our_metrics, their_metrics, rtol=2e-5, atol=1e-6)
     assert_close(ours.params, theirs.params, rtol=1e-4, atol=2e-6)
     assert_close(ours.collections, theirs.collections, rtol=2e-5, atol=2e-6)
-  assert any_differs(ours.params, jax.device_get(distilled.state.params))
+  assert any_differs(ours.params, jax.device_get(reference.state.params))
 
 
-def test_metrics_of_a_step(distilled):
-  (_, first), (_, second) = distilled.run(make_batch(0), make_batch(1))
+def test_metrics_of_a_step(clean):
+  (_, first), (_, second) = clean.run(make_batch(0), make_batch(1))
   names = ('loss', 'ce', 'attnfd', 'attnfd_backbone')
   assert set(first) == {*names, 'grad_norm', 'learning_rate'}
   # Rounding of one sum.
@@ -242,8 +239,8 @@ def test_the_first_update_is_the_gradient(alone):
   )
 
 
-def test_compiles_once_and_donates(distilled):
-  setting = distilled
+def test_compiles_once_and_donates(reference):
+  setting = reference
   state, old = jax.tree.map(jnp.copy, setting.state), []
   for seed in range(3):
     old.append(state)
@@ -296,14 +293,15 @@ def test_noise_is_new_in_each_step(alone):
 
 @pytest.mark.parametrize('mode', ['clean', 'reference'])
 def test_the_teacher_stays(request, mode):
-  setting = request.getfixturevalue({'clean': 'distilled'}.get(mode, mode))
+  setting = request.getfixturevalue(mode)
   before = jax.device_get(setting.teacher_variables)
   start = jax.device_get(setting.state)
   ((state, _),) = setting.run(make_batch())
   assert not any_differs(setting.teacher_variables, before)
-  # Neither do its gates, a constant collection of the distiller.
-  gates = state.collections['distiller']['teacher']
-  assert not any_differs(gates, start.collections['distiller']['teacher'])
+  if mode == 'reference':
+    # Neither do its gates, a constant collection of the distiller.
+    gates = state.collections['distiller']['teacher']
+    assert not any_differs(gates, start.collections['distiller']['teacher'])
   assert any_differs(
     state.collections['distiller']['batch_stats'],
     start.collections['distiller']['batch_stats'],
@@ -314,7 +312,7 @@ def test_the_teacher_stays(request, mode):
 @pytest.mark.parametrize('mode', ['clean', 'reference'])
 def test_statistics_of_the_teacher(request, mode):
   """'batch' neither reads nor writes the running ones."""
-  setting = request.getfixturevalue({'clean': 'distilled'}.get(mode, mode))
+  setting = request.getfixturevalue(mode)
   ((_, first),) = setting.run(make_batch())
   other = setting.teacher_variables | {
     'batch_stats': jax.tree.map(
@@ -357,34 +355,12 @@ def test_parts_add_up_without_coupling():
   student = Small(norm=False, dropout_rate=0.0)
   batch = make_batch()
   results = [
-    Setting(student=student, accumulate=parts).run(batch)[0]
-    for parts in (1, 2)
+    Setting(student=student, accumulate=parts).run(batch)[0] for parts in (1, 2)
   ]
   (whole, whole_metrics), (parts, part_metrics) = results
   # Float32 sums in another order.
   assert_close(parts.params, whole.params, rtol=1e-5, atol=1e-6)
   assert_close(part_metrics, whole_metrics, rtol=1e-5, atol=1e-6)
-
-
-def test_parts_have_statistics_of_their_own(alone):
-  setting = Setting(accumulate=2)
-  ((state, metrics),) = setting.run(make_batch())
-  ((whole, whole_metrics),) = alone.run(make_batch())
-  stats = state.collections['student']['batch_stats']['backbone']['bn']
-  start = setting.state.collections['student']['batch_stats']['backbone']['bn']
-  once = whole.collections['student']['batch_stats']['backbone']['bn']
-  # Two updates with keep 0.9, on halves whose means average to the whole's.
-  batch_mean = (once['mean'] - 0.9 * start['mean']) / 0.1
-  apart = np.abs(np.asarray(stats['mean'] - once['mean'])).max()
-  expected = 0.81 * start['mean'] + 0.19 * batch_mean
-  # The halves differ: 0.09 and 0.1 of their means.
-  np.testing.assert_allclose(stats['mean'], expected, rtol=0, atol=0.02)
-  assert apart > 0.02
-  # The same quantity on half of the images.
-  np.testing.assert_allclose(
-    metrics['ce'], whole_metrics['ce'], rtol=0.3, atol=0
-  )
-  assert int(state.step) == 1
 
 
 def test_remat_changes_nothing(alone):
@@ -415,15 +391,13 @@ def test_bfloat16_keeps_float32_weights(alone):
   assert metrics['loss'] != plain['loss']
 
 
-def test_a_batch_without_labels_is_harmless(distilled, alone):
+def test_a_batch_without_labels_is_harmless(reference, alone):
   batch = make_batch()
   batch['label'][:] = 255
   ((state, metrics),) = alone.run(batch)
   assert metrics['loss'] == metrics['grad_norm'] == 0
-  assert not any_differs(
-    state.params, jax.device_get(alone.state.params)
-  )
-  ((state, metrics),) = distilled.run(batch)
+  assert not any_differs(state.params, jax.device_get(alone.state.params))
+  ((state, metrics),) = reference.run(batch)
   assert metrics['ce'] == 0 and np.isfinite(metrics['loss'])
   assert metrics['attnfd'] > 0  # The maps are compared all the same.
   for leaf in jax.tree.leaves(state.params):
@@ -442,8 +416,8 @@ def test_eval_step_counts_pixels():
   counts = np.asarray(
     count(variables, jax.device_put(batch, sharding.by_batch(mesh)))
   )
-  out = network.apply(
-    jax.device_get(variables), normalise(batch['image']), train=False
+  out = jax.jit(functools.partial(network.apply, train=False))(
+    jax.device_get(variables), normalise(batch['image'])
   )
   scores = layers.resize(out['coarse_logits'], 32, 12)
   predictions = np.argmax(np.asarray(scores), -1)

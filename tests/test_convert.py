@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch files to folders of ours and back, and as first weights."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+import attnfd_jax
+from attnfd_jax import convert
+from attnfd_jax import torch_files
+from attnfd_jax import torch_models
+from attnfd_jax import torch_names
+from attnfd_jax.data import classes
+from attnfd_jax.errors import InputError
+from attnfd_jax.models import deeplab
+from attnfd_jax.models.deeplab import DeepLabV3Plus
+from attnfd_jax.models.resnet import ResNet
+from attnfd_jax.training import logs
+from attnfd_jax.training import networks
+from attnfd_jax.training import stages
+from attnfd_jax.training.stage import Stage
+
+# The names are those of full width; the files are small.
+TINY = {
+  'width_multiplier': 0.125,
+  'aspp_channels': 16,
+  'decoder_channels': 16,
+  'low_level_channels': 8,
+}
+
+
+@functools.cache
+def shapes(backbone, num_classes=21, **options):
+  """The network, shapes of its variables and of its three CBAMs."""
+  network = DeepLabV3Plus(backbone, num_classes, **(options or TINY))
+  return (
+    network,
+    networks.abstract_variables(network),
+    torch_models.abstract_gates(network),
+  )
+
+
+@pytest.fixture
+def tensors(fill):
+  """(backbone, number of classes) -> the authors' names with random arrays."""
+
+  def tensors(backbone='resnet18', num_classes=21, *, gates=True):
+    network, variables, attention = shapes(backbone, num_classes)
+    return torch_models.export_torch(
+      fill(variables, 1),
+      fill(attention, 2) if gates else None,
+      backbone=network.backbone,
+    )
+
+  return tensors
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+  """Programs that run once are not worth optimising."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def write(path, tensors):
+  torch_files.write_torch(path, {'state_dict': tensors})
+  return path
+
+
+def assert_same(left, right):
+  assert left.keys() == right.keys()
+  for name, value in left.items():
+    assert value.dtype == right[name].dtype, name
+    np.testing.assert_array_equal(value, right[name], name)
+
+
+@pytest.mark.parametrize(
+  ('backbone', 'ending', 'gates'),
+  [
+    ('resnet18', '.pth', True),
+    ('mobilenet_v2', '.safetensors', True),
+    ('mobilenet_v2', '.pth.tar', False),
+  ],
+)
+def test_round_trip_is_bit_exact(tmp_path, tensors, backbone, ending, gates):
+  source = tensors(backbone, gates=gates)
+  convert.import_stage(
+    write(tmp_path / 'a.pth', source), tmp_path / 'new' / 'ours'
+  )
+  ours = tmp_path / 'new' / 'ours'
+  assert sorted(path.name for path in (tmp_path / 'new').iterdir()) == ['ours']
+  network, _, info = networks.load_network(ours)
+  assert (network.backbone, network.num_classes) == (backbone, 21)
+  assert network.width_multiplier == 0.125
+  assert info['stage'] == 'converted' and info['data']['name'] == 'pascal_voc'
+  assert info['class_names'] == list(classes.VOC)
+  target = tmp_path / f'b{ending}'
+  convert.export_stage(ours, target)
+  assert_same(torch_files.read_state_dict(target), source)
+  if ending == '.safetensors':
+    _, metadata = torch_files.read_safetensors(target)
+    found = {key: json.loads(value) for key, value in metadata.items()}
+    assert found['class_names'] == list(classes.VOC)
+    assert found['palette'] == info['palette'].tolist()
+    assert found['mean'] == [0.485, 0.456, 0.406]
+    assert found['std'] == [0.229, 0.224, 0.225]
+    assert found['backbone'] == backbone
+  else:
+    checkpoint = torch_files.read_torch(target)
+    assert (checkpoint['epoch'], checkpoint['best_pred']) == (0, 0.0)
+
+
+def test_classes_of_a_file_of_ours_come_back(tmp_path, tensors):
+  source = write(tmp_path / 'a.pth', tensors(num_classes=3))
+  given = ('sky', 'road', 'car')
+  convert.import_stage(source, tmp_path / 'a', class_names=given)
+  convert.export_stage(tmp_path / 'a', tmp_path / 'a.safetensors')
+  convert.import_stage(tmp_path / 'a.safetensors', tmp_path / 'b')
+  info = json.loads((tmp_path / 'b' / 'config.json').read_text())
+  assert info['class_names'] == list(given)
+  convert.import_stage(source, tmp_path / 'c')
+  info = json.loads((tmp_path / 'c' / 'config.json').read_text())
+  assert info['class_names'] == ['class_0', 'class_1', 'class_2']
+  with pytest.raises(InputError, match='has 2 names'):
+    convert.import_stage(source, tmp_path / 'd', class_names=('a', 'b'))
+
+
+def test_attention_in_the_forward_path_comes_back(tmp_path, tensors):
+  source = write(tmp_path / 'a.pth', tensors())
+  convert.import_stage(source, tmp_path / 'a', in_path_attention=True)
+  network, _, _ = networks.load_network(tmp_path / 'a')
+  assert network.in_path_attention
+  lines = convert.export_stage(tmp_path / 'a', tmp_path / 'b.safetensors')
+  assert any('forward path' in line for line in lines)
+  assert_same(
+    torch_files.read_state_dict(tmp_path / 'b.safetensors'), tensors()
+  )
+  convert.import_stage(tmp_path / 'b.safetensors', tmp_path / 'c')
+  network, _, _ = networks.load_network(tmp_path / 'c')
+  assert network.in_path_attention
+
+
+@pytest.mark.parametrize(
+  ('backbone', 'count', 'aliases'),
+  [('resnet18', 206, 0), ('resnet101', 710, 0), ('mobilenet_v2', 698, 306)],
+)
+def test_counts_and_shapes_of_the_table(backbone, count, aliases):
+  # METHOD section 3; at full width, without memory for the values.
+  network, variables, gates = shapes(
+    backbone, num_classes=21, width_multiplier=1.0
+  )
+  variables, gates = jax.tree.map(
+    lambda x: np.broadcast_to(np.float32(0), x.shape), (variables, gates)
+  )
+  plain = torch_models.export_torch(variables, backbone=backbone)
+  assert len(plain) == count - 30
+  full = torch_models.export_torch(variables, gates, backbone=backbone)
+  assert len(full) == count
+  assert full['decoder.last_conv.8.weight'].shape == (21, 256, 1, 1)
+  reduced = {'resnet18': (32, 512), 'resnet101': (128, 2048)}
+  gate = full['backbone.cbam.ChannelGate.mlp.1.weight']
+  assert gate.shape == reduced.get(backbone, (20, 320))
+  assert full['aspp.cbam.SpatialGate.spatial.conv.weight'].shape == (1, 2, 7, 7)
+  repeated = [name for name in full if '_level_features.' in name]
+  assert len(repeated) == aliases
+  assert torch_models.infer_options(full) == {
+    'backbone': backbone,
+    'num_classes': 21,
+    'width_multiplier': 1.0,
+    'aspp_channels': 256,
+    'decoder_channels': 256,
+    'low_level_channels': 48,
+  }
+
+
+def trunk(tensors):
+  """The tensors of a backbone without its prefix, as others publish it."""
+  return {
+    name.removeprefix('backbone.'): value
+    for name, value in tensors.items()
+    if name.startswith('backbone.') and 'cbam' not in name
+    if '_level_features.' not in name
+  }
+
+
+def torchvision_mobilenet(tensors):
+  """Names of torchvision's nested blocks, METHOD section 3.3."""
+  renamed = {}
+  first = {'0': '0.0', '1': '0.1', '3': '1', '4': '2'}
+  others = {'0': '0.0', '1': '0.1', '3': '1.0', '4': '1.1', '6': '2', '7': '3'}
+  for name, value in trunk(tensors).items():
+    parts = name.split('.')
+    if parts[2] == 'conv':
+      parts[3] = (first if parts[1] == '1' else others)[parts[3]]
+    renamed['.'.join(parts)] = value
+  return renamed
+
+
+@pytest.mark.parametrize('kind', ['resnet', 'torchvision', 'tonylins'])
+def test_backbones_of_others_fill_exactly_the_backbone(tmp_path, tensors, kind):
+  backbone = 'resnet18' if kind == 'resnet' else 'mobilenet_v2'
+  full = tensors(backbone)
+  others = torchvision_mobilenet if kind == 'torchvision' else trunk
+  found = others(full) | {
+    'fc.weight' if kind == 'resnet' else 'classifier.1.weight': np.ones((9, 9)),
+  }
+  if kind != 'resnet':
+    found['features.18.0.weight'] = np.ones((9, 9, 1, 1))
+  path = write(tmp_path / 'a.pth', found)
+  network, *_ = shapes(backbone)
+  variables, line = networks.load_pretrained(path, network)
+  assert line.startswith(f'starts from the backbone of {path}: loaded')
+  expected, _, _ = torch_models.import_network(
+    torch_models.reference_names(full), network
+  )
+  for part in ('params', 'batch_stats'):
+    assert_same(
+      torch_names.flatten(variables[part]['backbone']),
+      torch_names.flatten(expected[part]['backbone']),
+    )
+    others = {k: v for k, v in variables[part].items() if k != 'backbone'}
+    assert others and not jax.tree.leaves(others)
+
+
+def test_a_differing_alias_is_refused(tensors):
+  found = tensors('mobilenet_v2')
+  name = 'backbone.low_level_features.0.0.weight'
+  found[name] = found[name] + 1
+  with pytest.raises(InputError, match=f'{name} differs from'):
+    attnfd_jax.load_torch(
+      found, backbone='mobilenet_v2', num_classes=21, **TINY
+    )
+
+
+def test_load_torch_gives_variables_and_attention(tensors):
+  options = {'backbone': 'resnet18', 'num_classes': 21} | TINY
+  found = tensors()
+  variables, attention = attnfd_jax.load_torch(found, **options)
+  assert_same(
+    torch_models.export_torch(variables, attention, backbone='resnet18'), found
+  )
+  _, attention = attnfd_jax.load_torch(tensors(gates=False), **options)
+  assert attention is None
+
+
+@pytest.mark.parametrize(
+  ('change', 'words'),
+  [
+    ('missing', ('missing 1', 'aspp.conv1.weight')),
+    ('unexpected', ('unexpected 1', 'aspp.conv9.weight')),
+    ('classes', ('reshaped 2', 'decoder.last_conv.8.weight')),
+    ('foreign', ('does not show its backbone', '--backbone')),
+    ('trunk', ('does not show its num_classes', '--num_classes')),
+  ],
+)
+def test_partial_files_are_refused(tmp_path, tensors, change, words):
+  found, options = tensors(), {}
+  if change == 'missing':
+    del found['aspp.conv1.weight']
+  elif change == 'unexpected':
+    found['aspp.conv9.weight'] = np.ones(3, np.float32)
+  elif change == 'classes':
+    options['num_classes'] = 19
+  elif change == 'foreign':
+    found = {'weight': np.ones(3, np.float32)}
+  else:
+    found = trunk(found)
+  path = write(tmp_path / 'a.pth', found)
+  with pytest.raises(InputError) as error:
+    convert.import_stage(path, tmp_path / 'b', **options)
+  assert '\n' not in str(error.value)
+  for word in words:
+    assert word in str(error.value)
+  assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
+
+
+def test_allow_missing_fills_the_rest_at_random(tmp_path, tensors):
+  found = tensors()
+  del found['decoder.conv1.weight']
+  path = write(tmp_path / 'a.pth', found)
+  with pytest.raises(InputError, match='--allow_missing'):
+    convert.import_stage(path, tmp_path / 'b')
+  lines = convert.import_stage(
+    path, tmp_path / 'b', num_classes=19, allow_missing=True
+  )
+  assert any('tensors are random' in line for line in lines)
+  _, variables, info = networks.load_network(tmp_path / 'b')
+  assert info['class_names'] == list(classes.CITYSCAPES)
+  back = torch_models.export_torch(variables, backbone='resnet18')
+  assert back['decoder.last_conv.8.weight'].shape == (19, 16, 1, 1)
+  same = {k for k, x in back.items() if np.array_equal(x, found.get(k))}
+  assert back.keys() - same <= {
+    'decoder.conv1.weight',
+    'decoder.last_conv.8.weight',
+    'decoder.last_conv.8.bias',
+  }
+
+
+def test_the_command(tmp_path, tensors):
+  path = write(tmp_path / 'a.pth', tensors())
+  ours = tmp_path / 'ours'
+  done = tiny_run.run_verb('convert', f'--source={path}', f'--target={ours}')
+  assert done.returncode == 0, done.stderr
+  assert 'loaded ' in done.stdout and 'missing 0' in done.stdout
+  back = tmp_path / 'b.pth'
+  done = tiny_run.run_verb('convert', f'--source={ours}', f'--target={back}')
+  assert done.returncode == 0, done.stderr
+  assert_same(torch_files.read_state_dict(back), tensors())
+  before = sorted(tmp_path.rglob('*'))
+  done = tiny_run.run_verb(
+    'convert', f'--source={path}', f'--target={tmp_path}/c', '--num_classes=19'
+  )
+  assert done.returncode == 2 and done.stdout == ''
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: a.pth as resnet18') and 'reshaped 2' in line
+  for convert_stage, source, target in (
+    (convert.import_stage, path, ours),
+    (convert.export_stage, ours, back),
+  ):
+    with pytest.raises(InputError, match='exists'):
+      convert_stage(source, target)
+  assert sorted(tmp_path.rglob('*')) == before
+
+
+def tiny_network(config, role, backbone='resnet18'):
+  network = config[role]
+  network.update({'backbone': backbone} | TINY)
+  return networks.make_network(network, 9)
+
+
+@pytest.mark.slow
+def test_a_run_with_files_of_pytorch(tmp_path, tensors, capfd, monkeypatch):
+  config = tiny_run.tiny_config()
+  # The names of a ResNet, and a fraction of the compilation.
+  small = functools.partial(ResNet, (1, 1, 1, 1), False)
+  monkeypatch.setitem(deeplab.BACKBONES, 'resnet10', small)
+  config.stages = ('distill',)
+  config.data.train_scenes = config.batch_size = 2
+  config.mesh.data = 1
+  config.optim.name, config.optim.lr = 'sgd', 0.01
+  config.distill.teacher_attention = 'checkpoint'
+  config.eval.num_pictures = 0
+  for role in ('teacher', 'student'):
+    tiny_network(config, role, 'resnet10')
+  found = tensors('resnet10', num_classes=9)
+  config.teacher.checkpoint = str(write(tmp_path / 'teacher.pth.tar', found))
+  config.student.pretrained = str(write(tmp_path / 'trunk.pth', trunk(found)))
+  states = []
+  init_state = Stage.init_state
+
+  def spy(self, **options):
+    states.append(init_state(self, **options))
+    return states[-1]
+
+  config.teacher.min_miou = 0.99
+  with monkeypatch.context() as patch:
+    patch.setattr(Stage, 'init_state', spy)
+    with pytest.raises(InputError, match=r'below config\.teacher\.min_miou'):
+      stages.run(config, tmp_path / 'run')
+  out, _ = capfd.readouterr()
+  assert 'starts from the backbone of' in out and 'teacher val mIoU' in out
+  assert 'compiling the training step' not in out
+  config.teacher.min_miou = 0.0
+  result = stages.run(config, tmp_path / 'run')['distill']
+  assert result['teacher_attention'] == 'checkpoint'
+  assert 0 <= result['teacher_miou'] < 0.99
+  (state,) = states
+  gates = state.collections['distiller']['teacher']['methods_attnfd']
+  student = {
+    'params': state.params['student'],
+    **state.collections['student'],
+  }
+  back = torch_models.export_torch(student, gates, backbone='resnet10')
+  same = {name for name, x in back.items() if np.array_equal(x, found[name])}
+  assert same >= {name for name in back if 'backbone.' in name}
+  assert same >= {name for name in back if '.cbam.' in name}
+  assert 'decoder.last_conv.8.weight' not in same
+  # A student with its own gates can go back, gates included.
+  convert.export_stage(tmp_path / 'run' / 'distill', tmp_path / 'student.pth')
+  exported = torch_files.read_state_dict(tmp_path / 'student.pth')
+  assert exported.keys() == found.keys()
+
+
+def test_score_of_a_teacher_survives_a_restart(tmp_path):
+  log = logs.StageLog(tmp_path)
+  log.metrics('teacher', 0, {'miou': 0.5})
+  log.metrics('train', 7, {'loss': 1.0})
+  log = logs.StageLog(tmp_path, step=3)
+  assert log.last('teacher', 'miou') == 0.5
+  assert log.last('eval', 'miou', default=0.25) == 0.25
+
+
+def test_files_that_do_not_fit_stop_a_run_before_it_begins(tmp_path, tensors):
+  config = tiny_run.tiny_config()
+  tiny_network(config, 'student')
+  path = write(tmp_path / 'a.pth', trunk(tensors('mobilenet_v2')))
+  config.student.pretrained = str(path)
+  with pytest.raises(InputError, match='does not fill the backbone resnet18'):
+    stages.run(config, tmp_path / 'run')
+  config.student.pretrained = ''
+  config.stages = ('student', 'distill')
+  config.teacher.checkpoint = str(path)
+  with pytest.raises(InputError, match='not a whole resnet'):
+    stages.run(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()

@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs of networks that compile fast: files, resume, refusals."""
+
+import json
+import math
+import shutil
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from attnfd_jax.errors import InputError
+from attnfd_jax.models import layers
+from attnfd_jax.models.deeplab import DeepLabV3Plus
+from attnfd_jax.training import checkpoints
+from attnfd_jax.training import evaluation
+from attnfd_jax.training import logs
+from attnfd_jax.training import loop
+from attnfd_jax.training import networks
+from attnfd_jax.training import stages
+
+STAGES = ('teacher', 'student', 'distill')
+
+
+class Small(DeepLabV3Plus):
+  """Two convolutions with the same options, which compile fast."""
+
+  @nn.compact
+  def __call__(self, image, *, train, dropout=None):
+    dropout = train if dropout is None else dropout
+    channels = round(8 * self.width_multiplier)
+
+    def block(name, x, strides):
+      module = layers.ConvNorm(channels, strides=strides, name=name)
+      return nn.relu(module(x, train=train))
+
+    x = block('backbone', image, 8)
+    x = layers.resize(x, *(n // 4 for n in image.shape[1:3]))
+    x = tap = block('decoder', x, 1)
+    x = nn.Dropout(self.decoder_dropout)(x, deterministic=not dropout)
+    coarse = layers.Conv(self.num_classes, 1, name='classifier')(x)
+    logits = layers.resize(coarse, *image.shape[1:3])
+    return {
+      'logits': logits,
+      'coarse_logits': coarse,
+      'features': {'decoder': tap},
+    }
+
+
+@pytest.fixture(scope='module', autouse=True)
+def small(tmp_path_factory):
+  """All networks are small, and later runs of this file reuse programs."""
+  cache = tmp_path_factory.mktemp('programs')
+  names = {
+    'jax_compilation_cache_dir': str(cache),
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+    'jax_persistent_cache_min_entry_size_bytes': 0,
+  }
+  before = {name: getattr(jax.config, name) for name in names}
+  networks.DeepLabV3Plus = Small
+  for name, value in names.items():
+    jax.config.update(name, value)
+  yield
+  networks.DeepLabV3Plus = DeepLabV3Plus
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+def make_config():
+  """Two epochs of two steps in each stage, scored after every epoch."""
+  config = tiny_run.tiny_config()
+  config.stages = STAGES
+  config.optim.name, config.optim.lr = 'sgd', 0.05
+  config.num_epochs = 2.0
+  config.eval.every_epochs = 1.0
+  config.log_every_steps = 1
+  config.eval.num_pictures = 1
+  config.checkpoint.keep_best = 1
+  # The phases and the average are part of what a checkpoint must bring back.
+  config.distill.connector_schedule = 'first_epoch'
+  config.optim.ema_decay = 0.5
+  config.teacher.in_path_attention = True
+  # Alike, so that two stages share a program.
+  config.teacher.width_multiplier = config.student.width_multiplier = 0.5
+  return config
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A run of three stages, never interrupted."""
+  workdir = tmp_path_factory.mktemp('runs') / 'whole'
+  stages.run(make_config(), workdir)
+  return workdir
+
+
+def read_lines(directory):
+  text = (directory / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def untimed(records):
+  """Without what the clock says."""
+  clock = {'step_seconds', 'images_per_second', 'data_wait'}
+  return [{k: v for k, v in r.items() if k not in clock} for r in records]
+
+
+def read_result(directory):
+  result = json.loads((directory / 'result.json').read_text())
+  return {k: v for k, v in result.items() if k != 'train_seconds'}
+
+
+def stored_states(directory):
+  """Step -> leaves of the whole state, as they are on disk."""
+  manager = checkpoints.make_manager(directory / 'checkpoints', read_only=True)
+  found = {}
+  with manager:
+    for step in manager.all_steps():
+      path = directory / 'checkpoints' / str(step) / 'state'
+      found[step] = path
+  return {step: restore_numpy(path) for step, path in found.items()}
+
+
+def restore_numpy(path):
+  import orbax.checkpoint as ocp
+
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    metadata = checkpointer.metadata(path).item_metadata.tree
+    restore_args = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata
+    )
+    args = ocp.args.PyTreeRestore(restore_args=restore_args)
+    return checkpointer.restore(path, args=args)
+
+
+def assert_same_run(ours, theirs):
+  """Bit for bit: results, metrics, checkpoints with the optimiser."""
+  assert read_result(ours) == read_result(theirs)
+  assert untimed(read_lines(ours)) == untimed(read_lines(theirs))
+  first, second = stored_states(ours), stored_states(theirs)
+  assert set(first) == set(second)
+  for step, state in first.items():
+    jax.tree.map(np.testing.assert_array_equal, state, second[step])
+    assert len(jax.tree.leaves(state)) > 20
+
+
+def test_files_of_a_run(finished):
+  names = {path.name for path in finished.iterdir()}
+  assert names == {'config.json', 'results.json', *STAGES}
+  table = json.loads((finished / 'results.json').read_text())
+  assert set(table) == set(STAGES)
+  for stage in STAGES:
+    directory = finished / stage
+    assert {path.name for path in directory.iterdir()} == {
+      'checkpoints',
+      'config.json',
+      'environment.json',
+      'log.txt',
+      'metrics.jsonl',
+      'pictures.npz',
+      'result.json',
+    }
+    result = json.loads((directory / 'result.json').read_text())
+    assert table[stage] == result
+    environment = json.loads((directory / 'environment.json').read_text())
+    assert environment['versions'] == result['versions']
+    info = json.loads((directory / 'config.json').read_text())
+    assert info['stage'] == stage and len(info['class_names']) == 9
+    assert 'finished: val mIoU' in (directory / 'log.txt').read_text()
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_result_keys(finished, stage):
+  result = json.loads((finished / stage / 'result.json').read_text())
+  wanted = (
+    'stage dataset split protocol miou pixel_accuracy class_accuracy fw_iou '
+    'iou_per_class step seed params gflops train_seconds device versions'
+  ).split()
+  if stage == 'distill':
+    wanted += ['method', 'teacher', 'teacher_attention']
+  assert set(wanted) <= set(result)
+  assert (result['stage'], result['dataset']) == (stage, 'scenes')
+  assert (result['split'], result['protocol']) == ('val', 'native')
+  assert 0 <= result['miou'] <= 1 and len(result['iou_per_class']) == 9
+  assert result['step'] in (2, 4)
+  assert result['train_seconds'] > 0 and result['gflops'] > 0
+  if stage == 'distill':
+    assert result['teacher_attention'] == 'in_path'
+    assert result['teacher'] == 'resnet18 x0.5'
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_every_step_is_logged_once(finished, stage):
+  records = read_lines(finished / stage)
+  assert [(r['kind'], r['step']) for r in records] == [
+    ('train', 1),
+    ('train', 2),
+    ('eval', 2),
+    ('train', 3),
+    ('train', 4),
+    ('eval', 4),
+  ]
+  # The first step compiles: its time is not that of training.
+  assert ['step_seconds' in r for r in records] == [
+    False,
+    *(r['kind'] == 'train' for r in records[1:]),
+  ]
+  scores = [r for r in records if r['kind'] == 'eval']
+  terms = {'loss', 'ce', 'grad_norm', 'learning_rate'}
+  if stage == 'distill':
+    terms |= {'attnfd', 'attnfd_decoder'}
+  for record in records:
+    if record['kind'] == 'train':
+      assert terms <= set(record)
+      assert all(math.isfinite(record[term]) for term in terms)
+  best = max(scores, key=lambda record: record['miou'])
+  result = json.loads((finished / stage / 'result.json').read_text())
+  # The kept checkpoint is the best one and scores what it scored then.
+  assert (result['step'], result['miou']) == (best['step'], best['miou'])
+
+
+def test_pictures_and_attention(finished):
+  with np.load(finished / 'distill' / 'pictures.npz') as pictures:
+    shapes = {name: pictures[name].shape for name in pictures.files}
+  assert shapes['image'] == (1, 32, 48, 3)
+  assert shapes['label'] == shapes['prediction'] == (1, 32, 48)
+  for role in ('student', 'teacher'):
+    assert shapes[f'{role}_attention_decoder'] == (1, 8, 12)
+
+
+def test_student_and_distilled_student_start_alike(finished):
+  """So that the two rows of the table differ by the loss alone."""
+  first = [read_lines(finished / s)[0]['ce'] for s in ('student', 'distill')]
+  # One start, one batch and one dropout, in two programs.
+  np.testing.assert_allclose(*first, rtol=1e-5, atol=0)
+
+
+def test_again_skips_everything(finished, capsys, monkeypatch):
+  monkeypatch.setattr(stages, 'make_stage', None)
+  before = {path: path.stat().st_mtime_ns for path in finished.glob('*/**/*')}
+  table = stages.run(make_config(), finished)
+  assert table == json.loads((finished / 'results.json').read_text())
+  assert capsys.readouterr().out.count('already finished, skipped') == 3
+  after = {path: path.stat().st_mtime_ns for path in finished.glob('*/**/*')}
+  assert after == before
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_ends_as_the_whole_one(
+  finished, tmp_path, monkeypatch
+):
+  """Killed in the second epoch of the last stage, after a checkpoint; the
+  stages before show that one seed gives one result, bit for bit.
+  """
+  workdir = tmp_path / 'interrupted'
+  evaluate, calls = evaluation.evaluate, []
+
+  def interrupt(*arguments, **options):
+    calls.append(arguments)
+    # Each stage scores twice, and once more at its end.
+    if len(calls) == 8:
+      raise KeyboardInterrupt
+    return evaluate(*arguments, **options)
+
+  monkeypatch.setattr(evaluation, 'evaluate', interrupt)
+  with pytest.raises(KeyboardInterrupt):
+    stages.run(make_config(), workdir)
+  assert not (workdir / 'distill' / 'result.json').exists()
+  assert [r['step'] for r in read_lines(workdir / 'distill')] == [1, 2, 2, 3, 4]
+  with (workdir / 'distill' / 'metrics.jsonl').open('a') as file:
+    file.write('{"kind": "tra')  # A process may be killed while it writes.
+  config = make_config()
+  # What does not change the result may change.
+  config.data.threads = 1
+  config.eval.batch_size = 4
+  stages.run(config, workdir)
+  log = (workdir / 'distill' / 'log.txt').read_text()
+  assert 'goes on at step 2' in log
+  for stage in STAGES:
+    assert_same_run(workdir / stage, finished / stage)
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'message'),
+  [
+    ('seed', 1, r'begun with another config \(seed: 0 -> 1\)'),
+    ('optim.lr', 0.5, r'optim.lr: 0.05 -> 0.5; student.lr: 0.05 -> 0.5; teach'),
+    ('data.flip', 0.0, r'\(data.flip: 0.5 -> 0.0\)\. Use another --workdir'),
+  ],
+  ids=['seed', 'lr', 'flip'],
+)
+def test_another_config_needs_another_folder(finished, key, value, message):
+  before = (finished / 'config.json').read_text()
+  config = make_config()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(InputError, match=message):
+    stages.run(config, finished)
+  assert (finished / 'config.json').read_text() == before
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'message'),
+  [
+    ('distill.method', 'atnfd', "Unknown method 'atnfd'.*mean 'attnfd'"),
+    ('student.backbone', 'resnet8', "Unknown backbone 'resnet8'.*mean 'resn"),
+    ('teacher.backbone', 'vgg', "Unknown backbone 'vgg'"),
+    ('student.output_stride', 32, 'output_stride=32 must be 8 or 16'),
+    ('distill.norm_scope', 'layer', "norm_scope='layer' must be one of batch"),
+    ('distill.reduction', 'sum', "reduction='sum' must be one of batchmean"),
+    ('distill.student_attention', 'all', "student_attention='all' must be"),
+    ('distill.teacher_bn', 'eval', "teacher_bn='eval' must be one of"),
+    ('data.name', 'camvit', "Unknown data set 'camvit'.*mean 'camvid'"),
+    ('data.name', 'camvid', 'no such folder.*config.data.root'),
+    ('eval.test_split', 'test', 'scenes has no images in test; have train, v'),
+    ('mesh.data', 5, 'config.mesh.data=5 but there are 4 devices.*-1 takes'),
+    ('mesh.data', 0, 'config.mesh.data=0 but there are 4 devices'),
+    ('batch_size', 6, 'config.batch_size=6 must be a multiple of the 4 device'),
+    ('optim.accumulate', 2, 'multiple of the 4 devices times optim.accumulat'),
+  ],
+  ids=str,
+)
+def test_refused_before_anything_is_done(tmp_path, key, value, message):
+  config = make_config()
+  config.update_from_flattened_dict({key: value})
+  workdir = tmp_path / 'new'
+  with pytest.raises(InputError, match=message) as error:
+    stages.run(config, workdir)
+  assert '\n' not in str(error.value)
+  assert not workdir.exists()
+
+
+def test_distilling_needs_a_teacher(tmp_path):
+  config = make_config()
+  config.stages = ('distill',)
+  with pytest.raises(InputError, match=r'teacher: no config\.json'):
+    stages.run(config, tmp_path / 'run')
+
+
+def test_a_teacher_of_other_classes_is_refused(finished, tmp_path):
+  teacher = tmp_path / 'teacher'
+  shutil.copytree(finished / 'teacher', teacher)
+  info = json.loads((teacher / 'config.json').read_text())
+  info['class_names'][0] = 'heaven'
+  (teacher / 'config.json').write_text(json.dumps(info))
+  config = make_config()
+  config.stages, config.teacher.checkpoint = ('distill',), str(teacher)
+  with pytest.raises(InputError, match="knows 9 classes.*'heaven'"):
+    stages.run(config, tmp_path / 'run')
+
+
+class Manager:
+  def latest_step(self):
+    return 7
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path, finished):
+  """In a run: the checkpoints before it stay, and say so."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  shutil.rmtree(workdir / 'student')
+  config = make_config()
+  config.stages = ('student',)
+  config.student.lr = float('inf')
+  (workdir / 'config.json').unlink()
+  message = r'Loss is not finite at step [12]: .*ce nan.*config\.optim\.lr'
+  with pytest.raises(loop.NonFiniteLoss, match=message):
+    stages.run(config, workdir)
+  assert not (workdir / 'student' / 'result.json').exists()
+  # No network with such weights is kept.
+  assert not stored_states(workdir / 'student')
+  assert stored_states(workdir / 'teacher')
+
+
+def test_the_message_names_the_last_good_checkpoint():
+  metrics = {'loss': float('nan'), 'ce': 1.5}
+  message = r'step 9: ce 1\.5, loss nan\. Last good checkpoint: step 7\.'
+  with pytest.raises(loop.NonFiniteLoss, match=message):
+    loop._check_finite(9, metrics, Manager())
+
+
+def test_durations():
+  texts = [logs.duration(s) for s in (0, 59.6, 3599, 3600, -1)]
+  assert texts == ['00:00', '01:00', '59:59', '1:00:00', '00:00']
