@@ -23,7 +23,9 @@ def get_config(arg=None):
   config.data.crop_size = (96, 96)
   config.batch_size = 16
   config.num_epochs = 5.0
-  config.eval.every_epochs = 1.25
+  # A teacher has something to give when it is well ahead of the student.
+  config.teacher.num_epochs = 9.0
+  config.eval.every_epochs = 2.5
   # Adam: momentum SGD is far from done after 320 steps.
   config.optim.name = 'adamw'
   config.optim.lr = 0.003
@@ -40,5 +42,5 @@ def get_config(arg=None):
     network.aspp_dropout = network.decoder_dropout = 0.1
   # The paper's 2 is for students that start from ImageNet weights: from a
   # random start it drowns the labels (experiments/quickstart).
-  config.distill.attn_lambda = 0.1
+  config.distill.attn_lambda = 0.3
   return config
