@@ -31,7 +31,7 @@ def tiny_config():
   config.data.train_scenes = 8
   config.data.val_scenes = 2
   config.batch_size = 4
-  config.num_epochs = 1.0
+  config.num_epochs = config.teacher.num_epochs = 1.0
   config.eval.every_epochs = 0.5
   config.checkpoint.keep_best = 2
   return config

@@ -73,7 +73,7 @@ def make_config():
   config = tiny_run.tiny_config()
   config.stages = STAGES
   config.optim.name, config.optim.lr = 'sgd', 0.05
-  config.num_epochs = 2.0
+  config.num_epochs = config.teacher.num_epochs = 2.0
   config.eval.every_epochs = 1.0
   config.log_every_steps = 1
   config.eval.num_pictures = 1
