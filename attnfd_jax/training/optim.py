@@ -13,7 +13,8 @@ def poly_schedule(lr, *, num_steps, power, warmup_steps=0):
   """step -> lr (1 - step / num_steps)^power, after a linear warm-up."""
 
   def schedule(step):
-    progress = jnp.minimum(step / num_steps, 1.0)
+    # An integer divided by an integer is float32 even where x64 is on.
+    progress = jnp.minimum(jnp.asarray(step, float) / num_steps, 1.0)
     scale = (1 - progress) ** power
     if warmup_steps:
       scale = scale * jnp.minimum((step + 1) / warmup_steps, 1.0)
