@@ -8,6 +8,17 @@ import jax.numpy as jnp
 from attnfd_jax.models import layers
 
 
+def _largest(x, axis):
+  """Maximum along one axis, which is kept; its gradient goes to one place.
+
+  That of jnp.max goes where x equals the maximum. In a larger program x may be
+  computed a second time and rounded otherwise: it then goes nowhere, or is NaN.
+  """
+  index = jnp.argmax(jax.lax.stop_gradient(x), axis, keepdims=True)
+  places = jax.lax.broadcasted_iota(index.dtype, x.shape, axis)
+  return jnp.sum(x, axis, where=places == index, keepdims=True)
+
+
 class CBAM(nn.Module):
   """Refines a map: x * channel gate * spatial gate (AttnFD, cbam.py).
 
@@ -25,8 +36,9 @@ class CBAM(nn.Module):
   @nn.compact
   def __call__(self, x, *, train):
     """Returns the refined map, [b, h, w, c] as x."""
-    channels = x.shape[-1]
-    average, peak = jnp.mean(x, (1, 2)), jnp.max(x, (1, 2))
+    b, h, w, channels = x.shape
+    average = jnp.mean(x, (1, 2))
+    peak = _largest(x.reshape(b, h * w, channels), 1)[:, 0]
     if self.parameter_free:
       gate = average + peak
     else:
@@ -36,7 +48,7 @@ class CBAM(nn.Module):
       gate = expand(nn.relu(reduce(average))) + expand(nn.relu(reduce(peak)))
     x = x * nn.sigmoid(gate)[:, None, None, :]
 
-    peak = jnp.max(x, -1, keepdims=True)
+    peak = _largest(x, 3)
     average = jnp.mean(x, -1, keepdims=True)
     if self.parameter_free:
       return x * nn.sigmoid(peak + average)
