@@ -3,6 +3,9 @@
 
 import functools
 import json
+import os
+import pickle
+import zipfile
 
 import jax
 import numpy as np
@@ -312,12 +315,6 @@ def test_the_command(tmp_path, tensors):
   assert done.returncode == 0, done.stderr
   assert_same(torch_files.read_state_dict(back), tensors())
   before = sorted(tmp_path.rglob('*'))
-  done = tiny_run.run_verb(
-    'convert', f'--source={path}', f'--target={tmp_path}/c', '--num_classes=19'
-  )
-  assert done.returncode == 2 and done.stdout == ''
-  (line,) = done.stderr.splitlines()
-  assert line.startswith('error: a.pth as resnet18') and 'reshaped 2' in line
   for convert_stage, source, target in (
     (convert.import_stage, path, ours),
     (convert.export_stage, ours, back),
@@ -325,6 +322,53 @@ def test_the_command(tmp_path, tensors):
     with pytest.raises(InputError, match='exists'):
       convert_stage(source, target)
   assert sorted(tmp_path.rglob('*')) == before
+
+
+def hostile_file(path, tensors, kind, victim):
+  """A file that no network may come from."""
+  if kind == 'hostile':
+    command = f'touch {victim}'
+
+    class Call:
+      def __reduce__(self):
+        return os.system, (command,)
+
+    with zipfile.ZipFile(path, 'w') as archive:
+      data = pickle.dumps({'state_dict': Call()}, protocol=2)
+      archive.writestr('archive/data.pkl', data)
+      archive.writestr('archive/version', '3\n')
+    return
+  write(path, tensors())
+  if kind == 'truncated':
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  elif kind == 'foreign':
+    path.write_bytes(b'<html><body>Not found</body></html>')
+  elif kind == 'empty':
+    path.write_bytes(b'')
+
+
+@pytest.mark.parametrize(
+  ('kind', 'words'),
+  [
+    ('hostile', 'system'),
+    ('truncated', 'truncated'),
+    ('foreign', 'a web page'),
+    ('empty', 'an empty file'),
+    ('classes', 'reshaped 2'),
+  ],
+)
+def test_bad_files_end_in_one_line(tmp_path, tensors, kind, words):
+  path, victim = tmp_path / 'a.pth', tmp_path / 'victim'
+  hostile_file(path, tensors, kind, victim)
+  more = ['--num_classes=19'] if kind == 'classes' else []
+  done = tiny_run.run_verb(
+    'convert', f'--source={path}', f'--target={tmp_path}/b', *more
+  )
+  assert done.returncode == 2 and done.stdout == ''
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: ') and 'a.pth' in line and words in line
+  # Nothing was executed, nothing was written.
+  assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
 
 
 def tiny_network(config, role, backbone='resnet18'):
@@ -390,7 +434,8 @@ def test_score_of_a_teacher_survives_a_restart(tmp_path):
   log = logs.StageLog(tmp_path)
   log.metrics('teacher', 0, {'miou': 0.5})
   log.metrics('train', 7, {'loss': 1.0})
-  log = logs.StageLog(tmp_path, step=3)
+  log = logs.StageLog(tmp_path)
+  log.forget_after(3)
   assert log.last('teacher', 'miou') == 0.5
   assert log.last('eval', 'miou', default=0.25) == 0.25
 

@@ -9,8 +9,10 @@ are relative to the largest value of the reference tensor.
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,9 @@ import numpy as np
 import torch
 
 from attnfd_jax import attnfd_loss
+from attnfd_jax import torch_files
 from attnfd_jax import torch_models
+from attnfd_jax import torch_names
 from attnfd_jax.distill import WeightedSum
 from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.training import logs
@@ -31,7 +35,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import reference as authors
 
 TAPS = ('backbone', 'aspp', 'decoder')
-CLASSES, BATCH, SIZE = 21, 4, 65
+CLASSES, BATCH, SIZE, LAMBDA = 21, 4, 65, 2.0
+GRADIENT_BATCHES = 4
+TEACHER = 'resnet101'
+# Of the training run: XLA's float64 convolutions on a CPU are slow.
+SMALL_TEACHER = 'resnet18'
 
 
 def nchw(x):
@@ -72,11 +80,11 @@ def make_batch(seed):
   return image, label
 
 
-def load_pair(distiller, student):
+def load_pair(distiller, student, teacher=TEACHER):
   pair = torch_models.load_torch_distiller(
     distiller.state_dict(),
     student_backbone=student,
-    teacher_backbone='resnet101',
+    teacher_backbone=teacher,
     num_classes=CLASSES,
   )
   off = {name: 0.0 for name in ('decoder_dropout', 'head_dropout')}
@@ -124,28 +132,98 @@ def compare_eval(distiller, student, image):
   return found
 
 
-def compare_gradients(distiller, student, image, label, losses):
-  """Both loss terms and every gradient of one training step."""
+def compare_export(reference, distiller, student, image):
+  """Logits of their DeepLab after a strict load of the file that we export."""
+  pair, network, _ = load_pair(distiller, student)
+  gates = pair.distiller_variables
+  attention = {
+    part: {tap: gates[part][f'student_gates_{tap}'] for tap in TAPS}
+    for part in ('params', 'batch_stats')
+  }
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'student.pth'
+    tensors = torch_models.export_torch(
+      pair.student_variables, attention, backbone=student
+    )
+    torch_files.write_torch(path, {'state_dict': tensors})
+    stored = torch.load(path, weights_only=True)['state_dict']
+  theirs = authors.build_network(reference, student, num_classes=CLASSES)
+  theirs.to(next(distiller.parameters()).dtype).eval()
+  theirs.load_state_dict(stored, strict=True)
+  with torch.no_grad():
+    logits = theirs(nchw(image))
+  ours = network.apply(pair.student_variables, image, train=False)['logits']
+  return {'exported .pth, strict load, logits': error(ours, nhwc(logits))}
+
+
+def compare_gradients(reference, fresh, student):
+  """Both loss terms and every gradient of one training step, on some batches.
+
+  Beside them the distance of the authors' code from itself in float64: where
+  an activation changes its sign by rounding, a gradient jumps.
+  """
+  criterion = reference[3](cuda=False).build_loss(mode='ce')
+  distiller, wide = fresh(), fresh().double()
   pair, network, teacher = load_pair(distiller, student)
+  ours = jax.jit(functools.partial(our_gradients, pair, network, teacher))
+  found = {'ce': [], 'attention': [], 'gradients': [], 'rounding': []}
+  for seed in range(GRADIENT_BATCHES):
+    image, label = make_batch(seed)
+    terms, theirs = their_gradients(distiller, criterion, image, label)
+    _, exact = their_gradients(wide, criterion, image, label)
+    our_terms, gradients = ours(image, label)
+    for name, our_term, term in zip(
+      ('ce', 'attention'), our_terms, terms, strict=True
+    ):
+      found[name].append(error(our_term, term))
+    trained = {
+      name: value
+      for name, value in named(pair, gradients).items()
+      if '.mlp.' not in name  # In no group of their optimiser.
+    }
+    for name, pairs in (
+      ('gradients', [(trained[key], theirs[key]) for key in trained]),
+      ('rounding', [(theirs[key], exact[key]) for key in trained]),
+    ):
+      found[name].append(max(error(*arrays) for arrays in pairs))
+  print(f'  one step, {len(trained)} gradient tensors, {seed + 1} batches')
+  for name, values in found.items():
+    print(f'    {name:12}', *(f'{value:.1e}' for value in values), flush=True)
+  return found | {'tensors': len(trained)}
+
+
+def their_gradients(distiller, criterion, image, label):
+  """Both terms, and {name: gradient}."""
+  dtype = next(distiller.parameters()).dtype
   distiller.train()
-  logits, attn = distiller(nchw(image))
-  ce = losses(logits, torch.from_numpy(label.astype(np.float32)))
   distiller.zero_grad()
-  (ce + attn).backward()
-  target = teacher.apply(pair.teacher_variables, image, train=True, mutable=[])
-  target = target[0] if isinstance(target, tuple) else target
+  logits, attention = distiller(nchw(image).to(dtype))
+  ce = criterion(logits, torch.from_numpy(label).to(dtype))
+  (ce + attention).backward()
+  return (ce.item(), attention.item()), {
+    name: parameter.grad.numpy().copy()
+    for name, parameter in distiller.named_parameters()
+    if parameter.grad is not None
+  }
+
+
+def our_gradients(pair, network, teacher, image, label):
+  """Both terms, and the gradients as {'student', 'distiller'}."""
+  target, _ = teacher.apply(
+    pair.teacher_variables, image, train=True, mutable=['batch_stats']
+  )
+  state = dict(pair.distiller_variables)
+  params = {
+    'student': pair.student_variables['params'],
+    'distiller': state.pop('params'),
+  }
 
   def loss_fn(params):
-    stats = {'batch_stats': pair.student_variables['batch_stats']}
+    variables = {**pair.student_variables, 'params': params['student']}
     out, _ = network.apply(
-      {'params': params['student'], **stats},
-      image,
-      train=True,
-      mutable=['batch_stats'],
+      variables, image, train=True, mutable=['batch_stats']
     )
-    ours_ce = softmax_cross_entropy(out['logits'], label) / image.shape[0]
-    state = dict(pair.distiller_variables)
-    state.pop('params')
+    ce = softmax_cross_entropy(out['logits'], label) / image.shape[0]
     distance, _ = attnfd_loss(
       params['distiller'],
       state,
@@ -154,38 +232,14 @@ def compare_gradients(distiller, student, image, label, losses):
       distiller=pair.distiller,
       train=True,
     )
-    return ours_ce + 2.0 * distance, (ours_ce, 2.0 * distance)
+    return ce + LAMBDA * distance, (ce, LAMBDA * distance)
 
-  params = {
-    'student': pair.student_variables['params'],
-    'distiller': pair.distiller_variables['params'],
-  }
-  grads, ours = jax.jit(jax.grad(loss_fn, has_aux=True))(params)
-  found = {
-    'loss ce': error(ours[0], ce.item()),
-    'loss attention': error(ours[1], attn.item()),
-  }
-  theirs = {
-    name: parameter.grad.numpy()
-    for name, parameter in distiller.named_parameters()
-    if parameter.grad is not None
-  }
-  wanted = named(pair, grads)
-  errors = {
-    name: error(value, theirs[name])
-    for name, value in wanted.items()
-    if '.mlp.' not in name  # In no group of their optimiser.
-  }
-  worst = sorted(errors, key=errors.get)[-3:]
-  found[f'gradients, worst of {len(errors)} tensors'] = errors[worst[-1]]
-  print('  worst gradients:', {name: f'{errors[name]:.1e}' for name in worst})
-  return found
+  gradients, terms = jax.grad(loss_fn, has_aux=True)(params)
+  return terms, gradients
 
 
 def named(pair, tree):
   """{their name: array} of trained variables {'student', 'distiller'}."""
-  from attnfd_jax import torch_names
-
   gates, connectors = {}, {}
   for module, value in tree['distiller'].items():
     kind, tap = module.rsplit('_', 1)
@@ -205,35 +259,35 @@ def named(pair, tree):
   )
 
 
-def trajectory(distiller, student, reference, *, epoch_steps, num_steps):
-  """Losses and weights of both over the end of epoch 0, step by step."""
-  _, _, LR_Scheduler, SegmentationLosses = reference
-  lr = 0.007 * BATCH / 6
-  networks = distiller.s_net
-  options = dict(momentum=0.9, weight_decay=5e-4, nesterov=True)
-  main = torch.optim.SGD(
-    [
-      {'params': networks.get_1x_lr_params(), 'lr': lr},
-      {'params': networks.get_10x_lr_params(), 'lr': lr * 10},
-    ],
-    **options,
-  )
-  first = torch.optim.SGD(
-    [{'params': distiller.Connectors.parameters(), 'lr': lr * 10}], **options
-  )
-  epochs = num_steps // epoch_steps
-  scheduler = LR_Scheduler('poly', lr, epochs, epoch_steps)
-  losses = SegmentationLosses(cuda=False).build_loss(mode='ce')
+def trajectory(reference, fresh, student, *, epoch_steps, num_steps):
+  """Losses and weights of both over the end of epoch 0, step by step.
 
-  pair, network, teacher = load_pair(distiller, student)
-  schedule = optim.poly_schedule(lr, num_steps=num_steps, power=0.9)
+  A third run shows what rounding alone does: the authors' code once more, from
+  weights that differ in the last place, beside itself.
+  """
+  lr = 0.007 * BATCH / 6  # train_kd.py:289.
+  nudged = fresh()
+  authors.nudge(nudged.s_net)
+  theirs, again = (
+    authors.Training(
+      reference,
+      distiller,
+      lr=lr,
+      epochs=-(-num_steps // epoch_steps),
+      epoch_steps=epoch_steps,
+    )
+    for distiller in (fresh(), nudged)
+  )
+  pair, network, teacher = load_pair(theirs.distiller, student, SMALL_TEACHER)
+  schedule = optim.poly_schedule(
+    lr, num_steps=-(-num_steps // epoch_steps) * epoch_steps, power=0.9
+  )
   tx = optim.make_optimizer(
     schedule,
     connector_schedule='first_epoch',
     epoch_steps=epoch_steps,
     mlp_frozen=True,
   )
-  sum_of = WeightedSum({'attnfd': pair.distiller}, {'attnfd': 2.0})
   wrapped = {
     part: {'methods_attnfd': value}
     for part, value in pair.distiller_variables.items()
@@ -246,7 +300,7 @@ def trajectory(distiller, student, reference, *, epoch_steps, num_steps):
     network,
     tx,
     teacher=teacher,
-    distiller=sum_of,
+    distiller=WeightedSum({'attnfd': pair.distiller}, {'attnfd': LAMBDA}),
     schedule=schedule,
     mesh=make_mesh(),
     teacher_bn='batch',
@@ -255,68 +309,73 @@ def trajectory(distiller, student, reference, *, epoch_steps, num_steps):
   rows = []
   for index in range(num_steps):
     image, label = make_batch(100 + index)
-    epoch, i = divmod(index, epoch_steps)
-    optimizer = first if epoch == 0 else main
-    scheduler(optimizer, i, epoch, 0.0)
-    optimizer.zero_grad()
-    distiller.train()
-    logits, attn = distiller(nchw(image))
-    loss = losses(logits, torch.from_numpy(label.astype(np.float32))) + attn
-    loss.backward()
-    optimizer.step()
+    batch = (nchw(image), torch.from_numpy(label.astype(np.float32)))
+    loss, own_loss = (run.step(index, *batch) for run in (theirs, again))
     state, metrics = train_step(
       state,
       pair.teacher_variables,
       {'image': image, 'label': label},
       jax.random.key(0),
     )
-    weights = compare_state(distiller, pair, state)
+    tensors = theirs.tensors()
     rows.append(
       {
         'step': index + 1,
-        'epoch': epoch,
-        'loss': error(metrics['loss'], loss.item()),
-        **weights,
+        'epoch': index // epoch_steps,
+        'loss': error(metrics['loss'], loss),
+        **worst_errors(our_tensors(pair, state), tensors),
+        'rounding': {
+          'loss': error(own_loss, loss),
+          **worst_errors(again.tensors(), tensors),
+        },
       }
     )
-    texts = (
-      f'{key} {value if isinstance(value, int | str) else f"{value:.1e}"}'
-      for key, value in rows[-1].items()
-    )
-    print('  ', *texts, flush=True)
+    print_row(rows[-1])
   return rows
 
 
-def compare_state(distiller, pair, state):
-  """Worst relative error of all weights and of all running statistics."""
-  theirs = {
-    name: tensor.numpy() for name, tensor in distiller.state_dict().items()
-  }
-  inner = {
+def print_row(row):
+  def text(values):
+    return '  '.join(
+      f'{key} {values[key]:.1e}'
+      for key in ('loss', 'weights', 'median', 'statistics')
+    )
+
+  print(
+    f'  {row["step"]:2} (epoch {row["epoch"]})  {text(row)}  | rounding alone '
+    f'{text(row["rounding"])}',
+    flush=True,
+  )
+
+
+def our_tensors(pair, state):
+  """{their name: array} of a train state: weights and running statistics."""
+  params = {
     'student': state.params['student'],
     'distiller': state.params['distiller']['methods_attnfd'],
   }
-  errors = {
-    name: error(value, theirs[name])
-    for name, value in named(pair, inner).items()
-  }
-  worst = max(errors, key=errors.get)
-  inner = {
+  statistics = {
     'student': state.collections['student']['batch_stats'],
     'distiller': state.collections['distiller']['batch_stats'][
       'methods_attnfd'
     ],
   }
-  statistics = max(
-    error(value, theirs[name])
-    for name, value in named(pair, inner).items()
-    if not name.endswith('num_batches_tracked')
-  )
+  return named(pair, params) | named(pair, statistics)
+
+
+def worst_errors(tensors, expected):
+  """Of all weights and of all running statistics of student and connectors."""
+  weights, statistics = {}, {}
+  for name, value in tensors.items():
+    used = name.startswith(('s_net.', 'Connectors.'))
+    if used and not name.endswith('num_batches_tracked'):
+      group = statistics if '.running_' in name else weights
+      group[name] = error(value, expected[name])
   return {
-    'weights': errors[worst],
-    'median': float(np.median(list(errors.values()))),
-    'statistics': statistics,
-    'worst': worst,
+    'weights': max(weights.values()),
+    'median': float(np.median(list(weights.values()))),
+    'statistics': max(statistics.values()),
+    'worst': max(weights, key=weights.get),
   }
 
 
@@ -333,35 +392,48 @@ def main():
   jax.config.update('jax_enable_x64', options.float64)
   jax.config.update('jax_default_matmul_precision', 'highest')
   reference = authors.import_reference(options.reference)
-  losses = reference[3](cuda=False).build_loss(mode='ce')
   results = {}
   for student in options.students.split(','):
-    image, label = make_batch(0)
+    image, _ = make_batch(0)
 
-    def fresh(student=student):
-      theirs = authors.build_distiller(reference, student, num_classes=CLASSES)
+    def fresh(student=student, teacher=TEACHER):
+      theirs = authors.build_distiller(
+        reference, student, teacher, num_classes=CLASSES
+      )
       return theirs.double() if options.float64 else theirs
 
     print(f'ResNet-101 -> {student}', flush=True)
     found = compare_eval(fresh(), student, image)
-    found |= compare_gradients(fresh(), student, image, label, losses)
+    found |= compare_export(reference, fresh(), student, image)
     for name, value in found.items():
       print(f'  {name:36} {value:.1e}', flush=True)
+    gradients = compare_gradients(reference, fresh, student)
+    print('  training, worst relative differences after each step')
     rows = trajectory(
-      fresh(), student, reference, epoch_steps=4, num_steps=options.steps
+      reference,
+      functools.partial(fresh, teacher=SMALL_TEACHER),
+      student,
+      epoch_steps=5,
+      num_steps=options.steps,
     )
-    results[student] = {'errors': found, 'trajectory': rows}
-  if options.output:
-    logs.write_json(
-      options.output,
-      {
-        'results': results,
-        'versions': logs.versions() | {'torch': torch.__version__},
-        'device': logs.device_name(),
-        'batch': BATCH,
-        'size': SIZE,
-      },
-    )
+    results[student] = {
+      'eval': found,
+      'gradients': gradients,
+      'trajectory': rows,
+    }
+    if options.output:
+      logs.write_json(
+        options.output,
+        {
+          'results': results,
+          'versions': logs.versions() | {'torch': torch.__version__},
+          'device': logs.device_name(),
+          'commit': authors.commit(options.reference),
+          'float64': options.float64,
+          'batch': BATCH,
+          'size': SIZE,
+        },
+      )
 
 
 if __name__ == '__main__':

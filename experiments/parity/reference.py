@@ -6,7 +6,9 @@ ImageNet weights from the network and an unused torchvision: both are replaced
 by nothing here, weights and statistics are drawn at random instead.
 """
 
+import contextlib
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -61,15 +63,76 @@ def without_dropout(module):
       layer.p = 0.0
 
 
-def build_distiller(reference, student, *, num_classes, seed=0):
-  """Their Distiller with a ResNet-101 teacher, random weights, no dropout."""
-  DeepLab, Distiller, _, _ = reference
+def commit(path):
+  """The commit of a clone, or None of a folder without history."""
+  command = ['git', '-C', str(path), 'rev-parse', 'HEAD']
+  done = subprocess.run(command, capture_output=True, text=True)
+  return done.stdout.strip() or None
+
+
+def build_network(reference, backbone, *, num_classes):
+  """Their DeepLab with random weights."""
+  DeepLab = reference[0]
+  return DeepLab(BACKBONES[backbone], num_classes=num_classes, sync_bn=False)
+
+
+def build_distiller(reference, student, teacher, *, num_classes, seed=0):
+  """Their Distiller with random weights and no dropout."""
+  Distiller = reference[1]
   torch.manual_seed(seed)
   networks = [
-    DeepLab(BACKBONES[name], num_classes=num_classes, sync_bn=False)
-    for name in ('resnet101', student)
+    build_network(reference, name, num_classes=num_classes)
+    for name in (teacher, student)
   ]
   distiller = Distiller(*networks, types.SimpleNamespace(attn_lambda=2.0))
   randomise(distiller, seed)
   without_dropout(distiller)
   return distiller
+
+
+def nudge(module, seed=0):
+  """Changes every weight by about one unit in its last place."""
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for weight in module.parameters():
+      noise = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+      weight.mul_(1 + torch.finfo(weight.dtype).eps * noise)
+
+
+class Training:
+  """Their training, one step at a time (train_kd.py:56-66 and 100-125)."""
+
+  def __init__(self, reference, distiller, *, lr, epochs, epoch_steps):
+    _, _, LR_Scheduler, SegmentationLosses = reference
+    student = distiller.s_net
+    options = dict(momentum=0.9, weight_decay=5e-4, nesterov=True)
+    main = [
+      {'params': student.get_1x_lr_params(), 'lr': lr},
+      {'params': student.get_10x_lr_params(), 'lr': lr * 10},
+    ]
+    first = [{'params': distiller.Connectors.parameters(), 'lr': lr * 10}]
+    self._main = torch.optim.SGD(main, **options)
+    self._first = torch.optim.SGD(first, **options)
+    self._scheduler = LR_Scheduler('poly', lr, epochs, epoch_steps)
+    self._criterion = SegmentationLosses(cuda=False).build_loss(mode='ce')
+    self._epoch_steps = epoch_steps
+    self.distiller = distiller
+
+  def step(self, index, image, label):
+    """The loss of step `index`, after which the weights have moved."""
+    epoch, i = divmod(index, self._epoch_steps)
+    optimizer = self._main if epoch else self._first
+    with contextlib.redirect_stdout(None):  # The scheduler prints.
+      self._scheduler(optimizer, i, epoch, 0.0)
+    optimizer.zero_grad()
+    self.distiller.train()
+    logits, attention = self.distiller(image)
+    loss = self._criterion(logits, label) + attention
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+  def tensors(self):
+    """{name: array} of everything that is in their state."""
+    state = self.distiller.state_dict()
+    return {name: tensor.numpy().copy() for name, tensor in state.items()}
