@@ -35,7 +35,7 @@ def get_config(arg=None):
 
   if arg == 'debug':
     debug(config)
-  elif arg == 'cpu':  # An hour on two cores, at a third of the resolution.
+  elif arg == 'cpu':  # Half an hour on two cores, a third of the resolution.
     config.data.base_size = 120
     config.data.crop_size = (120, 120)
     config.eval.short_side = 120

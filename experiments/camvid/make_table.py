@@ -42,12 +42,7 @@ def row_key(result):
       weight = f', lambda {result["attn_lambda"]:g}'
     source = f'{result["method"]}{weight}, {teacher_label(result)}'
   role = 'teacher' if result['stage'] == 'teacher' else 'student'
-  attention = ''
-  if (
-    role == 'teacher'
-    and '--config.teacher.in_path_attention=False' not in (result['command'])
-  ):
-    attention = ' with CBAM'
+  attention = ' with CBAM' if result.get('in_path_attention') else ''
   network = f'{result["network"]}{attention} ({role})'
   return result['group'], network, source, result['num_epochs']
 
