@@ -14,6 +14,7 @@ from absl import logging
 import jax
 
 from attnfd_jax.errors import InputError
+from attnfd_jax.training.stopping import Stopped
 
 DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of bad input.')
 
@@ -50,6 +51,10 @@ def _readable(errors, debug):
   except KeyboardInterrupt:
     print('\nInterrupted.', file=sys.stderr)
     sys.exit(130)
+  except Stopped as stopped:
+    if stopped.message:
+      print(f'\n{stopped.message}', file=sys.stderr)
+    raise
   except errors as error:
     if debug():
       traceback.print_exc()
@@ -76,13 +81,21 @@ def _parse(argv):
     return flags.FLAGS(argv)
 
 
+def _without_afterthoughts(unraisable):
+  """As the hook of Python, but for Orbax's threads after a failed save."""
+  if 'Event loop is closed' not in str(unraisable.exc_value):
+    sys.__unraisablehook__(unraisable)
+
+
 def run(main, *, positional=False):
   """Parses flags, calls main(argv) and makes its bad input readable."""
 
   def guarded(argv):
     with _readable((InputError, OSError), lambda: DEBUG.value):
-      # Orbax tells every step it takes.
-      logging.set_verbosity(logging.INFO if DEBUG.value else logging.ERROR)
+      # Orbax tells every step it takes, and an error that is raised, too.
+      logging.set_verbosity(logging.INFO if DEBUG.value else logging.FATAL)
+      if not DEBUG.value:
+        sys.unraisablehook = _without_afterthoughts
       if len(argv) > 1 and not positional:
         raise InputError(f'Unknown argument {argv[1]!r}; flags start with --.')
       main(argv)

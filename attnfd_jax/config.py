@@ -6,6 +6,8 @@ that are None here are filled from the recipe by `resolve`, so that a single
 item can be overridden after it: --config.distill.teacher_bn=batch.
 """
 
+import math
+
 from ml_collections import config_dict
 from ml_collections import ConfigDict
 
@@ -77,16 +79,30 @@ def default_config():
   config.data = ConfigDict()
   config.data.name = 'scenes'
   config.data.root = ''
-  config.data.class_names = ()  # For 'folder': names in the order of ids.
+  config.data.prepared = ''  # Folder of prepare_data, in place of root.
+  config.data.train_list = 'train'  # For 'pascal_voc': or 'trainaug'.
+  # For 'pascal_voc': folder benchmark_RELEASE; adds SBD's images to train.
+  config.data.sbd_root = ''
+  # For 'folder', see docs/data.md. Names in the order of ids; () where the
+  # layout has names: its own.
+  config.data.class_names = ()
+  config.data.layout = 'auto'  # Or 'pairs', 'voc', 'roboflow', 'coco'.
+  config.data.palette = ()  # Masks of colours: (r, g, b) of each class.
+  config.data.id_map = ()  # Masks of other ids: the id of each class.
   config.data.base_size = 513
   config.data.scale_range = (0.5, 2.0)  # Of the short side, times base_size.
   config.data.crop_size = (513, 513)  # Height, width.
   config.data.flip = 0.5
   config.data.blur = 0.5
   config.data.photometric = 0.0
+  config.data.rotation = 0.0  # At most, in degrees, either way.
+  # Share of records drawn by class: any class alike, then one of its images.
+  config.data.balanced = 0.0
   config.data.label_pad = config_dict.placeholder(str)
   config.data.limit = 0  # Images of each split, 0 for all.
   config.data.cache = False  # Decoded pairs stay in memory.
+  # Folder for decoded pixels, 4 bytes each, for large images; empty: none.
+  config.data.decoded_cache = ''
   config.data.threads = 4
   config.data.workers = 0
   # For 'scenes'.
@@ -129,6 +145,19 @@ def default_config():
   config.optim.ema_decay = 0.0  # 0 is off.
   config.optim.dtype = 'float32'  # Of the computation, or 'bfloat16'.
 
+  config.loss = ConfigDict()
+  # 'ce', 'ohem', 'focal', 'dice' or 'ce+dice'; see losses.py.
+  config.loss.name = 'ce'
+  # 'none', 'given' by class_weights, or 'auto': median frequency, counted on
+  # the training split. Of all but 'dice', in which classes count the same.
+  config.loss.weighting = 'none'
+  config.loss.class_weights = ()  # In the order of the classes.
+  # A pixel is hard if its class has at most this probability; the share of the
+  # pixels that is kept in any case.
+  config.loss.ohem_threshold = 0.7
+  config.loss.ohem_min_kept = 0.0625
+  config.loss.focal_gamma = 2.0
+
   config.eval = ConfigDict()
   config.eval.protocol = config_dict.placeholder(str)
   config.eval.every_epochs = 1.0
@@ -142,9 +171,14 @@ def default_config():
 
   config.checkpoint = ConfigDict()
   config.checkpoint.keep_best = 1
+  # At most so long without a checkpoint, even between evaluations; 0 is off.
+  config.checkpoint.every_minutes = 10.0
 
   config.mesh = ConfigDict()
-  config.mesh.data = -1  # Devices on this axis; -1 is all.
+  config.mesh.data = -1  # Parts of a batch; -1 is all devices / spatial.
+  config.mesh.spatial = 1  # Parts of the height of each image.
+  # Weights, average and momentum are split over the axis data, too.
+  config.mesh.fsdp = False
   return config.lock()  # A typo in a config file is an error, too.
 
 
@@ -221,12 +255,53 @@ def resolve(config):
   return config.lock()
 
 
+def _check_loss(loss):
+  given, weighting = tuple(loss.class_weights), loss.weighting
+  if weighting == 'given' and not given:
+    raise InputError(
+      "config.loss.weighting='given' needs a number for each class, such as "
+      '--config.loss.class_weights="(1.0, 2.5)".'
+    )
+  if given and weighting != 'given':
+    raise InputError(
+      f'config.loss.class_weights={given} needs loss.weighting=given, not '
+      f'{weighting!r}.'
+    )
+  numbers = all(isinstance(x, (int, float)) for x in given)
+  if not numbers or not all(0 <= x < math.inf for x in given):
+    raise InputError(
+      f'config.loss.class_weights={given} must be numbers from 0 on.'
+    )
+  if weighting == 'given' and not any(given):
+    raise InputError('config.loss.class_weights are all 0.')
+  if loss.name == 'dice' and weighting != 'none':
+    raise InputError(
+      f"config.loss.weighting={weighting!r} does not go with name='dice', in "
+      "which all classes count the same; use 'none', or 'ce+dice'."
+    )
+  if not 0 < loss.ohem_threshold <= 1:
+    raise InputError(
+      f'config.loss.ohem_threshold={loss.ohem_threshold} must be above 0 and '
+      'at most 1.'
+    )
+  if not 0 <= loss.ohem_min_kept <= 1:
+    raise InputError(
+      f'config.loss.ohem_min_kept={loss.ohem_min_kept} must be from 0 to 1.'
+    )
+  if not 0 <= loss.focal_gamma < math.inf:
+    raise InputError(
+      f'config.loss.focal_gamma={loss.focal_gamma} must be 0 or more.'
+    )
+
+
 def _check(config):
   choices = {
     'data.label_pad': ('ignore', 'background'),
     'distill.connector_schedule': ('always', 'warmup', 'first_epoch'),
     'distill.teacher_bn': ('batch', 'running'),
     'eval.protocol': ('native', 'reference'),
+    'loss.name': ('ce', 'ohem', 'focal', 'dice', 'ce+dice'),
+    'loss.weighting': ('none', 'given', 'auto'),
     'optim.dtype': ('float32', 'bfloat16'),
     'optim.name': ('sgd', 'adamw'),
   }
@@ -237,6 +312,7 @@ def _check(config):
         f'config.{key}={config[group][name]!r} must be one of '
         f'{", ".join(allowed)}.'
       )
+  _check_loss(config.loss)
   unknown = [stage for stage in config.stages if stage not in STAGES]
   if unknown or not config.stages:
     raise InputError(
@@ -251,6 +327,7 @@ def _check(config):
     'optim.lr',
     'eval.batch_size',
     'eval.every_epochs',
+    'checkpoint.keep_best',
     'data.base_size',
     'data.threads',
     'teacher.num_epochs',
@@ -271,9 +348,24 @@ def _check(config):
     )
   if config.eval.short_side and config.eval.size_multiple != 1:
     raise InputError('config.eval.short_side needs size_multiple=1.')
+  if not 0 <= config.checkpoint.every_minutes < math.inf:
+    raise InputError(
+      f'config.checkpoint.every_minutes={config.checkpoint.every_minutes} must '
+      'be 0 or more.'
+    )
   if not 0 <= config.teacher.min_miou <= 1:
     raise InputError(
       f'config.teacher.min_miou={config.teacher.min_miou} must be from 0 to 1.'
+    )
+  for key, top in (('balanced', 1), ('rotation', 180)):
+    if not 0 <= config.data[key] <= top:
+      raise InputError(
+        f'config.data.{key}={config.data[key]} must be from 0 to {top}.'
+      )
+  if config.data.cache and config.data.decoded_cache:
+    raise InputError(
+      'config.data.cache keeps in memory what config.data.decoded_cache keeps '
+      'on the disk; use one of them.'
     )
   crop = config.data.crop_size
   if len(crop) != 2 or min(crop) < 32:

@@ -1,6 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one error that a user can mend."""
+"""The errors that a user can mend."""
 
 
 class InputError(ValueError):
   """Bad input: one line that says what is wrong and what to do."""
+
+
+class DataError(InputError):
+  """One file, folder or list of a data set is wrong.
+
+  Attributes:
+    kind: 'partner' (an image without mask or a mask without image),
+      'unreadable' (truncated, empty, no image), 'size' (of image and mask
+      differ), 'mode' (colours where ids are expected), 'depth' (not 8 bits),
+      'values' (ids or colours that are no class), 'lossy' (a JPEG mask),
+      'exif' (rotated by its orientation tag), 'split' (absent or empty) or
+      'annotation' (JSON and tables of classes).
+    file: what is wrong, 'path' or 'archive!member'.
+    values: {id or 'r,g,b': pixels} of kind 'values', else None.
+  """
+
+  # With defaults: worker processes pickle errors by their message alone.
+  def __init__(self, message, kind='', file='', values=None):
+    super().__init__(message)
+    self.kind, self.file, self.values = kind, str(file), values

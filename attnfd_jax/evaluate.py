@@ -2,9 +2,12 @@
 r"""Scores a trained network on a split of its data set.
 
   python -m attnfd_jax.evaluate --checkpoint=runs/camvid/distill \
-    [--split=test] [--scales=0.75,1,1.25 --flip] [--output=scores.json]
+    [--split=test] [--scales=0.75,1,1.25 --flip] [--output=scores.json] \
+    [--tile=512x1024 --overlap=0.25] [--boundary] [--submission=DIR]
 
 --checkpoint is the folder of a stage; its config.json names the data set.
+--tile is for images larger than memory, --boundary adds the IoU along the
+contours, --submission writes what the Cityscapes server takes.
 """
 
 import dataclasses
@@ -20,6 +23,7 @@ from tqdm.auto import tqdm
 
 from attnfd_jax import cli
 from attnfd_jax import metrics
+from attnfd_jax import submission as submissions
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.errors import InputError
 from attnfd_jax.training import evaluation
@@ -92,6 +96,24 @@ def parse_scales(text):
   return scales
 
 
+def parse_tile(text):
+  """(512, 1024) of '512x1024', height first; None of None.
+
+  Raises:
+    InputError: for anything else than two numbers of at least 32.
+  """
+  if text is None:
+    return None
+  parts = text.lower().split('x')
+  sizes = tuple(int(part) for part in parts if part.strip().isdecimal())
+  if len(parts) != 2 or len(sizes) != 2 or min(sizes) < 32:
+    raise InputError(
+      f'--tile={text}: expected HEIGHTxWIDTH, both at least 32, such as '
+      '--tile=512x1024.'
+    )
+  return sizes
+
+
 def load_network(
   checkpoint, *, scales=(1.0,), flip=False, step=None, **options
 ):
@@ -158,7 +180,7 @@ class _Counted:
     return self._source.size(index)
 
 
-def _load_split(info, data_root, split):
+def _load_split(info, data_root, split, *, unlabelled=False):
   if data_root is not None:
     info = info | {'data': info['data'] | {'root': data_root}}
   try:
@@ -167,16 +189,40 @@ def _load_split(info, data_root, split):
     # The flag has another name here.
     text = str(error).replace('--config.data.root', '--data_root')
     raise InputError(text) from error
-  if split not in dataset.splits:
+  splits = dict(dataset.splits)
+  wanted = (dataset.name, split) == ('cityscapes', 'test')
+  if unlabelled and wanted and split not in splits:
+    splits[split] = submissions.test_images(info['data']['root'])
+  if split not in splits:
     raise InputError(
-      f'--split={split}: {dataset.name} has {", ".join(dataset.splits)}.'
+      f'--split={split}: {dataset.name} has {", ".join(splits)}.'
     )
   if list(dataset.class_names) != list(info['class_names']):
     raise InputError(
       f'The network knows the classes {list(info["class_names"])}, the data '
       f'set {list(dataset.class_names)}.'
     )
-  return dataset, dataset.splits[split]
+  return dataset, splits[split]
+
+
+def _evaluate_each(
+  pairs, source, bar, *, num_classes, boundary=False, submission=None
+):
+  """Sums what is computed on the host, from pairs of (class ids, label).
+
+  Returns:
+    confusion matrix and, if asked for, boundary matrix, or None.
+  """
+  counts = np.zeros((num_classes,) * 2, np.int64)
+  edges = np.zeros((num_classes + 1,) * 2, np.int64) if boundary else None
+  for index, (ids, label) in enumerate(pairs):
+    counts += metrics.host_confusion_matrix(ids, label, num_classes=num_classes)
+    if boundary:
+      edges += metrics.boundary_matrix(ids, label, num_classes=num_classes)
+    if submission is not None:
+      submission.write(source.name(index), ids)
+    bar.update()
+  return counts, edges
 
 
 def evaluate_checkpoint(
@@ -188,6 +234,10 @@ def evaluate_checkpoint(
   scales=(1.0,),
   flip=False,
   step=None,
+  tile=None,
+  overlap=0.25,
+  boundary=False,
+  submission=None,
 ):
   """Scores of a stage's network on one split of its data set.
 
@@ -199,10 +249,17 @@ def evaluate_checkpoint(
       stage.
     scales, flip: see `Averaged`.
     step: which checkpoint; the best by default.
+    tile: (height, width) of what the network sees at a time, or None; see
+      evaluation.predictions.
+    overlap: of tiles, in [0, 1).
+    boundary: boundary IoU as well.
+    submission: folder for the files of submission.py, or None. It allows the
+      split 'test' of Cityscapes, whose scores are all absent.
 
   Returns:
     confusion matrix int64 [k, k] (rows are labels), and a dict: the entries of
-    metrics.summarise, and what they depend on. NaN is None, so it is JSON.
+    metrics.summarise and metrics.summarise_boundary, and what they depend on.
+    NaN is None, so it is JSON.
 
   Raises:
     InputError: whenever the user can mend it.
@@ -211,6 +268,8 @@ def evaluate_checkpoint(
     raise InputError(
       f'--protocol={protocol} must be one of {", ".join(PROTOCOLS)}.'
     )
+  if not 0 <= overlap < 1:
+    raise InputError(f'--overlap={overlap} must be from 0 to below 1.')
   mesh = sharding.make_mesh()
   network, variables, info = load_network(
     checkpoint,
@@ -219,26 +278,48 @@ def evaluate_checkpoint(
     step=step,
     sharding=sharding.replicated(mesh),
   )
-  dataset, source = _load_split(info, data_root, split)
+  dataset, source = _load_split(
+    info, data_root, split, unlabelled=submission is not None
+  )
   protocol = protocol or info['eval']['protocol']
   short_side = seen_short_side(info, protocol)
+  if submission is not None:
+    submission = submissions.Writer(
+      submission, dataset=dataset.name, protocol=protocol
+    )
+  options = {
+    'protocol': protocol,
+    'short_side': short_side,
+    'size_multiple': info['eval']['size_multiple'],
+    'threads': info['data']['threads'],
+  }
+  edges = None
   print(
     f'{describe(checkpoint, info)}, on the {len(source)} images of the '
     f'{split} split of {dataset.name}'
   )
   with progress(len(source)) as bar:
-    counts = evaluation.evaluate(
-      network,
-      variables,
-      _Counted(source, bar),
-      num_classes=dataset.num_classes,
-      mesh=mesh,
-      protocol=protocol,
-      batch_size=info['eval']['batch_size'],
-      short_side=short_side,
-      size_multiple=info['eval']['size_multiple'],
-      threads=info['data']['threads'],
-    )
+    if tile is None and not boundary and submission is None:
+      counts = evaluation.evaluate(
+        network,
+        variables,
+        _Counted(source, bar),
+        num_classes=dataset.num_classes,
+        mesh=mesh,
+        batch_size=info['eval']['batch_size'],
+        **options,
+      )
+    else:
+      counts, edges = _evaluate_each(
+        evaluation.predictions(
+          network, variables, source, tile=tile, overlap=overlap, **options
+        ),
+        source,
+        bar,
+        num_classes=dataset.num_classes,
+        boundary=boundary,
+        submission=submission,
+      )
   result = metrics.summarise(counts, dataset.class_names) | {
     'checkpoint': str(checkpoint),
     'stage': info['stage'],
@@ -249,10 +330,14 @@ def evaluate_checkpoint(
     'short_side': short_side,
     'scales': list(scales),
     'flip': flip,
+    'tile': list(tile) if tile else None,
+    'overlap': overlap if tile else None,
     'step': info['checkpoint_step'],
     'device': logs.device_name(),
     'versions': logs.versions(),
   }
+  if edges is not None:
+    result |= metrics.summarise_boundary(edges, dataset.class_names)
   return counts, {
     key: None if isinstance(value, float) and math.isnan(value) else value
     for key, value in result.items()
@@ -264,32 +349,54 @@ def _percent(value):
   return f'{"absent" if absent else f"{100 * value:.2f}":>7}'
 
 
-def as_text(counts, result):
-  """The scores in percent with a table of classes, for the screen."""
+def describe_protocol(result):
+  """'protocol native: ...' and what else the scores depend on, for texts."""
   words = f'protocol {result["protocol"]}: {PROTOCOLS[result["protocol"]]}'
-  averaged = ', '.join(f'{scale:g}' for scale in result['scales'])
+  if result['protocol'] == 'native' and result['short_side']:
+    words += f'; images seen at a short side of {result["short_side"]}'
   if result['scales'] != [1]:
+    averaged = ', '.join(f'{scale:g}' for scale in result['scales'])
     words += f'; mean over scales {averaged}'
   if result['flip']:
     words += '; mean with the mirror image'
-  lines = [f'{result["split"]} split, {words}', '']
+  if result['tile']:
+    height, width = result['tile']
+    words += f'; tiles of {height}x{width}, overlap {result["overlap"]:g}'
+  return words
+
+
+def as_text(counts, result):
+  """The scores in percent with a table of classes, for the screen."""
+  lines = [f'{result["split"]} split, {describe_protocol(result)}', '']
   for key, name in (
     ('miou', 'mIoU'),
     ('class_accuracy', 'class accuracy'),
     ('pixel_accuracy', 'pixel accuracy'),
     ('fw_iou', 'fwIoU'),
+    ('boundary_miou', 'boundary mIoU'),
   ):
-    lines.append(f'{name:16}{_percent(result[key])} %')
-  width = max(len(name) for name in ('class', *result['iou_per_class'])) + 2
-  lines += ['', f'{"class":{width}}  IoU %  found %  share %']
+    if key in result:
+      lines.append(f'{name:16}{_percent(result[key])} %')
   labelled = counts.sum(1)
   with np.errstate(invalid='ignore'):
-    found, share = np.diag(counts) / labelled, labelled / labelled.sum()
-  for i, (name, iou) in enumerate(result['iou_per_class'].items()):
-    lines.append(
-      f'{name:{width}}{_percent(iou)}  {_percent(found[i])}  '
-      f'{_percent(share[i])}'
-    )
+    share = labelled / labelled.sum()
+  columns = {
+    'IoU %': result['iou_per_class'].values(),
+    'accuracy %': result['accuracy_per_class'].values(),
+    'share %': share,
+  }
+  if 'boundary_iou_per_class' in result:
+    columns['boundary %'] = result['boundary_iou_per_class'].values()
+  names = ['class', *result['iou_per_class']]
+  table = [names] + [
+    [title, *map(_percent, values)] for title, values in columns.items()
+  ]
+  widths = [max(map(len, column)) for column in table]
+  lines.append('')
+  for name, *values in zip(*table, strict=True):
+    row = [f'{name:{widths[0]}}']
+    row += [f'{x:>{n}}' for x, n in zip(values, widths[1:], strict=True)]
+    lines.append('  '.join(row))
   return '\n'.join(lines)
 
 
@@ -297,7 +404,9 @@ def main(argv):
   del argv
   cli.enable_compilation_cache()
   options = flags.FLAGS
-  scales = parse_scales(options.scales)
+  scales, tile = parse_scales(options.scales), parse_tile(options.tile)
+  if options.overlap is not None and tile is None:
+    raise InputError('--overlap is of tiles; add --tile=HEIGHTxWIDTH.')
   output = pathlib.Path(options.output) if options.output else None
   if output is not None:  # Known to be writable before the long part.
     if output.is_dir():
@@ -311,11 +420,17 @@ def main(argv):
     scales=scales,
     flip=options.flip,
     step=options.step,
+    tile=tile,
+    overlap=0.25 if options.overlap is None else options.overlap,
+    boundary=options.boundary,
+    submission=options.submission,
   )
   print(as_text(counts, result))
   if output is not None:
     logs.write_json(output, result)
     print(f'\nscores: {output}')
+  if options.submission:
+    print(f'\n{result["images"]} files for the server: {options.submission}')
 
 
 if __name__ == '__main__':
@@ -328,6 +443,10 @@ if __name__ == '__main__':
   )
   flags.DEFINE_string('scales', '1', 'Mean over these, e.g. 0.75,1,1.25.')
   flags.DEFINE_bool('flip', False, 'Mean with the mirror image.')
+  flags.DEFINE_string('tile', None, 'HEIGHTxWIDTH seen at a time.')
+  flags.DEFINE_float('overlap', None, 'Share of a tile; 0.25 by default.')
+  flags.DEFINE_bool('boundary', False, 'Boundary IoU as well.')
+  flags.DEFINE_string('submission', None, 'Folder for the Cityscapes server.')
   flags.DEFINE_integer('step', None, 'Checkpoint; the best by default.')
   flags.DEFINE_string('output', None, 'JSON file to write.')
   cli.run(main)

@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses over arrays: pure, masked, in float32, safe when no pixel counts."""
+"""Losses over arrays: pure, masked, in float32, safe when no pixel counts.
 
+All take logits [b, h, w, k] and labels [b, h, w] and give a float32 scalar.
+Labels outside the classes must have been refused when data was read: 255 would
+give NaN with a finite gradient here, -1 would train the last class.
+"""
+
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -8,15 +16,50 @@ import optax
 IGNORE_LABEL = 255
 
 
-def softmax_cross_entropy(logits, labels, *, ignore_label=IGNORE_LABEL):
-  """Mean cross-entropy over the pixels that count; 0 if there are none.
+def _float(logits):
+  return logits.astype(np.promote_types(logits.dtype, np.float32))
 
-  Labels outside the classes must have been refused when data was read: 255
-  would give NaN with a finite gradient here, -1 would train the last class.
+
+def _check_shapes(logits, labels, class_weights=None):
+  if logits.shape[:-1] != labels.shape:
+    raise ValueError(f'{logits.shape=} does not fit {labels.shape=}.')
+  if class_weights is not None and len(class_weights) != logits.shape[-1]:
+    raise ValueError(
+      f'{len(class_weights)} class_weights for {logits.shape[-1]} classes.'
+    )
+
+
+def _cross_entropies(logits, labels, valid):
+  """Of each pixel, [b, h, w]; of class 0 where not valid."""
+  return optax.softmax_cross_entropy_with_integer_labels(
+    _float(logits), jnp.where(valid, labels, 0).astype(jnp.int32)
+  )
+
+
+def _mean(losses, labels, counted, class_weights):
+  """Over the pixels that are counted, weighted by their labels; 0 if none."""
+  if class_weights is None:
+    total = jnp.sum(counted, dtype=losses.dtype)
+    return jnp.sum(losses, where=counted) / jnp.maximum(total, 1)
+  table = jnp.asarray(class_weights, losses.dtype)
+  weights = table[jnp.where(counted, labels, 0).astype(jnp.int32)]
+  total = jnp.sum(weights, where=counted)
+  # Weights may sum to less than 1.
+  return jnp.sum(losses * weights, where=counted) / jnp.where(
+    total > 0, total, 1
+  )
+
+
+def softmax_cross_entropy(
+  logits, labels, *, class_weights=None, ignore_label=IGNORE_LABEL
+):
+  """Mean cross-entropy over the pixels that count; 0 if there are none.
 
   Args:
     logits: [b, h, w, k].
     labels: integers [b, h, w]; `ignore_label` does not count.
+    class_weights: k numbers; the mean is weighted by those of the labels, so
+      that a common factor changes nothing.
     ignore_label: value of the pixels to leave out.
 
   Returns:
@@ -25,12 +68,92 @@ def softmax_cross_entropy(logits, labels, *, ignore_label=IGNORE_LABEL):
   Raises:
     ValueError: if the shapes do not fit.
   """
-  if logits.shape[:-1] != labels.shape:
-    raise ValueError(f'{logits.shape=} does not fit {labels.shape=}.')
+  _check_shapes(logits, labels, class_weights)
   valid = labels != ignore_label
-  losses = optax.softmax_cross_entropy_with_integer_labels(
-    logits.astype(np.promote_types(logits.dtype, np.float32)),
-    jnp.where(valid, labels, 0).astype(jnp.int32),
-  )
-  counted = jnp.sum(valid, dtype=losses.dtype)
-  return jnp.sum(losses, where=valid) / jnp.maximum(counted, 1)
+  losses = _cross_entropies(logits, labels, valid)
+  return _mean(losses, labels, valid, class_weights)
+
+
+def ohem_cross_entropy(
+  logits,
+  labels,
+  *,
+  threshold=0.7,
+  min_kept=1 / 16,
+  class_weights=None,
+  ignore_label=IGNORE_LABEL,
+):
+  """Cross-entropy over the hard pixels alone (OHEM); 0 if none count.
+
+  Hard is a pixel whose class has a probability of at most `threshold`. If
+  these are fewer than the share `min_kept` of the pixels that count, the
+  hardest ones up to that share; at least one. Over the whole batch, on any
+  number of devices. Shrivastava et al., arXiv 1604.03540, for pixels.
+
+  Args:
+    logits, labels, class_weights, ignore_label: see softmax_cross_entropy;
+      weights enter the mean, not the choice.
+    threshold: in (0, 1]; 1 is the plain cross-entropy.
+    min_kept: from 0 to 1.
+  """
+  _check_shapes(logits, labels, class_weights)
+  valid = labels != ignore_label
+  losses = _cross_entropies(logits, labels, valid)
+  known = jax.lax.stop_gradient(losses)
+  ordered = jnp.sort(jnp.where(valid, known, -1).ravel(), descending=True)
+  kept = jnp.ceil(min_kept * jnp.sum(valid, dtype=losses.dtype))
+  last = jnp.maximum(kept.astype(jnp.int32) - 1, 0)
+  cutoff = jnp.minimum(-math.log(threshold), ordered[last])
+  return _mean(losses, labels, valid & (known >= cutoff), class_weights)
+
+
+def focal_loss(
+  logits,
+  labels,
+  *,
+  gamma=2.0,
+  class_weights=None,
+  ignore_label=IGNORE_LABEL,
+):
+  """Mean of (1 - p)^gamma times cross-entropy, p that of the label.
+
+  Lin et al., arXiv 1708.02002; per pixel, unlike the authors' --loss-type
+  focal, which rescales the mean (METHOD 4.4).
+
+  Args:
+    logits, labels, class_weights, ignore_label: see softmax_cross_entropy;
+      the weights are the paper's alpha.
+    gamma: not negative; 0 is the cross-entropy.
+  """
+  _check_shapes(logits, labels, class_weights)
+  valid = labels != ignore_label
+  losses = _cross_entropies(logits, labels, valid)
+  # 1 - p without cancellation; a power below 1 has no derivative at 0.
+  wrong = jnp.maximum(-jnp.expm1(-losses), 1e-6)
+  return _mean(wrong**gamma * losses, labels, valid, class_weights)
+
+
+def dice_loss(logits, labels, *, ignore_label=IGNORE_LABEL):
+  """1 - mean soft Dice of the classes that occur in the labels of the batch.
+
+  Dice of a class is 2 sum(p y) / (sum(p) + sum(y)) over the pixels that count
+  of the whole batch, p the probability and y 1 where it is the label: every
+  class weighs the same, whatever its size. Milletari et al., arXiv
+  1606.04797, without their squares. 0 if no pixel counts.
+
+  Args:
+    logits, labels, ignore_label: see softmax_cross_entropy.
+  """
+  _check_shapes(logits, labels)
+  valid = labels != ignore_label
+  p = jax.nn.softmax(_float(logits))
+  labels = jnp.where(valid, labels.astype(jnp.int32), -1)
+  # A row of zeros where nothing counts.
+  target = jax.nn.one_hot(labels, p.shape[-1], dtype=p.dtype)
+  pixels = tuple(range(labels.ndim))
+  both, size = jnp.sum(p * target, pixels), jnp.sum(target, pixels)
+  total = jnp.sum(p, pixels, where=valid[..., None]) + size
+  present = size > 0
+  dice = 2 * both / jnp.where(present, total, 1)
+  count = jnp.sum(present, dtype=p.dtype)
+  return jnp.sum(1 - dice, where=present) / jnp.maximum(count, 1)

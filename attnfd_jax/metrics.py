@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segmentation metrics from one confusion matrix over the whole data set."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,11 +25,17 @@ def confusion_matrix(
     ignore_label: label of the pixels that do not count.
 
   Raises:
-    ValueError: if the shapes differ.
+    ValueError: if the shapes differ, or there are so many pixels that a count
+      could exceed int32.
   """
   predictions, labels = jnp.asarray(predictions), jnp.asarray(labels)
   if predictions.shape != labels.shape:
     raise ValueError(f'{predictions.shape=} must equal {labels.shape=}.')
+  if labels.size >= 2**31:
+    raise ValueError(
+      f'{labels.shape=}: counts of 2^31 pixels do not fit int32; use smaller '
+      'batches.'
+    )
   # uint8 * 19 would wrap at 256.
   predictions = predictions.astype(jnp.int32)
   labels = labels.astype(jnp.int32)
@@ -36,6 +44,82 @@ def confusion_matrix(
   counts = jnp.zeros(num_classes**2, jnp.int32)
   counts = counts.at[cell].add(valid.astype(jnp.int32))
   return counts.reshape(num_classes, num_classes)
+
+
+def host_confusion_matrix(
+  predictions, labels, *, num_classes, ignore_label=IGNORE_LABEL
+):
+  """As `confusion_matrix`, of NumPy arrays of any size, int64 [k, k]."""
+  if predictions.shape != labels.shape:
+    raise ValueError(f'{predictions.shape=} must equal {labels.shape=}.')
+  valid = (labels != ignore_label) & (labels >= 0) & (labels < num_classes)
+  # Types that cannot wrap, and only for the pixels that count.
+  cell = labels[valid].astype(np.intp) * num_classes + predictions[valid]
+  counts = np.bincount(cell, minlength=num_classes**2).astype(np.int64)
+  return counts.reshape(num_classes, num_classes)
+
+
+def boundary_band(ids, *, reach):
+  """True within `reach` pixels of another id or of the image's border.
+
+  For every id at once the mask minus its erosion by a square of 2 reach + 1
+  pixels: inside of it all ids are the same.
+
+  Args:
+    ids: uint8 [h, w].
+    reach: at least 1.
+  """
+  import cv2  # Slow to load, and `import attnfd_jax` needs this module.
+
+  square = np.ones((2 * reach + 1,) * 2, np.uint8)
+  # Of the two only the larger sees the border, which is no id.
+  least = cv2.erode(
+    ids, square, borderType=cv2.BORDER_CONSTANT, borderValue=255
+  )
+  most = cv2.dilate(
+    ids, square, borderType=cv2.BORDER_CONSTANT, borderValue=255
+  )
+  return least != most
+
+
+def boundary_matrix(
+  predictions,
+  labels,
+  *,
+  num_classes,
+  ratio=0.02,
+  ignore_label=IGNORE_LABEL,
+):
+  """What boundary IoU of one image needs, int64 [k + 1, k + 1]; summable.
+
+  A confusion matrix of the bands along the inner side of all contours; row and
+  column k are the pixels outside of the band of the labels, or of the
+  predictions. `boundary_iou_per_class` of the sum over all images is Cheng et
+  al., arXiv 2103.16562, equation 1, with its counts over the whole set.
+
+  Pixels whose label is ignored belong to no mask of either side; like the
+  border of the image, and as in the paper's code, they bound a mask.
+
+  Args:
+    predictions: uint8 [h, w].
+    labels: uint8 [h, w].
+    num_classes: k, below 255.
+    ratio: width of the band, of the image's diagonal.
+    ignore_label: label of the pixels that do not count.
+  """
+  if num_classes >= IGNORE_LABEL:
+    raise ValueError(f'{num_classes=} must be below {IGNORE_LABEL}.')
+  reach = max(round(ratio * math.hypot(*labels.shape)), 1)
+  valid = (labels != ignore_label) & (labels < num_classes)
+
+  def banded(ids):
+    ids = np.where(valid, ids, IGNORE_LABEL).astype(np.uint8)
+    inner = ~boundary_band(ids, reach=reach)
+    return np.where(valid & inner, np.uint8(num_classes), ids)
+
+  return host_confusion_matrix(
+    banded(predictions), banded(labels), num_classes=num_classes + 1
+  )
 
 
 def _divide(a, b):
@@ -51,6 +135,19 @@ def iou_per_class(counts):
   counts = np.asarray(counts, np.float64)
   hits = np.diag(counts)
   return _divide(hits, counts.sum(0) + counts.sum(1) - hits)
+
+
+def boundary_iou_per_class(counts):
+  """Of a sum of `boundary_matrix`, float64 [k]; NaN for an absent class."""
+  return iou_per_class(counts)[:-1]
+
+
+def accuracy_per_class(counts):
+  """Share of the labelled pixels that is found, float64 [k]; NaN for a class
+  without any.
+  """
+  counts = np.asarray(counts, np.float64)
+  return _divide(np.diag(counts), counts.sum(1))
 
 
 def _nanmean(values):
@@ -71,8 +168,7 @@ def pixel_accuracy(counts):
 
 def class_accuracy(counts):
   """Mean recall over the classes that occur in the labels."""
-  counts = np.asarray(counts, np.float64)
-  return _nanmean(_divide(np.diag(counts), counts.sum(1)))
+  return _nanmean(accuracy_per_class(counts))
 
 
 def frequency_weighted_iou(counts):
@@ -86,16 +182,29 @@ def frequency_weighted_iou(counts):
   return float(np.sum(share * iou_per_class(counts), where=share > 0))
 
 
+def _by_name(values, class_names):
+  return {
+    name: None if np.isnan(value) else float(value)
+    for name, value in zip(class_names, values, strict=True)
+  }
+
+
 def summarise(counts, class_names):
   """The entries of result.json that come from `counts`; fractions, not %."""
-  iou = iou_per_class(counts)
   return {
     'miou': mean_iou(counts),
     'pixel_accuracy': pixel_accuracy(counts),
     'class_accuracy': class_accuracy(counts),
     'fw_iou': frequency_weighted_iou(counts),
-    'iou_per_class': {
-      name: None if np.isnan(value) else float(value)
-      for name, value in zip(class_names, iou, strict=True)
-    },
+    'iou_per_class': _by_name(iou_per_class(counts), class_names),
+    'accuracy_per_class': _by_name(accuracy_per_class(counts), class_names),
+  }
+
+
+def summarise_boundary(counts, class_names):
+  """Entries for a sum of `boundary_matrix`."""
+  iou = boundary_iou_per_class(counts)
+  return {
+    'boundary_miou': _nanmean(iou),
+    'boundary_iou_per_class': _by_name(iou, class_names),
   }

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Cityscapes, ResNet-101 -> ResNet-18, defaults of the AttnFD reference.
 
-  python -m attnfd_jax.main --config=configs/cityscapes.py[:debug]
+  python -m attnfd_jax.main --config=configs/cityscapes.py[:debug] \
+    --config.data.root=PATH
+
+PATH holds leftImg8bit/ and gtFine/, or the two files as they are downloaded,
+leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip: they are read in
+place. The authors' images/<split>/<city>/ is read, too.
 
 The authors publish 73.04 mIoU on val (README), protocol reference, and no
-command; crop and base size are the defaults of their script. Not run by us:
-the reader for this data set is not written yet.
+command; crop and base size are the defaults of their script. Not run by us on
+the real images.
 """
 
 from attnfd_jax.config import reference_config

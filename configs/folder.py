@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Your own images: images/{train,val}/* and masks/{train,val}/*.png.
+r"""Your own images: images/{train,val}/* and masks/{train,val}/*.png, or so.
 
   python -m attnfd_jax.main --config=configs/folder.py[:debug] \
     --config.data.root=PATH --config.data.class_names="('background', 'road')"
 
 An image and its mask have the same stem; masks are 8-bit PNGs of class ids in
 the order of class_names, 255 is ignored. A split `test` is read if it exists.
+Masks of colours: --config.data.palette="((r,g,b), ...)"; of other ids:
+--config.data.id_map="(7, 8, ...)". What Roboflow, CVAT, FiftyOne and COCO tools
+export is read as it is: docs/data.md.
 """
 
 from attnfd_jax.config import default_config

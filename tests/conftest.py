@@ -10,6 +10,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # the environment, so that processes of tests have it too.
 _CACHE = tempfile.TemporaryDirectory(prefix='attnfd_jax_tests_')
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
+os.environ['XDG_CACHE_HOME'] = _CACHE.name
 _COUNT = '--xla_force_host_platform_device_count'
 if _COUNT not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_COUNT}=4'

@@ -125,7 +125,7 @@ def test_debug_shows_where(done):
   assert process.returncode == 2
   lines = process.stderr.splitlines()
   assert 'Traceback (most recent call last):' in lines
-  assert lines[-1].startswith('error: gone/train: no such folder')
+  assert lines[-1].startswith('error: gone: no such folder')
   assert '--config.data.root=PATH' in lines[-1]
 
 

@@ -38,7 +38,8 @@ def test_scores_are_those_of_training(stage, plain):
   counts, result = plain
   stored = json.loads((stage / 'result.json').read_text())
   shared = ('miou', 'pixel_accuracy', 'class_accuracy', 'fw_iou', 'step')
-  shared += ('iou_per_class', 'dataset', 'split', 'protocol', 'stage')
+  shared += ('iou_per_class', 'accuracy_per_class', 'dataset', 'split')
+  shared += ('protocol', 'stage')
   assert {key: result[key] for key in shared} == {
     key: stored[key] for key in shared
   }
@@ -117,6 +118,63 @@ def test_averaged_is_a_mean_of_probabilities():
   )
 
 
+@pytest.mark.parametrize('scale', [0.5, 1.5, 2.0, 3.0], ids=str)
+def test_averaged_scales_keep_places(scale):
+  """Linear ramps survive linear resizing; half a pixel of shift would not."""
+  x, y = np.meshgrid(np.arange(24.0), np.arange(16.0))
+  image = np.stack([0.1 * x, 0.2 * y, np.ones_like(x)], -1)[None]
+  seen = []
+
+  class Identity(Shifted):
+    def apply(self, variables, image, *, train):
+      seen.append(image.shape)
+      return {'logits': image, 'coarse_logits': image}
+
+  averaged = evaluate.Averaged(Identity(), (scale,), True)
+  image = jnp.asarray(image, jnp.float32)
+  out = averaged.apply({}, image, train=False)['logits']
+  assert seen == [(1, int(16 * scale), int(24 * scale), 3)] * 2
+  inner = (0, slice(4, -4), slice(4, -4))
+  # Antialiasing at odd ratios is off by 0.004; a quarter pixel would be 0.02.
+  np.testing.assert_allclose(
+    out[inner], jax.nn.log_softmax(image)[inner], rtol=0, atol=0.006
+  )
+
+
+def test_a_tile_that_covers_the_images_changes_nothing(stage, plain):
+  for tile in ((32, 48), (64, 999)):
+    counts, result = evaluate.evaluate_checkpoint(stage, tile=tile)
+    np.testing.assert_array_equal(counts, plain[0])
+    assert result == plain[1] | {'tile': list(tile), 'overlap': 0.25}
+
+
+def test_tiles_score_all_pixels(stage, plain):
+  counts, result = evaluate.evaluate_checkpoint(
+    stage, tile=(32, 32), overlap=0.5
+  )
+  np.testing.assert_array_equal(counts.sum(1), plain[0].sum(1))
+  assert np.any(counts != plain[0])
+  assert (result['tile'], result['overlap']) == ([32, 32], 0.5)
+  text = evaluate.as_text(counts, result)
+  assert text.splitlines()[0].endswith('; tiles of 32x32, overlap 0.5')
+
+
+def test_boundary_scores(stage, plain):
+  counts, result = evaluate.evaluate_checkpoint(stage, boundary=True)
+  np.testing.assert_array_equal(counts, plain[0])
+  per_class = result['boundary_iou_per_class']
+  assert list(per_class) == list(result['iou_per_class'])
+  known = [x for x in per_class.values() if x is not None]
+  assert result['boundary_miou'] == pytest.approx(np.mean(known))
+  assert result['boundary_miou'] != result['miou']
+  rest = {k: v for k, v in result.items() if not k.startswith('boundary')}
+  assert rest == plain[1]
+  text = evaluate.as_text(counts, result)
+  assert 'boundary mIoU   ' in text
+  assert len({len(line) for line in text.splitlines()[-10:]}) == 1
+  assert 'boundary' not in evaluate.as_text(*plain)
+
+
 def test_text_has_all_scores_in_percent(plain):
   counts, result = plain
   text = evaluate.as_text(counts, result)
@@ -131,17 +189,23 @@ def test_text_of_absent_classes():
   result = {
     'split': 'test',
     'protocol': 'reference',
+    'short_side': 513,
     'scales': [0.75, 1.0],
     'flip': True,
+    'tile': None,
     'miou': 0.775,
     'class_accuracy': 0.875,
     'pixel_accuracy': 0.875,
     'fw_iou': None,
     'iou_per_class': {'a': 0.75, 'b': 0.8, 'c': None},
+    'accuracy_per_class': {'a': 0.75, 'b': 1.0, 'c': None},
   }
   lines = evaluate.as_text(counts, result).splitlines()
   assert lines[0].endswith('over scales 0.75, 1; mean with the mirror image')
+  header = ['class', 'IoU', '%', 'accuracy', '%', 'share', '%']
+  assert lines[-4].split() == header
   assert lines[-3].split() == ['a', '75.00', '75.00', '50.00']
+  assert lines[-2].split() == ['b', '80.00', '100.00', '50.00']
   assert lines[-1].split() == ['c', 'absent', 'absent', '0.00']
   assert 'fwIoU            absent %' in lines
 
@@ -150,6 +214,20 @@ def test_text_of_absent_classes():
 def test_scales_must_be_numbers(text):
   with pytest.raises(InputError, match=r'--scales=.*: expected positive num'):
     evaluate.parse_scales(text)
+
+
+@pytest.mark.parametrize(
+  'text', ['', '512', '31x64', '64x', '1x2x3', '-64x64', 'axb', '64.5x64']
+)
+def test_tiles_must_be_two_sizes(text):
+  with pytest.raises(InputError, match=r'--tile=.*: expected HEIGHTxWIDTH'):
+    evaluate.parse_tile(text)
+
+
+def test_tiles_are_read():
+  assert evaluate.parse_tile('512x1024') == (512, 1024)
+  assert evaluate.parse_tile('32X48') == (32, 48)
+  assert evaluate.parse_tile(None) is None
 
 
 def test_scales_are_read():
@@ -161,9 +239,11 @@ def test_scales_are_read():
   [
     ({'protocol': 'pixel'}, '--protocol=pixel must be one of native, refer'),
     ({'split': 'test'}, '--split=test: scenes has train, val'),
+    ({'overlap': 1.0}, '--overlap=1.0 must be from 0 to below 1'),
+    ({'submission': 'new'}, 'for the data set cityscapes, this one is scenes'),
     ({'step': 77}, r'no checkpoint 77; have \[1, 2\]'),
   ],
-  ids=['protocol', 'split', 'step'],
+  ids=['protocol', 'split', 'overlap', 'submission', 'step'],
 )
 def test_wrong_values_are_named(stage, options, message):
   with pytest.raises(InputError, match=message):
@@ -189,9 +269,9 @@ def _as_camvid(stage, directory, **changes):
 
 def test_a_missing_data_set_names_the_flag(stage, tmp_path):
   _as_camvid(stage, tmp_path)
-  with pytest.raises(InputError, match=r'^gone/train: .*\(--data_root=PATH\)'):
+  with pytest.raises(InputError, match=r'^gone: .*\(--data_root=PATH\)'):
     evaluate.evaluate_checkpoint(tmp_path)
-  with pytest.raises(InputError, match='^elsewhere/train: '):
+  with pytest.raises(InputError, match='^elsewhere: '):
     evaluate.evaluate_checkpoint(tmp_path, data_root='elsewhere')
 
 
@@ -207,6 +287,14 @@ def test_the_command_prints_and_writes(stage, plain, tmp_path):
   assert {*result} == {*plain[1]}
   # One device there, several here.
   assert result['miou'] == pytest.approx(plain[1]['miou'], abs=0.01)
+
+
+def test_the_command_refuses_an_overlap_of_nothing(stage):
+  done = tiny_run.run_verb('evaluate', f'--checkpoint={stage}', '--overlap=0.5')
+  assert done.returncode == 2
+  assert done.stderr == (
+    'error: --overlap is of tiles; add --tile=HEIGHTxWIDTH.\n'
+  )
 
 
 def test_the_command_says_what_is_missing():

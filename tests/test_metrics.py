@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Confusion matrix and what is computed from it, against loops in NumPy."""
 
+import functools
 import json
 
 import jax
@@ -87,6 +88,150 @@ def test_batches_add_up_under_jit():
   )
 
 
+def test_pixels_beyond_int32_are_refused():
+  count = functools.partial(metrics.confusion_matrix, num_classes=2)
+  almost, many = (
+    jax.ShapeDtypeStruct((n, 2**10, 2**10), np.uint8) for n in (2047, 2048)
+  )
+  # One cell can get all of them. Shapes alone: nothing is computed.
+  assert jax.eval_shape(count, almost, almost).dtype == np.int32
+  with pytest.raises(ValueError, match=r'\(2048, 1024, 1024\).*smaller batch'):
+    jax.eval_shape(count, many, many)
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.int32])
+@pytest.mark.parametrize('ignored', [255, 3], ids=['outside', 'a_class'])
+def test_the_host_counts_the_same(dtype, ignored):
+  predictions, labels = make(dtype=dtype)
+  labels[0, :3] = 255 if dtype == np.uint8 else -1
+  host, device = (
+    count(predictions, labels, num_classes=19, ignore_label=ignored)
+    for count in (metrics.host_confusion_matrix, metrics.confusion_matrix)
+  )
+  assert host.dtype == np.int64
+  np.testing.assert_array_equal(host, device)
+  with pytest.raises(ValueError, match='must equal'):
+    metrics.host_confusion_matrix(predictions[1:], labels, num_classes=19)
+
+
+def test_mean_iou_equals_that_of_sets():
+  """Each class by its own masks over images of several sizes."""
+  generator = np.random.default_rng(7)
+  hits, unions, total = np.zeros(6), np.zeros(6), 0
+  for size in ((11, 17), (30, 8), (1, 1)):
+    # Class 4 is only predicted, 5 is absent.
+    labels = generator.choice([0, 1, 2, 3, 255], size).astype(np.uint8)
+    predictions = generator.integers(0, 5, size, np.uint8)
+    total = total + metrics.confusion_matrix(predictions, labels, num_classes=6)
+    for c in range(6):
+      ours, theirs = predictions == c, labels == c
+      ours &= labels != 255
+      hits[c] += (ours & theirs).sum()
+      unions[c] += (ours | theirs).sum()
+  expected = np.mean(hits[:5] / unions[:5])
+  np.testing.assert_allclose(metrics.mean_iou(total), expected, rtol=1e-9)
+  assert metrics.iou_per_class(total)[4] == 0
+
+
+@pytest.mark.torch
+def test_mean_iou_equals_torchmetrics():
+  torch = pytest.importorskip('torch')
+  torchmetrics = pytest.importorskip('torchmetrics')
+  predictions, labels = make(num_classes=19)
+  labels[0, :3] = 255
+  oracle = torchmetrics.JaccardIndex(
+    task='multiclass', num_classes=19, ignore_index=255
+  )
+  theirs = oracle(
+    *(torch.from_numpy(x.astype(np.int64)) for x in (predictions, labels))
+  )
+  counts = metrics.confusion_matrix(predictions, labels, num_classes=19)
+  # Theirs is float32.
+  np.testing.assert_allclose(metrics.mean_iou(counts), float(theirs), rtol=1e-6)
+
+
+def band_by_hand(mask, reach):
+  """Pixels of a mask within `reach` (largest of dy, dx) of a pixel outside of
+  it; the outside of the image is one."""
+  h, w = mask.shape
+  found = np.zeros_like(mask)
+  for y, x in zip(*np.nonzero(mask), strict=True):
+    for dy in range(-reach, reach + 1):
+      for dx in range(-reach, reach + 1):
+        i, j = y + dy, x + dx
+        inside = 0 <= i < h and 0 <= j < w
+        if not inside or not mask[i, j]:
+          found[y, x] = True
+  return found
+
+
+def blobs(seed, size, num_classes=4):
+  """Rectangles of ids, uint8 [h, w]."""
+  generator = np.random.default_rng(seed)
+  ids = np.zeros(size, np.uint8)
+  for _ in range(6):
+    y, x = (generator.integers(0, n) for n in size)
+    ids[y : y + 11, x : x + 9] = generator.integers(0, num_classes)
+  return ids
+
+
+@pytest.mark.parametrize('ratio', [0.001, 0.05, 0.1], ids=str)
+def test_boundary_iou_equals_masks_minus_erosion(ratio):
+  hits, unions, total = np.zeros(5), np.zeros(5), 0
+  for seed, size in enumerate([(20, 31), (33, 14)]):
+    labels, predictions = blobs(seed, size), blobs(seed + 9, size)
+    predictions[: size[0] // 2] = labels[: size[0] // 2]
+    labels[5:8, 3:9] = 255
+    reach = max(1, int(round(ratio * (size[0] ** 2 + size[1] ** 2) ** 0.5)))
+    total = total + metrics.boundary_matrix(
+      predictions, labels, num_classes=5, ratio=ratio
+    )
+    for c in range(5):
+      ours = band_by_hand((predictions == c) & (labels != 255), reach)
+      theirs = band_by_hand(labels == c, reach)
+      hits[c] += (ours & theirs).sum()
+      unions[c] += (ours | theirs).sum()
+  assert total.dtype == np.int64
+  iou = metrics.boundary_iou_per_class(total)
+  np.testing.assert_allclose(iou[:4], hits[:4] / unions[:4], **EXACT)
+  assert np.all(unions[:4]) and np.isnan(iou[4])
+  summary = metrics.summarise_boundary(total, tuple('abcde'))
+  np.testing.assert_allclose(summary['boundary_miou'], iou[:4].mean(), **EXACT)
+  assert summary['boundary_iou_per_class']['e'] is None
+
+
+def test_a_wide_band_gives_plain_iou():
+  predictions, labels = blobs(0, (20, 31)), blobs(1, (20, 31))
+  labels[3:5] = 255
+  wide = metrics.boundary_matrix(predictions, labels, num_classes=4, ratio=2.0)
+  plain = metrics.host_confusion_matrix(predictions, labels, num_classes=4)
+  np.testing.assert_array_equal(wide[:4, :4], plain)
+  assert not wide[4].any() and not wide[:, 4].any()
+
+
+def test_boundary_iou_sees_contours():
+  """A square that is one pixel too large on every side."""
+  labels, predictions = np.zeros((2, 64, 64), np.uint8)
+  labels[16:48, 16:48] = 1
+  predictions[15:49, 15:49] = 1
+  counts = metrics.host_confusion_matrix(predictions, labels, num_classes=2)
+  bands = metrics.boundary_matrix(predictions, labels, num_classes=2)
+  # 2 % of 90.5 pixels: bands of 2; that of 34 x 34 covers one row of the other.
+  ring = [34**2 - 30**2, 32**2 - 28**2]
+  both = 32**2 - 30**2
+  np.testing.assert_allclose(
+    metrics.boundary_iou_per_class(bands)[1], both / (sum(ring) - both), **EXACT
+  )
+  assert metrics.iou_per_class(counts)[1] > 0.88
+
+
+def test_classes_of_a_band_leave_room_for_one_more():
+  with pytest.raises(ValueError, match='num_classes=255 must be below 255'):
+    metrics.boundary_matrix(
+      np.zeros((2, 2), np.uint8), np.zeros((2, 2), np.uint8), num_classes=255
+    )
+
+
 def test_shapes_must_be_equal():
   with pytest.raises(ValueError, match=r'\(2, 3\).*\(2, 4\)'):
     metrics.confusion_matrix(
@@ -169,6 +314,11 @@ def test_summary_is_json():
   np.testing.assert_allclose(
     summary['class_accuracy'], (3 / 4 + 4 / 6) / 2, **EXACT
   )
+  assert summary['accuracy_per_class'] == {
+    'road': 3 / 4,
+    'car': 4 / 6,
+    'sky': None,
+  }
   np.testing.assert_allclose(
     summary['fw_iou'], 0.4 * 3 / 6 + 0.6 * 4 / 7, **EXACT
   )

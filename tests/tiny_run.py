@@ -50,7 +50,8 @@ def run_verb(verb, *arguments):
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': '',
     'PYTHONPATH': str(ROOT),
-    'PYTHONWARNINGS': 'error',
+    # ml_collections loads configs by a deprecated way.
+    'PYTHONWARNINGS': 'error,ignore:the load_module():DeprecationWarning',
     'XDG_CACHE_HOME': _CACHE.name,
   }
   return subprocess.run(

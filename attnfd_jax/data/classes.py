@@ -3,6 +3,13 @@
 
 import numpy as np
 
+IGNORE_LABEL = 255
+
+
+def names_and_palette(table):
+  """Names and uint8 [k, 3] of one of the tables below."""
+  return tuple(table), np.array(list(table.values()), np.uint8)
+
 
 def voc_palette(num_colours):
   """Colours of the PASCAL VOC devkit, uint8 [num_colours, 3].
@@ -14,7 +21,8 @@ def voc_palette(num_colours):
   return np.sum(bits << (7 - np.arange(8)), -1).astype(np.uint8)
 
 
-# SegNet's eleven classes of CamVid; id 11 is void.
+# SegNet's eleven classes of CamVid, and its id of void.
+CAMVID_VOID = 11
 CAMVID = {
   'sky': (128, 128, 128),
   'building': (128, 0, 0),
@@ -51,6 +59,10 @@ CITYSCAPES = {
   'motorcycle': (0, 0, 230),
   'bicycle': (119, 11, 32),
 }
+# From the same table: label ids in the order of train ids, and how many there
+# are; the others are not evaluated.
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)
+CITYSCAPES_NUM_IDS = 34
 
 _VOC_NAMES = (
   'background aeroplane bicycle bird boat bottle bus car cat chair cow '
@@ -60,4 +72,29 @@ _VOC_NAMES = (
 VOC = {
   name: tuple(colour.tolist())
   for name, colour in zip(_VOC_NAMES, voc_palette(21), strict=True)
+}
+
+# Categories of COCO 2017 (instances_*.json) that are the VOC classes 1 to 20,
+# in their order.
+COCO_CATEGORIES = {
+  'airplane': 5,
+  'bicycle': 2,
+  'bird': 16,
+  'boat': 9,
+  'bottle': 44,
+  'bus': 6,
+  'car': 3,
+  'cat': 17,
+  'chair': 62,
+  'cow': 21,
+  'dining table': 67,
+  'dog': 18,
+  'horse': 19,
+  'motorcycle': 4,
+  'person': 1,
+  'potted plant': 64,
+  'sheep': 20,
+  'couch': 63,
+  'train': 7,
+  'tv': 72,
 }

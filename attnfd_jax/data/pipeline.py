@@ -12,6 +12,7 @@ import grain
 import jax
 import numpy as np
 
+from attnfd_jax.data import sampling
 from attnfd_jax.data import transforms
 from attnfd_jax.data.sources import IGNORE_LABEL
 
@@ -42,7 +43,15 @@ def _local(batch_size):
 
 
 def train_batches(
-  source, augment, *, batch_size, seed, step=0, threads=4, workers=0
+  source,
+  augment,
+  *,
+  batch_size,
+  seed,
+  step=0,
+  balance=None,
+  threads=4,
+  workers=0,
 ):
   """An endless grain.IterDataset of batches, from global step `step` on.
 
@@ -52,15 +61,57 @@ def train_batches(
     batch_size: over all processes; each gets its equal share.
     seed: of order and augmentation.
     step: batches already consumed.
+    balance: a grain RandomMap from index to index, as sampling.Balance.
     threads: of this process, or of each worker.
     workers: processes, for transforms that hold the interpreter lock.
   """
   process, count, share = _local(batch_size)
-  dataset = grain.MapDataset.source(source).seed(seed).shuffle()
-  # Shards are cut after the random maps, else all hosts draw the same numbers.
-  dataset = dataset.random_map(augment).repeat()[process::count]
-  dataset = dataset.batch(share, drop_remainder=True)
+  if balance is None:
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle()
+  else:
+    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle()
+    dataset = dataset.random_map(balance).map(source.__getitem__)
+  # Shares are cut after the random maps, else all hosts draw the same numbers,
+  # and one after the other: row i of a batch is the same on any number.
+  dataset = dataset.random_map(augment).repeat()
+  dataset = dataset.batch(share, drop_remainder=True)[process::count]
   return _iterate(dataset[step:], threads, workers)
+
+
+def make_augment(config):
+  """The Augment of a resolved config."""
+  data = config.data
+  return transforms.Augment(
+    base_size=data.base_size,
+    crop_size=tuple(data.crop_size),
+    scale_range=tuple(data.scale_range),
+    label_fill=0 if data.label_pad == 'background' else IGNORE_LABEL,
+    flip=data.flip,
+    blur=data.blur,
+    photometric=data.photometric,
+    rotation=data.rotation,
+  )
+
+
+def configured_batches(config, dataset, *, step=0):
+  """train_batches of the split train, as a resolved config wants them."""
+  data, source = config.data, dataset.splits['train']
+  balance = None
+  if data.balanced:
+    presence = sampling.class_presence(
+      source, dataset.num_classes, threads=data.threads
+    )
+    balance = sampling.Balance(data.balanced, presence)
+  return train_batches(
+    source,
+    make_augment(config),
+    batch_size=config.batch_size,
+    seed=config.seed,
+    step=step,
+    balance=balance,
+    threads=data.threads,
+    workers=data.workers,
+  )
 
 
 class _Selected:

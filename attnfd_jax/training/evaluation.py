@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One confusion matrix over a data set, and pictures of a few images."""
 
+import functools
+
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +11,10 @@ import numpy as np
 from attnfd_jax.data import pipeline
 from attnfd_jax.data import transforms
 from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.models.layers import resize
 from attnfd_jax.training import sharding
 from attnfd_jax.training import step
+from attnfd_jax.training import tiling
 
 # Short side of image and label in protocol `reference`; train_kd.py:281.
 REFERENCE_SHORT_SIDE = 513
@@ -32,28 +37,30 @@ def evaluate(
 
   Args:
     network: called with (variables, image, train=False).
-    variables: of the network, on the mesh.
+    variables: of the network.
     source: see data/sources.py.
     num_classes: k.
-    mesh: the batch is split over its axis 'data'.
+    mesh: see sharding.make_mesh; every process calls this, reads its share
+      of the images and gets the counts of all.
     protocol: 'native' scores at the size of the untouched label, 'reference'
       resizes image and label to a short side of 513 first, as the authors.
-    batch_size: rounded up to a multiple of the devices.
+    batch_size: rounded up to a multiple of the mesh axis 'data'.
     short_side: of what the network sees in protocol 'native'; 0 leaves images
       as they are.
     size_multiple: pad images to multiples; fewer compilations.
     threads: that read.
   """
-  devices = mesh.devices.size
+  parts = mesh.shape['data']
   reference = protocol == 'reference'
   batches = pipeline.eval_batches(
     source,
-    batch_size=-(-batch_size // devices) * devices,
+    batch_size=-(-batch_size // parts) * parts,
     short_side=REFERENCE_SHORT_SIDE if reference else short_side,
     resize_labels=reference,
     size_multiple=size_multiple,
     threads=threads,
   )
+  variables = sharding.place(variables, sharding.replicated(mesh))
   count = step.make_eval_step(network, num_classes, mesh)
   place = sharding.by_batch(mesh)
   total = np.zeros((num_classes, num_classes), np.int64)
@@ -71,6 +78,84 @@ def evaluate(
   if pending is not None:
     total += np.asarray(pending)
   return total
+
+
+@functools.lru_cache
+def _make_scores(network):
+  """Jitted (variables, uint8 [1, h, w, 3], size) -> scores [height, width, k].
+
+  The operations of step.make_eval_step, one image at a time.
+  """
+
+  @functools.partial(jax.jit, static_argnames='size')
+  def scores(variables, image, *, size):
+    out = network.apply(variables, normalise(image), train=False)
+    return resize(out['coarse_logits'], *size)[0]
+
+  return scores
+
+
+@jax.jit
+def _classes(scores):
+  return jnp.argmax(scores, -1).astype(jnp.uint8)
+
+
+def predictions(
+  network,
+  variables,
+  source,
+  *,
+  protocol='native',
+  short_side=0,
+  size_multiple=1,
+  tile=None,
+  overlap=0.25,
+  threads=4,
+):
+  """Yields (class ids, label) of one image after the other, uint8 [h, w] each.
+
+  For what needs them on the host; `evaluate` is faster and counts the same.
+
+  Args:
+    network, variables, source, protocol, short_side, size_multiple, threads:
+      see `evaluate`.
+    tile: (height, width) of what the network sees at a time; scores of
+      overlapping tiles are averaged. None, or a tile that covers the image,
+      is the whole image.
+    overlap: least share of a tile that the next one covers again.
+  """
+  reference = protocol == 'reference'
+  short_side = REFERENCE_SHORT_SIDE if reference else short_side
+  scores = _make_scores(network)
+
+  def prepare(record):
+    image, label = record['image'], record['label']
+    size = label.shape
+    if short_side:
+      size = transforms.fit_short_side(size, short_side)
+    image = transforms.resize_image(image, size)
+    label = transforms.resize_label(label, size) if reference else label
+    return {'image': image, 'label': label}
+
+  def padded(size):
+    return tuple(-(-n // size_multiple) * size_multiple for n in size)
+
+  def of_tile(part):
+    return scores(variables, part[None], size=part.shape[:2])
+
+  def segment(image, size):
+    if tile is None or tiling.covers(tile, image.shape[:2]):
+      image = transforms.pad(image, padded(image.shape[:2]), 0)
+      found = scores(variables, image[None], size=padded(size))
+      return np.asarray(_classes(found))[: size[0], : size[1]]
+    found = tiling.tiled(of_tile, image, tile=tile, overlap=overlap)
+    found = tiling.resize_on_host(found, size)
+    return np.argmax(found, -1).astype(np.uint8)
+
+  records = grain.MapDataset.source(source).map(prepare)
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+  for record in records.to_iter_dataset(options):
+    yield segment(record['image'], record['label'].shape), record['label']
 
 
 def chosen_records(source, count, *, short_side=0):
@@ -93,6 +178,7 @@ def chosen_records(source, count, *, short_side=0):
 def make_pictures(network, variables, records, palette):
   """Arrays for the report: image, label, prediction, palette."""
   image = np.stack([record['image'] for record in records])
+  variables = sharding.to_host(variables)
 
   @jax.jit
   def predict(variables, image):
@@ -134,7 +220,7 @@ def attention_maps(student, teacher, distiller, variables, records):
 
   image = np.stack([record['image'] for record in records])
   found = {}
-  maps = refine(variables, image)
+  maps = refine(sharding.to_host(variables), image)
   for role, taps in zip(('student', 'teacher'), maps, strict=True):
     for tap, x in taps.items():
       x = np.asarray(x)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run writes for people and programs: lines, JSON, environment."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -8,16 +9,34 @@ import os
 import pathlib
 import platform
 import sys
-import time
 
 import jax
 
+from attnfd_jax.training import processes
+
 
 def write_json(path, value):
-  """Writes atomically: the file is the old or the new one, never half."""
+  """Writes atomically: the file is the old or the new one, never half.
+
+  The first process of several does it, the others nothing.
+  """
+  if not processes.is_first():
+    return
+  text = json.dumps(value, indent=2, sort_keys=True) + '\n'
+  with replacing(path) as file:
+    file.write(text.encode())
+
+
+@contextlib.contextmanager
+def replacing(path):
+  """A file, open for bytes, that takes the place of `path` when it is whole."""
   path = pathlib.Path(path)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n')
+  # One name: what a killed process leaves is overwritten by the next one.
+  temporary = path.with_name(f'.{path.name}.tmp')
+  with temporary.open('wb') as file:
+    yield file
+    file.flush()
+    os.fsync(file.fileno())  # The name must not be there before the bytes.
   temporary.replace(path)
 
 
@@ -61,28 +80,33 @@ def duration(seconds):
 class StageLog:
   """log.txt and metrics.jsonl of a stage; lines also go to the screen.
 
-  Lines of metrics after `step` are dropped: a resumed run writes them again.
+  Of several processes the first one writes.
   """
 
-  def __init__(self, directory, *, step=0):
+  def __init__(self, directory):
     self._directory = pathlib.Path(directory)
     self._stage = self._directory.name
     self._metrics = self._directory / 'metrics.jsonl'
-    self._start = time.monotonic()
-    if self._metrics.exists():
+
+  def forget_after(self, step):
+    """Drops metrics that a run which goes on at `step` will write again."""
+    if self._metrics.exists() and processes.is_first():
       kept = []
-      for line in self._metrics.read_text().splitlines():
+      text = self._metrics.read_text(errors='replace')
+      for line in text.splitlines():
         try:
-          if json.loads(line)['step'] <= step:
+          # At step 0 the teacher is scored: a fresh start does that again.
+          if step and json.loads(line)['step'] <= step:
             kept.append(line)
-        except json.JSONDecodeError:
+        except (ValueError, TypeError, KeyError):
           continue  # The last line of a killed process.
-      temporary = self._metrics.with_suffix('.tmp')
-      temporary.write_text(''.join(f'{line}\n' for line in kept))
-      temporary.replace(self._metrics)
+      with replacing(self._metrics) as file:
+        file.write(''.join(f'{line}\n' for line in kept).encode())
 
   def line(self, text):
     """One line for people."""
+    if not processes.is_first():
+      return
     print(f'[{self._stage}] {text}', flush=True)
     now = datetime.datetime.now().isoformat(timespec='seconds')
     with (self._directory / 'log.txt').open('a') as file:
@@ -99,6 +123,8 @@ class StageLog:
 
   def metrics(self, kind, step, values):
     """One JSON object for programs."""
+    if not processes.is_first():
+      return
     record = {'kind': kind, 'step': int(step)}
     record |= {
       key: value if isinstance(value, dict) else float(value)

@@ -2,29 +2,16 @@
 """The training loop: evaluate, save, stop, next batch, step, log."""
 
 import math
+import signal
 import time
 
 import jax
 
-from attnfd_jax.errors import InputError
 from attnfd_jax.training import checkpoints
+from attnfd_jax.training import finite
 from attnfd_jax.training import logs
-
-
-class NonFiniteLoss(InputError):
-  """The loss became NaN or infinite; what is saved stays."""
-
-
-def _check_finite(step, metrics, manager):
-  if not math.isfinite(metrics['loss']):
-    terms = ', '.join(
-      f'{name} {value:.4g}' for name, value in sorted(metrics.items())
-    )
-    raise NonFiniteLoss(
-      f'Loss is not finite at step {step}: {terms}. Last good checkpoint: step '
-      f'{manager.latest_step()}. Lower --config.optim.lr or set '
-      '--config.optim.clip_norm=1.'
-    )
+from attnfd_jax.training import processes
+from attnfd_jax.training.stopping import Stopped
 
 
 class _Clock:
@@ -58,12 +45,27 @@ class _Clock:
     return reading, left
 
 
+class _Timer:
+  """Whether the time has come for a checkpoint without evaluation."""
+
+  def __init__(self, minutes):
+    self._seconds = 60 * minutes
+    self.reset()
+
+  def reset(self):
+    self._start = time.monotonic()
+
+  def due(self):
+    return 0 < self._seconds <= time.monotonic() - self._start
+
+
 def train(
   state,
   *,
   train_step,
   teacher_variables,
   make_batches,
+  batch_names,
   evaluate,
   manager,
   run,
@@ -72,7 +74,9 @@ def train(
   num_steps,
   eval_every,
   log_every,
+  save_minutes,
   batch_size,
+  stop,
 ):
   """Trains until `num_steps`, from wherever `state` is; returns the state.
 
@@ -81,6 +85,7 @@ def train(
     train_step: (state, teacher_variables, batch, rng) -> state, metrics.
     teacher_variables: of the frozen teacher, or {}.
     make_batches: first step -> iterator of batches on devices.
+    batch_names: step -> names of the images of the batch that follows it.
     evaluate: variables -> dict of metrics with 'miou'.
     manager: Orbax manager; a checkpoint is saved after each evaluation.
     run: what a checkpoint must agree with to be resumed; see checkpoints.py.
@@ -88,67 +93,121 @@ def train(
     rng: key; the step folds its number in.
     num_steps: where to stop.
     eval_every, log_every: steps.
+    save_minutes: at most this long without a checkpoint; 0 is without limit.
     batch_size: global, for the speed.
+    stop: stopping.Stop.
 
   Raises:
-    NonFiniteLoss: at the first logged step with such a loss.
+    NonFiniteLoss: at the first step with such a loss.
+    Stopped: after a signal, when the last step is saved.
   """
-  step = first = int(state.step)
-  if step >= num_steps:
+  step = first = saved = int(state.step)
+  # A run that was stopped in an evaluation has saved without its metrics.
+  scored = step if step and manager.metrics(step) else None
+  if step == scored == num_steps:
     return state
   batches = iter(make_batches(step))
-  clock = _Clock(step, num_steps, batch_size)
-  metrics = None
+  clock, timer = _Clock(step, num_steps, batch_size), _Timer(save_minutes)
+  unchecked = metrics = None
   best = -math.inf
   if manager.best_step() is not None:
     best = manager.metrics(manager.best_step())['miou']
-  while True:
-    if step > first and (step % eval_every == 0 or step == num_steps):
-      # Before saving: a network with NaN weights must not be kept.
-      _check_finite(step, jax.device_get(metrics), manager)
-      start = time.monotonic()
-      scores = evaluate(state.student_variables())
-      best = max(best, scores['miou'])
-      log.line(
-        f'step {step}/{num_steps}  val mIoU {100 * scores["miou"]:.2f}  (best '
-        f'{100 * best:.2f}, {logs.duration(time.monotonic() - start)})'
+
+  def check(number, values):
+    finite.check_metrics(number, values, names=batch_names, manager=manager)
+
+  def save(miou=None):
+    if metrics is not None:
+      check(step, metrics)
+      finite.check_state(
+        step, state, metrics, names=batch_names, manager=manager
       )
-      log.metrics('eval', step, scores)
-      checkpoints.save(manager, step, state, run, miou=scores['miou'])
-      if step == eval_every:
-        manager.wait_until_finished()  # Errors of saving come late.
-      clock.reset(step)
-    if step == num_steps:
-      manager.wait_until_finished()
-      return state
-    batch = clock.wait(batches)
-    if step == first:
-      log.line('compiling the training step ...')
-      start = time.monotonic()
-    state, metrics = train_step(state, teacher_variables, batch, rng)
-    step += 1
-    due = step % log_every == 0 or step == num_steps
-    if step == first + 1:
-      jax.block_until_ready(metrics)
-      seconds = time.monotonic() - start
-      log.line(f'first step after {seconds:.1f} s; faster next time, cached')
-    elif not due:
-      continue
-    values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-    _check_finite(step, values, manager)
-    shown = ('loss', *sorted(set(values) - {'loss', 'learning_rate'}))
-    terms = '  '.join(
-      f'{name} {values[name]:.4f}' for name in shown if name.count('_') < 2
-    )
-    if step == first + 1:
-      clock.reset(step)  # Its time is that of the compiler.
-    else:
-      speed, left = clock.read(step)
-      values |= speed
-      terms += (
-        f'  {speed["images_per_second"]:.1f} images/s  '
-        f'waiting {speed["data_wait"]:.0%}  left {left}'
+    checkpoints.save(manager, step, state, run, miou=miou)
+    if saved == first:
+      checkpoints.wait(manager)  # Errors of saving come late.
+    timer.reset()
+    clock.reset(step)
+
+  with stop.deferred():
+    while True:
+      due = step % eval_every == 0 or step == num_steps
+      if step and due and scored != step:
+        if metrics is not None:
+          check(step, metrics)  # Before an evaluation in vain.
+        start = time.monotonic()
+        scores = stop.attempt(evaluate, state.student_variables())
+        if scores is not None:
+          best = max(best, scores['miou'])
+          log.line(
+            f'step {step}/{num_steps}  val mIoU {100 * scores["miou"]:.2f}  '
+            f'(best {100 * best:.2f}, '
+            f'{logs.duration(time.monotonic() - start)})'
+          )
+          # The line is there before the checkpoint: a restart drops what is
+          # newer than its checkpoint, and writes nothing older again.
+          log.metrics('eval', step, scores)
+          save(miou=scores['miou'])
+          saved = scored = step
+      elif saved != step and _any_due(timer, step, log_every):
+        save()
+        saved = step
+      if stop.signum or manager.reached_preemption(step):
+        if saved != step:
+          save()
+        checkpoints.wait(manager)
+        log.line(
+          f'stopped by {stop.name}, saved at step {step}; the same command '
+          'goes on there'
+        )
+        raise Stopped(stop.signum or signal.SIGTERM)
+      if step == num_steps:
+        checkpoints.wait(manager)
+        return state
+      try:
+        batch = clock.wait(batches)
+      except Exception:
+        # Ctrl-C also ends the processes that read.
+        if not stop.signum:
+          raise
+        continue
+      if step == first:
+        log.line('compiling the training step ...')
+        start = time.monotonic()
+      state, metrics = train_step(state, teacher_variables, batch, rng)
+      step += 1
+      if unchecked:
+        check(*unchecked)  # One step late: the device is not kept waiting.
+      unchecked = step, metrics
+      logged = step % log_every == 0 or step == num_steps
+      if step == first + 1:
+        jax.block_until_ready(metrics)
+        seconds = time.monotonic() - start
+        log.line(f'first step after {seconds:.1f} s; faster next time, cached')
+      elif not logged:
+        continue
+      check(*unchecked)
+      unchecked = None
+      values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+      shown = ('loss', *sorted(set(values) - {'loss', 'learning_rate'}))
+      terms = '  '.join(
+        f'{name} {values[name]:.4f}' for name in shown if name.count('_') < 2
       )
-    if due:
-      log.metrics('train', step, values)
-      log.line(f'step {step}/{num_steps}  {terms}')
+      if step == first + 1:
+        clock.reset(step)  # Its time is that of the compiler.
+      else:
+        speed, left = clock.read(step)
+        values |= speed
+        terms += (
+          f'  {speed["images_per_second"]:.1f} images/s  '
+          f'waiting {speed["data_wait"]:.0%}  left {left}'
+        )
+      if logged:
+        log.metrics('train', step, values)
+        log.line(f'step {step}/{num_steps}  {terms}')
+
+
+def _any_due(timer, step, log_every):
+  # Clocks of processes differ, and to ask all of them is not free.
+  if jax.process_count() > 1 and step % log_every:
+    return False
+  return processes.any_of(timer.due())

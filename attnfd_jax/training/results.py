@@ -9,6 +9,7 @@ import numpy as np
 from attnfd_jax.training import evaluation
 from attnfd_jax.training import logs
 from attnfd_jax.training import networks
+from attnfd_jax.training import processes
 
 
 def write(stage, state, directory, *, step):
@@ -23,7 +24,9 @@ def write(stage, state, directory, *, step):
   if records:
     image_size = records[0]['label'].shape
     pictures = _pictures(stage, state, records)
-    np.savez_compressed(directory / 'pictures.npz', **pictures)
+    if processes.is_first():
+      with logs.replacing(directory / 'pictures.npz') as file:
+        np.savez_compressed(file, **pictures)
   result = stage.evaluate(variables)
   if config.eval.test_split:
     result['test'] = stage.evaluate(variables, config.eval.test_split)

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from attnfd_jax import metrics
 from attnfd_jax import torch_files
 from attnfd_jax import torch_models
+from attnfd_jax.data import cache
 from attnfd_jax.data import pipeline
 from attnfd_jax.data.sources import Dataset
-from attnfd_jax.data.sources import IGNORE_LABEL
-from attnfd_jax.data.transforms import Augment
 from attnfd_jax.distill import make_distiller
 from attnfd_jax.distill import WeightedSum
 from attnfd_jax.errors import InputError
@@ -26,6 +25,8 @@ from attnfd_jax.training import optim
 from attnfd_jax.training import sharding
 from attnfd_jax.training.state import make_state
 from attnfd_jax.training.step import make_train_step
+from attnfd_jax.training.task_loss import make_task_loss
+from attnfd_jax.training.task_loss import with_class_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _load_torch_teacher(config, path, dataset, everywhere):
     )
   return Teacher(
     network,
-    jax.device_put(variables, everywhere),
+    sharding.place(variables, everywhere),
     name=name,
     miou=None,
     attention=attention,
@@ -222,23 +223,9 @@ class Stage:
       InputError: if a file of pretrained weights does not fit.
     """
 
-    def init(rng):
-      image = jnp.zeros((1, 64, 64, 3))
-      variables = {'student': self.network.init(rng, image, train=False)}
-      if self.distiller is not None:
-        outputs = jax.tree.map(
-          lambda x: jnp.zeros(x.shape, x.dtype), self.output_shapes
-        )
-        variables['distiller'] = self.distiller.init(
-          jax.random.fold_in(rng, 1), *outputs, None, train=False
-        )
-      return make_state(variables, self.tx, ema=self.config.optim.ema_decay > 0)
-
-    # Student and distilled student of one seed start from the same weights.
-    index = 0 if self.name == 'teacher' else 1
-    rng = networks.init_key(self.config.seed, index)
+    # Whole at first: numbers of rbg keys depend on how they are split.
     everywhere = sharding.replicated(self.mesh)
-    state = jax.jit(init, out_shardings=everywhere)(rng)
+    state = jax.jit(self._init, out_shardings=everywhere)(self._init_key)
     if fresh and self.options.pretrained:
       path = self.options.pretrained
       loaded, line = networks.load_pretrained(path, self.network)
@@ -247,7 +234,35 @@ class Stage:
     if self._keeps_gates:
       frozen = {'teacher': {'methods_attnfd': self.teacher.attention}}
       state = self._fill(state, 'distiller', frozen)
+    if self.state_sharding is not None:
+      state = jax.device_put(state, self.state_sharding)
     return state
+
+  @property
+  def _init_key(self):
+    # Student and distilled student of one seed start from the same weights.
+    index = 0 if self.name == 'teacher' else 1
+    return networks.init_key(self.config.seed, index)
+
+  def _init(self, rng):
+    image = jnp.zeros((1, 64, 64, 3))
+    variables = {'student': self.network.init(rng, image, train=False)}
+    if self.distiller is not None:
+      outputs = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), self.output_shapes
+      )
+      variables['distiller'] = self.distiller.init(
+        jax.random.fold_in(rng, 1), *outputs, None, train=False
+      )
+    return make_state(variables, self.tx, ema=self.config.optim.ema_decay > 0)
+
+  @functools.cached_property
+  def state_sharding(self):
+    """TrainState of shardings with config.mesh.fsdp, else None."""
+    if not self.config.mesh.fsdp:
+      return None
+    shapes = jax.eval_shape(self._init, self._init_key)
+    return sharding.split_state(shapes, self.mesh)
 
   @property
   def _keeps_gates(self):
@@ -295,6 +310,8 @@ class Stage:
       distiller=self.distiller,
       schedule=self.schedule,
       mesh=self.mesh,
+      state_sharding=self.state_sharding,
+      task_loss=make_task_loss(self.config.loss),
       teacher_bn=distill.teacher_bn,
       teacher_dropout=distill.teacher_dropout,
       ce_batch_division=distill.ce_batch_division,
@@ -305,25 +322,7 @@ class Stage:
 
   def make_batches(self, step):
     """Batches on the mesh, from global step `step` on."""
-    data = self.config.data
-    augment = Augment(
-      base_size=data.base_size,
-      crop_size=tuple(data.crop_size),
-      scale_range=tuple(data.scale_range),
-      label_fill=0 if data.label_pad == 'background' else IGNORE_LABEL,
-      flip=data.flip,
-      blur=data.blur,
-      photometric=data.photometric,
-    )
-    batches = pipeline.train_batches(
-      self.dataset.splits['train'],
-      augment,
-      batch_size=self.config.batch_size,
-      seed=self.config.seed,
-      step=step,
-      threads=data.threads,
-      workers=data.workers,
-    )
+    batches = pipeline.configured_batches(self.config, self.dataset, step=step)
     return pipeline.to_device(batches, sharding.by_batch(self.mesh))
 
   def evaluate(self, variables, split='val', *, network=None):
@@ -354,6 +353,11 @@ class Stage:
 
 def make_stage(name, config, dataset, mesh, workdir):
   """Builds stage `name`; loads the teacher when there is one to learn from."""
+  if config.data.decoded_cache:
+    dataset = cache.with_decoded(
+      dataset, config.data.decoded_cache, threads=config.data.threads
+    )
+  config = with_class_weights(config, dataset, workdir)
   num_classes = dataset.num_classes
   teacher = distiller = None
   shapes = []

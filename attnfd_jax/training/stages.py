@@ -1,61 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run: the stages teacher, student and distill, one after the other."""
 
+import contextlib
 import dataclasses
+import errno
+import functools
 import json
 import pathlib
 
 import jax
 
+from attnfd_jax.config import default_config
+from attnfd_jax.config import RECIPES
 from attnfd_jax.config import resolve
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.errors import InputError
 from attnfd_jax.training import checkpoints
+from attnfd_jax.training import finite
+from attnfd_jax.training import lock
 from attnfd_jax.training import logs
 from attnfd_jax.training import loop
+from attnfd_jax.training import memory
 from attnfd_jax.training import networks
+from attnfd_jax.training import processes
 from attnfd_jax.training import results
 from attnfd_jax.training import sharding
 from attnfd_jax.training.stage import load_teacher
 from attnfd_jax.training.stage import make_stage
 from attnfd_jax.training.stage import make_stage_distiller
 from attnfd_jax.training.stage import make_student
+from attnfd_jax.training.stopping import Stop
+from attnfd_jax.training.task_loss import check_class_weights
 
 # Keys that may change between the parts of an interrupted run.
 HARMLESS = (
   'stages',
   'log_every_steps',
+  'checkpoint.every_minutes',
+  'checkpoint.keep_best',
   'data.root',
+  'data.prepared',
   'data.cache',
+  'data.decoded_cache',
   'data.threads',
   'data.workers',
   'eval.batch_size',
   'eval.num_pictures',
   'mesh.data',
+  'mesh.fsdp',
+  'mesh.spatial',
   'teacher.min_miou',
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def run(config, workdir):
+def run(config, workdir, *, stop=None):
   """All stages of `config`; finished ones are skipped. Returns the table.
 
   Args:
     config: as of config.default_config.
     workdir: folder of the run; ARCHITECTURE of the output is in the README.
+    stop: stopping.Stop of a command that listens to signals.
 
   Returns:
     {stage: its result.json}.
 
   Raises:
     InputError: whenever the user can mend it.
+    Stopped: after a signal.
   """
   config = resolve(config)
   workdir = pathlib.Path(workdir).absolute()
   dataset = load_dataset(config.data)
-  mesh = sharding.make_mesh(config.mesh.data)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
   _check(config, dataset, mesh)
   _check_files(config, dataset, mesh, workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
+  with _disk_errors(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+    one = (
+      lock.locked(workdir) if processes.is_first() else contextlib.nullcontext()
+    )
+    with one:
+      return _run(config, dataset, mesh, workdir, stop or Stop())
+
+
+@contextlib.contextmanager
+def _disk_errors(workdir):
+  """A full disk and a forbidden folder get their remedy."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno in _FULL:
+      remedy = 'make room'
+    elif error.errno in _FORBIDDEN:
+      remedy = 'make it writable'
+    else:
+      raise
+    raise InputError(
+      f'{error.filename or workdir}: {error.strerror}; {remedy} and start the '
+      'same command again. What was saved before is still there.'
+    ) from error
+
+
+def _run(config, dataset, mesh, workdir, stop):
   _claim(workdir / 'config.json', config)
   sizes = ', '.join(f'{k} {len(v)}' for k, v in dataset.splits.items())
   print(
@@ -68,7 +116,7 @@ def run(config, workdir):
     if name == 'teacher' and config.teacher.checkpoint:
       print(f'[teacher] given: {config.teacher.checkpoint}', flush=True)
       continue
-    table[name] = _run_stage(name, config, dataset, mesh, workdir)
+    table[name] = _run_stage(name, config, dataset, mesh, workdir, stop)
     path = workdir / 'results.json'
     known = json.loads(path.read_text()) if path.exists() else {}
     logs.write_json(path, known | table)
@@ -77,11 +125,11 @@ def run(config, workdir):
 
 def _check(config, dataset, mesh):
   """What is wrong with a later stage is wrong before the first one."""
-  devices = mesh.devices.size
-  if config.batch_size % (devices * config.optim.accumulate):
+  parts = mesh.shape['data']
+  if config.batch_size % (parts * config.optim.accumulate):
     raise InputError(
       f'config.batch_size={config.batch_size} must be a multiple of the '
-      f'{devices} devices times optim.accumulate={config.optim.accumulate}.'
+      f'{parts} devices times optim.accumulate={config.optim.accumulate}.'
     )
   wanted = {'train', 'val', config.eval.test_split} - {''}
   missing = [
@@ -92,6 +140,7 @@ def _check(config, dataset, mesh):
       f'{dataset.name} has no images in {", ".join(sorted(missing))}; have '
       f'{", ".join(dataset.splits)}.'
     )
+  check_class_weights(config.loss, dataset.class_names)
   teacher = networks.make_network(config.teacher, dataset.num_classes)
   student = make_student(config, dataset.num_classes, distilled=True)
   if 'distill' in config.stages:
@@ -109,6 +158,31 @@ def _check_files(config, dataset, mesh, workdir):
       networks.load_pretrained(config[role].pretrained, network)
     if name == 'distill' and config.teacher.checkpoint:
       load_teacher(config, workdir, dataset, mesh)
+  if 'distill' in config.stages and not config.teacher.checkpoint:
+    _check_own_teacher(config, workdir)
+
+
+def _check_own_teacher(config, workdir):
+  """The teacher that this run has, or will have, for distillation."""
+  folder = workdir / 'teacher'
+  finished = (folder / 'result.json').exists()
+  trains = 'teacher' in config.stages and not finished
+  if trains or (workdir / 'distill' / 'result.json').exists():
+    return
+  missing = [
+    name
+    for name in ('config.json', 'checkpoints')
+    if not (folder / name).exists()
+  ]
+  if missing:
+    again = 'add teacher to --config.stages'
+    if 'teacher' in config.stages:
+      again = 'move the rest of it away to train it again'
+    raise InputError(
+      f'{folder}: no {" and no ".join(missing)} there, and distilling needs '
+      f'the teacher; put them back, {again}, or name another by '
+      '--config.teacher.checkpoint.'
+    )
 
 
 def _flat(config, prefix=''):
@@ -119,11 +193,25 @@ def _flat(config, prefix=''):
       yield f'{prefix}{key}', value
 
 
+def _known(path):
+  """A stored config, with the defaults of keys that are younger than it."""
+  try:
+    stored = dict(_flat(json.loads(path.read_text())))
+  except (ValueError, AttributeError):
+    raise InputError(
+      f'{path}: damaged; put a copy back, or move it away to go on with the '
+      'config of this command.'
+    ) from None
+  defaults = json.loads(default_config().to_json_best_effort())
+  recipe = RECIPES.get(stored.get('recipe'), {})
+  return dict(_flat(defaults)) | recipe | stored
+
+
 def _claim(path, config):
   """Writes the config, or refuses a folder that was begun with another."""
   ours = json.loads(config.to_json_best_effort())
   if path.exists():
-    theirs, new = dict(_flat(json.loads(path.read_text()))), dict(_flat(ours))
+    theirs, new = _known(path), dict(_flat(ours))
     changed = [
       f'{key}: {theirs.get(key)} -> {new.get(key)}'
       for key in sorted(theirs.keys() | new.keys())
@@ -163,7 +251,42 @@ def _score_teacher(stage, log, *, resumed):
   )
 
 
-def _run_stage(name, config, dataset, mesh, workdir):
+def _train(stage, state, manager, run_facts, log, stop):
+  config = stage.config
+  devices = stage.mesh.shape['data']
+
+  def evaluate(variables):
+    with memory.explained(config.eval.batch_size, devices=devices):
+      return stage.evaluate(variables)
+
+  with memory.explained(
+    config.batch_size, devices=devices, accumulate=config.optim.accumulate
+  ):
+    return loop.train(
+      state,
+      train_step=stage.make_train_step(),
+      teacher_variables=stage.teacher.variables if stage.teacher else {},
+      make_batches=stage.make_batches,
+      batch_names=functools.partial(
+        finite.configured_names, config, stage.dataset
+      ),
+      evaluate=evaluate,
+      manager=manager,
+      run=run_facts,
+      log=log,
+      rng=sharding.place(
+        jax.random.key(config.seed), sharding.replicated(stage.mesh)
+      ),
+      num_steps=stage.num_steps,
+      eval_every=stage.eval_every,
+      log_every=config.log_every_steps,
+      save_minutes=config.checkpoint.every_minutes,
+      batch_size=config.batch_size,
+      stop=stop,
+    )
+
+
+def _run_stage(name, config, dataset, mesh, workdir, stop):
   directory = workdir / name
   finished = directory / 'result.json'
   if finished.exists():
@@ -178,40 +301,26 @@ def _run_stage(name, config, dataset, mesh, workdir):
     'batch_size': config.batch_size,
     'records': len(dataset.splits['train']),
   }
-  with checkpoints.make_manager(
-    directory / 'checkpoints', keep_best=config.checkpoint.keep_best
-  ) as manager:
-    latest = manager.latest_step() or 0
-    log = logs.StageLog(directory, step=latest)
-    log.line(
-      f'{networks.describe(stage.options)}, {stage.num_steps} steps of '
-      f'{config.batch_size} images; preparing the network ...'
-    )
-    state = stage.init_state(fresh=not latest, log=log.line)
-    if latest:
-      state = checkpoints.restore(manager, latest, state, run_facts)
-      log.line(f'goes on at step {latest}')
-    if stage.teacher:
-      attention = results.attention_of(stage.distiller)
-      log.line(f'teacher {stage.teacher.name}, attention {attention}')
-      stage = _score_teacher(stage, log, resumed=latest > 0)
-    state = loop.train(
-      state,
-      train_step=stage.make_train_step(),
-      teacher_variables=stage.teacher.variables if stage.teacher else {},
-      make_batches=stage.make_batches,
-      evaluate=stage.evaluate,
-      manager=manager,
-      run=run_facts,
-      log=log,
-      rng=jax.device_put(
-        jax.random.key(config.seed), sharding.replicated(mesh)
-      ),
-      num_steps=stage.num_steps,
-      eval_every=stage.eval_every,
-      log_every=config.log_every_steps,
-      batch_size=config.batch_size,
-    )
+  log = logs.StageLog(directory)
+  log.line(
+    f'{networks.describe(stage.options)}, {stage.num_steps} steps of '
+    f'{config.batch_size} images; preparing the network ...'
+  )
+  saved = directory / 'checkpoints'
+  state = stage.init_state(fresh=not checkpoints.steps(saved), log=log.line)
+  state, latest = checkpoints.restore_latest(
+    saved, state, run_facts, log=log.line
+  )
+  log.forget_after(latest)
+  if latest:
+    log.line(f'goes on at step {latest}')
+  if stage.teacher:
+    attention = results.attention_of(stage.distiller)
+    log.line(f'teacher {stage.teacher.name}, attention {attention}')
+    stage = _score_teacher(stage, log, resumed=latest > 0)
+  keep_best = config.checkpoint.keep_best
+  with checkpoints.managed(saved, keep_best=keep_best) as manager:
+    state = _train(stage, state, manager, run_facts, log, stop)
     best = manager.best_step()
     log.line(f'scoring the best checkpoint, step {best}')
     state = checkpoints.restore(manager, best, state, run_facts)
@@ -220,4 +329,6 @@ def _run_stage(name, config, dataset, mesh, workdir):
   if 'test' in result:
     scores += f', test mIoU {100 * result["test"]["miou"]:.2f}'
   log.line(f'finished: {scores}')
+  # The next stage reads what the first process wrote.
+  processes.wait(f'{name} finished')
   return result

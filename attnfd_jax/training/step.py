@@ -23,6 +23,8 @@ def make_train_step(
   distiller=None,
   schedule,
   mesh,
+  state_sharding=None,
+  task_loss=softmax_cross_entropy,
   teacher_bn='running',
   teacher_dropout=False,
   ce_batch_division=False,
@@ -41,11 +43,16 @@ def make_train_step(
     teacher: network or None; teacher_variables are then {}.
     distiller: module called with (student, teacher, labels); see distill/.
     schedule: step -> learning rate, for the log.
-    mesh: with an axis 'data'.
+    mesh: see sharding.make_mesh.
+    state_sharding: TrainState of shardings, as of sharding.split_state: the
+      weights are gathered for the gradient, which comes back split. None is
+      a whole state on every device.
+    task_loss: (logits, labels) -> scalar; 'ce' in the metrics if it is the
+      cross-entropy, else 'task'.
     teacher_bn: 'running' or 'batch' statistics in the teacher, whose own
       running ones never change.
     teacher_dropout: drop in the teacher as well.
-    ce_batch_division: divide the cross-entropy by the batch, as the authors do
+    ce_batch_division: divide the task loss by the batch, as the authors do
       (utils/loss.py).
     accumulate: parts of the batch, one after the other, in less memory;
       statistics and norms are then over a part.
@@ -53,6 +60,8 @@ def make_train_step(
       again.
     ema_decay: of the averaged student; 0 keeps none.
   """
+  everywhere = sharding.replicated(mesh)
+  task_name = 'ce' if task_loss is softmax_cross_entropy else 'task'
 
   def forward(variables, image, rng):
     return student.apply(
@@ -71,17 +80,18 @@ def make_train_step(
     image = batch['image']
     if image.dtype == jnp.uint8:
       image = normalise(image)
-    label = batch['label']
+    image = sharding.split_height(image, mesh)
+    label = sharding.split_height(batch['label'], mesh)
     student_rng, teacher_rng = jax.random.split(rng)
     out, updated = forward(
       {'params': params['student'], **collections['student']},
       image,
       student_rng,
     )
-    loss = ce = softmax_cross_entropy(out['logits'], label)
+    loss = task = task_loss(out['logits'], label)
     if ce_batch_division:
-      loss = ce / image.shape[0]
-    terms = {'ce': ce}
+      loss = task / image.shape[0]
+    terms = {task_name: task}
     collections = {**collections, 'student': updated}
     if distiller is not None:
       # Statistics are not mutable here: the teacher stays as it is.
@@ -140,9 +150,16 @@ def make_train_step(
 
   def train_step(state, teacher_variables, batch, rng):
     rng = jax.random.fold_in(rng, state.step)
+    whole = state
+    if state_sharding is not None:
+      # Said, not left to XLA, which might split channels of maps instead.
+      constrain = jax.lax.with_sharding_constraint
+      whole = state.replace(params=constrain(state.params, everywhere))
     grads, (collections, metrics) = gradients(
-      state, teacher_variables, batch, rng
+      whole, teacher_variables, batch, rng
     )
+    if state_sharding is not None:
+      grads = constrain(grads, state_sharding.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics |= {
@@ -166,12 +183,12 @@ def make_train_step(
       state = state.replace(ema=average)
     return state, metrics
 
-  everywhere = sharding.replicated(mesh)
+  place = everywhere if state_sharding is None else state_sharding
   return jax.jit(
     train_step,
     donate_argnums=0,
-    in_shardings=(everywhere, everywhere, sharding.by_batch(mesh), everywhere),
-    out_shardings=(everywhere, everywhere),
+    in_shardings=(place, everywhere, sharding.by_batch(mesh), everywhere),
+    out_shardings=(place, everywhere),
   )
 
 
@@ -183,8 +200,9 @@ def make_eval_step(network, num_classes, mesh):
   """
 
   def eval_step(variables, batch):
-    out = network.apply(variables, normalise(batch['image']), train=False)
-    label = batch['label']
+    image = sharding.split_height(normalise(batch['image']), mesh)
+    out = network.apply(variables, image, train=False)
+    label = sharding.split_height(batch['label'], mesh)
     # From the coarse scores in one step, whatever the size of the label.
     logits = resize(out['coarse_logits'], *label.shape[1:])
     predictions = jnp.argmax(logits, -1)

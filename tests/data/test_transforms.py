@@ -145,6 +145,99 @@ def test_only_the_base_size_of_a_fixed_scale():
   assert np.all(inside[:32, :48]) and inside.sum() == 32 * 48
 
 
+def turned(record, seed, **options):
+  """A record and what Augment makes of it: rotation, else the identity."""
+  augment = Augment(80, (80, 80), **PLAIN | options)
+  return augment.random_map(record, generator(seed))
+
+
+def slopes(result):
+  """How (row, column) of the source change by row and column, and the rest.
+
+  Fitted to pixels of make_record far from what rotation leaves empty.
+  """
+  rows, columns = np.mgrid[28:52, 28:52]
+  places = np.stack([rows, columns, np.ones_like(rows)], -1).reshape(-1, 3)
+  values = result['image'][28:52, 28:52, :2].reshape(-1, 2).astype(float)
+  fit, *_ = np.linalg.lstsq(places, values, rcond=None)
+  return fit[:2].T, np.abs(places @ fit - values).max(), fit.T @ [39.5, 39.5, 1]
+
+
+def test_rotation_turns_about_the_centre():
+  angles = []
+  for seed in range(60):
+    matrix, rest, centre = slopes(
+      turned(make_record(80, 80), seed, rotation=30.0)
+    )
+    # Grey values are whole numbers, and OpenCV's places multiples of 1/32.
+    assert rest < 0.6
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(2), rtol=0, atol=0.02)
+    np.testing.assert_allclose(centre, 39.5, rtol=0, atol=0.1)
+    assert np.linalg.det(matrix) > 0  # Not a mirror image.
+    angles.append(np.degrees(np.arctan2(matrix[1, 0], matrix[0, 0])))
+  assert -31 < min(angles) < -20 and 20 < max(angles) < 31
+
+
+def test_rotation_ignores_what_lies_outside():
+  record = make_record(80, 80)
+  record = {'image': record['image'] | 1, 'label': record['label']}
+  for seed in range(10):
+    # Padding is background in this data set; the corners are unknown.
+    result = turned(record, seed, rotation=40.0, label_fill=0)
+    outside = result['label'] == 255
+    assert np.all(result['label'][30:50, 30:50] < 5)
+    matrix, _, _ = slopes(result)
+    rows, columns = np.mgrid[:80, :80] - 39.5
+    source = np.abs(np.einsum('ij,jhw->ihw', matrix, [rows, columns])).max(0)
+    # Half a pixel for rounding to the nearest, one for the fitted slopes.
+    assert np.all(outside[source > 41.5])
+    assert not np.any(outside[source < 38.5])
+    assert np.all(result['image'][source > 42] == 0)
+
+
+def test_rotation_fills_from_the_image_where_it_can():
+  """A window far from the border has real pixels in its corners."""
+  augment = Augment(200, (60, 60), **PLAIN | {'rotation': 45.0})
+  record = make_record(200, 200)
+  full = 0
+  for seed in range(40):
+    result = augment.random_map(record, generator(seed))
+    middle = result['image'][30, 30, :2].astype(int)
+    if np.all(np.abs(middle - 100) < 56):  # 60 / sqrt 2 from the border.
+      assert not np.any(result['label'] == 255)
+      full += 1
+  assert full > 5
+
+
+@pytest.mark.parametrize('scale', [0.5, 1.6], ids=str)
+def test_rotated_image_and_label_move_together(scale):
+  augment = Augment(
+    60, (48, 48), scale_range=(scale, scale), blur=0.0, rotation=20.0
+  )
+  counted = 0
+  for seed in range(20):
+    result = augment.random_map(blobs(60, 75, seed), generator(seed))
+    kernel = np.ones((5, 5), np.uint8)
+    grey = result['image'][..., 0]
+    flat = cv2.dilate(grey, kernel) == cv2.erode(grey, kernel)
+    flat &= cv2.dilate(result['label'], kernel) != 255
+    np.testing.assert_array_equal(grey[flat], 100 * result['label'][flat] + 20)
+    counted += flat.mean()
+  assert counted / 20 > 0.04
+
+
+def test_wide_crops():
+  record = blobs(256, 512, 0)
+  augment = Augment(512, (512, 1024), photometric=0.5, rotation=5.0)
+  result = augment.random_map(record, generator(1))
+  assert result['image'].shape == (512, 1024, 3)
+  assert result['label'].shape == (512, 1024)
+  assert np.any(result['label'] != 255)
+  # At scale 1 only the size differs: every second pixel is one of the record.
+  plain = Augment(512, (512, 1024), **PLAIN).random_map(record, generator(1))
+  np.testing.assert_array_equal(plain['label'][::2, ::2], record['label'])
+
+
 @pytest.mark.parametrize('option', ['blur', 'photometric'])
 def test_the_label_sees_geometry_only(option):
   record = blobs(40, 60, 0)

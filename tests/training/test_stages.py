@@ -5,149 +5,37 @@ import json
 import math
 import shutil
 
-import flax.linen as nn
-import jax
 import numpy as np
 import pytest
-import tiny_run
+import small_run
 
 from attnfd_jax.errors import InputError
-from attnfd_jax.models import layers
-from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.training import checkpoints
 from attnfd_jax.training import evaluation
+from attnfd_jax.training import finite
 from attnfd_jax.training import logs
-from attnfd_jax.training import loop
-from attnfd_jax.training import networks
 from attnfd_jax.training import stages
 
-STAGES = ('teacher', 'student', 'distill')
-
-
-class Small(DeepLabV3Plus):
-  """Two convolutions with the same options, which compile fast."""
-
-  @nn.compact
-  def __call__(self, image, *, train, dropout=None):
-    dropout = train if dropout is None else dropout
-    channels = round(8 * self.width_multiplier)
-
-    def block(name, x, strides):
-      module = layers.ConvNorm(channels, strides=strides, name=name)
-      return nn.relu(module(x, train=train))
-
-    x = block('backbone', image, 8)
-    x = layers.resize(x, *(n // 4 for n in image.shape[1:3]))
-    x = tap = block('decoder', x, 1)
-    x = nn.Dropout(self.decoder_dropout)(x, deterministic=not dropout)
-    coarse = layers.Conv(self.num_classes, 1, name='classifier')(x)
-    logits = layers.resize(coarse, *image.shape[1:3])
-    return {
-      'logits': logits,
-      'coarse_logits': coarse,
-      'features': {'decoder': tap},
-    }
+STAGES = small_run.STAGES
 
 
 @pytest.fixture(scope='module', autouse=True)
 def small(tmp_path_factory):
   """All networks are small, and later runs of this file reuse programs."""
-  cache = tmp_path_factory.mktemp('programs')
-  names = {
-    'jax_compilation_cache_dir': str(cache),
-    'jax_persistent_cache_min_compile_time_secs': 0.0,
-    'jax_persistent_cache_min_entry_size_bytes': 0,
-  }
-  before = {name: getattr(jax.config, name) for name in names}
-  networks.DeepLabV3Plus = Small
-  for name, value in names.items():
-    jax.config.update(name, value)
-  yield
-  networks.DeepLabV3Plus = DeepLabV3Plus
-  for name, value in before.items():
-    jax.config.update(name, value)
-
-
-def make_config():
-  """Two epochs of two steps in each stage, scored after every epoch."""
-  config = tiny_run.tiny_config()
-  config.stages = STAGES
-  config.optim.name, config.optim.lr = 'sgd', 0.05
-  config.num_epochs = config.teacher.num_epochs = 2.0
-  config.eval.every_epochs = 1.0
-  config.log_every_steps = 1
-  config.eval.num_pictures = 1
-  config.checkpoint.keep_best = 1
-  # The phases and the average are part of what a checkpoint must bring back.
-  config.distill.connector_schedule = 'first_epoch'
-  config.optim.ema_decay = 0.5
-  config.teacher.in_path_attention = True
-  # Alike, so that two stages share a program.
-  config.teacher.width_multiplier = config.student.width_multiplier = 0.5
-  return config
+  with small_run.small_networks(tmp_path_factory.mktemp('programs')):
+    yield
 
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
   """A run of three stages, never interrupted."""
   workdir = tmp_path_factory.mktemp('runs') / 'whole'
-  stages.run(make_config(), workdir)
+  stages.run(small_run.make_config(), workdir)
   return workdir
-
-
-def read_lines(directory):
-  text = (directory / 'metrics.jsonl').read_text()
-  return [json.loads(line) for line in text.splitlines()]
-
-
-def untimed(records):
-  """Without what the clock says."""
-  clock = {'step_seconds', 'images_per_second', 'data_wait'}
-  return [{k: v for k, v in r.items() if k not in clock} for r in records]
-
-
-def read_result(directory):
-  result = json.loads((directory / 'result.json').read_text())
-  return {k: v for k, v in result.items() if k != 'train_seconds'}
-
-
-def stored_states(directory):
-  """Step -> leaves of the whole state, as they are on disk."""
-  manager = checkpoints.make_manager(directory / 'checkpoints', read_only=True)
-  found = {}
-  with manager:
-    for step in manager.all_steps():
-      path = directory / 'checkpoints' / str(step) / 'state'
-      found[step] = path
-  return {step: restore_numpy(path) for step, path in found.items()}
-
-
-def restore_numpy(path):
-  import orbax.checkpoint as ocp
-
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    metadata = checkpointer.metadata(path).item_metadata.tree
-    restore_args = jax.tree.map(
-      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata
-    )
-    args = ocp.args.PyTreeRestore(restore_args=restore_args)
-    return checkpointer.restore(path, args=args)
-
-
-def assert_same_run(ours, theirs):
-  """Bit for bit: results, metrics, checkpoints with the optimiser."""
-  assert read_result(ours) == read_result(theirs)
-  assert untimed(read_lines(ours)) == untimed(read_lines(theirs))
-  first, second = stored_states(ours), stored_states(theirs)
-  assert set(first) == set(second)
-  for step, state in first.items():
-    jax.tree.map(np.testing.assert_array_equal, state, second[step])
-    assert len(jax.tree.leaves(state)) > 20
 
 
 def test_files_of_a_run(finished):
   names = {path.name for path in finished.iterdir()}
-  assert names == {'config.json', 'results.json', *STAGES}
+  assert names == {'.lock', 'config.json', 'results.json', *STAGES}
   table = json.loads((finished / 'results.json').read_text())
   assert set(table) == set(STAGES)
   for stage in STAGES:
@@ -192,7 +80,7 @@ def test_result_keys(finished, stage):
 
 @pytest.mark.parametrize('stage', STAGES)
 def test_every_step_is_logged_once(finished, stage):
-  records = read_lines(finished / stage)
+  records = small_run.read_lines(finished / stage)
   assert [(r['kind'], r['step']) for r in records] == [
     ('train', 1),
     ('train', 2),
@@ -231,7 +119,9 @@ def test_pictures_and_attention(finished):
 
 def test_student_and_distilled_student_start_alike(finished):
   """So that the two rows of the table differ by the loss alone."""
-  first = [read_lines(finished / s)[0]['ce'] for s in ('student', 'distill')]
+  first = [
+    small_run.read_lines(finished / s)[0]['ce'] for s in ('student', 'distill')
+  ]
   # One start, one batch and one dropout, in two programs.
   np.testing.assert_allclose(*first, rtol=1e-5, atol=0)
 
@@ -239,7 +129,7 @@ def test_student_and_distilled_student_start_alike(finished):
 def test_again_skips_everything(finished, capsys, monkeypatch):
   monkeypatch.setattr(stages, 'make_stage', None)
   before = {path: path.stat().st_mtime_ns for path in finished.glob('*/**/*')}
-  table = stages.run(make_config(), finished)
+  table = stages.run(small_run.make_config(), finished)
   assert table == json.loads((finished / 'results.json').read_text())
   assert capsys.readouterr().out.count('already finished, skipped') == 3
   after = {path: path.stat().st_mtime_ns for path in finished.glob('*/**/*')}
@@ -265,12 +155,18 @@ def test_an_interrupted_run_ends_as_the_whole_one(
 
   monkeypatch.setattr(evaluation, 'evaluate', interrupt)
   with pytest.raises(KeyboardInterrupt):
-    stages.run(make_config(), workdir)
+    stages.run(small_run.make_config(), workdir)
   assert not (workdir / 'distill' / 'result.json').exists()
-  assert [r['step'] for r in read_lines(workdir / 'distill')] == [1, 2, 2, 3, 4]
+  assert [r['step'] for r in small_run.read_lines(workdir / 'distill')] == [
+    1,
+    2,
+    2,
+    3,
+    4,
+  ]
   with (workdir / 'distill' / 'metrics.jsonl').open('a') as file:
     file.write('{"kind": "tra')  # A process may be killed while it writes.
-  config = make_config()
+  config = small_run.make_config()
   # What does not change the result may change.
   config.data.threads = 1
   config.eval.batch_size = 4
@@ -278,7 +174,7 @@ def test_an_interrupted_run_ends_as_the_whole_one(
   log = (workdir / 'distill' / 'log.txt').read_text()
   assert 'goes on at step 2' in log
   for stage in STAGES:
-    assert_same_run(workdir / stage, finished / stage)
+    small_run.assert_same_run(workdir / stage, finished / stage)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +188,7 @@ def test_an_interrupted_run_ends_as_the_whole_one(
 )
 def test_another_config_needs_another_folder(finished, key, value, message):
   before = (finished / 'config.json').read_text()
-  config = make_config()
+  config = small_run.make_config()
   config.update_from_flattened_dict({key: value})
   with pytest.raises(InputError, match=message):
     stages.run(config, finished)
@@ -313,15 +209,15 @@ def test_another_config_needs_another_folder(finished, key, value, message):
     ('data.name', 'camvit', "Unknown data set 'camvit'.*mean 'camvid'"),
     ('data.name', 'camvid', 'no such folder.*config.data.root'),
     ('eval.test_split', 'test', 'scenes has no images in test; have train, v'),
-    ('mesh.data', 5, 'config.mesh.data=5 but there are 4 devices.*-1 takes'),
-    ('mesh.data', 0, 'config.mesh.data=0 but there are 4 devices'),
+    ('mesh.data', 5, 'config.mesh.data=5 .*there are 4 devices.*=-1 takes'),
+    ('mesh.data', 0, 'config.mesh.data=0 .*there are 4 devices'),
     ('batch_size', 6, 'config.batch_size=6 must be a multiple of the 4 device'),
     ('optim.accumulate', 2, 'multiple of the 4 devices times optim.accumulat'),
   ],
   ids=str,
 )
 def test_refused_before_anything_is_done(tmp_path, key, value, message):
-  config = make_config()
+  config = small_run.make_config()
   config.update_from_flattened_dict({key: value})
   workdir = tmp_path / 'new'
   with pytest.raises(InputError, match=message) as error:
@@ -331,7 +227,7 @@ def test_refused_before_anything_is_done(tmp_path, key, value, message):
 
 
 def test_distilling_needs_a_teacher(tmp_path):
-  config = make_config()
+  config = small_run.make_config()
   config.stages = ('distill',)
   with pytest.raises(InputError, match=r'teacher: no config\.json'):
     stages.run(config, tmp_path / 'run')
@@ -343,15 +239,10 @@ def test_a_teacher_of_other_classes_is_refused(finished, tmp_path):
   info = json.loads((teacher / 'config.json').read_text())
   info['class_names'][0] = 'heaven'
   (teacher / 'config.json').write_text(json.dumps(info))
-  config = make_config()
+  config = small_run.make_config()
   config.stages, config.teacher.checkpoint = ('distill',), str(teacher)
   with pytest.raises(InputError, match="knows 9 classes.*'heaven'"):
     stages.run(config, tmp_path / 'run')
-
-
-class Manager:
-  def latest_step(self):
-    return 7
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path, finished):
@@ -359,24 +250,19 @@ def test_a_loss_that_is_not_finite_stops(tmp_path, finished):
   workdir = tmp_path / 'run'
   shutil.copytree(finished, workdir)
   shutil.rmtree(workdir / 'student')
-  config = make_config()
+  config = small_run.make_config()
   config.stages = ('student',)
   config.student.lr = float('inf')
   (workdir / 'config.json').unlink()
-  message = r'Loss is not finite at step [12]: .*ce nan.*config\.optim\.lr'
-  with pytest.raises(loop.NonFiniteLoss, match=message):
+  message = (
+    r'Loss is not finite at step 2: .*ce nan.*Images: scene \d+, .*no che'
+  )
+  with pytest.raises(finite.NonFiniteLoss, match=message):
     stages.run(config, workdir)
   assert not (workdir / 'student' / 'result.json').exists()
   # No network with such weights is kept.
-  assert not stored_states(workdir / 'student')
-  assert stored_states(workdir / 'teacher')
-
-
-def test_the_message_names_the_last_good_checkpoint():
-  metrics = {'loss': float('nan'), 'ce': 1.5}
-  message = r'step 9: ce 1\.5, loss nan\. Last good checkpoint: step 7\.'
-  with pytest.raises(loop.NonFiniteLoss, match=message):
-    loop._check_finite(9, metrics, Manager())
+  assert not small_run.stored_states(workdir / 'student')
+  assert small_run.stored_states(workdir / 'teacher')
 
 
 def test_durations():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from attnfd_jax.distill import make_distiller
+from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.models import layers
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.training import optim
@@ -321,6 +322,22 @@ def test_statistics_of_the_teacher(request, mode):
   }
   ((_, second),) = setting.run(make_batch(), teacher_variables=other)
   assert (first['attnfd'] == second['attnfd']) == (mode == 'reference')
+
+
+def test_another_task_loss_takes_the_place_of_cross_entropy(alone):
+  def twice(logits, labels):
+    return 2 * softmax_cross_entropy(logits, labels)
+
+  ((state, metrics),) = Setting(task_loss=twice).run(make_batch())
+  ((plain_state, plain),) = alone.run(make_batch())
+  assert 'ce' in plain and 'ce' not in metrics
+  # A factor of two is exact; the step of SGD without decay is linear in it.
+  np.testing.assert_allclose(metrics['task'], 2 * plain['ce'], rtol=1e-6)
+  np.testing.assert_allclose(
+    metrics['grad_norm'], 2 * plain['grad_norm'], rtol=1e-5
+  )
+  assert metrics['loss'] == metrics['task']
+  assert any_differs(state.params, plain_state.params)
 
 
 def test_ce_batch_division(reference):

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Class masks of COCO annotations, and COCO 2017 with the classes of VOC.
+
+Polygons and RLE are drawn once: the masks are kept as PNGs of train ids in a
+zip in the user's cache folder, which is read in place and is made anew when
+the JSON file has another size or time. So neither the JSON nor its polygons are
+in memory while training, and the filter by pixels costs nothing later.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import warnings
+import zipfile
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from attnfd_jax.data import classes
+from attnfd_jax.data import files
+from attnfd_jax.data.masks import IndexLabels
+from attnfd_jax.data.pairs import absent
+from attnfd_jax.data.pairs import check_root
+from attnfd_jax.data.pairs import Dataset
+from attnfd_jax.data.pairs import empty
+from attnfd_jax.data.pairs import IMAGE_ENDINGS
+from attnfd_jax.data.pairs import make_source
+from attnfd_jax.data.pairs import Pair
+from attnfd_jax.errors import DataError
+from attnfd_jax.errors import InputError
+
+_VERSION = 1  # Of the archives; another one makes them anew.
+_BACKGROUND = 'background'
+# What is read of images, annotations and categories.
+_FIELDS = (
+  {'id': int, 'file_name': str, 'height': int, 'width': int},
+  {'image_id': int, 'category_id': int},
+  {'id': int, 'name': str},
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnLabels:
+  """Masks that were drawn from one JSON file.
+
+  Attributes:
+    class_names: in the order of train ids; the first one is background.
+    image_names: paths of the images that were kept, sorted.
+    archive: zip with the PNG of each of them.
+    problems: of the annotations.
+  """
+
+  class_names: tuple[str, ...]
+  image_names: tuple[str, ...]
+  archive: str
+  problems: tuple[DataError, ...]
+
+  def mask(self, image_name):
+    return files.File(self.archive, f'{image_name}.png')
+
+
+def _cache_folder():
+  home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+  return pathlib.Path(home) / 'attnfd_jax' / 'coco'
+
+
+def _hash(*values):
+  return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _pycocotools():
+  try:
+    import pycocotools.mask  # Only to draw.
+  except ImportError as error:
+    raise InputError(
+      "COCO annotations need pycocotools: pip install 'attnfd_jax[data]'."
+    ) from error
+  return pycocotools.mask
+
+
+def _wrong(path, what):
+  return DataError(f'{path}: {what}.', 'annotation', path)
+
+
+def _read_json(path):
+  """The lists images, annotations and categories.
+
+  Raises:
+    DataError: 'annotation'.
+  """
+  try:
+    content = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise _wrong(path, f'not JSON ({error})') from error
+  try:
+    # Of dicts only: else AttributeError.
+    lists = [
+      [entry for entry in content[key] if entry.keys()]
+      for key in ('images', 'annotations', 'categories')
+    ]
+  except (AttributeError, KeyError, TypeError) as error:
+    raise _wrong(
+      path, 'not COCO annotations: needs images, annotations and categories'
+    ) from error
+  for entries, fields in zip(lists, _FIELDS, strict=True):
+    for entry in entries:
+      for field, kind in fields.items():
+        if not isinstance(entry.get(field), kind):
+          raise _wrong(path, f'{field} is absent or no {kind.__name__}')
+  if any(image['height'] < 1 or image['width'] < 1 for image in lists[0]):
+    raise _wrong(path, 'an image has no height or width')
+  return lists
+
+
+def _numbers(path, categories, class_names):
+  """Class names and {category id: train id}; those not named are 0.
+
+  Args:
+    path: for messages.
+    categories: of the JSON file.
+    class_names: background and those to keep, or () for all.
+  """
+  categories = sorted(categories, key=lambda category: category['id'])
+  known = list(dict.fromkeys(category['name'] for category in categories))
+  if not class_names:
+    foreground = [name for name in known if name != _BACKGROUND]
+    class_names = (_BACKGROUND, *foreground)
+  lacking = [name for name in class_names[1:] if name not in known]
+  if lacking:
+    raise _wrong(
+      path,
+      f'no category {lacking[0]!r}; it has {", ".join(map(str, known[:90]))}',
+    )
+  numbers = {
+    category['id']: class_names.index(category['name'])
+    for category in categories
+    if category['name'] in class_names[1:]
+  }
+  return class_names, numbers
+
+
+def _area(segmentation, size):
+  """uint8 [h, w], 1 inside of polygons or of an RLE of lists or text.
+
+  Raises:
+    ValueError: says what is wrong with it.
+  """
+  masks = _pycocotools()
+  if isinstance(segmentation, list):
+    # Two corners would be taken for a box.
+    if not segmentation or any(
+      len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation
+    ):
+      raise ValueError('needs polygons of at least three corners')
+    rle = masks.merge(masks.frPyObjects(segmentation, *size))
+  else:
+    if tuple(segmentation['size']) != size:
+      raise ValueError(f'its RLE is of size {segmentation["size"]}')
+    rle = segmentation
+    if isinstance(rle['counts'], list):
+      if sum(rle['counts']) != size[0] * size[1]:
+        raise ValueError('its RLE does not fill the image')
+      rle = masks.frPyObjects(rle, *size)
+  with warnings.catch_warnings():
+    # pycocotools 2.0.11 with NumPy 2.
+    warnings.filterwarnings('ignore', '__array__', DeprecationWarning)
+    return masks.decode(rle)
+
+
+def draw_label(annotations, size, numbers):
+  """uint8 [h, w] of train ids; where they overlap, the first one wins.
+
+  Args:
+    annotations: of one image, in the order of the file.
+    size: (height, width).
+    numbers: {category id: train id}; others are background.
+
+  Returns:
+    The label and [(annotation, what is wrong with it), ...]; those are left
+    out.
+  """
+  # By columns, as pycocotools decodes; the last one first.
+  label, wrong = np.zeros(size, np.uint8, order='F'), []
+  for annotation in reversed(annotations):
+    number = numbers.get(annotation['category_id'], 0)
+    if not number:
+      continue
+    try:
+      area = _area(annotation.get('segmentation') or [], size)
+    except Exception as error:  # pycocotools raises many types.
+      wrong.append((annotation, error))
+      continue
+    label[area > 0] = number
+  return np.ascontiguousarray(label), wrong[::-1]
+
+
+def _draw_all(path, archive, class_names, min_pixels, limit):
+  """Writes PNGs of the images that stay, and index.json, to an open zip."""
+  images, annotations, categories = _read_json(path)
+  class_names, numbers = _numbers(path, categories, class_names)
+  problems, groups = [], collections.defaultdict(list)
+  for annotation in annotations:
+    groups[annotation['image_id']].append(annotation)
+  for key, entries in (('image', images), ('category', categories)):
+    named = {annotation[f'{key}_id'] for annotation in annotations}
+    problems += [
+      f'annotations of {key} {i}, which the file does not list'
+      for i in sorted(named - {entry['id'] for entry in entries})
+    ]
+  kept, previous = [], None
+  interval = 0.2 if sys.stderr.isatty() else 10
+  with tqdm(
+    total=len(images),
+    unit=' images',
+    desc=f'Drawing {path.name}, once',
+    mininterval=interval,
+    delay=1,
+  ) as bar:
+    for image in sorted(images, key=lambda image: image['file_name']):
+      bar.update()
+      name, size = image['file_name'], (image['height'], image['width'])
+      if name == previous:
+        problems.append(f'{name} is listed twice')
+        continue
+      previous = name
+      label, wrong = draw_label(groups[image['id']], size, numbers)
+      problems += [
+        f'annotation {a.get("id", "")} of {name}: {error}' for a, error in wrong
+      ]
+      if np.count_nonzero(label) > min_pixels:
+        archive.writestr(
+          f'{name}.png', cv2.imencode('.png', label)[1].tobytes()
+        )
+        kept.append(name)
+      if limit and len(kept) == limit:
+        break
+  index = {'class_names': class_names, 'images': kept, 'problems': problems}
+  archive.writestr('index.json', json.dumps(index))
+
+
+def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
+  """The DrawnLabels of a JSON file, from the cache if it has them.
+
+  Args:
+    path: of instances_*.json or the like.
+    class_names: the first one is background, others are names of categories;
+      () for all categories.
+    min_pixels: only images with more labelled pixels than this are kept.
+    limit: stop after so many images, 0 for all.
+
+  Raises:
+    DataError: 'annotation', if nothing of it can be used.
+    InputError: without pycocotools.
+  """
+  path, class_names = pathlib.Path(path), tuple(class_names)
+  stat = path.stat()
+  folder = _cache_folder()
+  what = _hash(_VERSION, str(path.resolve()), class_names, min_pixels, limit)
+  target = folder / f'{what}-{_hash(stat.st_size, stat.st_mtime_ns)}.zip'
+  if not target.exists():
+    _pycocotools()  # Is told before the work.
+    folder.mkdir(parents=True, exist_ok=True)
+    # Renamed when complete, so that nobody sees half of it.
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+      partial = pathlib.Path(temporary) / 'labels.zip'
+      with zipfile.ZipFile(partial, 'w') as archive:
+        _draw_all(path, archive, class_names, min_pixels, limit)
+      for old in folder.glob(f'{what}-*.zip'):
+        old.unlink()
+      partial.replace(target)
+  index = json.loads(files.File(str(target), 'index.json').read())
+  return DrawnLabels(
+    tuple(index['class_names']),
+    tuple(index['images']),
+    str(target),
+    tuple(_wrong(path, problem) for problem in index['problems']),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Described:
+  """Name of a drawn mask in messages."""
+
+  path: str
+
+  def __call__(self, mask):
+    return f'{self.path} ({mask.member.removesuffix(".png")})'
+
+
+def pairs_of(labels, folder, problems):
+  """[Pair, ...] of DrawnLabels and the folder of their images."""
+  images = files.list_tree(folder, IMAGE_ENDINGS)
+  if not images:
+    problems.append(empty(folder, f'{", ".join(IMAGE_ENDINGS)} files'))
+    return []
+  pairs = []
+  for name in labels.image_names:
+    if name in images:
+      key = str(pathlib.PurePosixPath(name).with_suffix('')).replace('/', '_')
+      pairs.append(Pair(key, images[name], labels.mask(name)))
+    else:
+      problems.append(
+        DataError(
+          f'{folder}: no partner for {name}, which has annotations.',
+          'partner',
+          folder / name,
+        )
+      )
+  return pairs
+
+
+def make_coco_source(config, path, labels, folder, problems, **options):
+  """The source of one split, or None without any pair."""
+  problems += labels.problems
+  pairs = pairs_of(labels, folder, problems)
+  if not pairs:
+    return None
+  ids = IndexLabels(tuple(range(len(labels.class_names))))
+  describe = _Described(str(path))
+  return make_source(config, pairs, ids, describe=describe, **options)
+
+
+def coco(config):
+  """{train,val}2017/ and annotations/instances_{train,val}2017.json.
+
+  As in the reference (METHOD 4.5): categories that are no VOC class are
+  background, crowds count, and images with 1000 labelled pixels or fewer are
+  left out, of val too.
+  """
+  root, problems, splits = check_root(config), [], {}
+  wanted = ('background', *classes.COCO_CATEGORIES)
+  for split in ('train', 'val'):
+    path = root / 'annotations' / f'instances_{split}2017.json'
+    folder = root / f'{split}2017'
+    if not folder.is_dir() and (root / 'images' / folder.name).is_dir():
+      folder = root / 'images' / folder.name
+    gone = [p for p in (path, folder) if not p.exists()]
+    if gone:
+      problems.append(absent(gone[0]))
+      continue
+    try:
+      labels = draw_labels(
+        path, class_names=wanted, min_pixels=1000, limit=config['limit']
+      )
+    except DataError as error:
+      problems.append(error)
+      continue
+    source = make_coco_source(
+      config, path, labels, folder, problems, upright=False
+    )
+    if source:
+      splits[split] = source
+  names, palette = classes.names_and_palette(classes.VOC)
+  return Dataset('coco', names, palette, splits, tuple(problems))

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pixels of image and mask files, and what makes train ids of mask values."""
+
+import dataclasses
+import functools
+import io
+import warnings
+
+import cv2
+import numpy as np
+from PIL import Image
+from PIL import UnidentifiedImageError
+
+from attnfd_jax.data.classes import IGNORE_LABEL
+from attnfd_jax.data.files import as_file
+from attnfd_jax.errors import DataError
+
+# What Pillow raises for files that are no image, or only the start of one.
+_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_ORIENTATION = 0x0112  # EXIF tag; 1 is upright.
+_SIZE_KNOWN = 1 << 16  # So many bytes nearly always hold the header.
+
+
+def decode_image(file, data):
+  """Pixels as they are stored, uint8 [h, w, 3] RGB, from the bytes of `file`.
+
+  Raises:
+    DataError: 'unreadable'.
+  """
+  # EXIF rotation would turn the image and not its mask.
+  how = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+  image = cv2.imdecode(np.frombuffer(data, np.uint8), how) if data else None
+  if image is None:
+    raise DataError(
+      f'{file}: not a readable image; replace or remove it.',
+      'unreadable',
+      file,
+    )
+  return image
+
+
+def read_image(path):
+  """Pixels of a path or File as they are stored, uint8 [h, w, 3] RGB."""
+  file = as_file(path)
+  return decode_image(file, file.read())
+
+
+# Large images are large on purpose; twice that limit is still refused.
+warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+
+
+def _open(data):
+  return Image.open(io.BytesIO(data))
+
+
+def read_size(path):
+  """(height, width) as stored, from the header alone."""
+  file = as_file(path)
+  for limit in (_SIZE_KNOWN, None):
+    try:
+      width, height = _open(file.read(limit)).size
+      return height, width
+    except _DAMAGED:
+      pass
+  raise DataError(
+    f'{file}: not a readable image; replace or remove it.', 'unreadable', file
+  )
+
+
+def check_upright(file, data):
+  """Raises DataError 'exif' if viewers would show the image rotated."""
+  jpeg = data[:2] == b'\xff\xd8'
+  if b'Exif\0\0' not in data[:_SIZE_KNOWN] and (jpeg or b'eXIf' not in data):
+    return
+  image = _open(data)
+  # Pillow would decode a PNG to look for a tag behind the pixels.
+  turned = image.getexif().get(_ORIENTATION, 1) if 'exif' in image.info else 1
+  if turned != 1:
+    raise DataError(
+      f'{file}: the camera rotated it by EXIF orientation {turned}, its mask '
+      'is stored as drawn; save the image upright, without the tag.',
+      'exif',
+      file,
+    )
+
+
+def open_mask(file):
+  """A Pillow image of a lossless file, decoded.
+
+  Raises:
+    DataError: 'unreadable', 'lossy' or 'depth'.
+  """
+  data = file.read()
+  try:
+    image = _open(data)
+    image.load()
+  except _DAMAGED as error:
+    reason = error
+    if isinstance(error, UnidentifiedImageError):
+      reason = 'empty, or no image'  # Pillow's names an object in memory.
+    raise DataError(
+      f'{file}: not a readable mask ({reason}).', 'unreadable', file
+    ) from error
+  if image.format in ('JPEG', 'MPO'):
+    raise DataError(
+      f'{file}: a JPEG mask; compression changes its values. Export the masks '
+      'as PNG.',
+      'lossy',
+      file,
+    )
+  depth = None
+  if image.mode in ('I', 'F') or ';16' in image.mode:
+    depth = 16 if ';16' in image.mode else 32
+  elif image.format == 'PNG' and data[25] == 0 and data[24] in (2, 4):
+    depth = data[24]  # Grey of few bits: Pillow spreads it over 0 to 255.
+  if depth:
+    raise DataError(
+      f'{file}: mask has {depth} bits a pixel; save ids as an 8-bit PNG.',
+      'depth',
+      file,
+    )
+  return image
+
+
+def read_mask(path):
+  """Class ids of an index or palette PNG, uint8 [h, w].
+
+  Raises:
+    DataError: as `open_mask`, or 'mode'.
+  """
+  file = as_file(path)
+  image = open_mask(file)
+  if image.mode not in ('L', 'P'):
+    raise DataError(
+      f'{file}: mask has mode {image.mode}; expected an 8-bit PNG of class ids '
+      '(L or P). Convert colours to ids, or pass their table: data set folder '
+      'with --config.data.palette="((r,g,b), ...)".',
+      'mode',
+      file,
+    )
+  # Pillow keeps the indices of a palette; OpenCV would give colours.
+  return np.asarray(image)
+
+
+def id_table(ids):
+  """Table [256] from file ids to train ids; `ids` are in the order of train
+  ids, all others become 255.
+  """
+  table = np.full(256, IGNORE_LABEL, np.uint8)
+  table[list(ids)] = np.arange(len(ids))
+  return table
+
+
+def _refuse(file, counts, expected):
+  """Raises 'values'; names five of {value: pixels}, the most frequent."""
+  most = sorted(counts, key=counts.get, reverse=True)[:5]
+  found = ', '.join(
+    f'{value} ({counts[value]} pixels)' for value in sorted(most)
+  )
+  more = f' and {len(counts) - 5} more' if len(counts) > 5 else ''
+  raise DataError(
+    f'{file}: values {found}{more} are no class; {expected}.',
+    'values',
+    file,
+    counts,
+  )
+
+
+def _ranges(ids):
+  """'0 to 10, 255' of any set of ids."""
+  ids, found = sorted(set(ids)), []
+  for value in ids:
+    if found and value == found[-1][1] + 1:
+      found[-1][1] = value
+    else:
+      found.append([value, value])
+  return ', '.join(f'{a}' if a == b else f'{a} to {b}' for a, b in found)
+
+
+@functools.lru_cache
+def _index_tables(ids, ignored):
+  """uint8 [256] each: the train ids, and 1 where an id must not occur."""
+  forbidden = np.ones(256, np.uint8)
+  forbidden[[*ids, *ignored]] = 0
+  return id_table(ids), forbidden
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexLabels:
+  """Masks of ids to train ids.
+
+  Attributes:
+    ids: the file's id of each class, in the order of train ids.
+    ignored: further ids, which become 255; it itself may always occur.
+  """
+
+  ids: tuple[int, ...]
+  ignored: tuple[int, ...] = ()
+
+  def __call__(self, file):
+    return self.from_ids(file, read_mask(file))
+
+  def from_ids(self, file, ids):
+    """uint8 [h, w] of the file's ids to train ids.
+
+    Raises:
+      DataError: 'values'.
+    """
+    ignored = (*self.ignored, IGNORE_LABEL)
+    table, forbidden = _index_tables(self.ids, ignored)
+    bad = cv2.LUT(ids, forbidden)  # Several times as fast as NumPy's indexing.
+    if bad.any():
+      values, counts = np.unique(ids[bad > 0], return_counts=True)
+      _refuse(
+        file,
+        dict(zip(values.tolist(), counts.tolist(), strict=True)),
+        f'classes are {_ranges(self.ids)}, ignored {_ranges(ignored)}',
+      )
+    return cv2.LUT(ids, table)
+
+
+def _codes(colours):
+  """uint8 [..., 3] to int32 [...]."""
+  red, green, blue = np.moveaxis(colours.astype(np.int32), -1, 0)
+  return red << 16 | green << 8 | blue
+
+
+@functools.lru_cache
+def _colour_tables(colours, ignored):
+  """Codes of all colours, sorted, and their train ids."""
+  codes = _codes(np.array([*colours, *ignored], np.uint8))
+  ids = np.full(len(codes), IGNORE_LABEL, np.uint8)
+  ids[: len(colours)] = np.arange(len(colours))
+  order = np.argsort(codes)
+  return codes[order], ids[order]
+
+
+@dataclasses.dataclass(frozen=True)
+class ColourLabels:
+  """Masks of colours to train ids; grey and palette files have colours, too.
+
+  Attributes:
+    colours: ((r, g, b), ...) in the order of train ids; all differ.
+    ignored: further colours, which become 255.
+  """
+
+  colours: tuple[tuple[int, int, int], ...]
+  ignored: tuple[tuple[int, int, int], ...] = ()
+
+  def __call__(self, file):
+    codes = _codes(np.asarray(open_mask(file).convert('RGB')))
+    known, ids = _colour_tables(self.colours, self.ignored)
+    found = np.searchsorted(known, codes)
+    found[found == len(known)] = 0
+    bad = known[found] != codes
+    if bad.any():
+      values, counts = np.unique(codes[bad], return_counts=True)
+      names = [f'{v >> 16},{v >> 8 & 255},{v & 255}' for v in values.tolist()]
+      _refuse(
+        file,
+        dict(zip(names, counts.tolist(), strict=True)),
+        f'the {len(known)} colours are those of config.data.palette or of '
+        'labelmap.txt',
+      )
+    return ids[found]

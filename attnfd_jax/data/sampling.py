@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling that lets rare classes come up more often."""
+
+import os
+import pathlib
+
+import grain
+import numpy as np
+
+from attnfd_jax.data import cache
+from attnfd_jax.data import frequencies
+
+
+class Balance(grain.transforms.RandomMap):
+  """Replaces a share of the indices of records by draws that balance classes.
+
+  Such a draw picks a class, all that occur alike, and then one of its records.
+
+  Args:
+    share: of the indices that are replaced, from 0 to 1.
+    presence: bool [n, k], whether record n shows class k.
+  """
+
+  def __init__(self, share, presence):
+    members = [np.flatnonzero(column) for column in presence.T]
+    self._share = share
+    self._members = [records for records in members if records.size]
+
+  def random_map(self, index, rng):
+    if not self._members or rng.random() >= self._share:
+      return index
+    records = self._members[rng.integers(len(self._members))]
+    return int(records[rng.integers(records.size)])
+
+
+def class_presence(source, num_classes, *, threads=4):
+  """Whether record n shows class k, bool [n, k]; counted once per data set.
+
+  Sources with a fingerprint are counted into the user's cache folder.
+
+  Args:
+    source: see sources.py.
+    num_classes: k.
+    threads: that read.
+  """
+  if not hasattr(source, 'fingerprint'):
+    return _count(source, num_classes, threads)
+  home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+  folder = pathlib.Path(home) / 'attnfd_jax' / 'presence'
+  path = folder / f'{source.fingerprint()}-{num_classes}.npy'
+  if path.exists():
+    return np.load(path)
+  presence = _count(source, num_classes, threads)
+  folder.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{os.getpid()}-{path.name}')
+  np.save(temporary, presence)
+  temporary.replace(path)
+  return presence
+
+
+def _count(source, num_classes, threads):
+  def present(index):
+    if hasattr(source, 'label'):  # Without its image: several times as fast.
+      label = source.label(index)
+    else:
+      label = source[index]['label']
+    return frequencies.count_label(label, num_classes)[:-1] > 0
+
+  with cache.progress(len(source), 'counting classes') as bar:
+    rows = frequencies.map_records(
+      present, source, threads, on_record=bar.update
+    )
+  return np.array(rows).reshape(-1, num_classes)

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Says whether this machine is ready for training, and what to do if not.
+
+  python -m attnfd_jax.doctor [--workdir=DIR]
+
+Versions, devices and why there are no faster ones, memory, disk, and a
+convolution forward and backward on each device. Exit code 1 if something is
+wrong.
+"""
+
+import functools
+import importlib.metadata
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnfd_jax import cli
+
+_LEAST_FREE = 2e9  # Bytes; three checkpoints of the largest network are 2 GB.
+_PIP = 'pip install -U'
+# Packages that bring a backend, and what they are for.
+_PLUGINS = {'jax-cuda': ('cuda', 'NVIDIA GPU'), 'libtpu': ('tpu', 'TPU')}
+
+
+class Finding(NamedTuple):
+  """One line; with a remedy it is a problem."""
+
+  text: str
+  remedy: str = ''
+
+
+def _numbers(version):
+  """(0, 12, 4) of '0.12.4.dev1'; letters end it."""
+  found = re.match(r'\d+(\.\d+)*', version)
+  return tuple(map(int, found[0].split('.'))) if found else ()
+
+
+def check_versions(requirements, find_version):
+  """Findings about packages against their bounds.
+
+  Args:
+    requirements: lines such as 'jax>=0.7.2' or 'orbax-checkpoint>=0.12,<1'.
+    find_version: name -> version, or PackageNotFoundError.
+  """
+  for line in sorted(requirements):
+    if ';' in line:
+      continue  # Of an extra.
+    name = re.match(r'[\w.-]+', line)[0]
+    remedy = f"{_PIP} '{line}'"
+    if name == 'jax':  # Without it pip leaves jax and its plugin apart.
+      remedy += ', with jax[cuda12] or jax[tpu] for jax on such a device'
+    try:
+      version = find_version(name)
+    except importlib.metadata.PackageNotFoundError:
+      yield Finding(f'{name} is not installed', remedy)
+      continue
+    bounds = re.findall(r'(>=|<)\s*([\w.]+)', line)
+    wrong = [
+      f'{sign}{bound}'
+      for sign, bound in bounds
+      if (_numbers(version) >= _numbers(bound)) != (sign == '>=')
+    ]
+    if wrong:
+      wanted = ','.join(wrong)
+      yield Finding(f'{name} {version}, but {wanted} is needed', remedy)
+    else:
+      yield Finding(f'{name} {version}')
+
+
+def _requirements():
+  """Of the installed package, or of pyproject.toml beside it."""
+  try:
+    return importlib.metadata.requires('attnfd_jax') or []
+  except importlib.metadata.PackageNotFoundError:
+    import tomllib
+
+    path = pathlib.Path(__file__).parents[1] / 'pyproject.toml'
+    if not path.is_file():
+      return []
+    return tomllib.loads(path.read_text())['project']['dependencies']
+
+
+def _has_nvidia_gpu():
+  """What the driver lists, without jax."""
+  command = shutil.which('nvidia-smi')
+  if command is None:
+    return False
+  try:
+    done = subprocess.run(
+      [command, '-L'], capture_output=True, text=True, timeout=20, check=False
+    )
+  except (OSError, subprocess.TimeoutExpired):
+    return False
+  return done.returncode == 0 and 'GPU' in done.stdout
+
+
+def check_backend(backend, *, platforms, installed, has_gpu):
+  """A Finding about the backend that jax chose.
+
+  Args:
+    backend: 'cpu', 'gpu' or 'tpu'.
+    platforms: of JAX_PLATFORMS, '' if it is not set.
+    installed: names of packages.
+    has_gpu: the driver shows one.
+  """
+  if backend != 'cpu':
+    return Finding(f'backend {backend}')
+  if platforms:
+    return Finding(f'backend cpu, as JAX_PLATFORMS={platforms} asks for')
+  for start, (extra, kind) in _PLUGINS.items():
+    if any(name.startswith(start) for name in installed):
+      return Finding(
+        f'backend cpu, although support for {kind} is installed',
+        f'versions of jax and its plugin must be the same: {_PIP} '
+        f"'jax[{extra}]'; then look at the messages of python -c 'import jax; "
+        "jax.devices()'",
+      )
+  if has_gpu:
+    return Finding(
+      'backend cpu, although there is an NVIDIA GPU',
+      f"{_PIP} 'jax[cuda12]'",
+    )
+  return Finding('backend cpu: no GPU or TPU and no plugin for one')
+
+
+def check_memory(backend, environment):
+  """A Finding about what jax takes of a device's memory."""
+  if backend != 'gpu':
+    return Finding(f'memory preallocation: none on {backend}')
+  if environment.get('XLA_PYTHON_CLIENT_PREALLOCATE', '').lower() == 'false':
+    return Finding('memory preallocation off: grows as needed')
+  share = environment.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.75')
+  return Finding(
+    f'memory preallocation: {float(share):.0%} of each GPU, which looks like a '
+    'leak and is none; XLA_PYTHON_CLIENT_PREALLOCATE=false turns it off'
+  )
+
+
+def check_folder(folder, what, option):
+  """A Finding: whether `folder` can be written and has space."""
+  folder = pathlib.Path(folder).absolute()
+  there = folder
+  while not there.exists():
+    there = there.parent
+  try:
+    with tempfile.TemporaryFile(dir=there) as file:
+      file.write(b'x')
+      file.flush()
+  except OSError as error:
+    return Finding(
+      f'{what} {folder} cannot be written ({error.strerror})',
+      f'make it writable, or name another by {option}',
+    )
+  free = shutil.disk_usage(there).free
+  text = f'{what} {folder}: writable, {free / 1e9:.1f} GB free'
+  if free < _LEAST_FREE:
+    return Finding(text, f'make room, or name another disk by {option}')
+  return Finding(text)
+
+
+@functools.partial(jax.jit, static_argnames='dilation')
+def _convolve(image, kernel, dilation=2):
+  def loss(kernel):
+    out = jax.lax.conv_general_dilated(
+      image,
+      kernel,
+      (1, 1),
+      'SAME',
+      rhs_dilation=(dilation, dilation),
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+    return jnp.mean(jnp.square(out))
+
+  return jax.value_and_grad(loss)(kernel)
+
+
+def check_device(device):
+  """A Finding: one dilated convolution, forward and backward, with its time.
+
+  Image and kernel are ones, so that the right numbers can be counted.
+  """
+  name = f'{device.platform}:{device.id} {device.device_kind}'
+  try:
+    with jax.default_device(device):
+      image = jax.device_put(jnp.ones((2, 32, 32, 16)), device)
+      kernel = jax.device_put(jnp.ones((3, 3, 16, 16)), device)
+      jax.block_until_ready(_convolve(image, kernel))
+      start = time.perf_counter()
+      value, gradient = jax.device_get(_convolve(image, kernel))
+      seconds = time.perf_counter() - start
+  except Exception as error:  # Whatever a driver may raise.
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return Finding(
+      f'{name}: a convolution fails ({reason[:160]})',
+      'check the driver and that jax, jaxlib and the plugin are of one '
+      'version; end other programs on the device',
+    )
+  # Rows see 3 taps, the 2 at either border only 2; columns alike.
+  taps = np.concatenate([np.full(28, 3.0), np.full(4, 2.0)])
+  wanted = np.mean(np.square(16 * taps)) * np.mean(np.square(taps))
+  # The gradient sums to twice the value: it is quadratic in a kernel of ones.
+  if not np.allclose(
+    [value, np.sum(gradient)], [wanted, 2 * wanted], rtol=0.02
+  ):
+    return Finding(
+      f'{name}: a convolution gives {float(value):.6g}, not {wanted:.6g}',
+      'update the driver, jaxlib and the plugin; do not train on this device',
+    )
+  return Finding(f'{name}: convolution and gradient in {1e3 * seconds:.2f} ms')
+
+
+def findings(workdir):
+  """All findings, in the order in which they are worth reading."""
+  yield Finding(f'python {platform.python_version()}, {platform.platform()}')
+  yield from check_versions(_requirements(), importlib.metadata.version)
+  try:
+    devices = jax.local_devices()
+  except Exception as error:  # RuntimeError, or jax's own AssertionError.
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    asked = os.environ.get('JAX_PLATFORMS', '')
+    yield Finding(
+      f'no backend starts with JAX_PLATFORMS={asked!r} ({reason[:160]})',
+      'unset JAX_PLATFORMS to use what there is, or install the plugin of '
+      f"the device: {_PIP} 'jax[cuda12]' or 'jax[tpu]'",
+    )
+    return
+  backend = jax.default_backend()
+  installed = [
+    (x.metadata['Name'] or '').lower().replace('_', '-')
+    for x in importlib.metadata.distributions()
+  ]
+  yield check_backend(
+    backend,
+    platforms=os.environ.get('JAX_PLATFORMS', ''),
+    installed=installed,
+    has_gpu=backend == 'cpu' and _has_nvidia_gpu(),
+  )
+  yield check_memory(backend, os.environ)
+  for device in devices:
+    yield check_device(device)
+  yield check_folder(workdir, 'workdir', '--workdir')
+  cache = jax.config.jax_compilation_cache_dir
+  yield check_folder(cache, 'compiled programs', 'JAX_COMPILATION_CACHE_DIR')
+
+
+def main(argv):
+  del argv
+  cli.enable_compilation_cache()
+  problems = 0
+  for finding in findings(flags.FLAGS.workdir):
+    problems += bool(finding.remedy)
+    print(f'{"WRONG" if finding.remedy else "ok   "} {finding.text}')
+    if finding.remedy:
+      print(f'      -> {finding.remedy}', flush=True)
+  if problems:
+    print(f'{problems} thing{"s" * (problems > 1)} to mend.')
+    sys.exit(1)
+  print('Ready.')
+
+
+if __name__ == '__main__':
+  # Not at import: main has a --workdir of its own.
+  flags.DEFINE_string('workdir', 'runs', 'Folder in which runs will be.')
+  cli.run(main)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One writer for a run's folder: two would delete each other's checkpoints."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+
+from attnfd_jax.errors import InputError
+
+# Some network disks have no locks.
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def locked(workdir):
+  """Holds `workdir` for this process; the kernel lets go when it ends.
+
+  The file stays: removing it would let two processes hold two files of one
+  name.
+
+  Args:
+    workdir: Path of a folder that exists.
+
+  Raises:
+    InputError: if another process holds it.
+  """
+  with (workdir / '.lock').open('a+') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise InputError(
+        f'{workdir} is in use by {_owner(file)}; wait for it, or use another '
+        '--workdir.'
+      ) from None
+    except OSError as error:
+      if error.errno not in _UNSUPPORTED:
+        raise
+      print(
+        f'{workdir}: this disk has no locks; see to it that one process '
+        'writes there.',
+        flush=True,
+      )
+    file.truncate(0)
+    json.dump({'pid': os.getpid(), 'host': socket.gethostname()}, file)
+    file.flush()
+    yield
+
+
+def _owner(file):
+  file.seek(0)
+  try:
+    owner = json.load(file)
+    return f'process {owner["pid"]} on {owner["host"]}'
+  except (ValueError, KeyError):
+    return 'another process'  # It has not written who it is yet.

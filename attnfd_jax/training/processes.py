@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes in one job: joining them, and who writes.
+
+All of them run the same program on the same global arrays; each reads its
+share of the images, and the first one writes what people read.
+"""
+
+import os
+
+import jax
+from jax.experimental import multihost_utils
+
+from attnfd_jax.errors import InputError
+
+# Number of tasks that a launcher started; jax takes one device for each.
+_TASKS = {'SLURM_STEP_NODELIST': 'SLURM_NTASKS'}
+# Of processes that a launcher started to work together.
+_LAUNCHED = (*_TASKS, 'OMPI_MCA_orte_hnp_uri', 'JOB_COMPLETION_INDEX')
+
+
+def _join(*arguments, **options):
+  try:
+    jax.distributed.initialize(*arguments, **options)
+  except Exception as error:  # Of sockets, of clusters, of missing packages.
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    raise InputError(
+      f'The processes of this job cannot meet: {reason} Give --coordinator, '
+      '--num_processes and --process_id, or --num_processes=1 to run alone.'
+    ) from error
+
+
+def initialise(*, coordinator=None, num_processes=None, process_id=None):
+  """Joins the processes of a job; before any other call of jax.
+
+  Without arguments JAX looks for Slurm, Open MPI, Kubernetes and Cloud TPU;
+  where it finds none of them this process is alone.
+
+  Args:
+    coordinator: HOST:PORT of process 0, on which it will listen.
+    num_processes: in the whole job; 1 is alone, without looking.
+    process_id: from 0.
+
+  Raises:
+    InputError: if one of the three is missing or wrong, or if the processes
+      of a launcher cannot meet.
+  """
+  given = {
+    '--coordinator': coordinator,
+    '--num_processes': num_processes,
+    '--process_id': process_id,
+  }
+  missing = [name for name, value in given.items() if value is None]
+  if num_processes == 1 and len(missing) == 2:
+    return
+  if 0 < len(missing) < 3:
+    raise InputError(
+      f'{", ".join(missing)} missing: several processes need --coordinator, '
+      '--num_processes and --process_id.'
+    )
+  if not missing:
+    host, _, port = coordinator.rpartition(':')
+    if not host or not port.isdecimal():
+      raise InputError(f'--coordinator={coordinator} must be HOST:PORT.')
+    if not 0 <= process_id < num_processes:
+      raise InputError(
+        f'--process_id={process_id} must be from 0 to {num_processes - 1}, '
+        'below --num_processes.'
+      )
+    _join(
+      coordinator,
+      num_processes,
+      process_id,
+      cluster_detection_method='deactivate',
+    )
+    return
+  for marker, tasks in _TASKS.items():
+    # An interactive shell of a cluster: it would lose all devices but one.
+    if marker in os.environ and os.environ.get(tasks, '1') == '1':
+      return
+  if any(marker in os.environ for marker in _LAUNCHED):
+    _join()
+    return
+  try:
+    jax.distributed.initialize()
+  except Exception:  # No cluster: a ValueError, or no metadata server.
+    return
+
+
+def is_first():
+  """True in the one process that writes; starts no backend."""
+  return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def wait(name):
+  """Returns when all processes have come here, with what they wrote."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def any_of(flag):
+  """True in all processes if `flag` is in one of them; all must ask."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(flag).any())

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGTERM and Ctrl-C: in training the step is finished and saved first."""
+
+import contextlib
+import signal
+
+import jax
+
+
+class Stopped(SystemExit):
+  """The run was told to stop; the exit code is 128 plus the signal.
+
+  That is 130 after Ctrl-C and 143 after SIGTERM, as the shell has it.
+  """
+
+  def __init__(self, signum, message=''):
+    super().__init__(128 + signum)
+    self.message = message
+
+
+class Stop:
+  """Whether somebody asked the run to stop.
+
+  Where nothing can be lost a signal raises Stopped at once; inside `deferred`
+  it only sets `signum`, which the loop looks at after every step.
+  """
+
+  def __init__(self):
+    self.signum = None
+    self._deferred = False
+
+  @property
+  def name(self):
+    return 'Ctrl-C' if self.signum == signal.SIGINT else 'SIGTERM'
+
+  @contextlib.contextmanager
+  def listening(self):
+    """Handles SIGTERM and Ctrl-C; for the main thread of a command.
+
+    With several processes JAX listens itself, so that all stop at one step.
+    """
+    if jax.distributed.is_initialized():
+      yield self
+      return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, self._handle) for number in numbers}
+    try:
+      yield self
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
+
+  def _handle(self, signum, frame):
+    del frame
+    # Schedulers send SIGTERM twice; only a person who insists is in a hurry.
+    insists = self.signum == signum == signal.SIGINT
+    self.signum = signum
+    if insists or not self._deferred:
+      raise Stopped(
+        signum,
+        f'Stopped by {self.name}; the same command goes on where the last '
+        'checkpoint is.',
+      )
+
+  @contextlib.contextmanager
+  def deferred(self):
+    """Inside, the first signal waits."""
+    self._deferred = True
+    try:
+      yield
+    finally:
+      self._deferred = False
+
+  def attempt(self, function, *arguments):
+    """Inside `deferred`: function(*arguments), or None if a signal ends it.
+
+    For what the next start does again, such as an evaluation.
+    """
+    self._deferred = False
+    try:
+      return None if self.signum else function(*arguments)
+    except Stopped:
+      return None
+    finally:
+      self._deferred = True

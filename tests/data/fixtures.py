@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny data sets in the official layouts, and the labels that were drawn.
+
+Every make_* fills the folder `root` with images of 48x64 and returns
+{split: {key: uint8 [h, w] of train ids}}, 255 = ignored. What the files hold
+is written with Pillow, scipy and plain JSON, not by code under test.
+"""
+
+import csv
+import json
+import pathlib
+import shutil
+import zipfile
+
+import numpy as np
+from PIL import Image
+import scipy.io
+
+SIZE = (48, 64)
+NUM_IMAGES = {'train': 6, 'val': 4, 'test': 4}
+NAMES = ('background', 'road', 'tree')  # Of make_folder.
+COLOURS = ((0, 0, 0), (200, 30, 30), (10, 250, 0))
+ID_MAP = (3, 40, 7)
+KINDS = (
+  'index',
+  'palette',
+  'colours',
+  'id_map',
+  'fiftyone',
+  'voc',
+  'cvat',
+  'roboflow',
+  'coco',
+)
+CITY_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)
+# Category ids and names of COCO in the order of VOC's classes 1 to 20.
+COCO = (
+  '5 airplane,2 bicycle,16 bird,9 boat,44 bottle,6 bus,3 car,17 cat,62 chair,'
+  '21 cow,67 dining table,18 dog,19 horse,4 motorcycle,1 person,'
+  '64 potted plant,20 sheep,63 couch,7 train,72 tv'
+)
+COCO = [(int(x.split()[0]), x.split(' ', 1)[1]) for x in COCO.split(',')]
+
+
+def draw(seed, num_classes, void=255):
+  """Rectangles: image uint8 [48, 64, 3] and ids uint8 [48, 64] with void."""
+  generator = np.random.default_rng(seed)
+  ids = np.full(SIZE, 7 * seed % num_classes, np.uint8)
+  for i in range(8):
+    top, left = generator.integers(0, 40), generator.integers(0, 56)
+    height, width = generator.integers(6, 24, 2)
+    # Following images go on with the next classes.
+    value = (7 * seed + i) % num_classes if i else void
+    ids[top : top + height, left : left + width] = value
+  colours = generator.integers(0, 256, (256, 3), np.uint8)
+  noise = generator.integers(0, 16, (*SIZE, 3))
+  image = np.clip(colours[ids] + noise, 0, 255).astype(np.uint8)
+  return image, ids
+
+
+def write(path, array, palette=None):
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  image = Image.fromarray(array)
+  if palette is not None:
+    image.putpalette(bytes(palette))
+  image.save(path)
+  return path
+
+
+def voc_colours():
+  """768 numbers by the loop of the devkit's labelcolormap."""
+  found = []
+  for index in range(256):
+    colour = [0, 0, 0]
+    for shift in range(8):
+      for channel in range(3):
+        bit = (index >> (3 * shift + channel)) & 1
+        colour[channel] |= bit << (7 - shift)
+    found += colour
+  return found
+
+
+def _seed(split, i):
+  return 100 * list(NUM_IMAGES).index(split) + i
+
+
+def make_camvid(root):
+  """SegNet's release; void is 11 in the files, every other image a JPEG."""
+  root, drawn = pathlib.Path(root), {}
+  for split, count in NUM_IMAGES.items():
+    drawn[split] = {}
+    for i in range(count):
+      image, ids = draw(_seed(split, i), 11, void=11)
+      key = f'0001TP_{i:06d}'
+      write(root / split / f'{key}.{("png", "jpg")[i % 2]}', image)
+      write(root / f'{split}annot' / f'{key}.png', ids)
+      drawn[split][key] = np.where(ids == 11, 255, ids).astype(np.uint8)
+  return drawn
+
+
+def make_voc(root, sbd=False):
+  """VOCdevkit/VOC2012 in `root`, and with `sbd` benchmark_RELEASE beside it.
+
+  SBD lists one image of VOC's train and one of its val, too; what is returned
+  for train is then trainaug.
+  """
+  root, drawn = pathlib.Path(root), {}
+  voc = root / 'VOCdevkit' / 'VOC2012'
+  lists = voc / 'ImageSets' / 'Segmentation'
+  lists.mkdir(parents=True)
+  for split in ('train', 'val'):
+    drawn[split] = {}
+    for i in range(NUM_IMAGES[split]):
+      image, ids = draw(_seed(split, i), 21)
+      key = f'2007_{_seed(split, i):06d}'
+      write(voc / 'JPEGImages' / f'{key}.jpg', image)
+      write(voc / 'SegmentationClass' / f'{key}.png', ids, voc_colours())
+      drawn[split][key] = ids
+    (lists / f'{split}.txt').write_text('\n'.join(drawn[split]) + '\n')
+  # The devkit has more images than these lists.
+  write(voc / 'JPEGImages' / '2007_999999.jpg', image)
+  if sbd:
+    folder = root / 'benchmark_RELEASE' / 'dataset'
+    (folder / 'cls').mkdir(parents=True)
+    extra = {}
+    for i in range(5):
+      image, ids = draw(500 + i, 21, void=0)  # SBD has no 255.
+      key = f'2008_{9 - i:06d}'
+      if i == 3:
+        key = list(drawn['train'])[0]
+      elif i == 4:
+        key = list(drawn['val'])[0]
+      else:
+        extra[key] = ids
+      write(folder / 'img' / f'{key}.jpg', image)
+      name = folder / 'cls' / f'{key}.mat'
+      scipy.io.savemat(name, {'GTcls': {'Boundaries': 0, 'Segmentation': ids}})
+      with (folder / ('train.txt', 'val.txt')[i % 2]).open('a') as file:
+        file.write(f'{key}\n')
+    drawn['train'] |= dict(sorted(extra.items()))
+  return drawn
+
+
+def make_cityscapes(root, zipped=False):
+  """leftImg8bit and gtFine, as folders or as the two zip files."""
+  root, drawn = pathlib.Path(root), {}
+  train_ids = np.full(256, 255, np.uint8)
+  train_ids[list(CITY_IDS)] = np.arange(19)
+  written = []
+  for split in ('train', 'val', 'test'):
+    drawn[split] = {}
+    for i in range(NUM_IMAGES[split]):
+      image, ids = draw(_seed(split, i), 34, void=4)
+      city = f'{split}{"ab"[i % 2]}'
+      key = f'{city}_{i:06d}_000019'
+      if split == 'test':
+        ids[:] = 3  # Not public.
+      left = f'leftImg8bit/{split}/{city}/{key}_leftImg8bit.png'
+      right = f'gtFine/{split}/{city}/{key}_gtFine_'
+      written.append(write(root / left, image))
+      written.append(write(root / f'{right}labelIds.png', ids))
+      other = np.full(SIZE, 7001, np.uint16)
+      written.append(write(root / f'{right}instanceIds.png', other))
+      written.append(write(root / f'{right}color.png', image))
+      drawn[split][key] = train_ids[ids]
+  if zipped:
+    for name in ('leftImg8bit', 'gtFine'):
+      # One of the two packed, so that both ways are read.
+      method = zipfile.ZIP_DEFLATED if name == 'gtFine' else zipfile.ZIP_STORED
+      path = root / f'{name}_trainvaltest.zip'
+      with zipfile.ZipFile(path, 'w', method) as archive:
+        archive.writestr('README', 'not an image')
+        for file in written:
+          if file.relative_to(root).parts[0] == name:
+            archive.write(file, file.relative_to(root).as_posix())
+      shutil.rmtree(root / name)
+  del drawn['test']
+  return {split: dict(sorted(drawn[split].items())) for split in drawn}
+
+
+def _box(top, left, bottom, right):
+  """A polygon that is exactly these rows and columns."""
+  return [left, top, right, top, right, bottom, left, bottom]
+
+
+def _runs(mask):
+  """Uncompressed RLE of COCO: runs by columns, first of zeros."""
+  flat = np.concatenate([[0], mask.T.ravel(), [0]])
+  edges = np.flatnonzero(np.diff(flat))
+  runs = np.diff(np.concatenate([[0], edges, [mask.size]]))
+  return {'size': list(mask.shape), 'counts': runs.tolist()}
+
+
+def _annotate(ids, foreground, image_id, first):
+  """Annotations whose drawing, first one on top, gives `ids`; background 0.
+
+  Each class is an RLE of exactly its pixels; one box of class 1 as a polygon
+  comes first and is added to `ids`.
+  """
+  ids[8:20, 10:30] = 1
+  found = [(foreground[0], [_box(8, 10, 20, 30)], 0)]
+  # What lies below the box must not win.
+  hidden = np.zeros(SIZE, np.uint8)
+  hidden[10:18, 12:28] = 1
+  for number, category in enumerate(foreground, 1):
+    mask = (ids == number).astype(np.uint8)
+    found.append((category, _runs(mask | hidden), 1))
+  return [
+    {
+      'id': first + i,
+      'image_id': image_id,
+      'category_id': category,
+      'segmentation': segmentation,
+      'iscrowd': crowd,
+    }
+    for i, (category, segmentation, crowd) in enumerate(found)
+  ]
+
+
+def _write_coco(path, images, categories):
+  """images: {file name: (ids, category ids of the classes 1, 2, ...)}."""
+  content = {'images': [], 'annotations': []}
+  content['categories'] = [{'id': i, 'name': n} for i, n in categories]
+  # Not in the order of names.
+  for image_id, name in enumerate(reversed(list(images)), 1):
+    ids, foreground = images[name]
+    content['images'].append(
+      {'id': image_id, 'file_name': name, 'height': SIZE[0], 'width': SIZE[1]}
+    )
+    first = len(content['annotations'])
+    content['annotations'] += _annotate(ids, foreground, image_id, first)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(content))
+
+
+def make_coco(root):
+  """COCO 2017; the last image of each split has too few labelled pixels."""
+  root, drawn = pathlib.Path(root), {}
+  categories = [*COCO, (13, 'stop sign')]
+  for split in ('train', 'val'):
+    drawn[split], images = {}, {}
+    for i in range(NUM_IMAGES[split] + 1):
+      image, ids = draw(_seed(split, i), 21, void=0)
+      if i == NUM_IMAGES[split]:
+        ids[:] = 0
+        # With the box of 240 pixels these are 1000, and not more.
+        ids[22:40, :40] = 7
+        ids[40, :40] = 7
+      key = f'{_seed(split, i):012d}'
+      write(root / f'{split}2017' / f'{key}.jpg', image)
+      images[f'{key}.jpg'] = ids, [c for c, _ in COCO]
+      if i < NUM_IMAGES[split]:
+        drawn[split][key] = ids
+    _write_coco(
+      root / 'annotations' / f'instances_{split}2017.json', images, categories
+    )
+  return drawn
+
+
+def make_folder(root, kind):
+  """A user's set of the three classes NAMES in one of the layouts KINDS.
+
+  `folder_config(kind)` has the keys of config.data that it needs.
+  """
+  root, drawn = pathlib.Path(root), {}
+  for split, count in NUM_IMAGES.items():
+    drawn[split], images = {}, {}
+    for i in range(count):
+      # Colours and annotations have no void.
+      void = 0 if kind in ('colours', 'cvat', 'coco') else 255
+      image, ids = draw(_seed(split, i), len(NAMES), void)
+      # VOC's and CVAT's images lie in one folder.
+      key = f'{split}_{i}'
+      _write_example(root, kind, split, key, image, ids)
+      images[f'{key}.jpg'] = ids, [4, 9]
+      drawn[split][key] = ids
+    if kind in ('voc', 'cvat'):
+      path = root / 'ImageSets' / 'Segmentation' / f'{split}.txt'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text('\n'.join(drawn[split]) + '\n')
+    elif kind == 'roboflow':
+      with (root / _valid(split) / '_classes.csv').open('w') as file:
+        writer = csv.writer(file)
+        writer.writerow(['Pixel Value', ' Class'])
+        for row in enumerate(NAMES):
+          writer.writerow([row[0], f' {row[1]}'])
+    elif kind == 'coco':
+      path = root / 'annotations' / f'instances_{split}.json'
+      _write_coco(path, images, [(4, 'road'), (9, 'tree')])
+  if kind == 'cvat':
+    lines = ['# label:color_rgb:parts:actions']
+    for name, colour in zip(NAMES, COLOURS, strict=True):
+      lines.append(f'{name}:{",".join(map(str, colour))}::')
+    (root / 'labelmap.txt').write_text('\n'.join(lines) + '\n')
+  return drawn
+
+
+def folder_config(kind):
+  """Keys of config.data for make_folder."""
+  keys = {'name': 'folder', 'class_names': NAMES}
+  if kind in ('cvat', 'roboflow', 'coco'):
+    keys['class_names'] = ()  # They bring their own.
+  if kind == 'colours':
+    keys['palette'] = COLOURS
+  if kind == 'id_map':
+    keys['id_map'] = ID_MAP
+  return keys
+
+
+def _valid(split):
+  return 'valid' if split == 'val' else split
+
+
+def _write_example(root, kind, split, key, image, ids):
+  image_path = {
+    'fiftyone': root / split / 'data',
+    'voc': root / 'JPEGImages',
+    'cvat': root / 'JPEGImages',
+    'roboflow': root / _valid(split),
+  }.get(kind, root / 'images' / split)
+  write(image_path / f'{key}.jpg', image)
+  folder = {
+    'fiftyone': root / split / 'labels',
+    'voc': root / 'SegmentationClass',
+    'cvat': root / 'SegmentationClass',
+    'roboflow': root / _valid(split),
+  }.get(kind, root / 'masks' / split)
+  if kind in ('colours', 'cvat'):
+    write(folder / f'{key}.png', np.array(COLOURS, np.uint8)[ids])
+  elif kind == 'id_map':
+    values = np.full(256, 99, np.uint8)  # Ids that are no class are ignored.
+    values[: len(ID_MAP)] = ID_MAP
+    write(folder / f'{key}.png', values[ids])
+  elif kind in ('palette', 'voc'):
+    write(folder / f'{key}.png', ids, voc_colours())
+  elif kind == 'roboflow':
+    write(folder / f'{key}_mask.png', ids)
+  elif kind != 'coco':
+    write(folder / f'{key}.png', ids)

@@ -1,0 +1,819 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every layout gives the ids that were drawn; every mistake has its message."""
+
+import concurrent.futures
+import json
+import pathlib
+import pickle
+import re
+import shutil
+import struct
+import sys
+import zipfile
+import zlib
+
+from data import fixtures
+import numpy as np
+from PIL import Image
+import pytest
+import scipy.io
+
+from attnfd_jax.config import default_config
+from attnfd_jax.data import classes
+from attnfd_jax.data import coco
+from attnfd_jax.data import files
+from attnfd_jax.data import masks
+from attnfd_jax.data.sources import load_dataset
+from attnfd_jax.errors import DataError
+from attnfd_jax.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch):
+  folder = tmp_path_factory.mktemp('cache')
+  monkeypatch.setenv('XDG_CACHE_HOME', str(folder))
+  return folder / 'attnfd_jax' / 'coco'
+
+
+def load(root, name='camvid', *, strict=True, **keys):
+  config = default_config().data
+  config.update({'name': name, 'root': str(root), **keys})
+  return load_dataset(config, strict=strict)
+
+
+def load_folder(root, kind, *, strict=True, **keys):
+  keys = fixtures.folder_config(kind) | keys
+  return load(root, strict=strict, **keys)
+
+
+def make(root, layout):
+  """Fills root; returns what was drawn and the keys of config.data."""
+  if layout.startswith('folder '):
+    kind = layout.removeprefix('folder ')
+    if kind == 'coco':
+      pytest.importorskip('pycocotools')
+    return fixtures.make_folder(root, kind), fixtures.folder_config(kind)
+  if layout == 'camvid':
+    return fixtures.make_camvid(root), {'name': 'camvid'}
+  if layout.startswith('voc'):
+    sbd = layout == 'voc and sbd'
+    keys = {'name': 'pascal_voc'}
+    if sbd:
+      keys['sbd_root'] = str(root / 'benchmark_RELEASE')
+    return fixtures.make_voc(root, sbd=sbd), keys
+  if layout == 'coco':
+    pytest.importorskip('pycocotools')
+    return fixtures.make_coco(root), {'name': 'coco'}
+  zipped = layout == 'cityscapes zipped'
+  return fixtures.make_cityscapes(root, zipped), {'name': 'cityscapes'}
+
+
+LAYOUTS = (
+  'camvid',
+  'voc',
+  'voc and sbd',
+  'cityscapes',
+  'cityscapes zipped',
+  'coco',
+  *(f'folder {kind}' for kind in fixtures.KINDS),
+)
+NUM_CLASSES = {'camvid': 11, 'voc': 21, 'cityscapes': 19, 'coco': 21}
+
+
+def assert_drawn(dataset, drawn):
+  assert {k: len(v) for k, v in dataset.splits.items()} == {
+    split: len(labels) for split, labels in drawn.items()
+  }
+  for split, labels in drawn.items():
+    source = dataset.splits[split]
+    assert [source.key(i) for i in range(len(source))] == list(labels)
+    for i, label in enumerate(labels.values()):
+      np.testing.assert_array_equal(source[i]['label'], label)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_ids_are_those_that_were_drawn(tmp_path, layout):
+  drawn, keys = make(tmp_path, layout)
+  dataset = load(tmp_path, **keys)
+  assert_drawn(dataset, drawn)
+  assert not dataset.problems
+  k = NUM_CLASSES.get(layout.split()[0], len(fixtures.NAMES))
+  assert dataset.num_classes == k == len(set(dataset.class_names))
+  assert dataset.palette.shape == (k, 3) and dataset.palette.dtype == np.uint8
+  if layout.startswith('folder'):
+    assert dataset.class_names == fixtures.NAMES
+  seen = np.unique(np.concatenate([list(x.values()) for x in drawn.values()]))
+  # Else a wrong order of classes could not be seen.
+  assert set(range(k)) <= set(seen.tolist())
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_what_a_source_knows(tmp_path, layout):
+  _, keys = make(tmp_path, layout)
+  source = load(tmp_path, **keys).splits['train']
+  copy = pickle.loads(pickle.dumps(source))
+  for i in range(len(source)):
+    record = source[i]
+    assert source.size(i) == record['label'].shape == fixtures.SIZE
+    assert record['image'].shape == (*fixtures.SIZE, 3)
+    assert record['image'].dtype == record['label'].dtype == np.uint8
+    stored = source.encoded(i)
+    np.testing.assert_array_equal(stored['label'], record['label'])
+    path, _, member = source.name(i).partition('!')
+    if member:
+      assert stored['image'] == zipfile.ZipFile(path).read(member)
+    else:
+      assert stored['image'] == pathlib.Path(path).read_bytes()
+    again = copy[i]
+    for key in record:
+      np.testing.assert_array_equal(again[key], record[key])
+
+
+@pytest.mark.parametrize('method', [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_threads_read_a_zip_at_once(tmp_path, method):
+  contents = {f'a/{i}.png': bytes([i]) * (20000 + i) for i in range(40)}
+  path = tmp_path / 'x.zip'
+  with zipfile.ZipFile(path, 'w', method) as archive:
+    for name, content in contents.items():
+      member = zipfile.ZipInfo(name)
+      # Packers put times and owners between the name and the data.
+      member.extra = b'UT\5\0\1\0\0\0\0'
+      archive.writestr(member, content, method)
+  found = files.list_zip(path, 'a/', ('.png',))
+  assert {file.member for file in found} == set(contents)
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    read = list(pool.map(files.File.read, found * 5))
+    heads = list(pool.map(lambda file: file.read(100), found))
+  assert read == [contents[file.member] for file in found] * 5
+  assert heads == [contents[file.member][:100] for file in found]
+  assert (found[0].stem, found[0].suffix) == ('0', '.png')
+  assert str(found[0]) == f'{path}!a/0.png'
+
+
+def test_a_damaged_zip_is_named(tmp_path):
+  fixtures.make_cityscapes(tmp_path, zipped=True)
+  path = tmp_path / 'leftImg8bit_trainvaltest.zip'
+  data = bytearray(path.read_bytes())
+  middle = data.find(b'IDAT')
+  data[middle + 40] ^= 255
+  path.write_bytes(data)
+  source = load(tmp_path, 'cityscapes').splits['train']
+  with pytest.raises(DataError, match='zip!.*checksum differs') as error:
+    source[0]
+  assert error.value.kind == 'unreadable'
+  path.write_bytes(data[: len(data) // 2])
+  files._archive.cache_clear()
+  with pytest.raises(DataError, match='not a readable zip.*copy it again'):
+    load(tmp_path, 'cityscapes')
+
+
+def test_the_authors_folder_of_cityscapes(tmp_path):
+  drawn = fixtures.make_cityscapes(tmp_path)
+  (tmp_path / 'leftImg8bit').rename(tmp_path / 'images')
+  assert_drawn(load(tmp_path, 'cityscapes'), drawn)
+
+
+def test_cityscapes_names_ids_that_do_not_exist(tmp_path):
+  fixtures.make_cityscapes(tmp_path)
+  source = load(tmp_path, 'cityscapes').splits['val']
+  path = next((tmp_path / 'gtFine' / 'val').rglob(f'{source.key(0)}*labelIds*'))
+  ids = np.full(fixtures.SIZE, 7, np.uint8)
+  ids[0, :3] = 34
+  fixtures.write(path, ids)
+  message = re.escape(
+    f'{path}: values 34 (3 pixels) are no class; classes are 7 to 8, 11 to 13,'
+    ' 17, 19 to 28, 31 to 33, ignored 0 to 6, 9 to 10, 14 to 16, 18, 29 to 30,'
+    ' 255.'
+  )
+  with pytest.raises(DataError, match=message):
+    source[0]
+
+
+@pytest.mark.parametrize('inner', ['', 'VOCdevkit', 'VOCdevkit/VOC2012'])
+def test_voc_is_found_from_each_folder_above(tmp_path, inner):
+  drawn = fixtures.make_voc(tmp_path)
+  assert_drawn(load(tmp_path / inner, 'pascal_voc'), drawn)
+
+
+def test_trainaug_from_a_ready_made_list(tmp_path):
+  drawn = fixtures.make_voc(tmp_path)
+  voc = tmp_path / 'VOCdevkit' / 'VOC2012'
+  augmented = {}
+  for key in ['2007_999999', *drawn['train']]:
+    _, ids = fixtures.draw(len(augmented) + 50, 21, void=0)
+    fixtures.write(voc / 'SegmentationClassAug' / f'{key}.png', ids)
+    augmented[key] = ids
+  path = voc / 'ImageSets' / 'Segmentation' / 'trainaug.txt'
+  path.write_text('\n'.join(augmented))
+  dataset = load(tmp_path, 'pascal_voc', train_list='trainaug')
+  assert_drawn(dataset, {'train': augmented, 'val': drawn['val']})
+  with pytest.raises(
+    InputError, match="'trainaug' does not go with .*sbd_root"
+  ):
+    load(tmp_path, 'pascal_voc', train_list='trainaug', sbd_root='x')
+
+
+def test_trainaug_has_no_image_of_val_and_voc_masks_win(tmp_path):
+  drawn = fixtures.make_voc(tmp_path, sbd=True)
+  sbd = tmp_path / 'benchmark_RELEASE'
+  dataset = load(tmp_path, 'pascal_voc', sbd_root=str(sbd / 'dataset'))
+  train = dataset.splits['train']
+  keys = [train.key(i) for i in range(len(train))]
+  assert len(keys) == len(set(keys)) == 6 + 3
+  assert not set(keys) & set(drawn['val'])
+  assert keys[6:] == sorted(keys[6:])
+  other = scipy.io.loadmat(sbd / 'dataset' / 'cls' / f'{keys[0]}.mat')
+  other = other['GTcls'][0]['Segmentation'][0]
+  assert np.any(other != train[0]['label'])  # SBD has another mask for it.
+
+
+def test_mistakes_of_sbd(tmp_path, monkeypatch):
+  fixtures.make_voc(tmp_path, sbd=True)
+  with pytest.raises(DataError, match='cls: no such folder; config.data.sbd_'):
+    load(tmp_path, 'pascal_voc', sbd_root=str(tmp_path))
+  keys = {'sbd_root': str(tmp_path / 'benchmark_RELEASE')}
+  source = load(tmp_path, 'pascal_voc', **keys).splits['train']
+  name = f'{source.key(8)}.mat'
+  (tmp_path / 'benchmark_RELEASE' / 'dataset' / 'cls' / name).write_text('x')
+  with pytest.raises(DataError, match=f'{name}: not a readable SBD mask'):
+    source[8]
+  monkeypatch.setitem(sys.modules, 'scipy.io', None)
+  message = r"needs scipy: pip install 'attnfd_jax\[data\]'"
+  with pytest.raises(InputError, match=message):
+    load(tmp_path, 'pascal_voc', **keys)
+
+
+@pytest.fixture
+def coco_root(tmp_path):
+  pytest.importorskip('pycocotools')
+  fixtures.make_coco(tmp_path)
+  return tmp_path
+
+
+def edit_json(path, change):
+  content = json.loads(path.read_text())
+  change(content)
+  path.write_text(json.dumps(content))
+
+
+def test_coco_is_drawn_once(coco_root, cache_folder, monkeypatch):
+  load(coco_root, 'coco')
+  made = {path.name for path in cache_folder.iterdir()}
+  assert len(made) == 2
+  with monkeypatch.context() as patch:
+    patch.delattr(coco, 'draw_label')
+    patch.setitem(sys.modules, 'pycocotools', None)  # Is needed once.
+    load(coco_root, 'coco').splits['train'][0]
+  # Another file: drawn again, and the old masks are gone.
+  path = coco_root / 'annotations' / 'instances_val2017.json'
+  edit_json(path, lambda content: content['images'].pop(0))
+  edit_json(
+    path,
+    lambda content: content.update(
+      annotations=[a for a in content['annotations'] if a['image_id'] != 1]
+    ),
+  )
+  assert len(load(coco_root, 'coco').splits['val']) == 4
+  now = {path.name for path in cache_folder.iterdir()}
+  assert len(now) == 2 and len(now & made) == 1
+
+
+def test_coco_leaves_out_images_of_few_pixels(coco_root):
+  path = coco_root / 'annotations' / 'instances_val2017.json'
+  listed, sizes = len(json.loads(path.read_text())['images']), {}
+  for pixels in (1000, 999, 239):
+    labels = coco.draw_labels(
+      path,
+      class_names=('background', *classes.COCO_CATEGORIES),
+      min_pixels=pixels,
+    )
+    sizes[pixels] = len(labels.image_names)
+  # Of one there are exactly 1000.
+  assert sizes == {1000: listed - 1, 999: listed, 239: listed}
+
+
+def test_a_limit_of_coco_stops_drawing(coco_root, monkeypatch):
+  drawn = []
+  draw = coco.draw_label
+  monkeypatch.setattr(
+    coco, 'draw_label', lambda *args: drawn.append(1) or draw(*args)
+  )
+  dataset = load(coco_root, 'coco', limit=2)
+  assert len(drawn) == 4
+  assert [len(s) for s in dataset.splits.values()] == [2, 2]
+
+
+def test_polygons_and_runs():
+  pytest.importorskip('pycocotools')
+  triangle = {'category_id': 1, 'segmentation': [[2, 2, 42, 2, 2, 42]]}
+  label, wrong = coco.draw_label([triangle], (48, 64), {1: 5})
+  rows, columns = np.mgrid[:48, :64]
+  inside = (rows >= 2) & (columns >= 2) & (rows + columns < 43)
+  edge = np.abs(rows + columns - 43) <= 1  # The rule there is not ours.
+  assert not wrong
+  np.testing.assert_array_equal((label == 5)[~edge], inside[~edge])
+  # 5 pixels, 100 others, 63 pixels, by columns; as lists and as COCO's text.
+  flat = np.repeat([1, 0, 1], [5, 100, 63]).reshape(14, 12).T
+  for counts in ([0, 5, 100, 63], '05T3j1'):
+    runs = {'size': [12, 14], 'counts': counts}
+    annotations = [{'category_id': 9, 'segmentation': runs}]
+    label, wrong = coco.draw_label(annotations, (12, 14), {9: 1})
+    assert not wrong
+    np.testing.assert_array_equal(label, flat)
+
+
+def test_the_first_annotation_wins():
+  pytest.importorskip('pycocotools')
+
+  def box(category, left):
+    corners = [left, 0, left + 6, 0, left + 6, 4, left, 4]
+    return {'category_id': category, 'segmentation': [corners]}
+
+  both = [box(1, 0), box(2, 3), box(3, 2)]
+  label, _ = coco.draw_label(both, (4, 12), {1: 1, 2: 2})
+  assert label[0].tolist() == [1] * 6 + [2] * 3 + [0] * 3
+
+
+@pytest.mark.parametrize(
+  ('segmentation', 'message'),
+  [
+    ([], 'polygons of at least three corners'),
+    ([[1, 2, 3, 4]], 'polygons of at least three corners'),
+    ([[1, 2, 3, 4, 5, 6, 7]], 'polygons of at least three corners'),
+    ({'size': [9, 9], 'counts': [81]}, r'its RLE is of size \[9, 9\]'),
+    ({'size': [48, 64], 'counts': [81]}, 'its RLE does not fill the image'),
+    (None, 'polygons of at least three corners'),
+  ],
+  ids=['empty', 'box', 'odd', 'size', 'short', 'none'],
+)
+def test_wrong_annotations_are_named(tmp_path, segmentation, message):
+  _, keys = make(tmp_path, 'folder coco')
+  path = tmp_path / 'annotations' / 'instances_val.json'
+
+  def change(content):
+    content['annotations'][-1]['segmentation'] = segmentation
+
+  edit_json(path, change)
+  message = f'annotation 11 of val_0.jpg: .*{message}'
+  with pytest.raises(DataError, match=message):
+    load(tmp_path, **keys)
+  # The second time the message comes from the cache.
+  dataset = load(tmp_path, strict=False, **keys)
+  (problem,) = dataset.problems
+  assert problem.kind == 'annotation' and problem.file == str(path)
+  assert len(dataset.splits['val']) == 4
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda c: c.pop('images'), 'needs images, annotations and categories'),
+    (lambda c: c['images'][0].pop('height'), 'height is absent or no int'),
+    (lambda c: c['images'][0].update(width=0), 'no height or width'),
+    (lambda c: c['images'].append(3), 'needs images, annotations and'),
+    (lambda c: c['images'][0].update(id='a'), 'id is absent or no int'),
+    (
+      lambda c: c['images'].append(c['images'][0] | {'id': 99}),
+      'val_3.jpg is listed twice',
+    ),
+    (
+      lambda c: c['annotations'][0].update(category_id=77),
+      'annotations of category 77, which the file does not list',
+    ),
+    (
+      lambda c: c['annotations'][0].update(image_id=78),
+      'annotations of image 78, which the file does not list',
+    ),
+    (lambda c: c['categories'].pop(), "no category 'tree'; it has road"),
+  ],
+  ids=[
+    'list',
+    'height',
+    'width',
+    'entry',
+    'id',
+    'twice',
+    'category',
+    'image',
+    'missing',
+  ],
+)
+def test_wrong_lists_are_named(tmp_path, change, message):
+  _, keys = make(tmp_path, 'folder coco')
+  path = tmp_path / 'annotations' / 'instances_val.json'
+  edit_json(path, change)
+  message = rf'instances_val\.json: .*{message}'
+  with pytest.raises(DataError, match=message) as error:
+    load(tmp_path, **keys)
+  assert error.value.kind == 'annotation'
+
+
+def test_coco_without_json_or_pycocotools(coco_root, monkeypatch):
+  path = coco_root / 'annotations' / 'instances_train2017.json'
+  path.write_text('{"images": [')
+  with pytest.raises(DataError, match='instances_train2017.json: not JSON'):
+    load(coco_root, 'coco')
+  # What the reference reads are COCO's categories, nobody else's.
+  edit = coco_root / 'annotations' / 'instances_val2017.json'
+  edit_json(edit, lambda c: c['categories'][0].update(name='cactus'))
+  problems = load(coco_root, 'coco', strict=False).problems
+  assert "no category 'airplane'; it has person" in str(problems[1])
+  monkeypatch.setitem(sys.modules, 'pycocotools', None)
+  message = r"need pycocotools: pip install 'attnfd_jax\[data\]'"
+  with pytest.raises(InputError, match=message):
+    load(coco_root, 'coco')
+
+
+def test_an_image_of_coco_may_be_missing(coco_root):
+  source = load(coco_root, 'coco').splits['val']
+  name = source.name(1)
+  pathlib.Path(name).unlink()
+  with pytest.raises(DataError, match='no partner for .*jpg, which has') as e:
+    load(coco_root, 'coco')
+  assert (e.value.kind, e.value.file) == ('partner', name)
+
+
+def test_drawn_masks_name_their_json(tmp_path):
+  _, keys = make(tmp_path, 'folder coco')
+  path = tmp_path / 'images' / 'val' / 'val_1.jpg'
+  Image.new('RGB', (20, 10)).save(path)
+  source = load(tmp_path, **keys).splits['val']
+  message = (
+    r'instances_val\.json \(val_1\.jpg\): mask is 64x48, its image 20x10'
+  )
+  with pytest.raises(DataError, match=message):
+    source[1]
+
+
+@pytest.mark.parametrize('layout', ['roboflow', 'beside'])
+def test_other_places_of_coco_files(tmp_path, layout):
+  drawn, keys = make(tmp_path, 'folder coco')
+  for split in drawn:
+    name = {'val': 'valid'}.get(split, split) if layout == 'roboflow' else split
+    (tmp_path / 'images' / split).rename(tmp_path / name)
+    if layout == 'roboflow':
+      path = tmp_path / 'annotations' / f'instances_{split}.json'
+      path.rename(tmp_path / name / '_annotations.coco.json')
+  assert_drawn(load(tmp_path, **keys), drawn)
+
+
+@pytest.mark.parametrize('kind', ['cvat', 'roboflow', 'coco'])
+def test_names_choose_among_those_of_the_layout(tmp_path, kind):
+  drawn, _ = make(tmp_path, f'folder {kind}')
+  chosen = {
+    # The first one is what no annotation covers.
+    'coco': ('nothing', 'tree'),
+  }.get(kind, ('tree', 'background'))
+  dataset = load_folder(tmp_path, kind, class_names=chosen)
+  assert dataset.class_names == chosen
+  table = np.full(256, 255, np.uint8)
+  table[list({'coco': (0, 2)}.get(kind, (2, 0)))] = (0, 1)
+  for i, label in enumerate(drawn['val'].values()):
+    found = dataset.splits['val'][i]['label']
+    if kind == 'coco':
+      # Road hid trees; it is background now.
+      assert np.all(found[label == 2] == 1)
+      assert set(np.unique(found).tolist()) <= {0, 1}
+    else:
+      np.testing.assert_array_equal(found, table[label])
+  with pytest.raises(DataError, match="no c(lass|ategory) 'cactus'.* has "):
+    load_folder(tmp_path, kind, class_names=('background', 'cactus'))
+
+
+def test_further_colours_are_ignored(tmp_path):
+  drawn, _ = make(tmp_path, 'folder colours')
+  dataset = load_folder(tmp_path, 'colours', class_names=fixtures.NAMES[:2])
+  for i, label in enumerate(drawn['train'].values()):
+    np.testing.assert_array_equal(
+      dataset.splits['train'][i]['label'], np.where(label == 2, 255, label)
+    )
+  assert dataset.palette.tolist() == [list(c) for c in fixtures.COLOURS[:2]]
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'P', 'L'])
+def test_colours_in_other_modes(tmp_path, mode):
+  greys = tuple((v, v, v) for v in (10, 90, 200))
+  ids = fixtures.draw(1, 3, void=0)[1]
+  image = Image.fromarray(np.array(greys, np.uint8)[ids])
+  path = tmp_path / 'a.png'
+  if mode == 'P':
+    image = Image.fromarray(ids)
+    image.putpalette(np.array(greys, np.uint8).tobytes())
+  image.convert(mode).save(path)
+  with Image.open(path) as stored:
+    assert stored.mode == mode
+  read = masks.ColourLabels(greys)
+  np.testing.assert_array_equal(read(files.File(str(path))), ids)
+
+
+@pytest.mark.parametrize(
+  ('keys', 'message'),
+  [
+    ({'palette': ((0, 0, 0),)}, 'config.data.palette has 1 entries'),
+    ({'palette': ((0, 0, 0), (0, 0, 0), (1, 1, 1))}, 'needs a different'),
+    ({'palette': ((0, 0, 0), (1, 1), (1, 1, 1))}, r'\(r, g, b\) of 0 to 255'),
+    ({'palette': ((0, 0, 0), (1, 1, 256), (1, 1, 1))}, 'of 0 to 255'),
+    ({'id_map': (1, 2)}, r'id_map=\(1, 2\) must have a different id'),
+    ({'id_map': (1, 2, 2)}, 'must have a different id'),
+    ({'id_map': (1, 2, 255)}, 'of 0 to 254'),
+    (
+      {'id_map': (1, 2, 3), 'palette': fixtures.COLOURS},
+      'give one of them',
+    ),
+    ({'layout': 'yolo'}, "layout='yolo' must be auto, pairs, voc, roboflow"),
+    (
+      {'layout': 'roboflow', 'id_map': (1, 2, 3)},
+      'does not go with the layout',
+    ),
+  ],
+  ids=str,
+)
+def test_keys_that_make_no_sense(tmp_path, keys, message):
+  fixtures.make_folder(tmp_path, 'index')
+  with pytest.raises(InputError, match=message):
+    load_folder(tmp_path, 'index', **keys)
+
+
+def test_two_layouts_need_a_choice(tmp_path):
+  drawn, keys = make(tmp_path, 'folder voc')
+  fixtures.make_folder(tmp_path, 'index')
+  with pytest.raises(
+    InputError, match='pairs or voc; say --config.data.layout'
+  ):
+    load(tmp_path, **keys)
+  assert_drawn(load(tmp_path, layout='voc', **keys), drawn)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'file', 'text', 'message'),
+  [
+    ('cvat', 'labelmap.txt', 'road:1,2::', 'is not name:red,green,blue'),
+    ('cvat', 'labelmap.txt', 'road:1,2,256::', 'is not name:red,green,blue'),
+    ('cvat', 'labelmap.txt', 'a:1,2,3::\na:1,2,4::', 'a second time'),
+    ('cvat', 'labelmap.txt', 'a:1,2,3::\nb:1,2,3::', 'a second time'),
+    ('cvat', 'labelmap.txt', '# nothing', 'no classes in it'),
+    ('roboflow', 'train/_classes.csv', 'x\nroad, 1', 'is not id, name'),
+    ('roboflow', 'train/_classes.csv', 'x\n1, a\n1, b', 'a name or id twice'),
+    ('roboflow', 'train/_classes.csv', 'x', 'no classes in it'),
+    ('roboflow', 'valid/_classes.csv', 'x\n1, a', 'other classes than those'),
+  ],
+  ids=str,
+)
+def test_wrong_tables_are_named(tmp_path, kind, file, text, message):
+  fixtures.make_folder(tmp_path, kind)
+  (tmp_path / file).write_text(text)
+  with pytest.raises(DataError, match=rf'{re.escape(file)}: .*{message}') as e:
+    load_folder(tmp_path, kind)
+  assert e.value.kind == 'annotation'
+
+
+def test_a_default_list_of_cvat_is_told(tmp_path):
+  fixtures.make_folder(tmp_path, 'cvat')
+  lists = tmp_path / 'ImageSets' / 'Segmentation'
+  for name in ('train', 'val', 'test'):
+    (lists / f'{name}.txt').rename(lists / 'default.txt')
+  message = r'train\.txt: no such list, there is default\.txt'
+  with pytest.raises(DataError, match=message):
+    load_folder(tmp_path, 'cvat')
+
+
+# Breaks `image` or `mask` of the first example of train; see below.
+def cut(image, mask):
+  image.write_bytes(image.read_bytes()[:-200])
+
+
+def vanish(image, mask):
+  mask.unlink()
+
+
+def smaller(image, mask):
+  Image.new('L', (60, 40)).save(mask)
+
+
+def coloured(image, mask):
+  Image.new('RGB', (64, 48)).save(mask)
+
+
+def deep(image, mask):
+  Image.fromarray(np.zeros((48, 64), np.uint16)).save(mask)
+
+
+def few_bits(image, mask):
+  """Grey of 4 bits, which Pillow cannot write."""
+
+  def chunk(name, data):
+    checksum = struct.pack('>I', zlib.crc32(name + data))
+    return struct.pack('>I', len(data)) + name + data + checksum
+
+  header = struct.pack('>IIBBBBB', 64, 48, 4, 0, 0, 0, 0)
+  rows = zlib.compress((b'\0' + b'\x1f' * 32) * 48)
+  parts = [(b'IHDR', header), (b'IDAT', rows), (b'IEND', b'')]
+  mask.write_bytes(
+    b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*part) for part in parts)
+  )
+
+
+def strange(image, mask):
+  ids = np.zeros((48, 64), np.uint8)
+  ids[0, :9], ids[1, :5] = 77, 200
+  Image.fromarray(ids).save(mask)
+
+
+def lossy(image, mask):
+  Image.new('L', (64, 48)).save(mask, format='JPEG')
+
+
+def turned(image, mask):
+  exif = Image.Exif()
+  exif[0x0112] = 3
+  Image.new('RGB', (64, 48)).save(image, exif=exif)
+
+
+def no_text(image, mask):
+  mask.write_text('no image')
+
+
+def nothing(image, mask):
+  mask.write_bytes(b'')
+
+
+KINDS = [
+  (vanish, 'partner', r'trainannot: no partner for 0001TP_000000\.png'),
+  (cut, 'unreadable', r'train/0001TP_000000\.png: not a readable image'),
+  (no_text, 'unreadable', r'annot/0001TP_000000\.png: not a readable mask'),
+  (nothing, 'unreadable', r'annot/0001TP_000000\.png: not a readable mask'),
+  (smaller, 'size', r'annot/.*: mask is 60x40, its image 64x48 \(width'),
+  (coloured, 'mode', r'annot/.*mode RGB; expected an 8-bit.*data\.palette='),
+  (deep, 'depth', r'annot/.*: mask has 16 bits a pixel; save ids as an 8-bit'),
+  (few_bits, 'depth', r'annot/.*: mask has 4 bits a pixel'),
+  (
+    strange,
+    'values',
+    r'annot/.*: values 77 \(9 pixels\), 200 \(5 pixels\) are no class; classes '
+    r'are 0 to 10, ignored 11, 255\.',
+  ),
+  (lossy, 'lossy', r'annot/.*: a JPEG mask.*Export the masks as PNG'),
+  (turned, 'exif', r'train/.*EXIF orientation 3.*save the image upright'),
+]
+
+
+@pytest.mark.parametrize(
+  ('breaks', 'kind', 'message'), KINDS, ids=[f.__name__ for f, *_ in KINDS]
+)
+def test_every_kind_of_mistake(tmp_path, breaks, kind, message):
+  fixtures.make_camvid(tmp_path)
+  image = tmp_path / 'train' / '0001TP_000000.png'
+  mask = tmp_path / 'trainannot' / image.name
+  breaks(image, mask)
+  with pytest.raises(DataError, match=message) as caught:
+    load(tmp_path).splits['train'][0]
+  error = caught.value
+  assert error.kind == kind
+  wrong = mask
+  if breaks in (vanish, cut, turned):
+    wrong = image
+  assert error.file == str(wrong)
+  expected = {77: 9, 200: 5} if kind == 'values' else None
+  assert error.values == expected
+  # Workers send it to their parent.
+  copy = pickle.loads(pickle.dumps(error))
+  assert str(copy) == str(error)
+  assert (copy.kind, copy.file, copy.values) == (kind, str(wrong), expected)
+  # The others can be used.
+  source = load(tmp_path, strict=False).splits['train']
+  assert set(source[len(source) - 1]) == {'image', 'label'}
+
+
+def test_colours_that_are_no_class(tmp_path):
+  fixtures.make_folder(tmp_path, 'colours')
+  pixels = np.zeros((48, 64, 3), np.uint8)
+  pixels[0, :7] = (1, 2, 3)
+  pixels[1] = np.arange(64)[:, None] + 100
+  path = fixtures.write(tmp_path / 'masks' / 'train' / 'train_0.png', pixels)
+  message = rf'{path}: values 1,2,3 \(7 pixels\), .* and 60 more are no class'
+  with pytest.raises(DataError, match=message) as error:
+    load_folder(tmp_path, 'colours').splits['train'][0]
+  assert error.value.kind == 'values'
+  assert error.value.values['1,2,3'] == 7 and len(error.value.values) == 65
+
+
+def test_truncated_jpeg(tmp_path):
+  image, _ = fixtures.draw(0, 3)
+  path = tmp_path / 'a.jpg'
+  Image.fromarray(image).save(path, quality=95)
+  data = path.read_bytes()
+  assert masks.decode_image('a', data).shape == image.shape
+  # A camera may append a few bytes.
+  assert masks.decode_image('a', data + b'\0\0').shape == image.shape
+  for length in (len(data) // 2, len(data) - 40):
+    with pytest.raises(DataError, match='a: not a readable image'):
+      masks.decode_image('a', data[:length])
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_all_problems_are_collected(tmp_path, layout):
+  drawn, keys = make(tmp_path, layout)
+  whole = load(tmp_path, **keys)
+  for split in ('train', 'val'):
+    name = whole.splits[split].name(0)
+    if '!' in name:
+      pytest.skip('a zip is complete or damaged')
+    pathlib.Path(name).unlink()
+  dataset = load(tmp_path, strict=False, **keys)
+  assert [problem.kind for problem in dataset.problems] == ['partner'] * 2
+  key = whole.splits['train'].key(0)
+  assert key in str(dataset.problems[0])
+  assert len(dataset.splits['train']) == len(drawn['train']) - 1
+  for i in range(len(dataset.splits['val'])):
+    dataset.splits['val'][i]
+  message = r'no partner for .*\(And 1 more; python -m attnfd_jax\.check_data'
+  with pytest.raises(DataError, match=message):
+    load(tmp_path, **keys)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_a_split_may_be_absent_or_empty(tmp_path, layout):
+  _, keys = make(tmp_path, layout)
+  message = r'no such folder; is config\.data\.root right'
+  with pytest.raises(DataError, match=message) as error:
+    load(tmp_path / 'elsewhere', **keys)
+  assert error.value.kind == 'split'
+  if 'zip' in layout:
+    (tmp_path / 'gtFine_trainvaltest.zip').unlink()
+  for path in sorted(tmp_path.rglob('*')):
+    is_val = re.search('val', path.relative_to(tmp_path).as_posix())
+    if is_val and path.is_dir():
+      shutil.rmtree(path)
+    elif is_val and path.is_file() and path.suffix in ('.txt', '.json', '.csv'):
+      path.unlink()
+  dataset = load(tmp_path, strict=False, **keys)
+  assert {p.kind for p in dataset.problems} == {'split'}
+  assert 'val' not in dataset.splits
+  if 'zip' not in layout:
+    assert dataset.splits['train'][0]['label'].shape == fixtures.SIZE
+  with pytest.raises(DataError, match=r'not found|no such list'):
+    load(tmp_path, **keys)
+
+
+def test_lists_as_windows_writes_them(tmp_path):
+  drawn = fixtures.make_folder(tmp_path, 'cvat')
+  for path in tmp_path.rglob('*.txt'):
+    lines = path.read_text().splitlines()
+    path.write_bytes(b'\xef\xbb\xbf' + '\r\n'.join([*lines, '']).encode())
+  assert_drawn(load_folder(tmp_path, 'cvat'), drawn)
+
+
+@pytest.mark.parametrize('kind', ['coco', 'roboflow'])
+def test_a_wrong_table_leaves_the_other_splits(tmp_path, kind):
+  drawn, keys = make(tmp_path, f'folder {kind}')
+  name = {'coco': 'annotations/instances_train.json'}
+  (tmp_path / name.get(kind, 'train/_classes.csv')).write_text('[1]')
+  dataset = load(tmp_path, strict=False, **keys)
+  assert [problem.kind for problem in dataset.problems] == ['annotation']
+  del drawn['train']
+  assert_drawn(dataset, drawn)
+
+
+def test_an_empty_list_is_an_empty_split(tmp_path):
+  fixtures.make_voc(tmp_path)
+  lists = tmp_path / 'VOCdevkit' / 'VOC2012' / 'ImageSets' / 'Segmentation'
+  (lists / 'val.txt').write_text('\n')
+  with pytest.raises(DataError, match=r'val\.txt: no names in it') as error:
+    load(tmp_path, 'pascal_voc')
+  assert error.value.kind == 'split'
+
+
+def test_runs_of_older_versions_lack_keys(tmp_path):
+  drawn, keys = make(tmp_path, 'folder index')
+  config = {'root': str(tmp_path), **keys, 'limit': 0, 'cache': False}
+  config['class_names'] = list(keys['class_names'])  # As in config.json.
+  assert_drawn(load_dataset(config), drawn)
+
+
+def test_tables_of_ids():
+  assert classes.CITYSCAPES_IDS == fixtures.CITY_IDS
+  table = masks.id_table(classes.CITYSCAPES_IDS)
+  assert table.dtype == np.uint8 and table.shape == (256,)
+  ids = list(classes.CITYSCAPES_IDS)
+  assert table[ids].tolist() == list(range(len(classes.CITYSCAPES)))
+  others = np.delete(table, ids)
+  assert len(others) == 256 - 19 and np.all(others == 255)
+  # A road, a person and a bicycle.
+  assert (table[7], table[24], table[33]) == (0, 11, 18)
+
+
+def test_categories_of_coco():
+  found = [(number, name) for name, number in classes.COCO_CATEGORIES.items()]
+  assert found == fixtures.COCO
+  assert len(found) == len(classes.VOC) - 1
+  # Seven have other names in VOC, the others must be in the same place.
+  other = {'aeroplane', 'diningtable', 'motorbike', 'pottedplant', 'sofa'}
+  other.add('tvmonitor')
+  for voc, (_, name) in zip(list(classes.VOC)[1:], found, strict=True):
+    assert (voc == name) == (voc not in other)
+
+
+def test_palette_formula():
+  expected = np.reshape(fixtures.voc_colours(), (256, 3))
+  np.testing.assert_array_equal(classes.voc_palette(256), expected)
+  np.testing.assert_array_equal(list(classes.VOC.values()), expected[:21])

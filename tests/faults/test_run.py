@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is killed anywhere ends as the one that was not; refusals.
+
+What a process leaves that is killed is what is on the disk at that moment. So
+one run is photographed at many moments, and goes on from every photograph.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+import small_run
+
+from attnfd_jax.data import pipeline
+from attnfd_jax.errors import InputError
+from attnfd_jax.training import checkpoints
+from attnfd_jax.training import evaluation
+from attnfd_jax.training import finite
+from attnfd_jax.training import lock
+from attnfd_jax.training import loop
+from attnfd_jax.training import results
+from attnfd_jax.training import stage as stage_room
+from attnfd_jax.training import stages
+
+MOMENTS = (
+  'student is built',
+  'student compiles',
+  'student step 2',
+  'student evaluates 2',
+  'student saves 2',
+  'student step 3',
+  'student saves 4',
+  'student scores',
+  'student result.json',
+  'results.json',
+)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def small(tmp_path_factory):
+  with small_run.small_networks(tmp_path_factory.mktemp('programs')):
+    yield
+
+
+def make_config():
+  config = small_run.make_config()
+  config.stages = ('student',)
+  return config
+
+
+@pytest.fixture(scope='module')
+def photographed(tmp_path_factory):
+  """(the whole run, {moment: what was on the disk})."""
+  folder = tmp_path_factory.mktemp('photographs')
+  workdir, taken = folder / 'run', {}
+
+  def photograph(moment):
+    if moment not in taken:
+      taken[moment] = folder / moment.replace(' ', '_')
+      shutil.copytree(workdir, taken[moment])
+
+  with pytest.MonkeyPatch.context() as patch:
+
+    def before(owner, name, moment):
+      function = getattr(owner, name)
+
+      def wrapped(*arguments, **options):
+        found = moment(*arguments)
+        if found:
+          photograph(found)
+        return function(*arguments, **options)
+
+      patch.setattr(owner, name, wrapped)
+
+    def step_of(step, *_):
+      return f'student step {int(step)}'
+
+    def replaced(path, target):
+      name = pathlib.Path(target).name
+      stage = 'student ' if name == 'result.json' else ''
+      return f'{stage}{name}' if name.startswith('result') else None
+
+    def sealed(directory):
+      (torn,) = directory.glob('*tmp')
+      return f'student saves {torn.name.partition(".")[0]}'
+
+    calls = iter(('student evaluates 2', 'student evaluates 4', None, None))
+    before(stage_room, 'make_state', lambda *_: 'student is built')
+    before(stages, '_train', lambda *_: 'student compiles')
+    before(finite, 'check_metrics', step_of)
+    before(evaluation, 'evaluate', lambda *_: next(calls))
+    before(checkpoints, '_seal', sealed)
+    before(results, 'write', lambda *_: 'student scores')
+    before(pathlib.Path, 'replace', replaced)
+    stages.run(make_config(), workdir)
+  return workdir, taken
+
+
+@pytest.mark.parametrize('moment', MOMENTS)
+def test_killed_anywhere_it_ends_the_same(photographed, tmp_path, moment):
+  whole, taken = photographed
+  workdir = tmp_path / 'run'
+  shutil.copytree(taken[moment], workdir)
+  finished = (workdir / 'student' / 'result.json').exists()
+  assert finished == (moment == 'results.json')
+  stages.run(make_config(), workdir)
+  small_run.assert_same_run(workdir / 'student', whole / 'student')
+  # A timed line of its own would be a step that is there twice.
+  steps = [(r['kind'], r['step']) for r in read(workdir / 'student')]
+  assert len(steps) == len(set(steps)) == 6
+  table = json.loads((workdir / 'results.json').read_text())
+  assert table['student']['step'] in (2, 4)
+  left = [path.name for path in workdir.rglob('*tmp*')]
+  assert not left
+
+
+def read(directory):
+  return small_run.read_lines(directory)
+
+
+def test_timed_saves_change_no_bit(photographed, tmp_path):
+  config = make_config()
+  config.checkpoint.every_minutes = 1e-9
+  stages.run(config, tmp_path / 'run')
+  ours, whole = tmp_path / 'run' / 'student', photographed[0] / 'student'
+  assert small_run.read_result(ours) == small_run.read_result(whole)
+  states = small_run.stored_states(ours)
+  assert {3, 4} <= set(states)
+  for step, state in small_run.stored_states(whole).items():
+    if step in states:
+      small_run.assert_same_tree(state, states[step])
+
+
+def test_an_older_config_lacks_keys(photographed, tmp_path):
+  """Of a run begun before they existed; both have defaults and a recipe."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(photographed[0], workdir)
+  path = workdir / 'config.json'
+  old = json.loads(path.read_text())
+  for group, key in (
+    ('data', 'prepared'),
+    ('checkpoint', 'every_minutes'),
+    ('distill', 'reduction'),
+    ('loss', 'focal_gamma'),
+  ):
+    del old[group][key]
+  del old['mesh']
+  path.write_text(json.dumps(old))
+  stages.run(make_config(), workdir)
+  assert json.loads(path.read_text())['loss']['focal_gamma'] == 2.0
+  path.write_text(json.dumps(old))
+  config = make_config()
+  config.loss.focal_gamma = 3.0
+  with pytest.raises(InputError, match=r'\(loss.focal_gamma: 2.0 -> 3.0\)'):
+    stages.run(config, workdir)
+  path.write_text('{"seed"')
+  with pytest.raises(InputError, match=r'config.json: damaged'):
+    stages.run(make_config(), workdir)
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('checkpoint.every_minutes', 3.0),
+    ('checkpoint.keep_best', 2),
+    ('data.threads', 1),
+    ('mesh.data', 2),
+  ],
+  ids=str,
+)
+def test_harmless_keys_may_change(photographed, tmp_path, key, value):
+  workdir = tmp_path / 'run'
+  shutil.copytree(photographed[0], workdir)
+  config = make_config()
+  config.update_from_flattened_dict({key: value})
+  assert stages.run(config, workdir)
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'message'),
+  [
+    ('checkpoint.every_minutes', -1.0, 'every_minutes=-1.0 must be 0 or more'),
+    ('checkpoint.keep_best', 0, 'config.checkpoint.keep_best=0 must be posi'),
+    ('loss.class_weights', (1.0, 2.0), 'has 2 numbers for the 9 classes'),
+  ],
+  ids=str,
+)
+def test_refused_at_once(tmp_path, key, value, message):
+  config = make_config()
+  if key == 'loss.class_weights':
+    config.loss.weighting = 'given'
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(InputError, match=message):
+    stages.run(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+HOLD = """
+import pathlib, sys
+from attnfd_jax.training import lock
+with lock.locked(pathlib.Path(sys.argv[1])):
+  print('held', flush=True)
+  sys.stdin.read()
+"""
+
+
+def test_one_process_a_folder(photographed, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(photographed[0], workdir)
+  process = subprocess.Popen(
+    [sys.executable, '-c', HOLD, str(workdir)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    env=os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parents[2])},
+  )
+  with process:
+    assert process.stdout.readline() == 'held\n'
+    owner = rf'is in use by process {process.pid} on \S+; wait'
+    with pytest.raises(InputError, match=owner):
+      stages.run(make_config(), workdir)
+    # Reading is free.
+    checkpoints.make_manager(
+      workdir / 'student' / 'checkpoints', read_only=True
+    ).close()
+    process.kill()
+  stages.run(make_config(), workdir)
+
+
+def test_disks_without_locks_are_told(tmp_path, monkeypatch, capsys):
+  def unsupported(*arguments):
+    del arguments
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(fcntl, 'flock', unsupported)
+  with lock.locked(tmp_path):
+    assert 'this disk has no locks' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ('number', 'remedy'),
+  [(errno.ENOSPC, 'make room'), (errno.EROFS, 'make it writable')],
+  ids=['full', 'read-only'],
+)
+def test_disk_errors_have_a_remedy(
+  photographed, tmp_path, monkeypatch, number, remedy
+):
+  """While a line of metrics is written; what was saved goes on."""
+  whole, taken = photographed
+  workdir = tmp_path / 'run'
+  shutil.copytree(taken['student step 3'], workdir)
+
+  def refuse(self, kind, step, values):
+    del self, kind, step, values
+    raise OSError(number, os.strerror(number))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(stages.logs.StageLog, 'metrics', refuse)
+    with pytest.raises(InputError, match=f'{remedy} and start the same') as e:
+      stages.run(make_config(), workdir)
+  assert str(workdir) in str(e.value) and '\n' not in str(e.value)
+  assert checkpoints.steps(workdir / 'student' / 'checkpoints') == [2]
+  stages.run(make_config(), workdir)
+  small_run.assert_same_run(workdir / 'student', whole / 'student')
+
+
+@pytest.mark.parametrize('when', ['step', 'evaluation'])
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch, when):
+  def full(*arguments, **options):
+    del arguments, options
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
+
+  words = 'config.batch_size=4.*as small as.*optim.remat.*optim.accumulate=2'
+  if when == 'step':
+    monkeypatch.setattr(stage_room, 'make_train_step', lambda *a, **k: full)
+  else:
+    monkeypatch.setattr(evaluation, 'evaluate', full)
+    words = '--config.eval.batch_size=4 would probably fit'
+  with pytest.raises(InputError, match=words) as error:
+    stages.run(make_config(), tmp_path / 'run')
+  assert '\n' not in str(error.value)
+
+
+def test_a_teacher_that_is_gone_is_told(photographed, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(photographed[0], workdir)
+  shutil.copytree(workdir / 'student', workdir / 'teacher')
+  shutil.rmtree(workdir / 'teacher' / 'checkpoints')
+  before = sorted(workdir.rglob('*'))
+  config = make_config()
+  config.stages = ('teacher', 'distill')
+  message = 'teacher: no checkpoints there, .*put them back, move the rest'
+  with pytest.raises(InputError, match=message):
+    stages.run(config, workdir)
+  shutil.rmtree(workdir / 'teacher')
+  config.stages = ('distill',)
+  message = r'no config.json and no checkpoints there.*add teacher to --config'
+  with pytest.raises(InputError, match=message):
+    stages.run(config, workdir)
+  assert before == sorted([*workdir.rglob('*'), *gone(before, workdir)])
+
+
+def gone(before, workdir):
+  return [path for path in before if path.is_relative_to(workdir / 'teacher')]
+
+
+class Numbered:
+  """A source whose images tell which they are."""
+
+  def __len__(self):
+    return 7
+
+  def __getitem__(self, index):
+    return {'index': index}
+
+  def name(self, index):
+    return f'image {index}'
+
+
+@pytest.mark.parametrize('step', [0, 3, 10])
+def test_names_are_those_of_the_batch(step):
+  source = Numbered()
+  options = {'batch_size': 4, 'seed': 3}
+  names = finite.batch_names(source, step=step, **options)
+  batches = pipeline.train_batches(source, finite._Unchanged(), **options)
+  for _, batch in zip(range(step + 1), batches, strict=False):
+    found = [f'image {index}' for index in batch['index']]
+  assert names == found and len(names) == 4
+
+
+def test_clock_of_saves():
+  assert not loop._Timer(0).due() and not loop._Timer(100).due()
+  assert loop._Timer(1e-9).due()

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark measures what it says; broken data end in one line."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from ml_collections import ConfigDict
+import numpy as np
+from PIL import Image
+import pytest
+
+from attnfd_jax.benchmarks import data
+from attnfd_jax.config import default_config
+from attnfd_jax.data import pipeline
+from attnfd_jax.data.transforms import Augment
+from attnfd_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parents[1]
+CAMVID = ROOT.parent / 'shared' / 'camvid'
+
+
+def benchmark(*arguments):
+  """The command as a user has it, on one CPU device.
+
+  Warnings are no errors here: ml_collections has some on loading a config.
+  """
+  environment = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
+  return subprocess.run(
+    [sys.executable, '-m', 'attnfd_jax.benchmark', *map(str, arguments)],
+    capture_output=True,
+    text=True,
+    env=environment,
+    check=False,
+  )
+
+
+def options(**changes):
+  config = default_config()
+  config.batch_size = 2
+  config.data.image_size = (32, 48)
+  config.data.train_scenes = config.data.val_scenes = 4
+  config.data.base_size, config.data.crop_size = 32, (32, 32)
+  config.data.threads = 2
+  found = {'config': config, 'compare': False, 'rounds': 2, 'seconds': 0.02}
+  return ConfigDict(found | changes)
+
+
+def pil_augment(record, seed, **changes):
+  augment = data._PilAugment(Augment(32, (32, 40), **changes))
+  record = {key: Image.fromarray(value) for key, value in record.items()}
+  return augment.random_map(record, np.random.default_rng(seed))
+
+
+def make_record(h, w):
+  rng = np.random.default_rng(0)
+  return {
+    'image': rng.integers(0, 256, (h, w, 3), np.uint8),
+    'label': rng.integers(0, 5, (h, w), np.uint8),
+  }
+
+
+def test_the_pil_form_is_the_recipe():
+  still = {'flip': 0.0, 'blur': 0.0, 'scale_range': (1.0, 1.0)}
+  record = make_record(32, 36)
+  found = pil_augment(record, 0, label_fill=7, **still)
+  assert found['image'].dtype == np.float32
+  mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+  image = np.zeros((32, 40, 3))
+  image[:, :36] = record['image'] / 255
+  np.testing.assert_allclose(found['image'], (image - mean) / std, atol=1e-5)
+  np.testing.assert_array_equal(found['label'][:, :36], record['label'])
+  assert np.all(found['label'][:, 36:] == 7)
+  # A flip comes before the padding.
+  flipped = pil_augment(record, 0, **still | {'flip': 1.0})
+  np.testing.assert_array_equal(
+    flipped['label'][:, :36], record['label'][:, ::-1]
+  )
+  # Blur leaves the label.
+  blurred = pil_augment(record, 1, **still | {'blur': 1.0})
+  np.testing.assert_array_equal(blurred['label'][:, :36], record['label'])
+  assert np.std(blurred['image'][:, :36]) < np.std(found['image'][:, :36])
+
+
+def test_the_pil_form_scales_and_crops():
+  record = make_record(32, 48)
+  shares = []
+  for seed in range(50):
+    found = pil_augment(record, seed)
+    assert found['image'].shape == (32, 40, 3)
+    assert found['label'].shape == (32, 40)
+    shares.append(np.mean(found['label'] != 255))
+  assert min(shares) < 0.4 and max(shares) == 1
+
+
+def test_numbers_fit_together(capsys):
+  found = data.run(options(compare=True))
+  assert 'round 2' in capsys.readouterr().out
+  assert 1e7 < found['peak_memory_bytes'] < 1e11
+  for key in ('', 'pil_'):
+    assert found[f'{key}images_per_second'] > 0
+    # No more seconds than the cores have, but for the clock's steps.
+    busy = (
+      found[f'{key}images_per_second'] * found[f'{key}cpu_seconds_per_image']
+    )
+    assert 0 < busy < 2 * found['cores']
+  assert found['images'] == 4 and found['batch_size'] == 2
+  assert found['threads'] == 2 and found['workers'] == 0
+  assert found['ratio'] > 0 and found['cpu_ratio'] > 0
+
+
+def test_comparing_leaves_the_config_of_the_caller_alone():
+  given = options(compare=True, rounds=1)
+  given.config.data.photometric = 0.5
+  seen = []
+  original = pipeline.make_augment
+
+  def spy(config):
+    seen.append(original(config).photometric)
+    return original(config)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(pipeline, 'make_augment', spy)
+    data.run(given)
+  # The authors' recipe has none; the PIL form and ours are of one recipe.
+  assert set(seen) == {0.0} and len(seen) == 2
+  assert given.config.data.photometric == 0.5
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'config': None}, '--config is missing'),
+    ({'rounds': 0}, '--rounds=0 and --seconds=0.02 must be positive'),
+    ({'seconds': float('nan')}, '--rounds=2 and --seconds=nan must be'),
+  ],
+  ids=['config', 'rounds', 'seconds'],
+)
+def test_bad_options(changes, message):
+  with pytest.raises(InputError, match=message):
+    data.run(options(**changes))
+
+
+def test_last_line_is_json():
+  process = benchmark(
+    'data',
+    f'--config={ROOT}/configs/quickstart.py',
+    '--config.data.train_scenes=8',
+    '--config.data.val_scenes=2',
+    '--config.batch_size=2',
+    '--rounds=1',
+    '--seconds=0.01',
+    '--json',
+  )
+  assert process.returncode == 0, process.stderr
+  found = json.loads(process.stdout.splitlines()[-1])
+  assert found['benchmark'] == 'data' and found['images'] == 8
+  assert found['images_per_second'] > 0 and 'ratio' not in found
+  assert found['versions']['grain'] and found['device'].startswith('1 x CPU')
+
+
+def test_unknown_commands_are_one_line():
+  process = benchmark('dat')
+  assert process.returncode == 2 and process.stdout == ''
+  (line,) = process.stderr.splitlines()
+  assert line.startswith('error: Expected one of data') and 'got dat' in line
+
+
+@pytest.mark.parametrize(
+  'workers', [0, pytest.param(1, marks=pytest.mark.slow)], ids=str
+)
+def test_a_bad_pixel_is_one_line(tmp_path, workers):
+  """Out of a thread or a process of Grain, with the name of the file."""
+  for split in ('train', 'val'):
+    for kind in ('images', 'masks'):
+      (tmp_path / kind / split).mkdir(parents=True)
+    for i in range(4):
+      label = np.zeros((40, 48), np.uint8)
+      label[3, 4:6] = 7 if (split, i) == ('train', 2) else 1
+      Image.fromarray(label).save(tmp_path / 'masks' / split / f'{i}.png')
+      image = Image.fromarray(np.stack([label] * 3, -1))
+      image.save(tmp_path / 'images' / split / f'{i}.png')
+  process = benchmark(
+    'data',
+    f'--config={ROOT}/configs/folder.py',
+    f'--config.data.root={tmp_path}',
+    "--config.data.class_names=('a', 'b')",
+    '--config.data.crop_size=(32, 32)',
+    '--config.batch_size=2',
+    f'--config.data.workers={workers}',
+  )
+  assert process.returncode == 2, process.stderr
+  (line,) = process.stderr.splitlines()
+  mask = tmp_path / 'masks' / 'train' / '2.png'
+  assert line.startswith(f'error: {mask}: ')
+  assert '7 (2 pixels)' in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CAMVID.is_dir(), reason=f'no CamVid at {CAMVID}')
+def test_camvid_within_its_memory():
+  process = benchmark(
+    'data',
+    f'--config={ROOT}/configs/camvid.py',
+    f'--config.data.root={CAMVID}',
+    '--config.batch_size=8',
+    '--compare',
+    '--rounds=3',
+    '--seconds=0.5',
+    '--json',
+  )
+  assert process.returncode == 0, process.stderr
+  found = json.loads(process.stdout.splitlines()[-1])
+  assert found['peak_memory_bytes'] < 1.5e9
+  # The bar is 4 on a machine without other work.
+  assert found['ratio'] > 1.5 and found['cpu_ratio'] > 1.5

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What doctor says about machines, most of them made up."""
+
+import importlib.metadata
+
+import jax
+import pytest
+import tiny_run
+
+from attnfd_jax import doctor
+
+
+def found(versions):
+  def find(name):
+    if name not in versions:
+      raise importlib.metadata.PackageNotFoundError(name)
+    return versions[name]
+
+  lines = ['jax>=0.7.2', 'orbax-checkpoint>=0.12.4,<1', 'torch; extra == "x"']
+  return list(doctor.check_versions(lines, find))
+
+
+@pytest.mark.parametrize(
+  ('versions', 'wrong', 'remedy'),
+  [
+    ({'jax': '0.7.2', 'orbax-checkpoint': '0.12.10'}, [], ''),
+    ({'jax': '0.10.0.dev3', 'orbax-checkpoint': '0.12.4'}, [], ''),
+    (
+      {'jax': '0.7.1', 'orbax-checkpoint': '0.13'},
+      ['jax 0.7.1'],
+      'jax[cuda12]',
+    ),
+    (
+      {'jax': '0.8', 'orbax-checkpoint': '1.0'},
+      ['orbax-checkpoint 1.0, but <1 is needed'],
+      "'orbax-checkpoint>=0.12.4,<1'",
+    ),
+    ({'orbax-checkpoint': '0.12.4'}, ['jax is not installed'], "'jax>=0.7.2'"),
+  ],
+  ids=['floor', 'newer', 'older', 'cap', 'absent'],
+)
+def test_versions(versions, wrong, remedy):
+  findings = found(versions)
+  bad = [finding for finding in findings if finding.remedy]
+  assert len(findings) == 2 and len(bad) == len(wrong)
+  for finding, text in zip(bad, wrong, strict=True):
+    assert finding.text.startswith(text) and remedy in finding.remedy
+
+
+@pytest.mark.parametrize(
+  ('backend', 'options', 'text', 'remedy'),
+  [
+    ('gpu', {}, 'backend gpu', ''),
+    ('cpu', {}, 'no plugin', ''),
+    ('cpu', {'platforms': 'cpu'}, 'as JAX_PLATFORMS=cpu asks', ''),
+    ('cpu', {'has_gpu': True}, 'there is an NVIDIA GPU', "'jax[cuda12]'"),
+    ('cpu', {'installed': ['libtpu']}, 'support for TPU', "'jax[tpu]'"),
+    (
+      'cpu',
+      {'installed': ['jax-cuda12-plugin'], 'has_gpu': True},
+      'support for NVIDIA GPU is installed',
+      "'jax[cuda]'",
+    ),
+  ],
+  ids=['gpu', 'none', 'asked', 'no plugin', 'tpu', 'plugin'],
+)
+def test_why_it_is_the_cpu(backend, options, text, remedy):
+  options = {'platforms': '', 'installed': [], 'has_gpu': False} | options
+  finding = doctor.check_backend(backend, **options)
+  assert text in finding.text
+  assert bool(finding.remedy) == bool(remedy) and remedy in finding.remedy
+
+
+def test_memory_preallocation():
+  off = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+  assert 'off' in doctor.check_memory('gpu', off).text
+  half = {'XLA_PYTHON_CLIENT_MEM_FRACTION': '.5'}
+  assert '50% of each GPU' in doctor.check_memory('gpu', half).text
+  assert '75%' in doctor.check_memory('gpu', {}).text
+  assert 'none on cpu' in doctor.check_memory('cpu', {}).text
+
+
+def test_folders(tmp_path, monkeypatch):
+  there = doctor.check_folder(tmp_path / 'a' / 'b', 'workdir', '--workdir')
+  assert 'writable' in there.text and not (tmp_path / 'a').exists()
+  monkeypatch.setattr(doctor, '_LEAST_FREE', float('inf'))
+  full = doctor.check_folder(tmp_path, 'workdir', '--workdir')
+  assert full.remedy.startswith('make room')
+
+  def forbidden(**options):
+    raise PermissionError(13, 'Permission denied')
+
+  monkeypatch.setattr(doctor.tempfile, 'TemporaryFile', forbidden)
+  shut = doctor.check_folder(tmp_path, 'workdir', '--workdir')
+  assert 'cannot be written (Permission denied)' in shut.text and shut.remedy
+
+
+def test_every_device_computes():
+  for device in jax.devices():
+    finding = doctor.check_device(device)
+    assert f'cpu:{device.id} ' in finding.text and not finding.remedy
+
+
+def test_devices_that_fail_or_are_wrong(monkeypatch):
+  def fails(*arguments):
+    raise RuntimeError('no algorithm\nand more')
+
+  monkeypatch.setattr(doctor, '_convolve', fails)
+  finding = doctor.check_device(jax.devices()[0])
+  assert 'a convolution fails (no algorithm)' in finding.text
+  assert finding.remedy
+  monkeypatch.setattr(doctor, '_convolve', lambda *a: (1.0, [2.0]))
+  finding = doctor.check_device(jax.devices()[0])
+  assert 'gives 1, not' in finding.text and finding.remedy
+
+
+def test_exit_codes(tmp_path):
+  # In whatever folder the tests run: of a disk of a few GB.
+  good = tiny_run.run_verb('doctor', f'--workdir={tmp_path}')
+  if good.returncode:
+    assert 'GB free' in good.stdout and '-> make room' in good.stdout
+  else:
+    assert good.stdout.endswith('Ready.\n')
+  assert 'convolution and gradient in' in good.stdout
+  (tmp_path / 'file').write_text('')
+  bad = tiny_run.run_verb('doctor', f'--workdir={tmp_path / "file"}')
+  assert bad.returncode == 1
+  assert 'WRONG workdir' in bad.stdout and '-> make it writable' in bad.stdout
+  assert bad.stdout.splitlines()[-1] == '1 thing to mend.'

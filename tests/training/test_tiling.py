@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles: every pixel is covered, and averages are weighted means."""
+
+import collections
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnfd_jax.evaluate import Averaged
+from attnfd_jax.models import layers
+from attnfd_jax.training import evaluation
+from attnfd_jax.training import sharding
+from attnfd_jax.training import tiling
+
+
+def draw(*shape):
+  generator = np.random.default_rng(0)
+  return generator.integers(0, 256, shape, np.uint8)
+
+
+@pytest.mark.parametrize('overlap', [0.0, 0.25, 0.5, 0.9], ids=str)
+@pytest.mark.parametrize(
+  ('length', 'tile'),
+  [(100, 32), (97, 33), (33, 32), (32, 32), (5, 32)],
+  ids=str,
+)
+def test_starts(length, tile, overlap):
+  starts = tiling.starts(length, tile, overlap)
+  assert starts[0] == 0
+  if length <= tile:
+    assert starts == [0]
+    return
+  assert starts[-1] + tile == length
+  steps = np.diff(starts)
+  assert np.all(steps > 0)
+  # The share asked for, and no more tiles than it takes.
+  assert steps.max() <= max(tile * (1 - overlap), 1)
+  assert (len(starts) - 2) * int(tile * (1 - overlap)) < length - tile
+
+
+def test_weights_fall_to_the_edge():
+  for length in (1, 2, 7, 64):
+    weights = tiling.falling_weights(length)
+    assert weights.dtype == np.float32 and weights.min() > 0
+    np.testing.assert_array_equal(weights, weights[::-1])
+    assert np.all(np.diff(weights[: (length + 1) // 2]) > 0)
+    assert weights.max() <= 1
+
+
+@pytest.mark.parametrize('tile', [(20, 31), (64, 31), (99, 99)], ids=str)
+def test_a_tile_that_covers_the_image_is_the_image(tile):
+  image, calls = draw(20, 31, 3), []
+
+  def apply(part):
+    calls.append(part.shape)
+    return np.sqrt(part.astype(np.float32))
+
+  np.testing.assert_array_equal(
+    tiling.tiled(apply, image, tile=tile), apply(image)
+  )
+  assert calls == [(20, 31, 3)] * 2
+
+
+@pytest.mark.parametrize('overlap', [0.0, 0.25, 0.6], ids=str)
+@pytest.mark.parametrize('tile', [(8, 12), (8, 99), (7, 1)], ids=str)
+def test_pixels_that_need_no_context_agree_with_the_whole(tile, overlap):
+  image, shapes = draw(37, 31, 3), collections.Counter()
+
+  def apply(part):
+    shapes[part.shape[:2]] += 1
+    return part.astype(np.float32) - 99
+
+  whole = tiling.tiled(apply, image, tile=tile, overlap=overlap)
+  assert whole.dtype == np.float32 and whole.shape == (37, 31, 3)
+  # A weighted mean of equal numbers.
+  np.testing.assert_allclose(whole, image - 99.0, rtol=1e-5, atol=1e-5)
+  # One shape is one compilation.
+  assert list(shapes) == [(tile[0], min(tile[1], 31))]
+
+
+def test_averages_are_weighted_by_the_distance_to_the_edge():
+  image, made = np.zeros((9, 6, 1), np.uint8), []
+
+  def apply(part):
+    made.append(len(made))
+    return np.full((*part.shape[:2], 2), made[-1], np.float32)
+
+  found = tiling.tiled(apply, image, tile=(6, 6), overlap=0.5)
+  assert made == [0, 1]
+  np.testing.assert_allclose(found[:3], 0)
+  np.testing.assert_allclose(found[6:], 1)
+  # Rows 3 to 5 are the last three of tile 0 and the first three of tile 1.
+  own, other = np.array([2.5, 1.5, 0.5]), np.array([0.5, 1.5, 2.5])
+  np.testing.assert_allclose(found[3:6, 2, 0], other / (own + other), rtol=1e-6)
+
+
+def test_mirrored_images_have_mirrored_scores():
+  image = draw(20, 31, 3)
+
+  def apply(part):
+    # Sees its neighbours: another result at every edge of a tile.
+    x = part.astype(np.float32)
+    padded = np.pad(x, ((0, 0), (1, 1), (0, 0)))
+    return padded[:, 2:] + padded[:, :-2] + x
+
+  def tiled(x):
+    return tiling.tiled(apply, x, tile=(9, 11), overlap=0.3)
+
+  np.testing.assert_allclose(
+    tiled(image[:, ::-1])[:, ::-1], tiled(image), rtol=1e-5, atol=1e-4
+  )
+  assert np.max(np.abs(tiled(image) - apply(image))) > 1
+
+
+@pytest.mark.parametrize(
+  'size', [(20, 33), (5, 7), (10, 3), (1, 1), (10, 14)], ids=str
+)
+def test_resize_on_host_is_that_of_the_layers(size):
+  x = np.random.default_rng(0).normal(size=(10, 14, 3)).astype(np.float32)
+  found = tiling.resize_on_host(x, size)
+  assert found.dtype == np.float32
+  np.testing.assert_allclose(
+    found, layers.resize(x[None], *size)[0], rtol=1e-4, atol=1e-5
+  )
+  one = tiling.resize_on_host(x[:1, :1], size)
+  np.testing.assert_array_equal(one, np.broadcast_to(x[:1, :1], one.shape))
+
+
+class Source:
+  """Records of several sizes; the image tells the label."""
+
+  def __init__(self, sizes):
+    generator = np.random.default_rng(1)
+    self._records = []
+    for size in sizes:
+      image = generator.integers(0, 256, (*size, 3), np.uint8)
+      label = np.argmax(image, -1).astype(np.uint8)
+      label[generator.random(size) < 0.3] = 1
+      label[:2] = 255
+      self._records.append({'image': image, 'label': label})
+
+  def __len__(self):
+    return len(self._records)
+
+  def __getitem__(self, index):
+    return self._records[index]
+
+  def size(self, index):
+    return self._records[index]['label'].shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Blurred:
+  """Not a network: scores are means over blocks of 4 x 4 pixels."""
+
+  def apply(self, variables, image, *, train):
+    assert not train and not variables
+    b, h, w, c = image.shape
+    image = image[:, : h // 4 * 4, : w // 4 * 4]
+    coarse = jnp.mean(image.reshape(b, h // 4, 4, w // 4, 4, c), (2, 4))
+    logits = layers.resize(coarse, h, w)
+    return {'coarse_logits': coarse, 'logits': logits}
+
+
+SIZES = [(40, 56), (33, 47), (40, 56), (64, 36), (40, 56)]
+
+
+def count(found):
+  total = np.zeros((3, 3), np.int64)
+  for ids, label in found:
+    valid = label != 255
+    np.add.at(total, (label[valid], ids[valid]), 1)
+  return total
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {},
+    {'size_multiple': 16},
+    {'short_side': 20},
+    {'protocol': 'reference'},
+  ],
+  ids=['plain', 'padded', 'short_side', 'reference'],
+)
+@pytest.mark.parametrize('tile', [None, (999, 999)], ids=['whole', 'tile'])
+def test_one_by_one_counts_what_batches_count(monkeypatch, options, tile):
+  monkeypatch.setattr(evaluation, 'REFERENCE_SHORT_SIDE', 45)
+  network, source = Blurred(), Source(SIZES)
+  expected = evaluation.evaluate(
+    network,
+    {},
+    source,
+    num_classes=3,
+    mesh=sharding.make_mesh(4),
+    batch_size=4,
+    **options,
+  )
+  found = list(
+    evaluation.predictions(network, {}, source, tile=tile, **options)
+  )
+  np.testing.assert_array_equal(count(found), expected)
+  assert expected.sum() > 5000 and np.all(np.diag(expected) > 0)
+  if options.get('protocol') != 'reference':
+    for i, (ids, label) in enumerate(found):
+      np.testing.assert_array_equal(label, source[i]['label'])
+      assert ids.dtype == np.uint8 and ids.shape == label.shape
+
+
+@pytest.mark.parametrize('short_side', [0, 30, 80], ids=str)
+def test_tiles_score_every_size(short_side):
+  source = Source(SIZES)
+  options = {'short_side': short_side}
+  whole, tiles = (
+    list(evaluation.predictions(Blurred(), {}, source, tile=tile, **options))
+    for tile in (None, (24, 32))
+  )
+  agree = []
+  for (ours, _), (theirs, label) in zip(tiles, whole, strict=True):
+    assert ours.shape == label.shape
+    agree.append(np.mean(ours == theirs))
+  # Blocks of other tiles begin elsewhere.
+  assert 0.5 < min(agree) and max(agree) < 1
+
+
+def test_tiles_with_scales_and_mirror_images():
+  network, source = Averaged(Blurred(), (0.5, 1.0), True), Source(SIZES[:2])
+  whole, covered, tiles = (
+    list(evaluation.predictions(network, {}, source, tile=tile))
+    for tile in (None, (40, 56), (32, 32))
+  )
+  for (ours, _), (theirs, _), (parts, label) in zip(
+    covered, whole, tiles, strict=True
+  ):
+    np.testing.assert_array_equal(ours, theirs)
+    assert parts.shape == label.shape
+    assert 0.5 < np.mean(parts == theirs) < 1
+
+
+def test_tiles_of_one_shape_compile_once():
+  class Fresh(Blurred):
+    traced = []
+
+    def apply(self, variables, image, *, train):
+      self.traced.append(image.shape)
+      return super().apply(variables, image, train=train)
+
+  list(evaluation.predictions(Fresh(), {}, Source(SIZES), tile=(32, 32)))
+  assert Fresh.traced == [(1, 32, 32, 3)]
