@@ -23,11 +23,11 @@ import numpy as np
 from attnfd_jax import cli
 from attnfd_jax import contact_sheet
 from attnfd_jax.config import resolve
-from attnfd_jax.data import cache
 from attnfd_jax.data import frequencies
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.errors import DataError
 from attnfd_jax.errors import InputError
+from attnfd_jax.progress import progress
 from attnfd_jax.training import logs
 
 # In the order of the report: {kind of DataError: heading}.
@@ -424,7 +424,7 @@ def main(argv):
       'split are read.'
     )
   total = sum(len(source) for source in dataset.splits.values())
-  with cache.progress(total, 'checking') as bar:
+  with progress(total, 'checking') as bar:
     found = check(
       dataset,
       threads,

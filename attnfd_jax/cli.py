@@ -2,8 +2,6 @@
 """What all verbs share: bad input ends in one line and exit code 2."""
 
 import contextlib
-import os
-import pathlib
 import re
 import sys
 import traceback
@@ -13,6 +11,7 @@ from absl import flags
 from absl import logging
 import jax
 
+from attnfd_jax import user_cache
 from attnfd_jax.errors import InputError
 from attnfd_jax.training.stopping import Stopped
 
@@ -22,9 +21,8 @@ DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of bad input.')
 def enable_compilation_cache():
   """Compiled programs are kept between runs, unless JAX was told where."""
   if not jax.config.jax_compilation_cache_dir:
-    home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-    path = pathlib.Path(home) / 'attnfd_jax' / 'xla'
-    jax.config.update('jax_compilation_cache_dir', str(path))
+    path = str(user_cache.folder('xla'))
+    jax.config.update('jax_compilation_cache_dir', path)
 
 
 def _one_line(error):

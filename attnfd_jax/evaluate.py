@@ -13,19 +13,18 @@ contours, --submission writes what the Cityscapes server takes.
 import dataclasses
 import math
 import pathlib
-import sys
 
 from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
 from attnfd_jax import cli
 from attnfd_jax import metrics
 from attnfd_jax import submission as submissions
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.errors import InputError
+from attnfd_jax.progress import progress
 from attnfd_jax.training import evaluation
 from attnfd_jax.training import logs
 from attnfd_jax.training import networks
@@ -154,12 +153,6 @@ def seen_short_side(info, protocol):
   if protocol == 'reference':
     return evaluation.REFERENCE_SHORT_SIDE
   return info['eval'].get('short_side', 0)
-
-
-def progress(total):
-  """A bar on terminals; elsewhere a line now and then."""
-  interval = 0.2 if sys.stderr.isatty() else 10
-  return tqdm(total=total, unit=' images', mininterval=interval)
 
 
 class _Counted:

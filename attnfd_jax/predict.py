@@ -37,6 +37,7 @@ from attnfd_jax.data import sources
 from attnfd_jax.data import transforms
 from attnfd_jax.errors import InputError
 from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.progress import progress
 
 # Padding to multiples of it bounds the number of compilations.
 SIZE_MULTIPLE = 64
@@ -320,7 +321,7 @@ def predict_files(
   rows, num_skipped = [], 0
   pool = futures.ThreadPoolExecutor(_THREADS)
   try:
-    with evaluate.progress(len(paths)) as bar:
+    with progress(len(paths)) as bar:
       for path, (shares, problem) in zip(
         paths, pool.map(work, paths), strict=True
       ):

@@ -18,10 +18,10 @@ from ml_collections import config_flags
 
 from attnfd_jax import cli
 from attnfd_jax.config import resolve
-from attnfd_jax.data import cache
 from attnfd_jax.data import prepared
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.errors import InputError
+from attnfd_jax.progress import progress
 
 
 def prepare(dataset, target, *, workers):
@@ -52,7 +52,7 @@ def prepare(dataset, target, *, workers):
   total = sum(len(source) for source in dataset.splits.values())
   lock = threading.Lock()
   with (
-    cache.progress(total, dataset.name) as bar,
+    progress(total, dataset.name) as bar,
     concurrent.futures.ThreadPoolExecutor(workers) as pool,
   ):
 

@@ -13,28 +13,16 @@ import hashlib
 import os
 import pathlib
 import shutil
-import sys
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from attnfd_jax.data import frequencies
 from attnfd_jax.errors import InputError
+from attnfd_jax.progress import progress
 
 # Records between the moments from which an interrupted build goes on.
 _GROUP = 64
 _HELD = ('train', 'val')  # Read every epoch; test is read once.
-
-
-def progress(total, text, *, initial=0):
-  """A bar with speed and time left; elsewhere than on terminals, lines."""
-  return tqdm(
-    desc=text,
-    total=total,
-    initial=initial,
-    unit=' images',
-    mininterval=0.2 if sys.stderr.isatty() else 10,
-  )
 
 
 def digest(files, *facts):

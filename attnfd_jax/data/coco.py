@@ -11,17 +11,15 @@ import collections
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-import sys
 import tempfile
 import warnings
 import zipfile
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
+from attnfd_jax import user_cache
 from attnfd_jax.data import classes
 from attnfd_jax.data import files
 from attnfd_jax.data.masks import IndexLabels
@@ -34,6 +32,7 @@ from attnfd_jax.data.pairs import make_source
 from attnfd_jax.data.pairs import Pair
 from attnfd_jax.errors import DataError
 from attnfd_jax.errors import InputError
+from attnfd_jax.progress import progress
 
 _VERSION = 1  # Of the archives; another one makes them anew.
 _BACKGROUND = 'background'
@@ -63,11 +62,6 @@ class DrawnLabels:
 
   def mask(self, image_name):
     return files.File(self.archive, f'{image_name}.png')
-
-
-def _cache_folder():
-  home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-  return pathlib.Path(home) / 'attnfd_jax' / 'coco'
 
 
 def _hash(*values):
@@ -214,14 +208,8 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
       for i in sorted(named - {entry['id'] for entry in entries})
     ]
   kept, previous = [], None
-  interval = 0.2 if sys.stderr.isatty() else 10
-  with tqdm(
-    total=len(images),
-    unit=' images',
-    desc=f'Drawing {path.name}, once',
-    mininterval=interval,
-    delay=1,
-  ) as bar:
+  text = f'Drawing {path.name}, once'
+  with progress(len(images), text, delay=1) as bar:
     for image in sorted(images, key=lambda image: image['file_name']):
       bar.update()
       name, size = image['file_name'], (image['height'], image['width'])
@@ -260,7 +248,7 @@ def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
   """
   path, class_names = pathlib.Path(path), tuple(class_names)
   stat = path.stat()
-  folder = _cache_folder()
+  folder = user_cache.folder('coco')
   what = _hash(_VERSION, str(path.resolve()), class_names, min_pixels, limit)
   target = folder / f'{what}-{_hash(stat.st_size, stat.st_mtime_ns)}.zip'
   if not target.exists():

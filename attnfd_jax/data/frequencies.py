@@ -38,6 +38,13 @@ def count_label(label, num_classes):
   return np.append(counts[:num_classes], rest).astype(np.int64)
 
 
+def read_label(source, index):
+  """uint8 [h, w] of a record; without its image where the source can."""
+  if hasattr(source, 'label'):  # Several times as fast.
+    return source.label(index)
+  return source[index]['label']
+
+
 def sum_counts(rows, num_classes):
   """ClassCounts of the rows [n, k + 1] of `count_label`; n may be 0."""
   rows = np.asarray(rows, np.int64).reshape(-1, num_classes + 1)
@@ -86,16 +93,13 @@ def count_classes(source, num_classes, threads, *, on_record=None):
   """ClassCounts of all labels of a source; each is read once.
 
   Args:
-    source: has `len` and [i] -> {'label': uint8 [h, w]}, 255 = ignored; its
-      `label(i)`, if it has one, spares the decoding of images.
+    source: see `read_label`; 255 is ignored.
     num_classes: k.
     threads, on_record: see `map_records`.
   """
 
   def count(index):
-    alone = hasattr(source, 'label')
-    label = source.label(index) if alone else source[index]['label']
-    return count_label(label, num_classes)
+    return count_label(read_label(source, index), num_classes)
 
   rows = map_records(count, source, threads, on_record=on_record)
   return sum_counts(rows, num_classes)

@@ -40,7 +40,26 @@ class Pair:
   mask: files.File
 
 
-class PairSource:
+class Decoded:
+  """Records by `_read(index)`; those that were read stay if `cache`."""
+
+  def __init__(self, *, cache):
+    self._cache = {} if cache else None
+
+  def __getitem__(self, index):
+    """{'image': uint8 [h, w, 3] RGB, 'label': uint8 [h, w] of train ids}."""
+    if self._cache is None:
+      return self._read(index)
+    if index not in self._cache:
+      self._cache[index] = self._read(index)
+    return dict(self._cache[index])
+
+  def __getstate__(self):
+    # Worker processes fill a cache of their own.
+    return self.__dict__ | {'_cache': None if self._cache is None else {}}
+
+
+class PairSource(Decoded):
   """Random access to pairs; what cannot be used raises DataError when read.
 
   Args:
@@ -55,24 +74,12 @@ class PairSource:
   def __init__(
     self, pairs, read_label, *, cache=False, upright=True, describe=str
   ):
+    super().__init__(cache=cache)
     self._pairs, self._read_label = pairs, read_label
-    self._cache = {} if cache else None
     self._upright, self._describe = upright, describe
 
   def __len__(self):
     return len(self._pairs)
-
-  def __getitem__(self, index):
-    """{'image': uint8 [h, w, 3] RGB, 'label': uint8 [h, w] of train ids}."""
-    if self._cache is None:
-      return self._read(index)
-    if index not in self._cache:
-      self._cache[index] = self._read(index)
-    return dict(self._cache[index])
-
-  def __getstate__(self):
-    # Worker processes fill a cache of their own.
-    return self.__dict__ | {'_cache': None if self._cache is None else {}}
 
   def encoded(self, index):
     """{'image': bytes as stored, 'label': as in [index]}; checked as well."""

@@ -93,22 +93,26 @@ def make_augment(config):
   )
 
 
+def make_balance(config, dataset):
+  """The Balance of a resolved config for the split train, or None."""
+  if not config.data.balanced:
+    return None
+  presence = sampling.class_presence(
+    dataset.splits['train'], dataset.num_classes, threads=config.data.threads
+  )
+  return sampling.Balance(config.data.balanced, presence)
+
+
 def configured_batches(config, dataset, *, step=0):
   """train_batches of the split train, as a resolved config wants them."""
-  data, source = config.data, dataset.splits['train']
-  balance = None
-  if data.balanced:
-    presence = sampling.class_presence(
-      source, dataset.num_classes, threads=data.threads
-    )
-    balance = sampling.Balance(data.balanced, presence)
+  data = config.data
   return train_batches(
-    source,
+    dataset.splits['train'],
     make_augment(config),
     batch_size=config.batch_size,
     seed=config.seed,
     step=step,
-    balance=balance,
+    balance=make_balance(config, dataset),
     threads=data.threads,
     workers=data.workers,
   )
@@ -134,11 +138,10 @@ class _Selected:
       image = np.zeros((*self._image_size, 3), np.uint8)
       label = np.full(self._label_size, IGNORE_LABEL, np.uint8)
       return {'image': image, 'label': label}
-    record = self._source[index]
-    image, label = self._prepare(record['image'], record['label'])
+    record = self._prepare(self._source[index])
     return {
-      'image': transforms.pad(image, self._image_size, 0),
-      'label': transforms.pad(label, self._label_size, IGNORE_LABEL),
+      'image': transforms.pad(record['image'], self._image_size, 0),
+      'label': transforms.pad(record['label'], self._label_size, IGNORE_LABEL),
     }
 
 
@@ -168,23 +171,18 @@ def eval_batches(
   """
   process, count, share = _local(batch_size)
 
-  def fitted(size):
-    return transforms.fit_short_side(size, short_side) if short_side else size
-
-  def prepare(image, label):
-    size = fitted(label.shape)
-    image = transforms.resize_image(image, size)
-    return image, transforms.resize_label(
-      label, size if resize_labels else label.shape
+  def prepare(record):
+    return transforms.fit_record(
+      record, short_side, resize_labels=resize_labels
     )
 
   def padded(size):
-    return tuple(-(-n // size_multiple) * size_multiple for n in size)
+    return transforms.next_multiple(size, size_multiple)
 
   groups = collections.defaultdict(list)
   for index in range(len(source)):
     size = source.size(index)
-    image_size = padded(fitted(size))
+    image_size = padded(transforms.fit_short_side(size, short_side))
     label_size = image_size if resize_labels else padded(size)
     groups[image_size, label_size].append(index)
   datasets = []

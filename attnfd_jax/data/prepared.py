@@ -23,6 +23,7 @@ from attnfd_jax.data import cache
 from attnfd_jax.data import classes
 from attnfd_jax.data import masks
 from attnfd_jax.data.pairs import Dataset
+from attnfd_jax.data.pairs import Decoded
 from attnfd_jax.errors import DataError
 from attnfd_jax.errors import InputError
 
@@ -193,16 +194,12 @@ def finish(dataset, splits, staged, target):
       return Writer(self.info.file_format, order)
 
   builder = Builder(data_dir=str(target), file_format='array_record')
-  if pathlib.Path(builder.data_dir).exists():
-    raise InputError(
-      f'{builder.data_dir} exists; remove it, or give another --target.'
-    )
   with contextlib.redirect_stdout(None):  # It speaks of downloads.
     builder.download_and_prepare(download_dir=str(staged))
   return pathlib.Path(builder.data_dir)
 
 
-class PreparedSource:
+class PreparedSource(Decoded):
   """Records of a TFDS data source, decoded as PairSource decodes files.
 
   Args:
@@ -224,32 +221,20 @@ class PreparedSource:
     limit=0,
     cache=False,
   ):
+    super().__init__(cache=cache)
     self._records, self._folder, self._keys = records, folder, keys
     self._table = table
     self._length = min(limit or len(records), len(records))
-    self._cache = {} if cache else None
 
   def __len__(self):
     return self._length
-
-  def __getstate__(self):
-    # Worker processes fill a cache of their own.
-    return self.__dict__ | {'_cache': None if self._cache is None else {}}
-
-  def __getitem__(self, index):
-    """{'image': uint8 [h, w, 3] RGB, 'label': uint8 [h, w] of train ids}."""
-    if self._cache is None:
-      return self._read(index)
-    if index not in self._cache:
-      self._cache[index] = self._read(index)
-    return dict(self._cache[index])
 
   def key(self, index):
     """Unique in the split."""
     return _text(self._records[index][self._keys[0]])
 
   def name(self, index):
-    return f'{self._folder}, record {self.key(index)}'
+    return self._where(self._records[index])
 
   def size(self, index):
     """(height, width) from the header of the image."""
@@ -263,20 +248,29 @@ class PreparedSource:
     table = b'' if self._table is None else self._table.tobytes()
     return cache.digest([], info.read_bytes() + table)
 
-  def _read(self, index):
-    record = self._records[index]
-    key, image, label = (record[name] for name in self._keys)
-    where = f'{self._folder}, record {_text(key)}'
-    label = cv2.imdecode(np.frombuffer(label, np.uint8), cv2.IMREAD_UNCHANGED)
+  def label(self, index):
+    """As in [index], without its image."""
+    return self._label(self._records[index])
+
+  def _label(self, record):
+    data = np.frombuffer(record[self._keys[2]], np.uint8)
+    label = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     if label is None:
+      where = self._where(record)
       raise DataError(
         f'{where}: its label cannot be read; prepare the data set again.',
         'unreadable',
         where,
       )
-    if self._table is not None:
-      label = cv2.LUT(label, self._table)
-    return {'image': masks.decode_image(where, image), 'label': label}
+    return label if self._table is None else cv2.LUT(label, self._table)
+
+  def _where(self, record):
+    return f'{self._folder}, record {_text(record[self._keys[0]])}'
+
+  def _read(self, index):
+    record = self._records[index]
+    image = masks.decode_image(self._where(record), record[self._keys[1]])
+    return {'image': image, 'label': self._label(record)}
 
 
 def _text(value):

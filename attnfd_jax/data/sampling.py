@@ -2,13 +2,13 @@
 """Sampling that lets rare classes come up more often."""
 
 import os
-import pathlib
 
 import grain
 import numpy as np
 
-from attnfd_jax.data import cache
+from attnfd_jax import user_cache
 from attnfd_jax.data import frequencies
+from attnfd_jax.progress import progress
 
 
 class Balance(grain.transforms.RandomMap):
@@ -45,8 +45,7 @@ def class_presence(source, num_classes, *, threads=4):
   """
   if not hasattr(source, 'fingerprint'):
     return _count(source, num_classes, threads)
-  home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-  folder = pathlib.Path(home) / 'attnfd_jax' / 'presence'
+  folder = user_cache.folder('presence')
   path = folder / f'{source.fingerprint()}-{num_classes}.npy'
   if path.exists():
     return np.load(path)
@@ -60,13 +59,10 @@ def class_presence(source, num_classes, *, threads=4):
 
 def _count(source, num_classes, threads):
   def present(index):
-    if hasattr(source, 'label'):  # Without its image: several times as fast.
-      label = source.label(index)
-    else:
-      label = source[index]['label']
+    label = frequencies.read_label(source, index)
     return frequencies.count_label(label, num_classes)[:-1] > 0
 
-  with cache.progress(len(source), 'counting classes') as bar:
+  with progress(len(source), 'counting classes') as bar:
     rows = frequencies.map_records(
       present, source, threads, on_record=bar.update
     )

@@ -20,6 +20,7 @@ from attnfd_jax.data.folder import folder
 from attnfd_jax.data.masks import read_image as read_image
 from attnfd_jax.data.masks import read_mask as read_mask
 from attnfd_jax.data.pairs import Dataset as Dataset
+from attnfd_jax.data.pairs import Decoded
 from attnfd_jax.data.pairs import IMAGE_ENDINGS as IMAGE_ENDINGS
 from attnfd_jax.data.pairs import PairSource as PairSource
 from attnfd_jax.data.voc import pascal_voc
@@ -27,20 +28,21 @@ from attnfd_jax.errors import DataError
 from attnfd_jax.errors import InputError
 
 
-class SceneSource(synthetic.StreetScenes):
+class SceneSource(Decoded):
   """Drawn street scenes; drawn once and kept, they are small."""
 
   def __init__(self, num_scenes, *, height, width, seed):
-    super().__init__(num_scenes, height=height, width=width, seed=seed)
-    self._size, self._drawn = (height, width), {}
+    super().__init__(cache=True)
+    self._size = (height, width)
+    self._scenes = synthetic.StreetScenes(
+      num_scenes, height=height, width=width, seed=seed
+    )
 
-  def __getitem__(self, index):
-    if index not in self._drawn:
-      self._drawn[index] = super().__getitem__(index)
-    return dict(self._drawn[index])
+  def __len__(self):
+    return len(self._scenes)
 
-  def __getstate__(self):
-    return self.__dict__ | {'_drawn': {}}
+  def _read(self, index):
+    return self._scenes[index]
 
   def size(self, index):
     del index

@@ -181,8 +181,33 @@ class Augment(grain.transforms.RandomMap):
 
 
 def fit_short_side(size, short_side):
-  """(height, width) with the given short side, as custom_transforms.py."""
+  """(height, width) with the given short side, as custom_transforms.py; 0
+  leaves the size.
+  """
+  if not short_side:
+    return tuple(size)
   return tuple(n * short_side // min(size) for n in size)
+
+
+def next_multiple(size, multiple):
+  """(height, width), each rounded up to a multiple."""
+  return tuple(-(-n // multiple) * multiple for n in size)
+
+
+def fit_record(record, short_side, *, resize_labels):
+  """A record at the size that the network sees in evaluation.
+
+  Args:
+    record: {'image', 'label'}.
+    short_side: see `fit_short_side`.
+    resize_labels: the label, too; else it stays untouched.
+  """
+  image, label = record['image'], record['label']
+  size = fit_short_side(label.shape, short_side)
+  return {
+    'image': resize_image(image, size),
+    'label': resize_label(label, size if resize_labels else label.shape),
+  }
 
 
 def resize_image(image, size):

@@ -222,6 +222,19 @@ def _read_state(folder, state):
   )
 
 
+def _try_state(folder, state):
+  """What `_read_state` gives and '', or None and why it cannot be read."""
+  reason = _damage(folder)
+  if reason:
+    return None, reason
+  try:
+    return _read_state(folder, state), ''
+  except jax.errors.JaxRuntimeError:
+    raise  # Out of memory says nothing about the files.
+  except Exception as error:
+    return None, _reason(error)
+
+
 def _check_run(directory, found, run):
   if found != run:
     raise InputError(
@@ -237,13 +250,7 @@ def restore(manager, step, state, run):
     InputError: if it cannot be read, or another run wrote it.
   """
   folder = pathlib.Path(manager.directory) / str(step)
-  reason = _damage(folder)
-  try:
-    found = None if reason else _read_state(folder, state)
-  except jax.errors.JaxRuntimeError:
-    raise  # Out of memory says nothing about the files.
-  except Exception as error:
-    reason = _reason(error)
+  found, reason = _try_state(folder, state)
   if reason:
     raise InputError(
       f'{folder}: cannot be read ({reason}); put a copy back, or move it away '
@@ -272,13 +279,7 @@ def restore_latest(directory, state, run, *, log=print):
   reasons, found = {}, None
   for step in reversed(steps(directory)):
     folder = directory / str(step)
-    reason = _damage(folder)
-    try:
-      found = None if reason else _read_state(folder, state)
-    except jax.errors.JaxRuntimeError:
-      raise  # Out of memory says nothing about the files.
-    except Exception as error:
-      reason = _reason(error)
+    found, reason = _try_state(folder, state)
     if not reason:
       break
     reasons[step] = reason

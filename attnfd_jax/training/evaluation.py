@@ -129,16 +129,10 @@ def predictions(
   scores = _make_scores(network)
 
   def prepare(record):
-    image, label = record['image'], record['label']
-    size = label.shape
-    if short_side:
-      size = transforms.fit_short_side(size, short_side)
-    image = transforms.resize_image(image, size)
-    label = transforms.resize_label(label, size) if reference else label
-    return {'image': image, 'label': label}
+    return transforms.fit_record(record, short_side, resize_labels=reference)
 
   def padded(size):
-    return tuple(-(-n // size_multiple) * size_multiple for n in size)
+    return transforms.next_multiple(size, size_multiple)
 
   def of_tile(part):
     return scores(variables, part[None], size=part.shape[:2])
@@ -161,18 +155,14 @@ def predictions(
 def chosen_records(source, count, *, short_side=0):
   """`count` records spread over the source, all of the size of the first."""
 
-  def fit(record):
-    size = record['label'].shape
-    if short_side:
-      size = transforms.fit_short_side(size, short_side)
-    return {
-      'image': transforms.resize_image(record['image'], size),
-      'label': transforms.resize_label(record['label'], size),
-    }
-
   same = [i for i in range(len(source)) if source.size(i) == source.size(0)]
   indices = np.linspace(0, len(same) - 1, min(count, len(same)))
-  return [fit(source[same[round(i)]]) for i in indices]
+  return [
+    transforms.fit_record(
+      source[same[round(i)]], short_side, resize_labels=True
+    )
+    for i in indices
+  ]
 
 
 def make_pictures(network, variables, records, palette):

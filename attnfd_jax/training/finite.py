@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnfd_jax.data import pipeline
-from attnfd_jax.data import sampling
 from attnfd_jax.errors import InputError
 
 _SHOWN = 16  # Names of a batch.
@@ -125,16 +124,10 @@ def batch_names(source, *, batch_size, seed, step, balance=None):
 
 def configured_names(config, dataset, step):
   """`batch_names` of the split train, as a resolved config wants them."""
-  source, balance = dataset.splits['train'], None
-  if config.data.balanced:
-    presence = sampling.class_presence(
-      source, dataset.num_classes, threads=config.data.threads
-    )
-    balance = sampling.Balance(config.data.balanced, presence)
   return batch_names(
-    source,
+    dataset.splits['train'],
     batch_size=config.batch_size,
     seed=config.seed,
     step=step,
-    balance=balance,
+    balance=pipeline.make_balance(config, dataset),
   )

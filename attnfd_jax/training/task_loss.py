@@ -4,13 +4,11 @@
 import functools
 import json
 import pathlib
-import sys
-
-from tqdm.auto import tqdm
 
 from attnfd_jax import losses
 from attnfd_jax.data import frequencies
 from attnfd_jax.errors import InputError
+from attnfd_jax.progress import progress
 
 
 def make_task_loss(options):
@@ -81,12 +79,7 @@ def with_class_weights(config, dataset, workdir):
   weights = _counted_before(workdir)
   if weights is None:
     source = dataset.splits['train']
-    with tqdm(
-      total=len(source),
-      desc='class weights',
-      unit=' images',
-      mininterval=0.2 if sys.stderr.isatty() else 10,
-    ) as bar:
+    with progress(len(source), 'class weights') as bar:
       counts = frequencies.count_classes(
         source,
         dataset.num_classes,

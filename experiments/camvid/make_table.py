@@ -7,15 +7,16 @@ Each file is a stage's result.json with its command, number of epochs and curve
 of val mIoU. Rows that differ only in their seed are averaged.
 """
 
-import argparse
 import collections
 import json
 import pathlib
 import statistics
 import sys
 
-HERE = pathlib.Path(__file__).parent
-BEGIN, END = '<!-- results:begin -->', '<!-- results:end -->'
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import fill_page  # noqa: E402
+
 HEADER = """\
 | network | learns from | epochs | val mIoU | test mIoU | seeds |
 | --- | --- | --- | --- | --- | --- |
@@ -80,26 +81,10 @@ def make_table(results):
   return text
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument(
-    '--check', action='store_true', help='Only compare; exit 1 if it differs.'
-  )
-  check = parser.parse_args().check
-  readme = HERE.parents[1] / 'README.md'
-  text = readme.read_text()
-  before, _, rest = text.partition(BEGIN)
-  _, _, after = rest.partition(END)
-  if not after:
-    sys.exit(f'README.md lacks {BEGIN} or {END}.')
-  table = make_table(read_results(HERE / 'results'))
-  new = f'{before}{BEGIN}\n{table}\n{END}{after}'
-  if check and new != text:
-    sys.exit('README.md: the CamVid table is not what results/ gives.')
-  if not check:
-    readme.write_text(new)
-  print(table)
-
-
 if __name__ == '__main__':
-  main()
+  fill_page.main(
+    HERE.parents[1] / 'README.md',
+    'results',
+    make_table(read_results(HERE / 'results')),
+    description=__doc__,
+  )

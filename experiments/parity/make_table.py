@@ -4,14 +4,15 @@
 python experiments/parity/make_table.py [--check]
 """
 
-import argparse
 import json
 import pathlib
 import statistics
 import sys
 
-HERE = pathlib.Path(__file__).parent
-BEGIN, END = '<!-- parity:begin -->', '<!-- parity:end -->'
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import fill_page  # noqa: E402
+
 TITLES = {'resnet18': 'ResNet-18', 'mobilenet_v2': 'MobileNetV2'}
 
 
@@ -119,24 +120,10 @@ def make_tables():
   )
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument(
-    '--check', action='store_true', help='Only compare; exit 1 if it differs.'
-  )
-  check = parser.parse_args().check
-  page = HERE.parents[1] / 'docs/parity.md'
-  text = page.read_text()
-  before, _, rest = text.partition(BEGIN)
-  _, _, after = rest.partition(END)
-  if not after:
-    sys.exit(f'{page.name} lacks {BEGIN} or {END}.')
-  new = f'{before}{BEGIN}\n\n{make_tables()}\n{END}{after}'
-  if check and new != text:
-    sys.exit(f'{page.name}: the tables are not what results/ gives.')
-  if not check:
-    page.write_text(new)
-
-
 if __name__ == '__main__':
-  main()
+  fill_page.main(
+    HERE.parents[1] / 'docs/parity.md',
+    'parity',
+    f'\n{make_tables()}',
+    description=__doc__,
+  )

@@ -710,14 +710,15 @@ def test_truncated_jpeg(tmp_path):
       masks.decode_image('a', data[:length])
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
+# A file cannot be taken out of a zip: it is complete or damaged.
+@pytest.mark.parametrize(
+  'layout', [layout for layout in LAYOUTS if layout != 'cityscapes zipped']
+)
 def test_all_problems_are_collected(tmp_path, layout):
   drawn, keys = make(tmp_path, layout)
   whole = load(tmp_path, **keys)
   for split in ('train', 'val'):
     name = whole.splits[split].name(0)
-    if '!' in name:
-      pytest.skip('a zip is complete or damaged')
     pathlib.Path(name).unlink()
   dataset = load(tmp_path, strict=False, **keys)
   assert [problem.kind for problem in dataset.problems] == ['partner'] * 2
