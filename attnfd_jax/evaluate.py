@@ -175,7 +175,9 @@ class _Counted:
 
 def _load_split(info, data_root, split, *, unlabelled=False):
   if data_root is not None:
-    info = info | {'data': info['data'] | {'root': data_root}}
+    # Else a run that was trained from shards would go on reading them.
+    data = info['data'] | {'root': data_root, 'prepared': ''}
+    info = info | {'data': data}
   try:
     dataset = load_dataset(info['data'])
   except InputError as error:

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 
+from data import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import tiny_run
 
 from attnfd_jax import evaluate
+from attnfd_jax.config import default_config
+from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
 
 
@@ -304,3 +307,12 @@ def test_the_command_says_what_is_missing():
     'error: --checkpoint is missing; name the folder of a stage, such as '
     '--checkpoint=runs/quickstart/distill.\n'
   )
+
+
+def test_data_root_is_read_in_place_of_shards(tmp_path):
+  fixtures.make_camvid(tmp_path)
+  data = default_config().data.to_dict()
+  data |= {'name': 'camvid', 'root': 'gone', 'prepared': str(tmp_path / 'gone')}
+  info = {'data': data, 'class_names': list(classes.CAMVID)}
+  _, source = evaluate._load_split(info, str(tmp_path), 'val')
+  assert source.name(0).startswith(str(tmp_path))
