@@ -76,7 +76,15 @@ def _parse(argv):
   )
   debugging = '--debug' in argv
   with _readable(errors, lambda: debugging):
-    return flags.FLAGS(argv)
+    try:
+      return flags.FLAGS(argv)
+    except errors:
+      raise
+    except Exception as error:
+      raise InputError(
+        f'--config: its file raised {type(error).__name__}: {error}; see where '
+        'by --debug.'
+      ) from error
 
 
 def _without_afterthoughts(unraisable):
@@ -94,6 +102,8 @@ def run(main, *, positional=False):
       logging.set_verbosity(logging.INFO if DEBUG.value else logging.FATAL)
       if not DEBUG.value:
         sys.unraisablehook = _without_afterthoughts
+      # Names of files are bytes, and not always text.
+      sys.stdout.reconfigure(errors='backslashreplace')
       if len(argv) > 1 and not positional:
         raise InputError(f'Unknown argument {argv[1]!r}; flags start with --.')
       main(argv)

@@ -45,6 +45,54 @@ RECIPES = {
   },
 }
 STAGES = ('teacher', 'student', 'distill')
+_MOST = 2**31 - 1  # JAX's integers have 32 bits.
+# (least, most) of numbers beside those that must be positive.
+_RANGES = {
+  'seed': (0, _MOST),
+  **{
+    key: (0, 10**4)  # A step is a number of 32 bits.
+    for key in ('num_epochs', 'teacher.num_epochs', 'student.num_epochs')
+  },
+  'data.limit': (0, _MOST),
+  'data.workers': (0, 1024),
+  'data.threads': (1, 1024),
+  'data.flip': (0, 1),
+  'data.blur': (0, 1),
+  'data.photometric': (0, 2),
+  'data.balanced': (0, 1),
+  'data.rotation': (0, 180),
+  'data.train_scenes': (1, 10**6),
+  'data.val_scenes': (1, 10**6),
+  'data.scenes_seed': (0, _MOST),
+  **{
+    f'{role}.{key}': limits
+    for role in ('teacher', 'student')
+    for key, limits in (
+      ('width_multiplier', (1e-3, 64)),
+      ('aspp_channels', (1, 2**16)),
+      ('decoder_channels', (1, 2**16)),
+      ('low_level_channels', (1, 2**16)),
+      ('aspp_dropout', (0, 1)),
+      ('decoder_dropout', (0, 1)),
+      ('head_dropout', (0, 1)),
+    )
+  },
+  'teacher.min_miou': (0, 1),
+  'distill.attn_lambda': (0, math.inf),
+  'distill.kd_weight': (0, math.inf),
+  'distill.temperature': (1e-3, 1e6),
+  'distill.aspp_dropout': (0, 1),
+  'optim.head_lr_scale': (0, math.inf),
+  'optim.warmup_epochs': (0, 10**4),
+  'optim.power': (0, 100),
+  'optim.momentum': (0, 1),
+  'optim.weight_decay': (0, math.inf),
+  'optim.clip_norm': (0, math.inf),
+  'optim.ema_decay': (0, 1),
+  'eval.short_side': (0, _MOST),
+  'eval.size_multiple': (1, _MOST),
+  'eval.num_pictures': (0, _MOST),
+}
 
 
 def _network(backbone):
@@ -295,6 +343,9 @@ def _check_loss(loss):
 
 
 def _check(config):
+  for key, value in _leaves(config):
+    if value is None and key != 'optim.clip_norm':
+      raise InputError(f'config.{key}=None; leave it out for its default.')
   choices = {
     'data.label_pad': ('ignore', 'background'),
     'distill.connector_schedule': ('always', 'warmup', 'first_epoch'),
@@ -353,23 +404,58 @@ def _check(config):
       f'config.checkpoint.every_minutes={config.checkpoint.every_minutes} must '
       'be 0 or more.'
     )
-  if not 0 <= config.teacher.min_miou <= 1:
-    raise InputError(
-      f'config.teacher.min_miou={config.teacher.min_miou} must be from 0 to 1.'
-    )
-  for key, top in (('balanced', 1), ('rotation', 180)):
-    if not 0 <= config.data[key] <= top:
-      raise InputError(
-        f'config.data.{key}={config.data[key]} must be from 0 to {top}.'
-      )
+  _check_numbers(config)
   if config.data.cache and config.data.decoded_cache:
     raise InputError(
       'config.data.cache keeps in memory what config.data.decoded_cache keeps '
       'on the disk; use one of them.'
     )
-  crop = config.data.crop_size
-  if len(crop) != 2 or min(crop) < 32:
+  for key in ('crop_size', 'image_size'):
+    size = tuple(config.data[key])
+    whole = len(size) == 2 and all(type(n) is int for n in size)
+    if not whole or not 32 <= min(size) <= max(size) <= 2**15:
+      raise InputError(
+        f'config.data.{key}={size} must be (height, width), both at least 32 '
+        f'and at most {2**15}.'
+      )
+  _check_scales(config.data)
+
+
+def _check_scales(data):
+  scales = tuple(data.scale_range)
+  numbers = len(scales) == 2 and all(
+    isinstance(x, (int, float)) for x in scales
+  )
+  if (
+    not numbers
+    or not 0 < scales[0] <= scales[1] <= 100
+    or scales[0] * data.base_size < 1
+  ):
     raise InputError(
-      f'config.data.crop_size={tuple(crop)} must be (height, width), both at '
-      'least 32.'
+      f'config.data.scale_range={scales} must be (least, most), above 0 and at '
+      'most 100, and leave a pixel of base_size.'
     )
+
+
+def _leaves(config, prefix=''):
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from _leaves(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}', value
+
+
+def _check_numbers(config):
+  for key, value in _leaves(config):
+    if not isinstance(value, (int, float)):
+      continue
+    low, high = _RANGES.get(key, (-math.inf, math.inf))
+    if value < low or value > high:
+      text = f'{low:g} or more'
+      if high < _MOST:
+        text = f'from {low:g} to {high:g}'
+      raise InputError(f'config.{key}={value} must be {text}.')
+    # NaN, and what devices cannot count.
+    most = _MOST if isinstance(value, int) else 1e30
+    if not abs(value) <= most:
+      raise InputError(f'config.{key}={value} must be a number to {most:g}.')

@@ -2,7 +2,6 @@
 """One picture of a data set: image, label and overlay of a few records."""
 
 import collections
-import io
 import pathlib
 import warnings
 
@@ -12,6 +11,7 @@ from PIL import Image
 from PIL import ImageDraw
 
 from attnfd_jax.data import classes
+from attnfd_jax.data import masks
 from attnfd_jax.data.files import File
 from attnfd_jax.errors import DataError
 
@@ -19,6 +19,7 @@ from attnfd_jax.errors import DataError
 _CELL, _GAP, _LINE = (240, 180), 8, 14
 _ROWS = 3  # Of each split.
 _ROWS_OF_KIND = 2
+_LONGEST = 8192  # Much longer sides are read in steps: reach grows with them.
 _WRONG = (255, 0, 255)
 _CODE = np.array([1 << 16, 1 << 8, 1])  # Of red, green, blue.
 
@@ -32,16 +33,18 @@ def _open(name):
     with warnings.catch_warnings():
       # Pillow's about large images.
       warnings.simplefilter('ignore')
-      with Image.open(io.BytesIO(File(path, member).read())) as image:
+      with masks.open_image(File(path, member).read()) as image:
         if image.mode in ('1', 'L', 'P', 'I', 'I;16'):
           return np.asarray(image).astype(np.int64)
         return np.asarray(image.convert('RGB'))
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+  except Exception:  # Pillow raises many types.
     return None
 
 
 def _wrong_in_pink(mask, values):
   """Colours of a mask's own values; those of a DataError stand out."""
+  step = max(max(mask.shape[:2]) // _LONGEST, 1)
+  mask = mask[::step, ::step]
   if mask.ndim == 2:
     codes, colours = mask, classes.voc_palette(256)[mask % 256]
   else:
@@ -116,7 +119,9 @@ def _sheet_rows(dataset, problems):
 
 def _write_text(draw, place, text, width):
   # The built-in font knows ASCII; the end of a path says more than its start.
-  text = text.encode('ascii', 'replace').decode()
+  text = ' '.join(text.encode('ascii', 'replace').decode().split())
+  if len(text) > 300:  # More than fits, and slow to measure.
+    text = text[:100] + text[-200:]
   while len(text) > 9 and draw.textlength(text) > width:
     head, _, tail = text.partition(': ')
     text = f'{head}: ...{tail[8:]}' if tail else text[:-4]

@@ -44,6 +44,7 @@ SIZE_MULTIPLE = 64
 # What a folder is searched for; a file that is named may be anything.
 ENDINGS = (*sources.IMAGE_ENDINGS, '.bmp', '.tif', '.tiff', '.webp')
 _THREADS = 4
+_LONGEST = 65500  # Pixels of a side in libjpeg, which writes the overlay.
 
 
 @functools.lru_cache
@@ -306,6 +307,9 @@ def predict_files(
       image = sources.read_image(path)
     except (InputError, OSError) as error:
       return None, str(error)
+    if max(image.shape) > _LONGEST:
+      h, w = image.shape[:2]
+      return None, f'{path}: {w}x{h}, a side is longer than {_LONGEST}.'
     try:
       with device:
         ids, probability = predictor(image)
@@ -334,7 +338,8 @@ def predict_files(
   finally:
     pool.shutdown(cancel_futures=True)
   temporary = table.with_name(f'.{table.name}.{os.getpid()}')
-  with temporary.open('w', newline='') as file:
+  # Names of files are bytes, and not always text.
+  with temporary.open('w', newline='', errors='surrogateescape') as file:
     csv.writer(file).writerows([['image', *predictor.class_names], *rows])
   temporary.replace(table)
   if num_skipped:

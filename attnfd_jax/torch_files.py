@@ -76,6 +76,11 @@ def _refuse(name):
   )
 
 
+def _text(value):
+  """A text itself, of others their type: nested lists could print for ever."""
+  return value if type(value) is str else type(value).__name__
+
+
 def _damaged(what):
   return TorchFileError(f'damaged: {what}; copy or download it again')
 
@@ -96,7 +101,7 @@ class _DType:
   def __init__(self, code, *_):
     # Bool, int, uint, float only: object dtypes would hold pointers.
     if code not in 'b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8'.split():
-      raise _refuse(f'numpy.dtype({code!r})')
+      raise _refuse(f'numpy.dtype({_text(code)!r})')
     self.dtype = np.dtype(code)
 
   def build(self, state):
@@ -156,7 +161,7 @@ def _make_scalar(kind, data):
 def _encode(text, encoding='latin1'):
   # How protocol 2 spells bytes.
   if encoding != 'latin1':
-    raise _refuse(f'_codecs.encode to {encoding!r}')
+    raise _refuse(f'_codecs.encode to {_text(encoding)!r}')
   return str.encode(text, 'latin1')
 
 
@@ -166,7 +171,7 @@ _GLOBALS = {
   'torch._utils _rebuild_tensor_v2': _Global(_make_tensor),
   'torch._utils _rebuild_parameter': _Global(lambda data, *_: data),
   'torch Size': _Global(lambda size=(): tuple(size)),
-  'torch device': _Global(lambda kind, *_: str(kind)),
+  'torch device': _Global(lambda kind, *_: _text(kind)),
   'numpy dtype': _Global(_DType),
   'numpy.core.multiarray scalar': _Global(_make_scalar),
   'numpy._core.multiarray scalar': _Global(_make_scalar),
@@ -190,6 +195,7 @@ def _unpickle(data, find_storage=None):
       pickle has no business with storages.
   """
   stack, marks, memo = [], [], {}
+  copied = 0
 
   def pop_mark():
     start = marks.pop()
@@ -230,7 +236,7 @@ def _unpickle(data, find_storage=None):
         _set(stack[-1], key, value)
     elif name in ('GLOBAL', 'STACK_GLOBAL', 'INST'):
       if name == 'STACK_GLOBAL':
-        arg = f'{stack.pop(-2)} {stack.pop()}'
+        arg = f'{_text(stack.pop(-2))} {_text(stack.pop())}'
       if name == 'INST' or arg not in _GLOBALS:
         raise _refuse(arg.replace(' ', '.', 1))
       stack.append(_GLOBALS[arg])
@@ -239,6 +245,11 @@ def _unpickle(data, find_storage=None):
       if type(function) is not _Global or not function.call:
         raise _refuse(f'a call of {type(function).__name__}')
       stack.append(function.call(*args))
+      # A few bytes can ask for one more copy of a list, table or text.
+      if type(stack[-1]) in (tuple, dict, bytes):
+        copied += len(stack[-1])
+      if copied > _MAX_PICKLE:
+        raise _damaged('calls that fill the memory')
     elif name == 'BUILD':
       state = stack.pop()
       if type(stack[-1]) is _DType:
@@ -249,7 +260,7 @@ def _unpickle(data, find_storage=None):
     elif name == 'BINPERSID' and find_storage:
       kind, storage_type, key, _, count, *view = stack.pop()
       if kind != 'storage' or getattr(storage_type, 'dtype', None) is None:
-        raise _refuse(f'persistent {kind!r}')
+        raise _refuse(f'persistent {_text(kind)!r}')
       storage = find_storage(key, storage_type.dtype, count)
       if view and view[0] is not None:
         _, start, count = view[0]
@@ -348,11 +359,13 @@ def _read_legacy(file, size):
   if run() != _MAGIC:
     raise TorchFileError(f'a bare pickle, not a file of torch.save; {_SAFE}')
   if (protocol := run()) != 1001:
-    raise TorchFileError(f'unknown protocol {protocol!r:.20}; save it again')
+    raise TorchFileError(
+      f'unknown protocol {_text(protocol):.20}; save it again'
+    )
   run()  # sys_info; torch writes little-endian storages on any machine.
   find_storage, table = _make_finder(load)
   value = run(find_storage)
-  keys = [str(key) for key in run()]
+  keys = [_text(key) for key in run()]
   if set(keys) != set(table) or len(keys) != len(table):
     raise _damaged('its list of storages is wrong')
   file.seek(position)
@@ -454,8 +467,9 @@ def read_state_dict(path):
   choices = [found, *(inner.get(key) for key in _WRAPPERS)]
   tensors = next(filter(is_state_dict, choices), None)
   if tensors is None:
-    held = [f'{k!s:.30} ({type(v).__name__})' for k, v in inner.items()][:6]
     with _errors(path):
+      held = [f'{_text(k):.30} ({type(v).__name__})' for k, v in inner.items()]
+      held = held[:6]
       raise TorchFileError(
         f'no mapping of names to tensors, but {type(found).__name__}'
         f' [{", ".join(held)}]; save model.state_dict()'

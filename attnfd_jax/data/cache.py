@@ -38,7 +38,8 @@ def digest(files, *facts):
     if file.path not in stats:  # Thousands of members lie in one zip.
       stat = os.stat(file.path)
       stats[file.path] = f'{stat.st_size} {stat.st_mtime_ns}'
-    found.update(f'{file} {stats[file.path]}\n'.encode())
+    # Names of files are bytes, and not always text.
+    found.update(os.fsencode(f'{file} {stats[file.path]}\n'))
   for fact in facts:
     found.update(hashlib.sha256(fact).digest())
   return found.hexdigest()[:32]

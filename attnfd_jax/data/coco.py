@@ -22,7 +22,9 @@ import numpy as np
 from attnfd_jax import user_cache
 from attnfd_jax.data import classes
 from attnfd_jax.data import files
+from attnfd_jax.data.classes import IGNORE_LABEL
 from attnfd_jax.data.masks import IndexLabels
+from attnfd_jax.data.masks import MAX_PIXELS
 from attnfd_jax.data.pairs import absent
 from attnfd_jax.data.pairs import check_root
 from attnfd_jax.data.pairs import Dataset
@@ -82,6 +84,13 @@ def _wrong(path, what):
   return DataError(f'{path}: {what}.', 'annotation', path)
 
 
+def _is_name(text):
+  """Whether a file can have this name, and a terminal print it."""
+  if len(text) > 4096 or '\0' in text:
+    return False
+  return text.encode(errors='replace').decode() == text  # No lone surrogates.
+
+
 def _read_json(path):
   """The lists images, annotations and categories.
 
@@ -90,7 +99,7 @@ def _read_json(path):
   """
   try:
     content = json.loads(path.read_bytes())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise _wrong(path, f'not JSON ({error})') from error
   try:
     # Of dicts only: else AttributeError.
@@ -105,10 +114,17 @@ def _read_json(path):
   for entries, fields in zip(lists, _FIELDS, strict=True):
     for entry in entries:
       for field, kind in fields.items():
-        if not isinstance(entry.get(field), kind):
+        value = entry.get(field)
+        if type(value) is not kind:  # True would be a height.
           raise _wrong(path, f'{field} is absent or no {kind.__name__}')
-  if any(image['height'] < 1 or image['width'] < 1 for image in lists[0]):
-    raise _wrong(path, 'an image has no height or width')
+        if kind is str and not _is_name(value):
+          raise _wrong(path, f'{field} {value[:40]!r} cannot be a name')
+  for image in lists[0]:
+    height, width = image['height'], image['width']
+    if min(height, width) < 1:
+      raise _wrong(path, 'an image has no height or width')
+    if height * width > MAX_PIXELS:
+      raise _wrong(path, f'an image has more than {MAX_PIXELS} pixels')
   return lists
 
 
@@ -131,12 +147,41 @@ def _numbers(path, categories, class_names):
       path,
       f'no category {lacking[0]!r}; it has {", ".join(map(str, known[:90]))}',
     )
+  if len(class_names) > IGNORE_LABEL:
+    raise _wrong(
+      path,
+      f'{len(class_names)} classes, more than {IGNORE_LABEL}; choose by '
+      'config.data.class_names',
+    )
   numbers = {
     category['id']: class_names.index(category['name'])
     for category in categories
     if category['name'] in class_names[1:]
   }
   return class_names, numbers
+
+
+def _runs_of_text(text):
+  """Runs of a compressed RLE: 5 bits a character from '0' on, low ones first;
+  32 says that more follow, and from the fourth on runs are differences.
+
+  Raises:
+    ValueError: pycocotools itself would write past the end of its memory.
+  """
+  runs, value, shift = [], 0, 0
+  for character in text:
+    code = ord(character) - ord('0')
+    if not 0 <= code < 64 or shift > 30:
+      raise ValueError('its RLE is damaged')
+    value |= (code & 31) << shift
+    shift += 5
+    if not code & 32:
+      value -= (code & 16) << shift - 4  # Twice the sign bit.
+      runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+      value = shift = 0
+  if shift:
+    raise ValueError('its RLE is cut off')
+  return runs
 
 
 def _area(segmentation, size):
@@ -152,15 +197,21 @@ def _area(segmentation, size):
       len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation
     ):
       raise ValueError('needs polygons of at least three corners')
+    # pycocotools walks along the edges, and NaN out of its memory.
+    far = 10 * max(size)
+    if not all(abs(x) <= far for polygon in segmentation for x in polygon):
+      raise ValueError('has a corner far outside of the image')
     rle = masks.merge(masks.frPyObjects(segmentation, *size))
   else:
     if tuple(segmentation['size']) != size:
       raise ValueError(f'its RLE is of size {segmentation["size"]}')
-    rle = segmentation
-    if isinstance(rle['counts'], list):
-      if sum(rle['counts']) != size[0] * size[1]:
-        raise ValueError('its RLE does not fill the image')
-      rle = masks.frPyObjects(rle, *size)
+    runs = segmentation['counts']
+    if isinstance(runs, str):
+      runs = _runs_of_text(runs)
+    whole = all(type(n) is int and n >= 0 for n in runs)
+    if not whole or sum(runs) != size[0] * size[1]:
+      raise ValueError('its RLE does not fill the image')
+    rle = masks.frPyObjects({'size': size, 'counts': runs}, *size)
   with warnings.catch_warnings():
     # pycocotools 2.0.11 with NumPy 2.
     warnings.filterwarnings('ignore', '__array__', DeprecationWarning)

@@ -11,6 +11,9 @@ import zlib
 
 from attnfd_jax.errors import DataError
 
+# Bytes of an unpacked member: more than any image, and not a bomb.
+_LARGEST_MEMBER = 1 << 29
+
 
 class _Archive:
   """Members of a zip by position: no seek, so threads and forks share it."""
@@ -21,7 +24,8 @@ class _Archive:
         self.members = {m.filename: m for m in archive.infolist()}
       # Closed by the end of the process.
       self._handle = os.open(path, os.O_RDONLY)
-    except (OSError, zipfile.BadZipFile) as error:
+      self._size = os.fstat(self._handle).st_size
+    except Exception as error:  # zipfile has many types for damaged headers.
       raise DataError(
         f'{path}: not a readable zip ({error}); copy it again.',
         'unreadable',
@@ -33,14 +37,20 @@ class _Archive:
     if member not in self.members:
       raise FileNotFoundError('no such member')
     info = self.members[member]
+    start = info.header_offset + 30
+    if start < 30 or start + info.compress_size > self._size:
+      raise OSError('it lies outside of the zip; copy it again')
+    if info.file_size > _LARGEST_MEMBER:
+      raise OSError(f'{info.file_size} bytes, more than an image has')
     # Its own header has names of other lengths than the directory.
     header = os.pread(self._handle, 30, info.header_offset)
-    start = info.header_offset + 30 + sum(struct.unpack('<HH', header[26:]))
+    start += sum(struct.unpack('<HH', header[26:]))
     size = info.compress_size if limit is None else limit
     data = os.pread(self._handle, min(size, info.compress_size), start)
     if info.compress_type == zipfile.ZIP_DEFLATED:
+      most = info.file_size + 1 if limit is None else limit
       try:
-        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, limit or 0)
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, most)
       except zlib.error as error:
         raise OSError(str(error)) from error
     elif info.compress_type != zipfile.ZIP_STORED:

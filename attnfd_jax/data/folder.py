@@ -91,7 +91,10 @@ def _is_colour(colour):
 
 def _given_labels(config, names):
   """Palette of Dataset and read_label of masks that the config describes."""
-  palette = tuple(map(tuple, config['palette']))
+  palette = tuple(
+    tuple(colour) if isinstance(colour, (tuple, list)) else (colour,)
+    for colour in config['palette']
+  )
   id_map = tuple(config['id_map'])
   if palette and id_map:
     raise InputError(
@@ -124,6 +127,17 @@ def _given_labels(config, names):
   return classes.voc_palette(len(names)), IndexLabels(ids)
 
 
+def _check_names(names):
+  if not (
+    all(isinstance(name, str) and name.strip() for name in names)
+    and len(set(names)) == len(names) <= classes.IGNORE_LABEL
+  ):
+    raise InputError(
+      'config.data.class_names must be different names, at most '
+      f"{classes.IGNORE_LABEL}, such as \"('background', 'road')\"."
+    )
+
+
 def _given_names(config):
   names = tuple(config['class_names'])
   if not names:
@@ -150,6 +164,10 @@ def _chosen(config, path, table):
     names, their values, and the values of classes that were not chosen.
   """
   names = tuple(config['class_names']) or tuple(table)
+  if len(names) > classes.IGNORE_LABEL:
+    raise _annotation(
+      path, f'{len(names)} classes, more than {classes.IGNORE_LABEL}'
+    )
   lacking = [name for name in names if name not in table]
   if lacking:
     raise DataError(
@@ -176,12 +194,17 @@ def read_labelmap(path):
   for line in files.read_lines(path):
     if not line or line.startswith('#'):
       continue
-    found = re.fullmatch(r'(.+?):(\d+),(\d+),(\d+)(:[^:]*){0,2}', line)
+    number = r'(\d{1,3})'
+    found = re.fullmatch(
+      f'(.+?):{number},{number},{number}(:[^:]*){{0,2}}', line
+    )
     colour = tuple(map(int, found.group(2, 3, 4))) if found else ()
     if not found or max(colour) > 255:
-      raise _annotation(path, f'{line!r} is not name:red,green,blue::')
+      raise _annotation(path, f'{line[:90]!r} is not name:red,green,blue::')
     if found[1] in table or colour in table.values():
-      raise _annotation(path, f'{line!r} has a name or colour a second time')
+      raise _annotation(
+        path, f'{line[:90]!r} has a name or colour a second time'
+      )
     table[found[1]] = colour
   if not table:
     raise _annotation(path, 'no classes in it')
@@ -194,15 +217,19 @@ def read_classes_csv(path):
   Raises:
     DataError: 'annotation'.
   """
-  rows = list(csv.reader(files.read_lines(path)))[1:]
+  try:
+    rows = list(csv.reader(files.read_lines(path)))[1:]
+  except csv.Error as error:
+    raise _annotation(path, f'not a table of id, name ({error})') from error
   table = {}
   for row in rows:
     cells = [cell.strip() for cell in row]
-    if len(cells) < 2 or not cells[0].isdecimal() or int(cells[0]) > 254:
-      raise _annotation(path, f'{",".join(row)!r} is not id, name')
+    good = len(cells) > 1 and re.fullmatch(r'\d{1,3}', cells[0])
+    if not good or int(cells[0]) > 254:
+      raise _annotation(path, f'{",".join(row)[:90]!r} is not id, name')
     value, name = int(cells[0]), cells[1]
     if name in table or value in table.values():
-      raise _annotation(path, f'{",".join(row)!r} has a name or id twice')
+      raise _annotation(path, f'{",".join(row)[:90]!r} has a name or id twice')
     table[name] = value
   if not table:
     raise _annotation(path, 'no classes in it')
@@ -334,6 +361,7 @@ LAYOUTS = {
 def folder(config):
   """The layout config.data.layout, or the only one that is there."""
   root, layout = check_root(config), config['layout']
+  _check_names(config['class_names'])
   if layout == 'auto':
     found = [name for name, (is_there, _) in LAYOUTS.items() if is_there(root)]
     if len(found) > 1:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pixels of image and mask files, and what makes train ids of mask values."""
 
+import collections
 import dataclasses
 import functools
 import io
@@ -15,27 +16,61 @@ from attnfd_jax.data.classes import IGNORE_LABEL
 from attnfd_jax.data.files import as_file
 from attnfd_jax.errors import DataError
 
-# What Pillow raises for files that are no image, or only the start of one.
-_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+MAX_PIXELS = 178_956_970  # Of an image: Pillow opens none that declares more.
+# Pillow knows more, and starts programs for some of them.
+_FORMATS = 'PNG JPEG BMP TIFF WEBP GIF PPM JPEG2000'.split()
+_BAND = 1 << 22  # Pixels of a mask of colours that are looked up at a time.
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright.
 _SIZE_KNOWN = 1 << 16  # So many bytes nearly always hold the header.
+
+
+def open_image(data):
+  """A Pillow image of which only the header was read.
+
+  Raises:
+    Exception: of many types, for what is no image, or damaged; Pillow's
+      DecompressionBombError if it declares more than MAX_PIXELS.
+  """
+  return Image.open(io.BytesIO(data), formats=_FORMATS)
+
+
+def _unreadable(file, error):
+  """The DataError of an image from the exception of a decoder, or None."""
+  what = 'not a readable image; replace or remove it'
+  if isinstance(error, Image.DecompressionBombError):
+    what = (
+      f'declares more than the {MAX_PIXELS} pixels that are read; cut it into '
+      'parts'
+    )
+  return DataError(f'{file}: {what}.', 'unreadable', file)
+
+
+def _chunks_fit(data):
+  """Whether the chunks of a PNG, as far as its end, lie inside of it."""
+  at = 8
+  while at + 8 <= len(data):
+    if data[at + 4 : at + 8] == b'IEND':
+      return True
+    at += 12 + int.from_bytes(data[at : at + 4], 'big')
+  return at <= len(data)
 
 
 def decode_image(file, data):
   """Pixels as they are stored, uint8 [h, w, 3] RGB, from the bytes of `file`.
 
   Raises:
-    DataError: 'unreadable'.
+    DataError: 'unreadable', also if it declares more than MAX_PIXELS.
   """
   # EXIF rotation would turn the image and not its mask.
   how = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-  image = cv2.imdecode(np.frombuffer(data, np.uint8), how) if data else None
+  try:
+    # OpenCV takes the memory that headers declare, before it sees the pixels.
+    whole = open_image(data).format != 'PNG' or _chunks_fit(data)
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), how) if whole else None
+  except Exception as error:
+    raise _unreadable(file, error) from error
   if image is None:
-    raise DataError(
-      f'{file}: not a readable image; replace or remove it.',
-      'unreadable',
-      file,
-    )
+    raise _unreadable(file, None)
   return image
 
 
@@ -49,22 +84,17 @@ def read_image(path):
 warnings.simplefilter('ignore', Image.DecompressionBombWarning)
 
 
-def _open(data):
-  return Image.open(io.BytesIO(data))
-
-
 def read_size(path):
   """(height, width) as stored, from the header alone."""
   file = as_file(path)
   for limit in (_SIZE_KNOWN, None):
+    data = file.read(limit)
     try:
-      width, height = _open(file.read(limit)).size
+      width, height = open_image(data).size
       return height, width
-    except _DAMAGED:
-      pass
-  raise DataError(
-    f'{file}: not a readable image; replace or remove it.', 'unreadable', file
-  )
+    except Exception as error:
+      problem = _unreadable(file, error)
+  raise problem
 
 
 def check_upright(file, data):
@@ -72,9 +102,12 @@ def check_upright(file, data):
   jpeg = data[:2] == b'\xff\xd8'
   if b'Exif\0\0' not in data[:_SIZE_KNOWN] and (jpeg or b'eXIf' not in data):
     return
-  image = _open(data)
-  # Pillow would decode a PNG to look for a tag behind the pixels.
-  turned = image.getexif().get(_ORIENTATION, 1) if 'exif' in image.info else 1
+  try:
+    image = open_image(data)
+    # Pillow would decode a PNG to look for a tag behind the pixels.
+    turned = image.getexif().get(_ORIENTATION, 1) if 'exif' in image.info else 1
+  except Exception:
+    return  # Damaged tags turn nothing; damaged pixels are told elsewhere.
   if turned != 1:
     raise DataError(
       f'{file}: the camera rotated it by EXIF orientation {turned}, its mask '
@@ -92,9 +125,9 @@ def open_mask(file):
   """
   data = file.read()
   try:
-    image = _open(data)
+    image = open_image(data)
     image.load()
-  except _DAMAGED as error:
+  except Exception as error:
     reason = error
     if isinstance(error, UnidentifiedImageError):
       reason = 'empty, or no image'  # Pillow's names an object in memory.
@@ -248,18 +281,37 @@ class ColourLabels:
   ignored: tuple[tuple[int, int, int], ...] = ()
 
   def __call__(self, file):
-    codes = _codes(np.asarray(open_mask(file).convert('RGB')))
+    image = open_mask(file)
+    try:
+      pixels = np.asarray(image.convert('RGB'))
+    except ValueError as error:
+      raise DataError(
+        f'{file}: mask has mode {image.mode}; save its colours as an RGB PNG.',
+        'mode',
+        file,
+      ) from error
     known, ids = _colour_tables(self.colours, self.ignored)
-    found = np.searchsorted(known, codes)
-    found[found == len(known)] = 0
-    bad = known[found] != codes
-    if bad.any():
-      values, counts = np.unique(codes[bad], return_counts=True)
-      names = [f'{v >> 16},{v >> 8 & 255},{v & 255}' for v in values.tolist()]
+    label = np.empty(pixels.shape[:2], np.uint8)
+    wrong = collections.Counter()
+    # By bands: what is computed takes seven times the memory of the colours.
+    rows = max(_BAND // label.shape[1], 1)
+    for top in range(0, len(label), rows):
+      codes = _codes(pixels[top : top + rows])
+      found = np.searchsorted(known, codes)
+      found[found == len(known)] = 0
+      label[top : top + rows] = ids[found]
+      bad = codes[known[found] != codes]
+      if bad.size:
+        values, counts = np.unique(bad, return_counts=True)
+        wrong.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    if wrong:
       _refuse(
         file,
-        dict(zip(names, counts.tolist(), strict=True)),
+        {
+          f'{code >> 16},{code >> 8 & 255},{code & 255}': count
+          for code, count in sorted(wrong.items())
+        },
         f'the {len(known)} colours are those of config.data.palette or of '
         'labelmap.txt',
       )
-    return ids[found]
+    return label

@@ -9,7 +9,6 @@ from the files gives. TensorFlow is needed on neither side.
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -17,7 +16,6 @@ import shutil
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from attnfd_jax.data import cache
 from attnfd_jax.data import classes
@@ -239,7 +237,7 @@ class PreparedSource(Decoded):
   def size(self, index):
     """(height, width) from the header of the image."""
     data = self._records[index][self._keys[1]]
-    width, height = Image.open(io.BytesIO(data)).size
+    width, height = masks.open_image(data).size
     return height, width
 
   def fingerprint(self):

@@ -85,7 +85,10 @@ def read_sbd(file):
   data = file.read()
   try:
     ids = scipy.io.loadmat(io.BytesIO(data))['GTcls'][0]['Segmentation'][0]
-    return np.ascontiguousarray(ids, np.uint8)  # It comes by columns.
+    ids = np.ascontiguousarray(ids, np.uint8)  # It comes by columns.
+    if ids.ndim != 2:
+      raise ValueError(f'of shape {ids.shape}')
+    return ids
   except Exception as error:  # Of many types; all say that it is damaged.
     raise DataError(
       f'{file}: not a readable SBD mask ({error}).', 'unreadable', file

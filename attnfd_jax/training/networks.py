@@ -20,6 +20,8 @@ from attnfd_jax.training.flops import count_flops
 
 # Of a stage made from a PyTorch file: '<collection>/<tap>/<leaf>'.
 ATTENTION_FILE = 'attention.safetensors'
+# What a stage's config.json has for sure.
+_DESCRIBED = ('class_names', 'palette', 'data', 'distill', 'eval', 'optim')
 _FIELDS = (
   'backbone',
   'output_stride',
@@ -100,9 +102,15 @@ def load_pretrained(path, network):
     that says so.
 
   Raises:
-    InputError: if the backbone is not filled completely.
+    InputError: if it cannot be read, or does not fill the whole backbone.
   """
-  tensors = torch_models.reference_names(torch_files.read_state_dict(path))
+  try:
+    tensors = torch_models.reference_names(torch_files.read_state_dict(path))
+  except OSError as error:
+    raise InputError(
+      f'{path}: cannot be read ({error.strerror}); is pretrained of '
+      'config.teacher or config.student right?'
+    ) from error
   variables, _, report = torch_models.import_network(tensors, network)
   backbone = jax.tree.leaves(
     [tree.get('backbone') for tree in variables.values()],
@@ -133,6 +141,10 @@ def _with_sharding(shapes, sharding):
   )
 
 
+def _damaged(path):
+  return InputError(f'{path}: damaged, or of no stage; put a copy back.')
+
+
 def load_network(directory, *, sharding=None, step=None):
   """Network, variables and description of a finished or running stage.
 
@@ -155,12 +167,17 @@ def load_network(directory, *, sharding=None, step=None):
       f'{directory}: no config.json; name the folder of a stage, such as '
       'runs/quickstart/distill.'
     )
-  info = json.loads(path.read_text())
+  try:
+    info = dict(json.loads(path.read_text()))
+  except (TypeError, ValueError) as error:
+    raise _damaged(path) from error
   if 'stage' not in info:
     raise InputError(
       f'{directory}: is a run; name one of its stages, e.g. '
       f'{directory / "distill"}.'
     )
+  if not {role_of(info), *_DESCRIBED} <= info.keys():
+    raise _damaged(path)
   network = make_network(info[role_of(info)], len(info['class_names']))
   variables, step = checkpoints.restore_student(
     directory / 'checkpoints',
