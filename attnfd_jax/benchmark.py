@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Measures speed on this machine.
 
+  python -m attnfd_jax.benchmark train [--config=configs/camvid.py] \
+    [--student=resnet18] [--teacher=resnet101] [--batch=16] [--json]
   python -m attnfd_jax.benchmark data --config=configs/camvid.py \
     [--config.data.root=PATH] [--compare] [--json]
 
-data: how many images a second the training pipeline prepares. With --json the
-last line is one JSON object.
+train: seconds of a training step, its memory, its compilation and the share of
+what the device can do. data: how many images a second the training pipeline
+prepares. With --json the last line is one JSON object.
 """
 
 import json
@@ -15,10 +18,11 @@ from ml_collections import config_flags
 
 from attnfd_jax import cli
 from attnfd_jax.benchmarks import data
+from attnfd_jax.benchmarks import train
 from attnfd_jax.errors import InputError
 
 # Name -> function of the flags; prints for people, returns what is JSON.
-COMMANDS = {'data': data.run}
+COMMANDS = {'train': train.run, 'data': data.run}
 
 
 def main(argv):
@@ -28,6 +32,7 @@ def main(argv):
       f'Expected one of {", ".join(COMMANDS)}, got {given}; for example '
       'python -m attnfd_jax.benchmark data --config=configs/quickstart.py.'
     )
+  cli.enable_compilation_cache()
   result = COMMANDS[argv[1]](flags.FLAGS)
   if flags.FLAGS.json:
     print(json.dumps({'benchmark': argv[1]} | result))
@@ -39,6 +44,24 @@ if __name__ == '__main__':
     'config', None, 'configs/NAME.py or configs/NAME.py:VARIANT.'
   )
   flags.DEFINE_bool('json', False, 'Print one JSON object as the last line.')
+  for name, text in (
+    ('student', 'backbone'),
+    ('teacher', 'backbone'),
+    ('teacher_checkpoint', 'folder of a stage or PyTorch file; else random'),
+    ('method', 'as config.distill.method; none trains without a teacher'),
+    ('dtype', 'float32 or bfloat16'),
+    ('recipe', 'clean or reference'),
+    ('trace', 'folder for a profile of the steps'),
+  ):
+    flags.DEFINE_string(name, '', f'train: {text}.')
+  for name, text in (
+    ('batch', 'images a step'),
+    ('height', 'of the images'),
+    ('width', 'of the images'),
+  ):
+    flags.DEFINE_integer(name, 0, f'train: {text}; 0 is as the config.')
+  flags.DEFINE_integer('num_classes', 21, 'train: of both networks.')
+  flags.DEFINE_integer('steps', 10, 'train: the result is their median.')
   flags.DEFINE_bool(
     'compare', False, "data: against PIL and NumPy, by the authors' recipe."
   )

@@ -74,6 +74,75 @@ def softmax_cross_entropy(
   return _mean(losses, labels, valid, class_weights)
 
 
+def _interpolation(size_out, size_in):
+  """float64 [size_out, size_in]: bilinear with align_corners, one axis."""
+  last = max(size_out - 1, 1)
+  places = np.arange(size_out)[:, None] * (size_in - 1) / last
+  return np.maximum(1 - np.abs(places - np.arange(size_in)), 0)
+
+
+def upsampled_cross_entropy(
+  logits,
+  labels,
+  *,
+  parts,
+  precision='highest',
+  ignore_label=IGNORE_LABEL,
+):
+  """softmax_cross_entropy of logits resized to the labels, part by part.
+
+  Logits at full size, and their gradients, never exist as a whole: a part of
+  the rows is resized, scored, and resized again for the gradient.
+
+  Args:
+    logits: [b, h, w, k].
+    labels: integers [b, height, width].
+    parts: of the rows of the labels.
+    precision: of the products that resize.
+    ignore_label: value of the pixels to leave out.
+
+  Returns:
+    float32 scalar; that of the whole up to rounding.
+  """
+  logits = _float(logits)
+  _, h, w, _ = logits.shape
+  b, height, width = labels.shape
+  rows = -(-height // parts)
+  missing = parts * rows - height
+  down = np.pad(_interpolation(height, h), ((0, missing), (0, 0)))
+  across = _interpolation(width, w)
+  labels = jnp.pad(
+    labels, ((0, 0), (0, missing), (0, 0)), constant_values=ignore_label
+  )
+
+  @jax.checkpoint
+  def add_part(sums, part):
+    down, labels = part
+    resized = jnp.einsum(
+      'Hh,bhwk,Ww->bHWk',
+      down,
+      logits,
+      jnp.asarray(across, logits.dtype),
+      precision=precision,
+    )
+    valid = labels != ignore_label
+    losses = _cross_entropies(resized, labels, valid)
+    total, count = sums
+    total += jnp.sum(losses, where=valid)
+    return (total, count + jnp.sum(valid, dtype=losses.dtype)), None
+
+  zero = jnp.zeros((), logits.dtype)
+  (total, count), _ = jax.lax.scan(
+    add_part,
+    (zero, zero),
+    (
+      jnp.asarray(down, logits.dtype).reshape(parts, rows, h),
+      jnp.moveaxis(labels.reshape(b, parts, rows, width), 1, 0),
+    ),
+  )
+  return total / jnp.maximum(count, 1)
+
+
 def ohem_cross_entropy(
   logits,
   labels,

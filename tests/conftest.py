@@ -27,6 +27,11 @@ jax.config.update('jax_numpy_dtype_promotion', 'strict')
 flags.FLAGS.mark_as_parsed()
 
 
+def pytest_collection_modifyitems(items):
+  # Nothing long may be left for the end, when one process waits for the other.
+  items.sort(key=lambda item: 'training' not in item.path.parts)
+
+
 @pytest.fixture
 def key():
   """A jax key; split it, or fold_in, for more than one use."""

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark measures what it says; broken data end in one line."""
 
+import functools
+import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,6 +16,7 @@ from PIL import Image
 import pytest
 
 from attnfd_jax.benchmarks import data
+from attnfd_jax.benchmarks import train
 from attnfd_jax.config import default_config
 from attnfd_jax.data import pipeline
 from attnfd_jax.data.transforms import Augment
@@ -165,7 +169,9 @@ def test_unknown_commands_are_one_line():
   process = benchmark('dat')
   assert process.returncode == 2 and process.stdout == ''
   (line,) = process.stderr.splitlines()
-  assert line.startswith('error: Expected one of data') and 'got dat' in line
+  assert (
+    line.startswith('error: Expected one of train, data') and 'got dat' in line
+  )
 
 
 @pytest.mark.parametrize(
@@ -196,6 +202,91 @@ def test_a_bad_pixel_is_one_line(tmp_path, workers):
   mask = tmp_path / 'masks' / 'train' / '2.png'
   assert line.startswith(f'error: {mask}: ')
   assert '7 (2 pixels)' in line
+
+
+TRAIN = (
+  'train',
+  f'--config={ROOT}/configs/cityscapes.py:debug',
+  '--batch=4',
+  '--height=33',
+  '--width=48',
+)
+
+
+@pytest.mark.slow
+def test_train_measures_a_step(tmp_path):
+  process = benchmark(*TRAIN, '--steps=3', '--json', f'--trace={tmp_path}')
+  assert process.returncode == 0, process.stderr
+  found = json.loads(process.stdout.splitlines()[-1])
+  assert len(found['step_seconds_all']) == 3
+  assert found['images_per_second'] == pytest.approx(4 / found['step_seconds'])
+  assert found['batch_size'] == 4 and found['image_size'] == [33, 48]
+  share = found['gflops_per_step'] / found['step_seconds']
+  assert found['flop_utilisation'] == pytest.approx(
+    share / found['device_peak_gflops']
+  )
+  # Weights, their gradients and momentum at least.
+  assert found['peak_memory_bytes'] > 1e6
+  assert 0 < found['compile_seconds'] < found['seconds_to_first_step']
+  assert list(tmp_path.rglob('*.xplane.pb'))
+
+
+@pytest.mark.parametrize(
+  'wrong, words',
+  [
+    ('--steps=0', '--steps=0 must be at least 1'),
+    ('--dtype=half', "config.optim.dtype='half'"),
+    ('--method=attnfdd', "Did you mean 'attnfd'"),
+    ('--student=resnet19', "Did you mean 'resnet18'"),
+    ('--teacher_checkpoint=nowhere', 'nowhere'),
+  ],
+)
+def test_train_refuses(wrong, words):
+  values = {
+    'teacher': '',
+    'teacher_checkpoint': '',
+    'student': '',
+    'method': '',
+    'dtype': '',
+    'recipe': '',
+    'batch': 0,
+    'height': 0,
+    'width': 0,
+    'num_classes': 5,
+    'steps': 1,
+    'trace': '',
+  }
+  name, _, value = wrong.removeprefix('--').partition('=')
+  values[name] = type(values[name])(value)
+  with pytest.raises(InputError, match=re.escape(words)):
+    train.run(options(**values))
+
+
+@functools.cache
+def load_compare():
+  path = ROOT / 'experiments' / 'speed' / 'compare.py'
+  spec = importlib.util.spec_from_file_location('speed_compare', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_ratios_are_of_the_same_round(monkeypatch):
+  """Without PyTorch: what the two programs would print."""
+  compare = load_compare()
+  ours, peers = iter((1.0, 2.0, 4.0)), iter((2.0, 6.0, 16.0))
+
+  def last_json(command):
+    seconds = next(peers if 'peer.py' in str(command) else ours)
+    return {'step_seconds': seconds, 'peak_memory_bytes': None}
+
+  monkeypatch.setattr(compare, 'last_json', last_json)
+  monkeypatch.setattr(sys, 'argv', ['compare.py', '--recipes=clean'])
+  rounds = compare.compare('resnet18', ['authors'], compare.parse(gpu=False))
+  *_, found = rounds
+  assert found['ratios'] == {
+    'clean, authors': {'median': 3.0, 'lowest': 2.0, 'highest': 4.0}
+  }
 
 
 @pytest.mark.slow

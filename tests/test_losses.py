@@ -15,6 +15,8 @@ from attnfd_jax.losses import dice_loss
 from attnfd_jax.losses import focal_loss
 from attnfd_jax.losses import ohem_cross_entropy
 from attnfd_jax.losses import softmax_cross_entropy
+from attnfd_jax.losses import upsampled_cross_entropy
+from attnfd_jax.models import layers
 
 # Means of some hundred float32 logarithms.
 CLOSE = {'rtol': 2e-6, 'atol': 1e-7}
@@ -350,3 +352,27 @@ def test_weights_find_a_rare_class():
   assert recall(softmax_cross_entropy) < 0.5
   weighted = functools.partial(softmax_cross_entropy, class_weights=weights)
   assert recall(weighted) > 0.8
+
+
+@pytest.mark.parametrize('parts', [1, 3, 7])
+@pytest.mark.parametrize('size', [(4, 5), (1, 1)], ids=str)
+def test_in_parts_it_is_the_loss_of_the_whole(parts, size):
+  generator = np.random.default_rng(0)
+  coarse = generator.normal(size=(2, *size, 6)).astype(np.float32)
+  labels = generator.integers(0, 6, (2, 13, 17)).astype(np.uint8)
+  labels[:, :2] = 255
+
+  def whole(coarse):
+    return softmax_cross_entropy(layers.resize(coarse, 13, 17), labels)
+
+  def in_parts(coarse):
+    return upsampled_cross_entropy(coarse, labels, parts=parts)
+
+  expected, wanted = jax.jit(jax.value_and_grad(whole))(coarse)
+  found, gradient = jax.jit(jax.value_and_grad(in_parts))(coarse)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-7)
+  nothing = upsampled_cross_entropy(
+    coarse, np.full_like(labels, 255), parts=parts
+  )
+  assert nothing == 0

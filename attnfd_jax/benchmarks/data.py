@@ -10,7 +10,6 @@ import io
 import multiprocessing
 import os
 import pathlib
-import resource
 import statistics
 import threading
 import time
@@ -110,8 +109,9 @@ def _cpu_seconds():
 
 def _peak_memory():
   """Bytes of this process and its workers at their highest."""
-  total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  for folder in _workers():
+  total = 0
+  # Not getrusage's, which begins with that of the process it was forked from.
+  for folder in (pathlib.Path('/proc/self'), *_workers()):
     lines = (folder / 'status').read_text().splitlines()
     total += sum(int(x.split()[1]) for x in lines if x.startswith('VmHWM'))
   return 1024 * total

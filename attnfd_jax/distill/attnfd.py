@@ -90,7 +90,11 @@ class Connector(nn.Module):
   def __call__(self, x, *, train):
     # N(0, 2 / c_teacher), distiller.py:10-22.
     return layers.ConvNorm(
-      self.features, 1, kernel_init=layers.fan_out_normal, name='conv_norm'
+      self.features,
+      1,
+      kernel_init=layers.fan_out_normal,
+      dtype=x.dtype,
+      name='conv_norm',
     )(x, train=train)
 
 
@@ -223,8 +227,8 @@ class AttnFD(nn.Module):
     students, teachers = {}, {}
     for tap in sorted(self.student_channels):
       students[tap], teachers[tap] = (
-        x.astype(layers.at_least_float32(x.dtype))
-        for x in (student_features[tap], teacher_features[tap])
+        student_features[tap],
+        teacher_features[tap],
       )
       if self.student_attention != 'none':
         students[tap] = self.student_gates[tap](students[tap], train=train)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that agree with PyTorch up to rounding, on maps [b, h, w, c]."""
 
+import functools
+
 import flax.linen as nn
 import jax
 from jax import lax
@@ -57,7 +59,8 @@ def _strided(x, top, left, height, width, strides):
 
 def _pointwise(x, kernel, strides):
   """A 1x1 convolution as a matrix product."""
-  return x[:, ::strides, ::strides] @ kernel[0, 0]
+  h, w = ((n - 1) // strides + 1 for n in x.shape[1:3])
+  return _strided(x, 0, 0, h, w, strides) @ kernel[0, 0]
 
 
 def _shifted(x, kernel, strides, dilation, padding):
@@ -76,12 +79,63 @@ def _shifted(x, kernel, strides, dilation, padding):
   return total
 
 
+def _by_taps(x, kernel, dilation):
+  """A dilated convolution of the same size as a sum of matrix products.
+
+  Each tap of the kernel sees the part of the map that it moves over the map;
+  those of high dilation see little of it, or none, and the rest is no work.
+  """
+  h, w = x.shape[1:3]
+  size = kernel.shape[0]
+  total = 0
+  for i in range(size):
+    for j in range(size):
+      down, right = (dilation * (n - size // 2) for n in (i, j))
+      if abs(down) >= h or abs(right) >= w:
+        continue
+      window = x[
+        :,
+        max(down, 0) : h + min(down, 0),
+        max(right, 0) : w + min(right, 0),
+      ]
+      rows, columns = ((max(-n, 0), max(n, 0)) for n in (down, right))
+      total += jnp.pad(window @ kernel[i, j], ((0, 0), rows, columns, (0, 0)))
+  return total
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dilated(x, kernel, dilation):
+  """A dilated convolution of the same size for a GPU.
+
+  Its library has a fast kernel for the result, and none for the gradient of
+  the kernel: that is a matrix product for each tap. The barrier keeps sums of
+  gradients out of the kernel that computes one, which would be a slow one.
+  """
+  return _grouped(x, kernel, 1, dilation, dilation * (kernel.shape[0] // 2))
+
+
+def _dilated_forward(x, kernel, dilation):
+  return _dilated(x, kernel, dilation), (x, kernel)
+
+
+def _dilated_backward(dilation, residuals, gradient):
+  x, kernel = residuals
+  padding = dilation * (kernel.shape[0] // 2)
+  _, of_x = jax.vjp(lambda x: _grouped(x, kernel, 1, dilation, padding), x)
+  _, of_kernel = jax.vjp(lambda kernel: _by_taps(x, kernel, dilation), kernel)
+  return lax.optimization_barrier(of_x(gradient)[0]), *of_kernel(gradient)
+
+
+_dilated.defvjp(_dilated_forward, _dilated_backward)
+
+
 def convolve(x, kernel, *, strides=1, dilation=1, padding=0):
   """Convolution of [b, h, w, c] with `kernel` [k, k, c / groups, features].
 
   The form is the one that is fast on the platform it is lowered for; the
   result is the same up to rounding. On a CPU, XLA runs 1x1 convolutions about
-  2x and depthwise ones about 40x faster in the forms below.
+  2x, depthwise ones about 40x and those of ASPP 1.3x to 25x faster in the forms
+  below (docs/speed.md).
   """
   size, _, inputs, features = kernel.shape
 
@@ -97,6 +151,17 @@ def convolve(x, kernel, *, strides=1, dilation=1, padding=0):
       x,
       kernel,
       cpu=lambda x, w: _shifted(x, w, strides, dilation, padding),
+      default=grouped,
+    )
+  same_size = strides == 1 and padding == dilation * (size // 2)
+  # Of a symbolic size (export.py) nobody knows which taps see the map.
+  known = all(isinstance(n, int) for n in x.shape[1:3])
+  if dilation > 1 and same_size and known and inputs == x.shape[-1]:
+    return lax.platform_dependent(
+      x,
+      kernel,
+      cpu=lambda x, w: _by_taps(x, w, dilation),
+      cuda=lambda x, w: _dilated(x, w, dilation),
       default=grouped,
     )
   return grouped(x, kernel)
@@ -116,13 +181,23 @@ class Conv(nn.Module):
   dtype: jnp.dtype | None = None
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, affine=None):
+    """[b, h, w, c] -> [b, h', w', features].
+
+    Args:
+      x: the map.
+      affine: (factor, shift) of the result, [features] each, as part of the
+        kernel and as bias; not together with use_bias.
+    """
     k = self.kernel_size
     inputs = 1 if self.depthwise else x.shape[-1]
     kernel = self.param(
       'kernel', self.kernel_init, (k, k, inputs, self.features)
     )
     bias = None
+    if affine is not None:
+      factor, bias = affine
+      kernel *= per_channel(factor, kernel)
     if self.use_bias:
       init = torch_uniform(k * k * inputs)
       bias = self.param('bias', init, (self.features,))
@@ -176,9 +251,19 @@ class BatchNorm(nn.Module):
     x = (x - per_channel(mean, x)) * per_channel(scale, x)
     return (x + per_channel(bias, x)).astype(dtype)
 
+  def affine(self):
+    """(factor, shift) that it is with its running statistics, [c] each."""
+    scale, bias = (self.get_variable('params', x) for x in ('scale', 'bias'))
+    mean, var = (self.get_variable('batch_stats', x) for x in ('mean', 'var'))
+    factor = lax.rsqrt(var + self.epsilon) * scale
+    return factor, bias - mean * factor
+
 
 class ConvNorm(nn.Module):
-  """Convolution without bias, then batch normalisation."""
+  """Convolution without bias, then batch normalisation.
+
+  With running statistics they are one convolution, with a scaled kernel.
+  """
 
   features: int
   kernel_size: int = 3
@@ -191,7 +276,7 @@ class ConvNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x, *, train):
-    x = Conv(
+    conv = Conv(
       self.features,
       self.kernel_size,
       self.strides,
@@ -201,22 +286,68 @@ class ConvNorm(nn.Module):
       kernel_init=self.kernel_init,
       dtype=self.dtype,
       name='conv',
-    )(x)
-    return BatchNorm(dtype=self.dtype, name='bn')(x, train=train)
+    )
+    norm = BatchNorm(dtype=self.dtype, name='bn')
+    if train or self.is_initializing():
+      return norm(conv(x), train=train)
+    return conv(x, norm.affine())
+
+
+def finished(x, known):
+  """x, computed once for all that read it.
+
+  XLA computes sums and activations again in each reader rather than store
+  them. Along a chain of residual sums that is each block in all later ones:
+  work that grows with the square of the depth, and maps that stay in memory.
+
+  Args:
+    x: of any shape.
+    known: a scalar that is no constant of the program, such as a weight.
+  """
+
+  def hold(x, known):
+    # On a CPU, barriers are gone before operations are merged; a branch stays.
+    broken = jnp.isnan(lax.stop_gradient(known))
+    return lax.cond(broken, lambda x: jnp.full_like(x, jnp.nan), lambda x: x, x)
+
+  return lax.platform_dependent(
+    x, known, cpu=hold, default=lambda x, _: lax.optimization_barrier(x)
+  )
+
+
+def any_weight(module):
+  """A scalar of the parameters that `module` has by now, for `finished`."""
+  return jax.tree.leaves(module.variables['params'])[0].ravel()[0]
 
 
 def max_pool(x):
-  """3x3, stride 2, one pixel of padding: [b, h, w, c] -> half, rounded up."""
-  return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+  """3x3, stride 2, one pixel of padding: [b, h, w, c] -> half, rounded up.
+
+  As maxima of shifted maps: their gradient needs no scatter, which is slow, and
+  not deterministic on a GPU. Of equal values each gets a part of it.
+  """
+
+  def along(axis, x):
+    half = (x.shape[axis] + 1) // 2
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (1, 1)
+    x = jnp.pad(x, padding, constant_values=-np.inf)
+    first, second, third = (
+      lax.slice_in_dim(x, i, i + 2 * half - 1, 2, axis) for i in range(3)
+    )
+    return jnp.maximum(jnp.maximum(first, second), third)
+
+  return along(2, along(1, x))
 
 
-def resize(x, height, width):
+def resize(x, height, width, *, precision=lax.Precision.HIGHEST):
   """Bilinear with align_corners: corner pixels of x stay corner pixels.
 
   Args:
     x: [b, h, w, c].
     height: of the result.
     width: of the result.
+    precision: of its products, which a TPU or GPU may round.
 
   Returns:
     [b, height, width, c], of the type of x.
@@ -237,5 +368,12 @@ def resize(x, height, width):
   # scale_and_translate counts from pixel edges, align_corners from centres.
   shift = jnp.where(jnp.array([h, w]) > 1, 0.5 * (1 - scale), 0)
   return jax.image.scale_and_translate(
-    x, (b, height, width, c), (1, 2), scale, shift, 'linear', antialias=False
+    x,
+    (b, height, width, c),
+    (1, 2),
+    scale,
+    shift,
+    'linear',
+    antialias=False,
+    precision=precision,
   )

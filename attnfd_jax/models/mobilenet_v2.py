@@ -79,7 +79,7 @@ class InvertedResidual(nn.Module):
     y = nn.relu6(depthwise(y, train=train))
     y = conv_norm('project', self.features)(y, train=train)
     if self.strides == 1 and x.shape[-1] == self.features:
-      y = x + y
+      y = layers.finished(x + y, layers.any_weight(self))
     return checkpoint_name(y, 'block')
 
 

@@ -51,7 +51,8 @@ class Block(nn.Module):
       y = conv_norm('conv2', width, 3, 1, dilation)(nn.relu(y), train=train)
     if strides != 1 or x.shape[-1] != features:
       x = conv_norm('downsample', features, 1, strides)(x, train=train)
-    return checkpoint_name(x + y, 'block')
+    x = layers.finished(x + y, layers.any_weight(self))
+    return checkpoint_name(x, 'block')
 
 
 class ResNet(nn.Module):

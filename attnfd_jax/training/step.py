@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import optax
 
 from attnfd_jax.losses import softmax_cross_entropy
+from attnfd_jax.losses import upsampled_cross_entropy
 from attnfd_jax.metrics import confusion_matrix
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.models.layers import resize
 from attnfd_jax.training import sharding
 from attnfd_jax.training.state import TrainState
+
+# Bytes of logits on a device above which the loss is taken part by part.
+LARGE_LOGITS = 2**26
 
 
 def make_train_step(
@@ -76,6 +80,21 @@ def make_train_step(
     policy = jax.checkpoint_policies.save_only_these_names('block')
     forward = jax.checkpoint(forward, policy=policy)
 
+  def compute_task_loss(out, label):
+    logits = out['logits']
+    parts = -(-4 * logits.size // (mesh.shape['data'] * LARGE_LOGITS))
+    plain = task_name == 'ce' and mesh.shape['spatial'] == 1
+    if parts == 1 or not plain or 'coarse_logits' not in out:
+      return task_loss(logits, label)
+    # Scores of bfloat16 are not made better by products of float32.
+    half = student.dtype == jnp.bfloat16
+    return upsampled_cross_entropy(
+      out['coarse_logits'],
+      label,
+      parts=parts,
+      precision='default' if half else 'highest',
+    )
+
   def loss_fn(params, collections, teacher_variables, batch, rng):
     image = batch['image']
     if image.dtype == jnp.uint8:
@@ -88,7 +107,7 @@ def make_train_step(
       image,
       student_rng,
     )
-    loss = task = task_loss(out['logits'], label)
+    loss = task = compute_task_loss(out, label)
     if ce_batch_division:
       loss = task / image.shape[0]
     terms = {task_name: task}

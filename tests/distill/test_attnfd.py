@@ -450,10 +450,10 @@ def test_bfloat16_maps_give_a_float32_loss(fill):
     assert leaf.dtype == jnp.float32
   for leaf in student_grads.values():
     assert leaf.dtype == jnp.bfloat16
-  # Only the input is rounded: the same numbers in float32 give the same loss.
+  # Maps between the gates are rounded, too; lengths and sums are not.
   exact = jax.tree.map(lambda x: x.astype(np.float32), rounded)
   expected, _ = run(module, params, state, *exact)
-  np.testing.assert_allclose(loss, expected, **CLOSE)
+  np.testing.assert_allclose(loss, expected, rtol=2e-3)
 
 
 @pytest.mark.parametrize('match', ['to_teacher', 'to_student'])

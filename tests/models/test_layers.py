@@ -50,6 +50,8 @@ FORMS = {
   'full': (3, False, 1, 1, 1),
   'full_stride2': (3, False, 2, 1, 1),
   'full_dilation3': (3, False, 1, 3, 3),
+  'full_dilation9': (3, False, 1, 9, 9),  # Wider than half the map, and higher.
+  'full_dilation2_valid': (3, False, 1, 2, 0),
   'stem': (7, False, 2, 1, 3),
   'depthwise': (3, True, 1, 1, 1),
   'depthwise_stride2': (3, True, 2, 1, 0),
@@ -267,6 +269,47 @@ def test_batch_norm_is_global_on_a_sharded_batch(key):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), sharded, run(x)
   )
+
+
+@pytest.mark.parametrize('dilation', [2, 9])
+def test_the_form_for_a_gpu_has_the_plain_gradients(dilation):
+  """Its rule for gradients; that it is fast is for experiments/speed."""
+  x, kernel = normal(0, 2, 8, 11, 6), normal(1, 3, 3, 6, 4)
+  plain, expected = jax.vjp(
+    lambda *x: layers._grouped(*x, 1, dilation, dilation), x, kernel
+  )
+  found, vjp = jax.vjp(lambda *x: layers._dilated(*x, dilation), x, kernel)
+  np.testing.assert_array_equal(found, plain)
+  for ours, wanted in zip(vjp(plain), expected(plain), strict=True):
+    np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_chain_of_blocks_is_computed_once():
+  def operations(blocks):
+    def chain(x, weight):
+      for _ in range(blocks):
+        x = layers.finished(
+          jax.nn.relu(x) + jax.nn.relu(x) @ weight, weight[0, 0]
+        )
+      return x
+
+    x, weight = normal(0, 64, 8), normal(1, 8, 8)
+    cost = jax.jit(chain).lower(x, weight).compile().cost_analysis()
+    return (cost[0] if isinstance(cost, list) else cost)['flops']
+
+  first, second, fourth = operations(4), operations(8), operations(16)
+  assert fourth - second < 2.1 * (second - first)
+
+
+def test_finished_changes_nothing():
+  x, known = normal(0, 3, 4), jnp.float32(-2)
+  value, vjp = jax.vjp(jax.jit(layers.finished), x, known)
+  np.testing.assert_array_equal(value, x)
+  gradient, of_known = vjp(x + 1)
+  np.testing.assert_array_equal(gradient, x + 1)
+  assert of_known == 0
+  broken = layers.finished(x, jnp.float32(np.nan))
+  assert np.all(np.isnan(broken))
 
 
 @pytest.mark.parametrize('size', [(6, 7), (9, 4)], ids=['even_odd', 'odd_even'])

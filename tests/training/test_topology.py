@@ -23,8 +23,7 @@ from attnfd_jax.training.state import make_state
 PATH = tiny_run.ROOT / 'experiments' / 'topology' / 'compare.py'
 MESHES = {
   'data4': {'data': 4},
-  'data2_spatial2': {'data': 2, 'spatial': 2},
-  'data4_fsdp': {'data': 4, 'fsdp': True},
+  'data2_spatial2_fsdp': {'data': 2, 'spatial': 2, 'fsdp': True},
 }
 
 
@@ -73,13 +72,10 @@ def test_a_mesh_changes_nothing(alone, name):
     # Not so after the second step: see experiments/topology.
     assert difference(value, expected[key]) < 2e-4, key
   split = [p for p in places if not p.is_fully_replicated]
-  assert bool(split) == (name == 'data4_fsdp')
-  sizes = {place.mesh.shape_tuple for place in places}
-  assert sizes == {
-    (('data', 2), ('spatial', 2))
-    if name == 'data2_spatial2'
-    else (('data', 4), ('spatial', 1))
-  }
+  assert bool(split) == MESHES[name].get('fsdp', False)
+  expected = {'data': 4, 'spatial': 1} | MESHES[name]
+  for place in places:
+    assert all(expected[axis] == n for axis, n in place.mesh.shape.items())
 
 
 class Source:
