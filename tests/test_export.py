@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files for other programs find what the network finds, or are not left."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+import tiny_run
+
+from attnfd_jax import convert
+from attnfd_jax import export
+from attnfd_jax import exported
+from attnfd_jax import torch_files
+from attnfd_jax import torch_models
+from attnfd_jax.data import synthetic
+from attnfd_jax.errors import InputError
+from attnfd_jax.models import deeplab
+from attnfd_jax.models import mobilenet_v2
+from attnfd_jax.models.resnet import ResNet
+from attnfd_jax.training import networks
+
+# Fewer blocks of the same kinds compile faster.
+SHORT = {
+  'resnet': functools.partial(ResNet, (1, 1, 1, 1), False),
+  'bottleneck': functools.partial(ResNet, (1, 1, 1, 2), True),
+}
+STAGES = [
+  (expansion, channels, 2 if channels == 24 else 1, strides)
+  for expansion, channels, _, strides in mobilenet_v2.STAGES[:-1]
+]
+NETWORKS = {
+  'resnet': {},
+  'bottleneck': {'in_path_attention': True},
+  'mobilenet_v2': {'output_stride': 8},
+}
+SHAPES = ((1, 49, 64, 3), (2, 32, 75, 3))
+
+
+CHANNELS = {
+  'width_multiplier': 0.125,
+  'aspp_channels': 8,
+  'decoder_channels': 8,
+  'low_level_channels': 4,
+}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compilation():
+  """Programs that run once are not worth optimising; also in processes."""
+  name = 'JAX_DISABLE_MOST_OPTIMIZATIONS'
+  jax.config.update(name.lower(), True)
+  os.environ[name] = '1'
+  yield
+  jax.config.update(name.lower(), False)
+  del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
+def short_networks(monkeypatch):
+  monkeypatch.setattr(deeplab, 'BACKBONES', deeplab.BACKBONES | SHORT)
+  monkeypatch.setattr(mobilenet_v2, 'STAGES', STAGES)
+
+
+@pytest.fixture
+def make(fill):
+  """Name -> narrow network and its variables, of NumPy."""
+
+  def make(name):
+    options = CHANNELS | NETWORKS.get(name, {})
+    network = deeplab.DeepLabV3Plus(name, 9, **options)
+    return network, fill(networks.abstract_variables(network))
+
+  return make
+
+
+@pytest.fixture
+def stage(make, tmp_path_factory):
+  """Folder of a stage with two drawn scenes as its val split; not trained."""
+  folder = tmp_path_factory.getbasetemp() / 'export'
+  if not folder.exists():
+    folder.mkdir()
+    network, variables = make('resnet18')
+    tensors = torch_models.export_torch(variables, backbone='resnet18')
+    torch_files.write_safetensors(folder / 'a.safetensors', tensors)
+    convert.import_stage(folder / 'a.safetensors', folder / 'stage')
+    path = folder / 'stage' / 'config.json'
+    info = json.loads(path.read_text())
+    info['class_names'] = synthetic.CLASS_NAMES
+    info['data'] |= {
+      'name': 'scenes',
+      'image_size': (32, 48),
+      'val_scenes': 2,
+      'train_scenes': 1,
+    }
+    path.write_text(json.dumps(info))
+  return folder / 'stage'
+
+
+class Dots:
+  """A network of one 1x1 convolution with `k` classes; compiles fast."""
+
+  def apply(self, variables, image, *, train):
+    del train
+    return {'logits': image @ variables['kernel'][0, 0]}
+
+
+def _dots(k):
+  generator = np.random.default_rng(0)
+  return {'kernel': np.float32(generator.normal(size=(1, 1, 3, k)))}
+
+
+def _images(shape, seed=0):
+  generator = np.random.default_rng(seed)
+  return generator.integers(0, 256, shape, np.uint8)
+
+
+_known = {}
+
+
+@pytest.fixture
+def cases(make):
+  """Name -> pairs of images and logits of the network, computed once."""
+
+  def cases(name):
+    if name not in _known:
+      network, variables = make(name)
+      forward = export.make_forward(network, uint8=True, argmax=False)
+      shapes = SHAPES[: 1 if name == 'bottleneck' else 2]
+      images = [_images(shape) for shape in shapes]
+      _known[name] = [(x, np.asarray(forward(variables, x))) for x in images]
+    return _known[name]
+
+  return cases
+
+
+def _assert_close(found, expected):
+  # Norms are parts of kernels, and ASPP sums in another order. Some of these
+  # networks have large logits.
+  scale = np.max(np.abs(expected))
+  np.testing.assert_allclose(found / scale, expected / scale, atol=2e-5)
+
+
+@pytest.mark.parametrize('name', ['resnet', 'mobilenet_v2'])
+def test_stablehlo_at_any_size(make, cases, name):
+  pytest.importorskip('flatbuffers')
+  network, variables = make(name)
+  forward = export.make_forward(network, uint8=True, argmax=False)
+  data = export.stablehlo(forward, variables, uint8=True)
+  program = jax.export.deserialize(data)
+  assert set(program.platforms) == {'cpu', 'cuda', 'tpu'}
+  run = jax.jit(program.call)
+  for image, expected in cases(name):
+    _assert_close(run(image), expected)
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_onnx_at_any_size(make, cases, name):
+  pytest.importorskip('onnx')
+  onnxruntime = pytest.importorskip('onnxruntime')
+  from attnfd_jax import onnx_writer
+
+  network, variables = make(name)
+  model = onnx_writer.make_model(
+    network, variables, uint8=True, argmax=False, metadata={'short_side': 32}
+  )
+  session = onnxruntime.InferenceSession(model.SerializeToString())
+  properties = session.get_modelmeta().custom_metadata_map
+  assert properties == {'short_side': '32'}
+  for image, expected in cases(name):
+    (found,) = session.run(None, {'image': image})
+    _assert_close(found, expected)
+
+
+@pytest.mark.parametrize('weights', export.WEIGHTS)
+def test_weights_in_fewer_bits(make, weights):
+  _, variables = make('resnet18')
+  stored = export.shrink(variables, weights)
+  grown = export.grow(stored)
+  bits = {'float32': 0, 'bfloat16': 2.0**-8, 'int8': 1 / 254}[weights]
+
+  def check(before, after):
+    assert after.dtype == np.float32
+    # Half a step of a channel; norms and biases are exact.
+    step = 0.0
+    if before.ndim == 4:
+      step = bits * np.max(np.abs(before), (0, 1, 2), keepdims=True)
+    assert np.all(np.abs(after - before) <= 1.001 * step)
+
+  jax.tree.map(check, variables, grown)
+  if weights == 'float32':
+    return
+  values = stored['params']['classifier']['kernel'].values
+  assert values.dtype == weights
+  if weights == 'int8':
+    # The whole range of each channel is used.
+    np.testing.assert_array_equal(np.max(np.abs(values), (0, 1, 2)), 127)
+
+
+def test_kernels_of_zeros_stay_zeros():
+  zeros = {'kernel': np.zeros((1, 1, 2, 3), np.float32)}
+  grown = export.grow(export.shrink(zeros, 'int8'))
+  np.testing.assert_array_equal(grown['kernel'], zeros['kernel'])
+
+
+def test_small_weights_are_small_in_the_file():
+  pytest.importorskip('flatbuffers')
+  forward = export.make_forward(Dots(), uint8=False, argmax=True)
+  variables = _dots(10_000)
+  sizes = [
+    len(export.stablehlo(forward, export.shrink(variables, x), uint8=False))
+    for x in export.WEIGHTS
+  ]
+  # int8 has a float32 scale for each column of three.
+  saved = (sizes[0] - np.array(sizes)) / variables['kernel'].nbytes
+  np.testing.assert_allclose(saved, [0, 1 / 2, 3 / 4 - 1 / 3], atol=0.02)
+
+
+def test_compare():
+  logits = np.float32([[[[0.0, 1.0], [3.0, 2.0]]]])
+  other = logits + np.float32([0.0, 1.5])
+  assert export.compare([logits], [logits]) == (0, 3, 1, 2)
+  assert export.compare([logits], [other]) == (1.5, 3, 0.5, 2)
+  ids = logits.argmax(-1).astype(np.uint8)
+  assert export.compare([ids], [1 - ids]) == (0, 0, 0, 2)
+  assert np.isnan(export.compare([logits], [logits * np.nan])[0])
+
+
+def test_stablehlo_needs_jax_and_numpy_alone(tmp_path):
+  pytest.importorskip('flatbuffers')
+  forward = export.make_forward(Dots(), uint8=True, argmax=True)
+  variables = _dots(5)
+  path = tmp_path / 'a.stablehlo'
+  path.write_bytes(export.stablehlo(forward, variables, uint8=True))
+  folder = tmp_path / 'images'
+  folder.mkdir()
+  np.save(folder / '0.npy', _images(SHAPES[0]))
+  program = (
+    'import runpy, sys\n'
+    f'sys.argv[1:] = ["stablehlo", {str(path)!r}, {str(folder)!r}, "{{}}"]\n'
+    f'runpy.run_path({exported.__file__!r}, run_name="__main__")\n'
+    'found = {"attnfd_jax", "flax", "cv2", "orbax"} & {*sys.modules}\n'
+    'assert not found, found\n'
+  )
+  process = subprocess.run(
+    [sys.executable, '-P', '-c', program],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert process.returncode == 0, process.stderr
+  found = np.load(folder / '0_found.npy')
+  assert found.dtype == np.uint8
+  expected = forward(variables, _images(SHAPES[0]))
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_command(stage, tmp_path):
+  pytest.importorskip('flatbuffers')
+  path = tmp_path / 'new' / 'a.stablehlo'
+  arguments = (f'--checkpoint={stage}', f'--output={path}')
+  options = ('--weights=int8', '--uint8', '--argmax')
+  process = tiny_run.run_verb('export', *arguments, *options)
+  assert process.returncode == 0, process.stderr
+  assert [*path.parent.iterdir()] == [path]
+  text = process.stdout
+  assert 'images of the val split of scenes: same class at ' in text
+  assert 'Rounding to int8: same class at ' in text
+  assert 'with float32 weights, ' in text
+  assert f'{path}: ' in text.splitlines()[-1]
+  before = path.read_bytes()
+  with pytest.raises(InputError, match='exists; add --overwrite to replace it'):
+    export.export_student(stage, path, kind='stablehlo')
+  assert path.read_bytes() == before
+
+
+def test_bad_input_of_the_command_is_one_line(tmp_path):
+  process = tiny_run.run_verb('export', '--format=tflite', '--output=a')
+  assert (process.returncode, process.stdout) == (2, '')
+  (line,) = process.stderr.splitlines()
+  assert line.startswith('error: --format=tflite must be one of stablehlo')
+
+
+@pytest.mark.parametrize('kind', ['pth', 'onnx'])
+def test_files_are_checked_in_a_fresh_process(stage, tmp_path, kind):
+  if kind == 'onnx':
+    pytest.importorskip('onnx')
+    pytest.importorskip('onnxruntime')
+  path = tmp_path / f'a.{kind}'
+  lines = export.export_student(stage, path, kind=kind)
+  assert 'largest logit difference ' in lines[1]
+  assert [*tmp_path.iterdir()] == [path]
+  assert path.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize('wrong', ['classes', 'nan', 'shape'])
+def test_files_that_disagree_are_not_left(stage, tmp_path, monkeypatch, wrong):
+  path = tmp_path / 'a.pth'
+  path.write_text('of before')
+
+  def run_fresh(kind, path, images, options):
+    assert path.stat().st_size > 10_000
+    shapes = [(*x.shape[:3], options['num_classes']) for x in images]
+    value = {'classes': 0.0, 'nan': np.nan, 'shape': 0.0}[wrong]
+    found = [np.full(shape, value, np.float32) for shape in shapes]
+    found = [x[:, 1:] for x in found] if wrong == 'shape' else found
+    return found, [1.0] * len(images)
+
+  monkeypatch.setattr(export, 'run_fresh', run_fresh)
+  message = 'The file finds' if wrong == 'shape' else 'nothing was kept'
+  with pytest.raises(InputError, match=message):
+    export.export_student(stage, path, kind='pth', overwrite=True)
+  assert [*tmp_path.iterdir()] == [path]
+  assert path.read_text() == 'of before'
+
+
+def test_files_that_cannot_be_loaded(tmp_path):
+  path = tmp_path / 'a.stablehlo'
+  path.write_bytes(bytes(64))
+  with pytest.raises(InputError, match='cannot be run by a fresh process: '):
+    export.run_fresh('stablehlo', path, [_images(SHAPES[0])], {})
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'kind': 'tflite'}, 'must be one of stablehlo, onnx, safetensors, pth'),
+    ({'kind': 'pth', 'uint8': True}, '--uint8 needs a program'),
+    ({'kind': 'pth', 'argmax': True}, '--argmax needs a program'),
+    ({'kind': 'pth', 'weights': 'int8'}, 'is for --format=stablehlo'),
+    ({'kind': 'pth', 'weights': 'int4'}, 'must be one of float32'),
+    ({'kind': 'pth', 'output': 'a.onnx'}, 'ends as onnx, not as pth'),
+    ({'kind': 'pth', 'output': ''}, '--output is missing'),
+    ({'kind': 'pth', 'output': '.'}, 'is a folder'),
+    ({'kind': 'pth', 'checkpoint': 'gone'}, 'no config.json'),
+    ({'kind': 'pth', 'checkpoint': None}, '--checkpoint is missing'),
+    ({'kind': 'pth', 'images': 'gone'}, '--images=gone: no such file'),
+  ],
+  ids=lambda x: None if isinstance(x, str) else '-'.join(x),
+)
+def test_refused(stage, tmp_path, monkeypatch, options, message):
+  monkeypatch.chdir(tmp_path)
+  options = {'checkpoint': stage, 'output': 'a.pth'} | options
+  with pytest.raises(InputError, match=message):
+    export.export_student(
+      options.pop('checkpoint'), options.pop('output'), **options
+    )
+  assert not [*tmp_path.iterdir()]
+
+
+def test_extras_are_named(tmp_path, monkeypatch):
+  monkeypatch.setattr(export.importlib.util, 'find_spec', lambda name: None)
+  for kind, extra in (('stablehlo', 'export'), ('onnx', 'onnx')):
+    with pytest.raises(InputError, match=rf'attnfd_jax\[{extra}\]'):
+      export.export_student('gone', tmp_path / 'a', kind=kind)
+
+
+def test_small_images_are_refused(stage, tmp_path):
+  path = tmp_path / 'a.png'
+  Image.fromarray(_images((16, 40, 3))).save(path)
+  with pytest.raises(InputError, match='are 16x40 for the network'):
+    export.export_student(
+      stage, tmp_path / 'a.pth', kind='pth', images=str(path)
+    )
