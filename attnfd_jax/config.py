@@ -450,12 +450,12 @@ def _check_numbers(config):
     if not isinstance(value, (int, float)):
       continue
     low, high = _RANGES.get(key, (-math.inf, math.inf))
-    if value < low or value > high:
+    if not low <= value <= high:  # Nor is NaN.
       text = f'{low:g} or more'
       if high < _MOST:
         text = f'from {low:g} to {high:g}'
       raise InputError(f'config.{key}={value} must be {text}.')
-    # NaN, and what devices cannot count.
+    # What devices cannot count.
     most = _MOST if isinstance(value, int) else 1e30
     if not abs(value) <= most:
       raise InputError(f'config.{key}={value} must be a number to {most:g}.')

@@ -31,7 +31,10 @@ def benchmark(*arguments):
 
   Warnings are no errors here: ml_collections has some on loading a config.
   """
-  environment = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
+  environment = os.environ | {
+    'XLA_FLAGS': '--xla_backend_optimization_level=0',
+    'PYTHONPATH': str(ROOT),
+  }
   return subprocess.run(
     [sys.executable, '-m', 'attnfd_jax.benchmark', *map(str, arguments)],
     capture_output=True,

@@ -64,7 +64,7 @@ def start(folder, name, *, prepare='', epochs):
 
 
 def terminated(folder):
-  workdir, process = start(folder, 'stopped', epochs=100000.0)
+  workdir, process = start(folder, 'stopped', epochs=10000.0)
   metrics = workdir / 'student' / 'metrics.jsonl'
   while process.poll() is None:
     if metrics.exists() and metrics.read_text().count('\n') >= 3:
