@@ -8,7 +8,8 @@ r"""Measures speed on this machine.
 
 train: seconds of a training step, its memory, its compilation and the share of
 what the device can do. data: how many images a second the training pipeline
-prepares. With --json the last line is one JSON object.
+prepares. predict: seconds from an image to its class ids, with --student,
+--height and --width as for train. With --json the last line is one JSON object.
 """
 
 import json
@@ -18,11 +19,12 @@ from ml_collections import config_flags
 
 from attnfd_jax import cli
 from attnfd_jax.benchmarks import data
+from attnfd_jax.benchmarks import predict
 from attnfd_jax.benchmarks import train
 from attnfd_jax.errors import InputError
 
 # Name -> function of the flags; prints for people, returns what is JSON.
-COMMANDS = {'train': train.run, 'data': data.run}
+COMMANDS = {'train': train.run, 'data': data.run, 'predict': predict.run}
 
 
 def main(argv):

@@ -48,7 +48,7 @@ _LONGEST = 65500  # Pixels of a side in libjpeg, which writes the overlay.
 
 
 @functools.lru_cache
-def _make_step(network):
+def make_step(network):
   """Returns jitted (variables, uint8 image, ratio, size) -> ids, confidence.
 
   `ratio` is (result - 1) / (image - 1) of height and width before padding, an
@@ -108,7 +108,7 @@ class Predictor:
     network, self._variables, info = evaluate.load_network(
       checkpoint, scales=scales, flip=flip, step=step
     )
-    self._step = _make_step(network)
+    self._step = make_step(network)
     self.class_names, self.palette = info['class_names'], info['palette']
     self.description = evaluate.describe(checkpoint, info)
     self.short_side = evaluate.seen_short_side(info, info['eval']['protocol'])

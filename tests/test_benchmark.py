@@ -16,6 +16,7 @@ from PIL import Image
 import pytest
 
 from attnfd_jax.benchmarks import data
+from attnfd_jax.benchmarks import predict
 from attnfd_jax.benchmarks import train
 from attnfd_jax.config import default_config
 from attnfd_jax.data import pipeline
@@ -173,7 +174,8 @@ def test_unknown_commands_are_one_line():
   assert process.returncode == 2 and process.stdout == ''
   (line,) = process.stderr.splitlines()
   assert (
-    line.startswith('error: Expected one of train, data') and 'got dat' in line
+    line.startswith('error: Expected one of train, data, predict')
+    and 'got dat' in line
   )
 
 
@@ -263,6 +265,24 @@ def test_train_refuses(wrong, words):
   values[name] = type(values[name])(value)
   with pytest.raises(InputError, match=re.escape(words)):
     train.run(options(**values))
+
+
+def test_predict_measures_an_image(capsys):
+  config = default_config()
+  config.student.width_multiplier = 0.125
+  config.student.aspp_channels = config.student.decoder_channels = 8
+  values = {
+    'config': config,
+    **dict.fromkeys(('teacher', 'teacher_checkpoint', 'student', 'method'), ''),
+    **{'dtype': '', 'recipe': '', 'batch': 0, 'num_classes': 5, 'steps': 3},
+    **{'height': 40, 'width': 56},
+  }
+  found = predict.run(ConfigDict(values))
+  assert found['image_size'] == [40, 56] and len(found['step_seconds_all']) == 3
+  assert found['step_seconds'] in found['step_seconds_all']
+  assert 'resnet18 x0.125, 40 x 56' in capsys.readouterr().out
+  with pytest.raises(InputError, match='--batch=2'):
+    predict.run(ConfigDict(values | {'batch': 2}))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ the result the median of the rounds with the lowest and the highest. On a GPU
 the default is 16 images of 513 x 513 and bfloat16, and the forms are `authors`
 and `best`; on a CPU it is float32 and `authors` and `no_teacher_gradients`.
 
+--forms=predict --batch=1 --size=513 compares the student alone instead.
 PyTorch may live in another environment: --torch_python names its interpreter.
 """
 
@@ -42,6 +43,17 @@ def run_ours(student, recipe, options):
       *(f'--batch={options.batch}', f'--height={options.size}'),
       *(f'--width={options.size}', f'--steps={options.steps}'),
       *(f'--dtype={options.dtype}', f'--recipe={recipe}'),
+    ]
+  )
+
+
+def run_prediction(student, options):
+  return last_json(
+    [
+      *(sys.executable, '-m', 'attnfd_jax.benchmark', 'predict', '--json'),
+      *(f'--student={student}', f'--height={options.size}'),
+      *(f'--width={options.size}', f'--steps={options.steps}'),
+      f'--dtype={options.dtype}',
     ]
   )
 
@@ -82,9 +94,12 @@ def compare(student, forms, options):
   """Yields, after each round, {'rounds': all measured, 'ratios': spreads}."""
   rounds, ratios = [], {}
   for number in range(1, options.rounds + 1):
-    ours = {
-      recipe: run_ours(student, recipe, options) for recipe in options.recipes
-    }
+    if forms == ['predict']:
+      ours = {'predict': run_prediction(student, options)}
+    else:
+      ours = {
+        recipe: run_ours(student, recipe, options) for recipe in options.recipes
+      }
     peers = {form: run_peer(student, form, options) for form in forms}
     rounds.append({'ours': ours, 'peers': peers})
     print_round(number, student, rounds[-1])

@@ -17,6 +17,7 @@ FORMS = {
   'authors': "PyTorch as the authors' code runs it",
   'no_teacher_gradients': 'the same without gradients of the teacher',
   'best': 'PyTorch at its best',
+  'predict': 'PyTorch, eager',
 }
 HEADER = """\
 | ResNet-101 to | recipe | against | they, s | we, s | times as fast | \
@@ -38,7 +39,7 @@ def middle(rounds, *path):
 def title_of(ours):
   height, width = ours['image_size']
   return (
-    f'{ours["device"]}, {ours["batch_size"]} images of {height} x {width}, '
+    f'{ours["device"]}, {ours.get("batch_size", 1)} x {height} x {width}, '
     f'{ours["dtype"]} (jax {ours["versions"]["jax"]}'
   )
 
