@@ -20,9 +20,9 @@ FORMS = {
   'predict': 'PyTorch, eager',
 }
 HEADER = """\
-| ResNet-101 to | recipe | against | they, s | we, s | times as fast | \
+| student | recipe | against | they, s | we, s | times as fast | rounds | \
 of their memory |
-| --- | --- | --- | --- | --- | --- | --- |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -59,7 +59,7 @@ def rows_of(student, found):
       share = f'{rounds[0]["ours"][recipe]["peak_memory_bytes"] / memory:.2f}'
     text += (
       f'| {student} | {recipe} | {FORMS[form]} | {theirs:.3g} | {ours:.3g} '
-      f'| {times} | {share} |\n'
+      f'| {times} | {len(rounds)} | {share} |\n'
     )
   return text
 
@@ -72,8 +72,7 @@ def make_tables(folder):
     rounds = next(iter(results.values()))['rounds']
     ours = next(iter(rounds[0]['ours'].values()))
     torch = next(iter(rounds[0]['peers'].values()))['versions']['torch']
-    count = f'{len(rounds)} round{"s" if len(rounds) > 1 else ""}'
-    text += f'\n{title_of(ours)}, torch {torch}), {count}:\n\n{HEADER}'
+    text += f'\n{title_of(ours)}, torch {torch}):\n\n{HEADER}'
     for student, found in results.items():
       text += rows_of(student, found)
     if 'GPU' in ours['device'] or 'NVIDIA' in ours['device']:
