@@ -343,7 +343,7 @@ def _check_loss(loss):
 
 
 def _check(config):
-  for key, value in _leaves(config):
+  for key, value in leaves(config):
     if value is None and key != 'optim.clip_norm':
       raise InputError(f'config.{key}=None; leave it out for its default.')
   choices = {
@@ -437,16 +437,17 @@ def _check_scales(data):
     )
 
 
-def _leaves(config, prefix=''):
+def leaves(config, prefix=''):
+  """Pairs of 'group.key' and value, of a config or of its JSON."""
   for key, value in config.items():
-    if isinstance(value, ConfigDict):
-      yield from _leaves(value, f'{prefix}{key}.')
+    if isinstance(value, (dict, ConfigDict)):
+      yield from leaves(value, f'{prefix}{key}.')
     else:
       yield f'{prefix}{key}', value
 
 
 def _check_numbers(config):
-  for key, value in _leaves(config):
+  for key, value in leaves(config):
     if not isinstance(value, (int, float)):
       continue
     low, high = _RANGES.get(key, (-math.inf, math.inf))

@@ -19,6 +19,7 @@ from absl import flags
 import numpy as np
 
 from attnfd_jax import report_page as page
+from attnfd_jax.config import leaves
 from attnfd_jax.errors import InputError
 from attnfd_jax.report_figures import signed
 
@@ -164,18 +165,15 @@ def _outcome(run, results=None):
   return outcome(run.results if results is None else results, **names)
 
 
-def _flat(config, prefix=''):
-  """Settings that make a run another experiment: not seed or folder."""
-  for key, value in config.items():
-    if isinstance(value, dict):
-      yield from _flat(value, f'{prefix}{key}.')
-    elif prefix + key not in ('seed', 'workdir'):
-      yield prefix + key, str(value)
+def _settings(config):
+  """Those that make a run another experiment: not seed or folder."""
+  pairs = leaves(config)
+  return {k: str(v) for k, v in pairs if k not in ('seed', 'workdir')}
 
 
 def _differences(runs):
   """For every run the settings in which the runs differ, as text."""
-  settings = [dict(_flat(run.config)) for run in runs]
+  settings = [_settings(run.config) for run in runs]
   keys = sorted(set().union(*settings))
   keys = [k for k in keys if len({s.get(k) for s in settings}) > 1]
   return [', '.join(f'{k}={s.get(k)}' for k in keys) for s in settings]

@@ -28,6 +28,7 @@ from attnfd_jax.training.flops import count_flops
 from attnfd_jax.training.stage import load_teacher
 from attnfd_jax.training.stage import make_stage_distiller
 from attnfd_jax.training.stage import make_student
+from attnfd_jax.training.stage import make_teacher_network
 from attnfd_jax.training.stage import Stage
 from attnfd_jax.training.stage import Teacher
 
@@ -124,12 +125,7 @@ def make_stage(config, num_classes):
     if config.teacher.checkpoint:
       teacher = load_teacher(config, '', dataset, mesh)
     else:
-      frozen = networks.make_network(
-        config.teacher,
-        len(names),
-        dtype=config.optim.dtype,
-        aspp_dropout=0.0,
-      )
+      frozen = make_teacher_network(config, len(names))
       variables = sharding.place(
         random_variables(frozen, config.seed), sharding.replicated(mesh)
       )
@@ -263,17 +259,15 @@ def run(options):
   step = stage.make_train_step().lower(state, variables, batch, rng).compile()
   facts['compile_seconds'] = time.perf_counter() - start
   times = []
-  tracing = contextlib.nullcontext()
-  for number in range(-2, options.steps):
-    if number == 0 and options.trace:
-      tracing = jax.profiler.trace(options.trace)
-      tracing.__enter__()
-    start = time.perf_counter()
-    state, metrics = jax.block_until_ready(step(state, variables, batch, rng))
-    times.append(time.perf_counter() - start)
-    if number == -2:
-      facts['seconds_to_first_step'] = process_seconds()
-  tracing.__exit__(None, None, None)
+  with contextlib.ExitStack() as tracing:
+    for number in range(-2, options.steps):
+      if number == 0 and options.trace:
+        tracing.enter_context(jax.profiler.trace(options.trace))
+      start = time.perf_counter()
+      state, metrics = jax.block_until_ready(step(state, variables, batch, rng))
+      times.append(time.perf_counter() - start)
+      if number == -2:
+        facts['seconds_to_first_step'] = process_seconds()
   if not np.isfinite(metrics['loss']):
     raise InputError('The loss is not finite: this measures nothing.')
   seconds = statistics.median(times[2:])

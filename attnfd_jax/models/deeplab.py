@@ -202,11 +202,6 @@ class DeepLabV3Plus(nn.Module):
     )
     coarse = head(x)
     coarse = coarse.astype(layers.at_least_float32(coarse.dtype))
-    # Scores of bfloat16 are not made better by products of float32.
-    exact = self.dtype is None or jnp.finfo(self.dtype).bits >= 32
-    logits = layers.resize(
-      coarse,
-      *image.shape[1:3],
-      precision='highest' if exact else 'default',
-    )
+    precision = layers.score_precision(self.dtype)
+    logits = layers.resize(coarse, *image.shape[1:3], precision=precision)
     return {'logits': logits, 'coarse_logits': coarse, 'features': features}

@@ -340,6 +340,15 @@ def max_pool(x):
   return along(2, along(1, x))
 
 
+def score_precision(dtype):
+  """Of the products that resize scores of a network that computes in `dtype`.
+
+  Those of bfloat16 are not made better by products of float32.
+  """
+  half = dtype is not None and jnp.finfo(dtype).bits < 32
+  return lax.Precision.DEFAULT if half else lax.Precision.HIGHEST
+
+
 def resize(x, height, width, *, precision=lax.Precision.HIGHEST):
   """Bilinear with align_corners: corner pixels of x stay corner pixels.
 

@@ -72,13 +72,15 @@ def load_teacher(config, workdir, dataset, mesh):
   )
 
 
-def _load_torch_teacher(config, path, dataset, everywhere):
-  network = networks.make_network(
-    config.teacher,
-    dataset.num_classes,
-    dtype=config.optim.dtype,
-    aspp_dropout=0.0,
+def make_teacher_network(config, num_classes):
+  """The network of config.teacher; what drops in it, ASPP does not."""
+  return networks.make_network(
+    config.teacher, num_classes, dtype=config.optim.dtype, aspp_dropout=0.0
   )
+
+
+def _load_torch_teacher(config, path, dataset, everywhere):
+  network = make_teacher_network(config, dataset.num_classes)
   variables, attention, report = torch_models.import_network(
     torch_models.reference_names(torch_files.read_state_dict(path)), network
   )

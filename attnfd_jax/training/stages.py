@@ -11,6 +11,7 @@ import pathlib
 import jax
 
 from attnfd_jax.config import default_config
+from attnfd_jax.config import leaves
 from attnfd_jax.config import RECIPES
 from attnfd_jax.config import resolve
 from attnfd_jax.data.sources import load_dataset
@@ -185,18 +186,10 @@ def _check_own_teacher(config, workdir):
     )
 
 
-def _flat(config, prefix=''):
-  for key, value in config.items():
-    if isinstance(value, dict):
-      yield from _flat(value, f'{prefix}{key}.')
-    else:
-      yield f'{prefix}{key}', value
-
-
 def _known(path):
   """A stored config, with the defaults of keys that are younger than it."""
   try:
-    stored = dict(_flat(json.loads(path.read_text())))
+    stored = dict(leaves(json.loads(path.read_text())))
   except (ValueError, AttributeError):
     raise InputError(
       f'{path}: damaged; put a copy back, or move it away to go on with the '
@@ -204,14 +197,14 @@ def _known(path):
     ) from None
   defaults = json.loads(default_config().to_json_best_effort())
   recipe = RECIPES.get(stored.get('recipe'), {})
-  return dict(_flat(defaults)) | recipe | stored
+  return dict(leaves(defaults)) | recipe | stored
 
 
 def _claim(path, config):
   """Writes the config, or refuses a folder that was begun with another."""
   ours = json.loads(config.to_json_best_effort())
   if path.exists():
-    theirs, new = _known(path), dict(_flat(ours))
+    theirs, new = _known(path), dict(leaves(ours))
     changed = [
       f'{key}: {theirs.get(key)} -> {new.get(key)}'
       for key in sorted(theirs.keys() | new.keys())

@@ -12,6 +12,7 @@ from attnfd_jax.losses import upsampled_cross_entropy
 from attnfd_jax.metrics import confusion_matrix
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.models.layers import resize
+from attnfd_jax.models.layers import score_precision
 from attnfd_jax.training import sharding
 from attnfd_jax.training.state import TrainState
 
@@ -86,13 +87,11 @@ def make_train_step(
     plain = task_name == 'ce' and mesh.shape['spatial'] == 1
     if parts == 1 or not plain or 'coarse_logits' not in out:
       return task_loss(logits, label)
-    # Scores of bfloat16 are not made better by products of float32.
-    half = student.dtype == jnp.bfloat16
     return upsampled_cross_entropy(
       out['coarse_logits'],
       label,
       parts=parts,
-      precision='default' if half else 'highest',
+      precision=score_precision(student.dtype),
     )
 
   def loss_fn(params, collections, teacher_variables, batch, rng):
