@@ -9,6 +9,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import threading
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -207,6 +208,20 @@ def test_a_bad_pixel_is_one_line(tmp_path, workers):
   mask = tmp_path / 'masks' / 'train' / '2.png'
   assert line.startswith(f'error: {mask}: ')
   assert '7 (2 pixels)' in line
+
+
+def test_pipelines_of_others_are_not_waited_for():
+  release = threading.Event()
+  foreign = threading.Thread(target=release.wait, name='grain-left-open')
+  foreign.start()
+  measuring = threading.Thread(target=data.run, args=(options(rounds=1),))
+  measuring.daemon = True
+  measuring.start()
+  measuring.join(timeout=60)
+  finished = not measuring.is_alive()
+  release.set()
+  foreign.join()
+  assert finished
 
 
 TRAIN = (

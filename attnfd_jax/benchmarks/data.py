@@ -127,6 +127,7 @@ def _measure(batches, *, batch_size, first, seconds):
       than can be under way at once.
     seconds: at least.
   """
+  others = threading.enumerate()
   iterator = iter(batches)
   for _ in range(first):
     next(iterator)
@@ -138,7 +139,8 @@ def _measure(batches, *, batch_size, first, seconds):
   memory = _peak_memory()
   iterator.close()
   for thread in threading.enumerate():  # They finish their last batches.
-    if thread.name.startswith('grain'):
+    # An iterator that somebody else left open would never finish.
+    if thread.name.startswith('grain') and thread not in others:
       thread.join()
   return count * batch_size / wall, cpu / (count * batch_size), memory
 
