@@ -66,6 +66,23 @@ def distort(image, generator, *, strength):
   return cv2.cvtColor(cv2.LUT(hsv, table), cv2.COLOR_HSV2RGB)
 
 
+def _smooth(image, scale):
+  """What linear interpolation needs before it shrinks `scale` times.
+
+  Pillow interpolates with a triangle `scale` times as wide, of variance
+  scale^2 / 6. Linear interpolation has 1 / 6 of it, a Gaussian the rest: as
+  close to Pillow as OpenCV's INTER_AREA, and three times as fast.
+  """
+  variance = (scale**2 - 1) / 6
+  if variance < 1e-3:
+    return image
+  if variance > 0.5:
+    return cv2.GaussianBlur(image, (0, 0), math.sqrt(variance))
+  # Three taps (v / 2, 1 - v, v / 2); OpenCV wants the sigma that they have.
+  sigma = (2 * math.log(2 * (1 - variance) / variance)) ** -0.5
+  return cv2.GaussianBlur(image, (3, 3), sigma)
+
+
 def _resized_window(record, *, full, start, size):
   """The window of `size` at `start` of the record resized to `full`."""
   image, label = record['image'], record['label']
@@ -76,10 +93,8 @@ def _resized_window(record, *, full, start, size):
       slice(int(first * scale), int(np.ceil((first + cut) * scale)))
     )
   window = tuple(window)
-  # Linear interpolation would skip pixels when shrinking.
-  shrinks = min(full) < min(label.shape)
-  how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-  image = cv2.resize(image[window], size[::-1], interpolation=how)
+  image = _smooth(image[window], min(label.shape) / min(full))
+  image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
   label = cv2.resize(
     label[window], size[::-1], interpolation=cv2.INTER_NEAREST_EXACT
   )
