@@ -113,6 +113,21 @@ def parse_tile(text):
   return sizes
 
 
+def overlap_of(tile, overlap):
+  """`overlap` of tiles; 0.25 of None.
+
+  Raises:
+    InputError: if it is not in [0, 1), or there are no tiles.
+  """
+  if overlap is None:
+    return 0.25
+  if not 0 <= overlap < 1:
+    raise InputError(f'--overlap={overlap} must be from 0 to below 1.')
+  if tile is None:
+    raise InputError('--overlap is of tiles; add --tile=HEIGHTxWIDTH.')
+  return overlap
+
+
 def load_network(
   checkpoint, *, scales=(1.0,), flip=False, step=None, **options
 ):
@@ -230,7 +245,7 @@ def evaluate_checkpoint(
   flip=False,
   step=None,
   tile=None,
-  overlap=0.25,
+  overlap=None,
   boundary=False,
   submission=None,
 ):
@@ -246,7 +261,7 @@ def evaluate_checkpoint(
     step: which checkpoint; the best by default.
     tile: (height, width) of what the network sees at a time, or None; see
       evaluation.predictions.
-    overlap: of tiles, in [0, 1).
+    overlap: of tiles, in [0, 1); 0.25 by default.
     boundary: boundary IoU as well.
     submission: folder for the files of submission.py, or None. It allows the
       split 'test' of Cityscapes, whose scores are all absent.
@@ -263,8 +278,7 @@ def evaluate_checkpoint(
     raise InputError(
       f'--protocol={protocol} must be one of {", ".join(PROTOCOLS)}.'
     )
-  if not 0 <= overlap < 1:
-    raise InputError(f'--overlap={overlap} must be from 0 to below 1.')
+  overlap = overlap_of(tile, overlap)
   mesh = sharding.make_mesh()
   network, variables, info = load_network(
     checkpoint,
@@ -400,8 +414,6 @@ def main(argv):
   cli.enable_compilation_cache()
   options = flags.FLAGS
   scales, tile = parse_scales(options.scales), parse_tile(options.tile)
-  if options.overlap is not None and tile is None:
-    raise InputError('--overlap is of tiles; add --tile=HEIGHTxWIDTH.')
   output = pathlib.Path(options.output) if options.output else None
   if output is not None:  # Known to be writable before the long part.
     if output.is_dir():
@@ -416,7 +428,7 @@ def main(argv):
     flip=options.flip,
     step=options.step,
     tile=tile,
-    overlap=0.25 if options.overlap is None else options.overlap,
+    overlap=options.overlap,
     boundary=options.boundary,
     submission=options.submission,
   )

@@ -2,178 +2,67 @@
 r"""Segments images of any size with a trained network.
 
   python -m attnfd_jax.predict --checkpoint=runs/camvid/distill \
-    --input=IMAGE_OR_FOLDER_OR_'GLOB' --output=DIR [--overwrite]
+    --input=IMAGE_OR_FOLDER_OR_'GLOB' --output=DIR [--overwrite] \
+    [--tile=512x1024 --overlap=0.25] [--video=OVERLAYS.mp4 --fps=25]
 
 Writes for every image:
   STEM.png             class ids in 8 bits with the palette of the data set
   STEM_colour.png      the same in colours
   STEM_overlay.jpg     the colours over the image
   STEM_confidence.png  with --confidence: probability of the id, 255 is 1
-and areas.csv, the share of each class in each image. Images are taken as they
-are stored, without the rotation that a camera may note beside them, and seen
-by the network at the scale at which its stage was scored.
+and areas.csv, the share of each class in each image. --tile is for images
+larger than memory; --video writes the overlays as one file, too. Images are
+taken as they are stored, without the rotation that a camera may note beside
+them, seen by the network at the scale at which its stage was scored, and in the
+order of the numbers in their names.
 """
 
+import collections
 from concurrent import futures
+import contextlib
 import csv
-import functools
 import glob
 import os
 import pathlib
+import re
 import sys
 import threading
 
 from absl import flags
 import cv2
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
 from attnfd_jax import cli
 from attnfd_jax import evaluate
+from attnfd_jax import video as videos
+from attnfd_jax.data import masks
 from attnfd_jax.data import sources
-from attnfd_jax.data import transforms
 from attnfd_jax.errors import InputError
-from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.predictor import predict as predict
+from attnfd_jax.predictor import Predictor
 from attnfd_jax.progress import progress
 
-# Padding to multiples of it bounds the number of compilations.
-SIZE_MULTIPLE = 64
 # What a folder is searched for; a file that is named may be anything.
 ENDINGS = (*sources.IMAGE_ENDINGS, '.bmp', '.tif', '.tiff', '.webp')
 _THREADS = 4
 _LONGEST = 65500  # Pixels of a side in libjpeg, which writes the overlay.
 
 
-@functools.lru_cache
-def make_step(network):
-  """Returns jitted (variables, uint8 image, ratio, size) -> ids, confidence.
-
-  `ratio` is (result - 1) / (image - 1) of height and width before padding, an
-  array, and `size` that of the padded result: one program serves many sizes.
-  """
-
-  @functools.partial(jax.jit, static_argnames='size')
-  def step(variables, image, ratio, *, size):
-    out = network.apply(variables, normalise(image), train=False)
-    coarse = out['coarse_logits']
-    h, w = (
-      (n - 1) / (m - 1)
-      for n, m in zip(image.shape[1:3], coarse.shape[1:3], strict=True)
-    )
-    # As models.layers.resize: corners of pixels stay where they are.
-    scale = ratio * jnp.array([h, w], jnp.float32)
-    logits = jax.image.scale_and_translate(
-      coarse,
-      (1, *size, coarse.shape[-1]),
-      (1, 2),
-      scale,
-      0.5 * (1 - scale),
-      'linear',
-      antialias=False,
-    )
-    ids = jnp.argmax(logits, -1).astype(jnp.uint8)
-    confidence = jnp.max(jax.nn.softmax(logits), -1)
-    return ids, jnp.round(255 * confidence).astype(jnp.uint8)
-
-  return step
-
-
-def _padded(size):
-  return tuple(-(-n // SIZE_MULTIPLE) * SIZE_MULTIPLE for n in size)
-
-
-class Predictor:
-  """A stage's network, ready for one image after another.
-
-  Args:
-    checkpoint: folder of a stage.
-    scales, flip: averages over them; see evaluate.Averaged.
-    step: which checkpoint; the best by default.
-
-  Attributes:
-    class_names: in the order of the ids.
-    palette: uint8 [k, 3].
-    description: one line about the network.
-    short_side: of what the network sees, as when the stage was scored; 0 is
-      the size of the image.
-
-  Raises:
-    InputError: if the folder is no stage, or has no such checkpoint.
-  """
-
-  def __init__(self, checkpoint, *, scales=(1.0,), flip=False, step=None):
-    network, self._variables, info = evaluate.load_network(
-      checkpoint, scales=scales, flip=flip, step=step
-    )
-    self._step = make_step(network)
-    self.class_names, self.palette = info['class_names'], info['palette']
-    self.description = evaluate.describe(checkpoint, info)
-    self.short_side = evaluate.seen_short_side(info, info['eval']['protocol'])
-
-  def __call__(self, image):
-    """Class ids and confidence, uint8 [h, w] each.
-
-    The image is padded right and bottom to multiples of 64 by repeating its
-    last column and row, and the result cut again: a border of another colour
-    would be one more object, and its mean would enter the pooled branch.
-    Confidence is the probability of the id times 255.
-
-    Args:
-      image: uint8 RGB [h, w, 3], of any size.
-    """
-    if (
-      image.dtype != np.uint8
-      or image.ndim != 3
-      or image.shape[2] != 3
-      or not image.size
-    ):
-      raise ValueError(
-        f'image is {image.dtype} {image.shape}; it must be uint8 [h, w, 3].'
-      )
-    h, w = image.shape[:2]
-    seen = image
-    if self.short_side:
-      size = transforms.fit_short_side((h, w), self.short_side)
-      seen = transforms.resize_image(image, size)
-    ratio = [
-      max(n - 1, 1) / max(m - 1, 1)
-      for n, m in zip((h, w), seen.shape[:2], strict=True)
-    ]
-    bottom, right = (-n % SIZE_MULTIPLE for n in seen.shape[:2])
-    seen = np.pad(seen, ((0, bottom), (0, right), (0, 0)), mode='edge')
-    found = self._step(
-      self._variables,
-      seen[None],
-      np.array(ratio, np.float32),
-      size=_padded((h, w)),
-    )
-    return tuple(np.asarray(x)[0, :h, :w] for x in found)
-
-
-def predict(images, checkpoint, *, scales=(1.0,), flip=False, step=None):
-  """Class ids of images, a list of uint8 [h, w].
-
-  Reads the checkpoint at each call; for images that come one by one keep a
-  `Predictor`.
-
-  Args:
-    images: list of uint8 RGB [h, w, 3], each of its own size.
-    checkpoint: folder of a stage, e.g. runs/camvid/distill.
-    scales, flip, step: see `Predictor`.
-
-  Raises:
-    InputError: if the folder is no stage, or has no such checkpoint.
-    ValueError: if an image is of another type or shape.
-  """
-  predictor = Predictor(checkpoint, scales=scales, flip=flip, step=step)
-  return [predictor(image)[0] for image in images]
+def _natural(path):
+  """Sorts frame_2 before frame_10; paths of equal numbers as they are."""
+  parts = [re.split(r'(\d+)', part) for part in path.parts]
+  for part in parts:
+    part[1::2] = map(int, part[1::2])
+  return parts, path
 
 
 def find_images(pattern):
-  """Sorted files of an image, a folder (not its subfolders) or a glob.
+  """Files of an image, a folder (not its subfolders) or a glob.
+
+  They are in the order of the numbers in their names.
 
   Raises:
     InputError: if there are none.
@@ -189,14 +78,18 @@ def find_images(pattern):
     names = [pattern] if path.is_file() else glob.glob(pattern, recursive=True)
     found = [pathlib.Path(name) for name in names]
     wanted = 'no such file, and nothing matches it as a pattern'
-  found = sorted(p for p in found if p.is_file())
+  found = sorted((p for p in found if p.is_file()), key=_natural)
   if not found:
     raise InputError(f'--input={pattern}: {wanted}.')
   return found
 
 
-def plan_outputs(paths, output, *, overwrite=False, confidence=False):
+def plan_outputs(
+  paths, output, *, overwrite=False, confidence=False, video=None
+):
   """Input path -> {kind: file to write}, and the path of areas.csv.
+
+  Only checks `video`, the path of one more file, or None.
 
   Raises:
     InputError: if two files would be written to one place, over an input, or
@@ -221,15 +114,14 @@ def plan_outputs(paths, output, *, overwrite=False, confidence=False):
           f'{target.name}; rename one, or predict them into two folders.'
         )
       writers[target] = path
-  for target in (*writers, table):
+  for target in (*writers, table, *([video] if video else [])):
     if target.resolve() in inputs:
       raise InputError(
-        f'{target} is an input and would be overwritten; use another --output.'
+        f'{target} is an input and would be overwritten; write elsewhere.'
       )
     if target.exists() and not overwrite:
       raise InputError(
-        f'{target} exists; add --overwrite to replace it, or use another '
-        '--output.'
+        f'{target} exists; add --overwrite to replace it, or write elsewhere.'
       )
   return plan, table
 
@@ -251,7 +143,46 @@ def write_ids(path, ids, palette):
   file.save(path)
 
 
+def frame_size(paths):
+  """(height, width) of all frames, from their headers; None if no file has a
+  readable one.
+
+  Raises:
+    InputError: if two differ.
+  """
+  first = size = None
+  for path in paths:
+    try:
+      found = masks.read_size(path)
+    except (InputError, OSError):
+      continue  # It will be skipped.
+    if first is None:
+      first, size = path, found
+    elif found != size:
+      (a, b), (c, d) = size, found
+      raise InputError(
+        f'--video: {first} is {b}x{a}, {path} is {d}x{c}; frames must have one '
+        'size.'
+      )
+  return size
+
+
+def _in_order(pool, work, paths):
+  """Yields work(path) for one path after the other.
+
+  Only a few are ahead of the one that is waited for: results hold frames.
+  """
+  begun = collections.deque()
+  for path in paths:
+    begun.append(pool.submit(work, path))
+    if len(begun) > _THREADS:
+      yield begun.popleft().result()
+  while begun:
+    yield begun.popleft().result()
+
+
 def _write(files, image, ids, confidence, palette):
+  """Returns the overlay."""
   colour = palette[ids]
   write_ids(files['ids'], ids, palette)
   _encode(files['colour'], colour)
@@ -259,6 +190,7 @@ def _write(files, image, ids, confidence, palette):
   _encode(files['overlay'], mixed, cv2.IMWRITE_JPEG_QUALITY, 90)
   if 'confidence' in files:
     _encode(files['confidence'], confidence)
+  return mixed
 
 
 def predict_files(
@@ -267,10 +199,10 @@ def predict_files(
   output,
   *,
   overwrite=False,
-  scales=(1.0,),
-  flip=False,
   confidence=False,
-  step=None,
+  video=None,
+  fps=25.0,
+  **options,
 ):
   """Segments files into a folder; what is written is said at the top.
 
@@ -279,8 +211,10 @@ def predict_files(
     pattern: an image, a folder or a glob.
     output: folder; made if absent.
     overwrite: replace files that exist.
-    scales, flip, step: see `Predictor`.
     confidence: write it as well.
+    video: file for the overlays of all images, see video.py, or None.
+    fps: its frames a second.
+    **options: scales, flip, step, tile, overlap; see `Predictor`.
 
   Returns:
     number of images.
@@ -293,59 +227,73 @@ def predict_files(
   if not output:
     raise InputError('--output is missing; name a folder for the results.')
   output = pathlib.Path(output)
+  if video:
+    video = pathlib.Path(video)
+    videos.check(video, fps)
   plan, table = plan_outputs(
-    paths, output, overwrite=overwrite, confidence=confidence
+    paths, output, overwrite=overwrite, confidence=confidence, video=video
   )
-  predictor = Predictor(checkpoint, scales=scales, flip=flip, step=step)
+  size = frame_size(paths) if video else None
+  predictor = Predictor(checkpoint, **options)
   output.mkdir(parents=True, exist_ok=True)
   print(f'{predictor.description}, on {len(paths)} images; writing to {output}')
   device = threading.Lock()  # One image there, others in reading and writing.
 
   def work(path):
-    """Share of each class, or why there is none."""
+    """Share of each class and the overlay, or (None, why there is none)."""
     try:
       image = sources.read_image(path)
     except (InputError, OSError) as error:
       return None, str(error)
-    if max(image.shape) > _LONGEST:
-      h, w = image.shape[:2]
+    h, w = image.shape[:2]
+    if max(h, w) > _LONGEST:
       return None, f'{path}: {w}x{h}, a side is longer than {_LONGEST}.'
+    if size and (h, w) != size:
+      return None, f'{path}: {w}x{h}, and its header said another size.'
     try:
       with device:
         ids, probability = predictor(image)
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
-      h, w = image.shape[:2]
-      return None, f'{path}: {w}x{h} needs more memory than the device has.'
-    _write(plan[path], image, ids, probability, predictor.palette)
+      return None, (
+        f'{path}: {w}x{h} needs more memory than the device has; use --tile, '
+        'or a smaller one.'
+      )
+    overlay = _write(plan[path], image, ids, probability, predictor.palette)
     counts = np.bincount(ids.ravel(), minlength=len(predictor.class_names))
-    return counts / ids.size, None
+    return counts / ids.size, overlay if size else None
 
   rows, num_skipped = [], 0
-  pool = futures.ThreadPoolExecutor(_THREADS)
-  try:
-    with progress(len(paths)) as bar:
-      for path, (shares, problem) in zip(
-        paths, pool.map(work, paths), strict=True
-      ):
-        bar.update()
-        if problem:
-          num_skipped += 1
-          tqdm.write(f'skipped {problem}', file=sys.stderr)
-        else:
-          rows.append([path.name, *(f'{share:.6f}' for share in shares)])
-  finally:
-    pool.shutdown(cancel_futures=True)
+  with contextlib.ExitStack() as stack:
+    bar = stack.enter_context(progress(len(paths)))
+    if size:
+      video.parent.mkdir(parents=True, exist_ok=True)
+      add_frame = stack.enter_context(videos.writer(video, size, fps))
+    # Left first: nothing is begun for a result that nobody takes.
+    pool = futures.ThreadPoolExecutor(_THREADS)
+    stack.callback(pool.shutdown, cancel_futures=True)
+    for path, (shares, found) in zip(
+      paths, _in_order(pool, work, paths), strict=True
+    ):
+      bar.update()
+      if shares is None:
+        num_skipped += 1
+        tqdm.write(f'skipped {found}', file=sys.stderr)
+        continue
+      rows.append([path.name, *(f'{share:.6f}' for share in shares)])
+      if size:
+        add_frame(found)
   temporary = table.with_name(f'.{table.name}.{os.getpid()}')
   # Names of files are bytes, and not always text.
   with temporary.open('w', newline='', errors='surrogateescape') as file:
     csv.writer(file).writerows([['image', *predictor.class_names], *rows])
   temporary.replace(table)
   if num_skipped:
+    places = f'{output} and {video}' if video and rows else output
     raise InputError(
       f'{num_skipped} of {len(paths)} images were skipped, see above; the '
-      f'others are in {output}.'
+      f'others are in {places}.'
     )
   return len(paths)
 
@@ -354,17 +302,25 @@ def main(argv):
   del argv
   cli.enable_compilation_cache()
   options = flags.FLAGS
+  if options.fps is not None and not options.video:
+    raise InputError('--fps is of a video; add --video=FILE.mp4.')
   count = predict_files(
     options.checkpoint,
     options.input,
     options.output,
     overwrite=options.overwrite,
+    confidence=options.confidence,
+    video=options.video,
+    fps=25.0 if options.fps is None else options.fps,
     scales=evaluate.parse_scales(options.scales),
     flip=options.flip,
-    confidence=options.confidence,
     step=options.step,
+    tile=evaluate.parse_tile(options.tile),
+    overlap=options.overlap,
   )
   print(f'{count} images: {options.output}')
+  if options.video:
+    print(f'their overlays: {options.video}')
 
 
 if __name__ == '__main__':
@@ -376,5 +332,9 @@ if __name__ == '__main__':
   flags.DEFINE_string('scales', '1', 'Mean over these, e.g. 0.75,1,1.25.')
   flags.DEFINE_bool('flip', False, 'Mean with the mirror image.')
   flags.DEFINE_bool('confidence', False, 'Write the probabilities, too.')
+  flags.DEFINE_string('tile', None, 'HEIGHTxWIDTH seen at a time.')
+  flags.DEFINE_float('overlap', None, 'Share of a tile; 0.25 by default.')
+  flags.DEFINE_string('video', None, 'File for the overlays, .mp4 or .avi.')
+  flags.DEFINE_float('fps', None, 'Frames a second of it; 25 by default.')
   flags.DEFINE_integer('step', None, 'Checkpoint; the best by default.')
   cli.run(main)

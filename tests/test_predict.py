@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predictions of files of any size, what is written, and what is refused."""
 
+from concurrent import futures
 import csv
+import dataclasses
 import json
+import types
 
+from absl import flags
 import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
@@ -17,6 +22,8 @@ from attnfd_jax.data import sources
 from attnfd_jax.errors import InputError
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.models.layers import resize
+from attnfd_jax.training import evaluation
+from attnfd_jax.training import tiling
 
 SIZES = ((33, 47), (64, 64), (20, 130), (1, 1))
 
@@ -128,6 +135,141 @@ def test_averages_differ(stage):
   assert np.any(averaged != ids)
 
 
+@dataclasses.dataclass(frozen=True)
+class Local:
+  """Not a network: scores are means over squares of 2 `reach` + 1 pixels."""
+
+  reach: int
+
+  def apply(self, variables, image, *, train):
+    assert not train and not variables
+    edge = (self.reach, self.reach)
+    padded = jnp.pad(image, ((0, 0), edge, edge, (0, 0)), mode='edge')
+    width = 2 * self.reach + 1
+    means = jax.lax.reduce_window(
+      padded, 0.0, jax.lax.add, (1, width, width, 1), (1,) * 4, 'VALID'
+    ) / (width * width)
+    return {'coarse_logits': means, 'logits': means}
+
+
+def _local(monkeypatch, reach, *, short_side=0, **options):
+  info = {
+    'class_names': ['a', 'b', 'c'],
+    'palette': np.zeros((3, 3), np.uint8),
+    'checkpoint_step': 1,
+    'eval': {'protocol': 'native', 'short_side': short_side},
+  }
+  loaded = Local(reach), {}, info
+  monkeypatch.setattr(evaluate, 'load_network', lambda *_, **__: loaded)
+  monkeypatch.setattr(evaluate, 'describe', lambda *_: 'local')
+  return predict.Predictor('x', **options)
+
+
+def _near_tile_edges(size, tile, overlap, reach):
+  """Pixels for which a tile ends, inside the image, less than `reach` away."""
+  near = np.zeros(size, bool)
+  for axis, (length, part) in enumerate(zip(size, tile, strict=True)):
+    for first in tiling.starts(length, part, overlap):
+      for here in (first, first + part):
+        if 0 < here < length:
+          # On the tile's side of its edge.
+          side = (here, here + reach) if here == first else (here - reach, here)
+          near[(slice(None),) * axis + (slice(*side),)] = True
+  return near
+
+
+@pytest.mark.parametrize('reach', [0, 2], ids=str)
+@pytest.mark.parametrize('overlap', [0.0, 0.4], ids=str)
+def test_tiles_are_the_whole_as_far_as_the_network_sees(
+  monkeypatch, reach, overlap
+):
+  tile, image = (64, 96), _image(150, 230)
+  image += np.random.default_rng(0).integers(0, 9, image.shape, np.uint8)
+  whole = _local(monkeypatch, reach)(image)
+  tiles = _local(monkeypatch, reach, tile=tile, overlap=overlap)(image)
+  near = _near_tile_edges((150, 230), tile, overlap, reach)
+  assert np.mean(near) < 0.3
+  np.testing.assert_array_equal(tiles[0][~near], whole[0][~near])
+  different = np.abs(tiles[1].astype(int) - whole[1])
+  # Rounded at one half to either side.
+  assert np.max(different[~near]) <= 1
+  assert (np.max(different) > 1) == bool(reach)
+
+
+@pytest.mark.parametrize('size', [(90, 300), (300, 90), (40, 130)], ids=str)
+def test_tiles_of_images_at_another_scale(monkeypatch, size):
+  image = _image(*size)
+  options = {'short_side': 48}
+  whole = _local(monkeypatch, 0, **options)(image)
+  tiles = _local(monkeypatch, 0, tile=(64, 64), **options)(image)
+  assert tiles[0].shape == tiles[1].shape == size
+  # Positions are rounded otherwise; ties at borders.
+  assert np.mean(tiles[0] != whole[0]) < 1e-3
+  assert np.max(np.abs(tiles[1].astype(int) - whole[1])) <= 2
+
+
+def test_an_image_that_a_tile_covers_is_seen_whole(stage):
+  image = _image(60, 64)
+  whole = predict.Predictor(stage)(image)
+  tiles = predict.Predictor(stage, tile=(60, 64), overlap=0.5)(image)
+  for ours, theirs in zip(tiles, whole, strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def _probabilities(scores):
+  odds = np.exp(scores - np.max(scores, -1, keepdims=True))
+  return odds / np.sum(odds, -1, keepdims=True)
+
+
+def test_tiles_of_a_network_differ_smoothly(stage):
+  # One row of tiles; each pixel away from the ends is in two.
+  width, tile = 192, (64, 64)
+  image = _image(64, width)
+  network, variables, _ = evaluate.load_network(stage)
+  scores = evaluation.make_scores(network)
+
+  def apply(part):
+    return np.asarray(scores(variables, part[None], size=part.shape[:2]))
+
+  def blended(overlap):
+    options = {'tile': tile, 'overlap': overlap}
+    found = tiling.scores(apply, image, image.shape[:2], **options)
+    return np.concatenate(list(found))
+
+  whole, found = apply(image), blended(0.5)
+  firsts = np.arange(0, 129, 32)
+  parts = np.full((5, *whole.shape), np.nan, np.float32)
+  for part, x in zip(parts, firsts, strict=True):
+    part[:, x : x + 64] = apply(image[:, x : x + 64])
+  low, high = np.nanmin(parts, 0), np.nanmax(parts, 0)
+  assert np.all(found > low - 1e-4) and np.all(found < high + 1e-4)
+
+  # No worse than the worst tile at that pixel. A probability's slopes by the
+  # scores sum to 2 p (1 - p), at most one half.
+  bound = np.max(np.nanmax(np.abs(parts - whole), 0), -1, keepdims=True) / 2
+  change = np.abs(_probabilities(found) - _probabilities(whole))
+  assert np.all(change < bound + 1e-4)
+  assert np.max(change) > 0.1
+
+  # From pixel to pixel: as in a tile, and as much of the difference of two
+  # tiles as the weights move, one in the 32 pixels that they share.
+  steps = np.abs(np.diff(found, axis=1))
+  within = np.nanmax(np.abs(np.diff(parts, axis=2)), 0)
+  between = np.maximum((high - low)[:, 1:], (high - low)[:, :-1])
+  assert np.all(steps < within + between / 32 + 1e-4)
+
+  def jumps(overlap, edges):
+    """Largest steps of probabilities at edges of tiles, and elsewhere."""
+    found = np.diff(_probabilities(blended(overlap)), axis=1)
+    found = np.max(np.abs(found), (0, 2))
+    return np.max(found[edges - 1]), np.max(np.delete(found, edges - 1))
+
+  at_edges, elsewhere = jumps(0.5, np.arange(32, 192, 32))
+  assert at_edges < elsewhere
+  at_edges, elsewhere = jumps(0.0, np.array([64, 128]))
+  assert at_edges > elsewhere
+
+
 @pytest.mark.parametrize(
   'image',
   [
@@ -200,6 +342,18 @@ def test_images_are_found(folder):
   assert names(brackets) == ['a[1].png']
 
 
+def test_frames_are_in_the_order_of_their_numbers(tmp_path):
+  names = [*(f'frame_{i}.png' for i in range(12)), 'frame_a.png', 'g01.png']
+  names += ['g1.png', 'g1b.png', 'g01_2.png', 'g1_10.png', '7.png', '30.png']
+  for name in sorted(names):
+    (tmp_path / name).write_bytes(b'')
+  expected = ['7.png', '30.png', *names[:13]]
+  expected += ['g01.png', 'g1.png', 'g01_2.png', 'g1_10.png', 'g1b.png']
+  for pattern in (tmp_path, tmp_path / '*.png'):
+    found = predict.find_images(str(pattern))
+    assert [path.name for path in found] == expected
+
+
 def test_no_images(folder):
   with pytest.raises(InputError, match=r'nothing matches it as a pattern\.$'):
     predict.find_images(str(folder / '*.tif'))
@@ -266,9 +420,110 @@ def test_images_that_are_too_large_are_skipped(
   monkeypatch.setattr(predict.Predictor, '__call__', limited)
   with pytest.raises(InputError, match='1 of 3 images were skipped'):
     predict.predict_files(stage, str(folder), tmp_path / 'out')
-  message = 'c d.jpg: 56x41 needs more memory than the device has.'
+  message = 'c d.jpg: 56x41 needs more memory than the device has; use --tile'
   assert message in capsys.readouterr().err
   assert len(_rows(tmp_path / 'out' / 'areas.csv')) == 3
+
+
+@pytest.fixture
+def frames(tmp_path):
+  """Twelve of one size, each of its own brightness."""
+  path = tmp_path / 'frames'
+  path.mkdir()
+  for i in range(12):
+    image = np.full((40, 56, 3), 20 * i, np.uint8)
+    Image.fromarray(image).save(path / f'frame_{i}.png')
+  return path
+
+
+def _read_video(path):
+  file, found = cv2.VideoCapture(str(path)), []
+  while (frame := file.read())[0]:
+    found.append(cv2.cvtColor(frame[1], cv2.COLOR_BGR2RGB))
+  return found
+
+
+def test_a_video_of_the_overlays(stage, frames, tmp_path, capsys):
+  (frames / 'frame_5.png').write_bytes(
+    (frames / 'frame_4.png').read_bytes()[:99]
+  )
+  output, video = tmp_path / 'out', tmp_path / 'new' / 'all.mp4'
+  with pytest.raises(
+    InputError, match='1 of 12 .* the others are in'
+  ) as caught:
+    predict.predict_files(stage, str(frames), output, video=video, fps=10)
+  assert str(caught.value).endswith(f'{output} and {video}.')
+  assert 'skipped' in capsys.readouterr().err
+  assert [path.name for path in video.parent.iterdir()] == ['all.mp4']
+  found = _read_video(video)
+  expected = [
+    sources.read_image(output / f'frame_{i}_overlay.jpg')
+    for i in range(12)
+    if i != 5
+  ]
+  assert [frame.shape for frame in found] == [(40, 56, 3)] * 11
+  # Neighbours differ by 10 or so; compression.
+  np.testing.assert_allclose(
+    np.mean(found, (1, 2, 3)), np.mean(expected, (1, 2, 3)), rtol=0, atol=5
+  )
+  names = [row[0] for row in _rows(output / 'areas.csv')[1:]]
+  assert names == [f'frame_{i}.png' for i in range(12) if i != 5]
+
+
+def test_frames_of_a_video_have_one_size(stage, folder, tmp_path):
+  (folder / 'a.png').write_bytes(b'no image, no size')
+  output = tmp_path / 'out'
+  with pytest.raises(InputError) as caught:
+    predict.predict_files(stage, str(folder), output, video=output / 'a.mp4')
+  assert str(caught.value) == (
+    f'--video: {folder / "b.PNG"} is 56x40, {folder / "c d.jpg"} is 56x41; '
+    'frames must have one size.'
+  )
+  assert not output.exists()
+
+
+def test_a_video_is_not_overwritten_unasked(stage, frames, tmp_path):
+  video, output = tmp_path / 'old.avi', tmp_path / 'out'
+  video.write_bytes(b'mine')
+  with pytest.raises(InputError, match=r'old\.avi exists; add --overwrite'):
+    predict.predict_files(stage, str(frames), output, video=video)
+  assert not output.exists() and video.read_bytes() == b'mine'
+  one = str(frames / 'frame_0.png')
+  predict.predict_files(stage, one, output, video=video, overwrite=True)
+  assert len(_read_video(video)) == 1
+  with pytest.raises(InputError, match=r'old\.avi is an input'):
+    predict.predict_files(
+      stage, str(video), tmp_path / 'b', video=video, overwrite=True
+    )
+
+
+def test_an_interrupted_video_is_not_there(
+  stage, frames, tmp_path, monkeypatch
+):
+  call, left = predict.Predictor.__call__, list(range(7))
+
+  def interrupted(self, image):
+    if not left:
+      raise KeyboardInterrupt
+    left.pop()
+    return call(self, image)
+
+  monkeypatch.setattr(predict.Predictor, '__call__', interrupted)
+  output = tmp_path / 'out'
+  with pytest.raises(KeyboardInterrupt):
+    predict.predict_files(stage, str(frames), output, video=output / 'all.mp4')
+  names = {path.name for path in output.iterdir()}
+  assert 'frame_0_overlay.jpg' in names
+  assert not any('.mp4' in name for name in names)
+
+
+def test_frames_do_not_wait_in_numbers():
+  begun, pool = [], futures.ThreadPoolExecutor(2)
+  for i, found in enumerate(predict._in_order(pool, begun.append, range(50))):
+    assert found is None
+    assert len(begun) <= i + 1 + predict._THREADS
+  assert sorted(begun) == list(range(50))
+  pool.shutdown()
 
 
 def test_an_unreadable_file_does_not_stop_the_others(stage, folder, tmp_path):
@@ -310,3 +565,36 @@ def test_the_command_refuses_scales_that_are_no_numbers(stage, folder):
   assert done.returncode == 2
   assert done.stderr.startswith('error: --scales=big: expected positive numb')
   assert done.stderr.count('\n') == 1
+
+
+def _main(monkeypatch, **changes):
+  """The command in this process; returns what predict_files was given."""
+  options = dict.fromkeys(
+    ('checkpoint', 'input', 'output', 'tile', 'overlap', 'video', 'fps', 'step')
+  )
+  options |= {'overwrite': False, 'confidence': False, 'flip': False}
+  options |= {'scales': '1', **changes}
+  given = {}
+  monkeypatch.setattr(flags, 'FLAGS', types.SimpleNamespace(**options))
+  monkeypatch.setattr(predict, 'predict_files', lambda *_, **x: given.update(x))
+  predict.main(['predict'])
+  return given
+
+
+def test_flags_of_tiles_and_videos(monkeypatch):
+  given = _main(monkeypatch, tile='64x96', overlap=0.5, video='a.mp4')
+  assert (given['tile'], given['overlap']) == ((64, 96), 0.5)
+  assert (given['video'], given['fps']) == ('a.mp4', 25)
+  given = _main(monkeypatch, video='a.mp4', fps=12.5)
+  assert (given['tile'], given['overlap'], given['fps']) == (None, None, 12.5)
+
+
+def test_flags_that_do_not_go_together(monkeypatch, stage):
+  with pytest.raises(InputError, match='--tile=64: expected HEIGHTxWIDTH'):
+    _main(monkeypatch, tile='64')
+  with pytest.raises(InputError, match='--fps is of a video; add --video='):
+    _main(monkeypatch, fps=25.0)
+  with pytest.raises(InputError, match='--overlap is of tiles; add --tile='):
+    predict.Predictor(stage, overlap=0.5)
+  with pytest.raises(InputError, match=r'--overlap=1\.0 must be from 0 to bel'):
+    predict.Predictor(stage, overlap=1.0, tile=(64, 64))

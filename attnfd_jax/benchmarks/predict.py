@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 
-from attnfd_jax import predict
+from attnfd_jax import predictor
 from attnfd_jax.benchmarks import train
 from attnfd_jax.errors import InputError
 from attnfd_jax.training import logs
@@ -37,7 +37,7 @@ def run(options):
   image = np.random.default_rng(config.seed).integers(
     0, 256, (1, height, width, 3), np.uint8
   )
-  step, times = predict.make_step(network), []
+  step, times = predictor.make_step(network), []
   ratio = np.ones(2, np.float32)
   for _ in range(2 + options.steps):
     begun = time.perf_counter()

@@ -81,7 +81,7 @@ def evaluate(
 
 
 @functools.lru_cache
-def _make_scores(network):
+def make_scores(network):
   """Jitted (variables, uint8 [1, h, w, 3], size) -> scores [height, width, k].
 
   The operations of step.make_eval_step, one image at a time.
@@ -126,7 +126,7 @@ def predictions(
   """
   reference = protocol == 'reference'
   short_side = REFERENCE_SHORT_SIDE if reference else short_side
-  scores = _make_scores(network)
+  scores = make_scores(network)
 
   def prepare(record):
     return transforms.fit_record(record, short_side, resize_labels=reference)
@@ -142,9 +142,8 @@ def predictions(
       image = transforms.pad(image, padded(image.shape[:2]), 0)
       found = scores(variables, image[None], size=padded(size))
       return np.asarray(_classes(found))[: size[0], : size[1]]
-    found = tiling.tiled(of_tile, image, tile=tile, overlap=overlap)
-    found = tiling.resize_on_host(found, size)
-    return np.argmax(found, -1).astype(np.uint8)
+    found = tiling.scores(of_tile, image, size, tile=tile, overlap=overlap)
+    return np.concatenate([np.argmax(x, -1).astype(np.uint8) for x in found])
 
   records = grain.MapDataset.source(source).map(prepare)
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)

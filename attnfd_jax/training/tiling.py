@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of images that do not fit the device, from overlapping tiles."""
 
-import itertools
-
 import numpy as np
+
+_ROWS = 64  # Of a result that are resized at a time.
 
 
 def covers(tile, size):
@@ -32,49 +32,83 @@ def falling_weights(length):
   return (np.minimum(pixels, length - pixels) * 2 / length).astype(np.float32)
 
 
-def tiled(apply, image, *, tile, overlap=0.25):
-  """Scores of a whole image, float32 [h, w, k], on the host.
+def shares(firsts, tile, length):
+  """Share of each tile in its pixels along one side, float32 [tiles, tile].
 
-  Tiles have one shape, cut to the image where that is smaller, so `apply`
-  compiles once per shape. Where they overlap, scores are averaged with weights
-  that fall to the tile's edge, where the network sees least around a pixel.
+  Those of a pixel sum to 1; one tile alone has exactly 1.
+  """
+  weight, total = falling_weights(tile), np.zeros(length, np.float32)
+  for first in firsts:
+    total[first : first + tile] += weight
+  return [weight / total[first : first + tile] for first in firsts]
+
+
+def bands(apply, image, *, tile, overlap=0.25):
+  """Yields scores of a whole image from its top, float32 [rows, w, k].
+
+  The scores of an image are many times its size; only those that one row of
+  tiles touches are held at a time. Tiles have one shape, cut to the image where
+  that is smaller, so `apply` compiles once per shape. Where they overlap,
+  scores are averaged with weights that fall to the tile's edge, where the
+  network sees least around a pixel.
 
   Args:
     apply: part of the image [th, tw, c] -> scores [th, tw, k].
     image: [h, w, c].
-    tile: (height, width). If it covers the image the result is apply(image).
+    tile: (height, width). If it covers the image the only band is apply(image).
     overlap: least share of a tile that the next one covers again, in [0, 1).
   """
-  size = image.shape[:2]
-  if covers(tile, size):
-    return np.asarray(apply(image))
-  th, tw = (min(n, m) for n, m in zip(tile, size, strict=True))
-  weight = np.outer(falling_weights(th), falling_weights(tw))
-  rows, columns = (
-    starts(n, m, overlap) for n, m in zip(size, (th, tw), strict=True)
+  h, w = image.shape[:2]
+  th, tw = (min(n, m) for n, m in zip(tile, (h, w), strict=True))
+  rows, columns = starts(h, th, overlap), starts(w, tw, overlap)
+  across = shares(columns, tw, w)
+  unfinished = None
+  for y, following, down in zip(
+    rows, [*rows[1:], h], shares(rows, th, h), strict=True
+  ):
+    total = None
+    for x, share in zip(columns, across, strict=True):
+      scores = np.asarray(apply(image[y : y + th, x : x + tw]))
+      if total is None:
+        total = np.zeros((th, w, scores.shape[-1]), np.float32)
+        if unfinished is not None:
+          total[: len(unfinished)] = unfinished
+          unfinished = None  # Its memory.
+      total[:, x : x + tw] += scores * np.outer(down, share)[..., None]
+    yield total[: following - y]
+    unfinished = total[following - y :]
+
+
+def _between(x, at, axis):
+  """Linear interpolation of `x` at positions along an axis."""
+  low = np.minimum(at.astype(int), max(x.shape[axis] - 2, 0))
+  high = np.minimum(low + 1, x.shape[axis] - 1)
+  share = np.expand_dims(at - low, [i for i in range(3) if i != axis])
+  share = share.astype(np.float32)
+  return (1 - share) * x.take(low, axis) + share * x.take(high, axis)
+
+
+def resized(x, size):
+  """Yields bands of one [h, w, k], resized as models.layers.resize does it:
+  bilinear with align_corners.
+  """
+  at_rows, at_columns = (
+    np.linspace(0, m - 1, n) for m, n in zip(x.shape[:2], size, strict=True)
   )
-  total, weights = 0.0, np.zeros(size, np.float32)
-  for y, x in itertools.product(rows, columns):
-    window = slice(y, y + th), slice(x, x + tw)
-    scores = np.asarray(apply(image[window]))
-    if not np.ndim(total):
-      total = np.zeros((*size, scores.shape[-1]), np.float32)
-    total[window] += scores * weight[..., None]
-    weights[window] += weight
-  total /= weights[..., None]
-  return total
+  for first in range(0, size[0], _ROWS):
+    band = _between(x, at_rows[first : first + _ROWS], 0)
+    yield _between(band, at_columns, 1)
 
 
-def resize_on_host(x, size):
-  """As models.layers.resize of one [h, w, k]: bilinear with align_corners."""
-  for axis, n in enumerate(size):
-    m = x.shape[axis]
-    if n == m:
-      continue
-    at = np.linspace(0, m - 1, n)
-    low = np.minimum(at.astype(int), max(m - 2, 0))
-    high = np.minimum(low + 1, m - 1)
-    share = np.expand_dims(at - low, [i for i in range(3) if i != axis])
-    share = share.astype(np.float32)
-    x = (1 - share) * x.take(low, axis) + share * x.take(high, axis)
-  return x
+def scores(apply, image, size, **options):
+  """Yields scores at `size` in bands from the top, float32 [rows, width, k].
+
+  Args:
+    apply, image, **options: see `bands`.
+    size: of the result. Where it is not that of the image, scores are resized,
+      and all those of the image are held.
+  """
+  found = bands(apply, image, **options)
+  if tuple(size) != image.shape[:2]:
+    found = resized(np.concatenate(list(found)), size)
+  yield from found

@@ -853,7 +853,7 @@ def draw_command(rng, folder):
     'main': 'workdir coordinator num_processes process_id config.seed',
     'evaluate': 'checkpoint data_root split protocol scales tile overlap step'
     ' output submission',
-    'predict': 'checkpoint input output scales step',
+    'predict': 'checkpoint input output scales step tile overlap video fps',
     'convert': 'source target backbone num_classes class_names',
     'check_data': 'contact_sheet output threads config.data.name',
     'prepare_data': 'target workers config.data.layout',

@@ -3,6 +3,8 @@
 
 import collections
 import dataclasses
+import itertools
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,18 @@ from attnfd_jax.training import tiling
 def draw(*shape):
   generator = np.random.default_rng(0)
   return generator.integers(0, 256, shape, np.uint8)
+
+
+def tiled(apply, image, **options):
+  """All bands, one below the other."""
+  return np.concatenate(list(tiling.bands(apply, image, **options)))
+
+
+def edges(part):
+  """Sees its neighbours: another result at every edge of a tile."""
+  x = part.astype(np.float32)
+  padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
+  return x + padded[1:-1, 2:] + padded[2:, 1:-1]
 
 
 @pytest.mark.parametrize('overlap', [0.0, 0.25, 0.5, 0.9], ids=str)
@@ -57,9 +71,8 @@ def test_a_tile_that_covers_the_image_is_the_image(tile):
     calls.append(part.shape)
     return np.sqrt(part.astype(np.float32))
 
-  np.testing.assert_array_equal(
-    tiling.tiled(apply, image, tile=tile), apply(image)
-  )
+  (found,) = tiling.bands(apply, image, tile=tile)
+  np.testing.assert_array_equal(found, apply(image))
   assert calls == [(20, 31, 3)] * 2
 
 
@@ -72,7 +85,7 @@ def test_pixels_that_need_no_context_agree_with_the_whole(tile, overlap):
     shapes[part.shape[:2]] += 1
     return part.astype(np.float32) - 99
 
-  whole = tiling.tiled(apply, image, tile=tile, overlap=overlap)
+  whole = tiled(apply, image, tile=tile, overlap=overlap)
   assert whole.dtype == np.float32 and whole.shape == (37, 31, 3)
   # A weighted mean of equal numbers.
   np.testing.assert_allclose(whole, image - 99.0, rtol=1e-5, atol=1e-5)
@@ -87,7 +100,7 @@ def test_averages_are_weighted_by_the_distance_to_the_edge():
     made.append(len(made))
     return np.full((*part.shape[:2], 2), made[-1], np.float32)
 
-  found = tiling.tiled(apply, image, tile=(6, 6), overlap=0.5)
+  found = tiled(apply, image, tile=(6, 6), overlap=0.5)
   assert made == [0, 1]
   np.testing.assert_allclose(found[:3], 0)
   np.testing.assert_allclose(found[6:], 1)
@@ -99,32 +112,75 @@ def test_averages_are_weighted_by_the_distance_to_the_edge():
 def test_mirrored_images_have_mirrored_scores():
   image = draw(20, 31, 3)
 
-  def apply(part):
-    # Sees its neighbours: another result at every edge of a tile.
-    x = part.astype(np.float32)
-    padded = np.pad(x, ((0, 0), (1, 1), (0, 0)))
-    return padded[:, 2:] + padded[:, :-2] + x
+  def mirrored(part):
+    return edges(part[:, ::-1])[:, ::-1]
 
-  def tiled(x):
-    return tiling.tiled(apply, x, tile=(9, 11), overlap=0.3)
-
+  options = {'tile': (9, 11), 'overlap': 0.3}
+  found = tiled(edges, image, **options)
   np.testing.assert_allclose(
-    tiled(image[:, ::-1])[:, ::-1], tiled(image), rtol=1e-5, atol=1e-4
+    tiled(mirrored, image[:, ::-1], **options)[:, ::-1],
+    found,
+    rtol=1e-5,
+    atol=1e-4,
   )
-  assert np.max(np.abs(tiled(image) - apply(image))) > 1
+  assert np.max(np.abs(found - edges(image))) > 1
+
+
+@pytest.mark.parametrize('overlap', [0.0, 0.25, 0.6, 0.9], ids=str)
+@pytest.mark.parametrize('tile', [(9, 11), (40, 7), (7, 40)], ids=str)
+def test_bands_are_the_weighted_mean_of_all_tiles(tile, overlap):
+  image = draw(37, 31, 3)
+  bands = list(tiling.bands(edges, image, tile=tile, overlap=overlap))
+  th, tw = min(tile[0], 37), min(tile[1], 31)
+  total, weights = np.zeros((37, 31, 3)), np.zeros((37, 31, 1))
+  rows, columns = tiling.starts(37, th, overlap), tiling.starts(31, tw, overlap)
+  for y, x in itertools.product(rows, columns):
+    window = slice(y, y + th), slice(x, x + tw)
+    weight = np.minimum(np.arange(th) + 0.5, th - 0.5 - np.arange(th))[:, None]
+    weight = weight * np.minimum(np.arange(tw) + 0.5, tw - 0.5 - np.arange(tw))
+    total[window] += edges(image[window]) * weight[..., None]
+    weights[window] += weight[..., None]
+  np.testing.assert_allclose(
+    np.concatenate(bands), total / weights, rtol=1e-5, atol=1e-4
+  )
+  assert [len(band) for band in bands] == np.diff([*rows, 37]).tolist()
+
+
+@pytest.mark.parametrize('size', [(2000, 64), (3000, 96)], ids=str)
+def test_memory_is_that_of_one_row_of_tiles(size):
+  image = np.zeros((2000, 64, 1), np.uint8)
+
+  def apply(part):
+    return np.zeros((*part.shape[:2], 16), np.float32)
+
+  tracemalloc.start()
+  found = tiling.scores(apply, image, size, tile=(64, 64), overlap=0.5)
+  height = sum(len(band) for band in found)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert height == size[0]
+  whole = image.size * 16 * 4
+  # Resized: those of the image as parts and as one, not those of the result.
+  limit = 0.2 if size == (2000, 64) else 4
+  assert peak < limit * whole
 
 
 @pytest.mark.parametrize(
   'size', [(20, 33), (5, 7), (10, 3), (1, 1), (10, 14)], ids=str
 )
-def test_resize_on_host_is_that_of_the_layers(size):
+def test_resized_bands_are_those_of_the_layers(monkeypatch, size):
+  monkeypatch.setattr(tiling, '_ROWS', 7)
+
+  def resize_on_host(x):
+    return np.concatenate(list(tiling.resized(x, size)))
+
   x = np.random.default_rng(0).normal(size=(10, 14, 3)).astype(np.float32)
-  found = tiling.resize_on_host(x, size)
+  found = resize_on_host(x)
   assert found.dtype == np.float32
   np.testing.assert_allclose(
     found, layers.resize(x[None], *size)[0], rtol=1e-4, atol=1e-5
   )
-  one = tiling.resize_on_host(x[:1, :1], size)
+  one = resize_on_host(x[:1, :1])
   np.testing.assert_array_equal(one, np.broadcast_to(x[:1, :1], one.shape))
 
 

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A video file of frames, one after the other."""
+
+import contextlib
+import os
+
+import cv2
+
+from attnfd_jax.errors import InputError
+
+CODECS = {'.avi': 'MJPG', '.mp4': 'mp4v'}
+# FFmpeg's codecs refuse others, or write another rate.
+_RATES = (1, 1000)
+
+
+def check(path, fps):
+  """Raises InputError unless a video can have this path and rate."""
+  if path.suffix.lower() not in CODECS:
+    raise InputError(
+      f'--video={path}: expected a file that ends in {" or ".join(CODECS)}.'
+    )
+  try:
+    str(path).encode()
+  except UnicodeEncodeError as error:  # It would end OpenCV, and Python.
+    raise InputError('--video: its name is no text.') from error
+  if not _RATES[0] <= fps <= _RATES[1]:
+    raise InputError(f'--fps={fps:g} must be from {_RATES[0]} to {_RATES[1]}.')
+
+
+def _count(path):
+  """Frames that can be read; headers count those that a full disk lost."""
+  file, count = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG), 0
+  while file.grab():
+    count += 1
+  file.release()
+  return count
+
+
+@contextlib.contextmanager
+def writer(path, size, fps):
+  """Yields a function that appends a frame, uint8 RGB [h, w, 3].
+
+  The file gets its name when the block ends and all frames are in it; else,
+  and without a frame, nothing is left but what was there before. FFmpeg cuts
+  odd sides by a pixel.
+
+  Args:
+    path: see `check`; replaced if it exists.
+    size: (height, width) of all frames.
+    fps: frames a second.
+
+  Raises:
+    InputError: if OpenCV cannot write such a file, or could not go on.
+  """
+  if path.is_dir():
+    raise InputError(f'--video={path} is a folder; name a file.')
+  temporary = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
+  temporary.touch()  # OpenCV does not say why it cannot.
+  codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
+  h, w = size
+  file, count = cv2.VideoWriter(), 0
+
+  def write(frame):
+    nonlocal count
+    if frame.shape[:2] != (h, w):  # OpenCV would leave it out.
+      raise ValueError(f'{frame.shape=} must be that of {h}x{w}.')
+    file.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    count += 1
+
+  try:
+    if not file.open(str(temporary), cv2.CAP_FFMPEG, codec, fps, (w, h)):
+      raise InputError(
+        f'--video={path}: OpenCV cannot write {w}x{h} at {fps:g} frames a '
+        f'second as {path.suffix}.'
+      )
+    yield write
+    file.release()
+    if not count:
+      return
+    if _count(temporary) != count:  # FFmpeg raises nothing.
+      raise InputError(f'{path} could not be written whole; is the disk full?')
+    temporary.replace(path)
+  finally:
+    file.release()
+    temporary.unlink(missing_ok=True)
