@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention-guided feature distillation for semantic segmentation, in JAX."""
 
+import importlib
+
 from attnfd_jax.distill.attnfd import AttnFD
 from attnfd_jax.distill.attnfd import attnfd_loss
 from attnfd_jax.metrics import confusion_matrix
@@ -19,5 +21,13 @@ __all__ = [
   'load_torch_distiller',
   'mean_iou',
   'normalise',
+  'predict',
 ]
 __version__ = '0.1.0'
+
+
+def __getattr__(name):
+  # What the loss does not need is imported when it is asked for.
+  if name == 'predict':
+    return importlib.import_module('attnfd_jax.predict')
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -27,6 +27,7 @@ import pathlib
 import re
 import sys
 import threading
+import types
 
 from absl import flags
 import cv2
@@ -322,6 +323,15 @@ def main(argv):
   if options.video:
     print(f'their overlays: {options.video}')
 
+
+class _Callable(types.ModuleType):
+  """`attnfd_jax.predict(images, checkpoint)`; the module has that name."""
+
+  def __call__(self, images, checkpoint, **options):
+    return predict(images, checkpoint, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == '__main__':
   # Defined here, so that the verbs can be imported together.

@@ -16,6 +16,7 @@ from PIL import Image
 import pytest
 import tiny_run
 
+import attnfd_jax
 from attnfd_jax import evaluate
 from attnfd_jax import predict
 from attnfd_jax.data import sources
@@ -59,7 +60,7 @@ def _rows(path):
 @pytest.mark.parametrize('size', SIZES, ids=str)
 def test_ids_are_those_of_the_padded_image(stage, size):
   image = _image(*size)
-  (ids,) = predict.predict([image], stage)
+  (ids,) = attnfd_jax.predict([image], stage)
   assert ids.shape == size
   assert ids.dtype == np.uint8
   h, w = size
