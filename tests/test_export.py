@@ -13,6 +13,7 @@ from PIL import Image
 import pytest
 import tiny_run
 
+from attnfd_jax import agreement
 from attnfd_jax import convert
 from attnfd_jax import export
 from attnfd_jax import exported
@@ -224,11 +225,11 @@ def test_small_weights_are_small_in_the_file():
 def test_compare():
   logits = np.float32([[[[0.0, 1.0], [3.0, 2.0]]]])
   other = logits + np.float32([0.0, 1.5])
-  assert export.compare([logits], [logits]) == (0, 3, 1, 2)
-  assert export.compare([logits], [other]) == (1.5, 3, 0.5, 2)
+  assert agreement.compare([logits], [logits]) == (0, 3, 1, 2)
+  assert agreement.compare([logits], [other]) == (1.5, 3, 0.5, 2)
   ids = logits.argmax(-1).astype(np.uint8)
-  assert export.compare([ids], [1 - ids]) == (0, 0, 0, 2)
-  assert np.isnan(export.compare([logits], [logits * np.nan])[0])
+  assert agreement.compare([ids], [1 - ids]) == (0, 0, 0, 2)
+  assert np.isnan(agreement.compare([logits], [logits * np.nan])[0])
 
 
 def test_stablehlo_needs_jax_and_numpy_alone(tmp_path):
@@ -311,7 +312,7 @@ def test_files_that_disagree_are_not_left(stage, tmp_path, monkeypatch, wrong):
     found = [x[:, 1:] for x in found] if wrong == 'shape' else found
     return found, [1.0] * len(images)
 
-  monkeypatch.setattr(export, 'run_fresh', run_fresh)
+  monkeypatch.setattr(agreement, 'run_fresh', run_fresh)
   message = 'The file finds' if wrong == 'shape' else 'nothing was kept'
   with pytest.raises(InputError, match=message):
     export.export_student(stage, path, kind='pth', overwrite=True)
@@ -323,7 +324,7 @@ def test_files_that_cannot_be_loaded(tmp_path):
   path = tmp_path / 'a.stablehlo'
   path.write_bytes(bytes(64))
   with pytest.raises(InputError, match='cannot be run by a fresh process: '):
-    export.run_fresh('stablehlo', path, [_images(SHAPES[0])], {})
+    agreement.run_fresh('stablehlo', path, [_images(SHAPES[0])], {})
 
 
 @pytest.mark.parametrize(

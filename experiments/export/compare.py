@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Exported students beside the networks they come from, on real images.
+
+  python experiments/export/compare.py runs/a/student runs/b/student \
+    --images=PATH/val [--output=F.json]
+
+Writes each stage in each format, in float32, and keeps what `export` says of
+it: the share of pixels with the same class, the largest difference of a logit,
+and milliseconds an image beside attnfd_jax.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import tempfile
+
+import jax
+
+from attnfd_jax import export
+from attnfd_jax.training import logs
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+def main():
+  jax.config.update('jax_platforms', 'cpu')  # As the command.
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('checkpoints', nargs='+')
+  parser.add_argument('--images', help='else the val split')
+  parser.add_argument('--num_images', type=int, default=20)
+  output = FOLDER / 'results' / 'agreement.json'
+  parser.add_argument('--output', type=pathlib.Path, default=output)
+  options = parser.parse_args()
+  rows = []
+  with tempfile.TemporaryDirectory() as folder:
+    for checkpoint in options.checkpoints:
+      for kind, ending in export.FORMATS.items():
+        lines = export.export_student(
+          checkpoint,
+          pathlib.Path(folder) / f'student{ending}',
+          kind=kind,
+          images=options.images,
+          num_images=options.num_images,
+          overwrite=True,
+        )
+        lines = [line.replace(folder, 'DIR') for line in lines]
+        print('\n'.join(lines), flush=True)
+        rows.append({'format': kind, 'lines': lines})
+  found = {
+    'command': [pathlib.Path(arg).name for arg in sys.argv],
+    'device': logs.device_name(),
+    'versions': logs.versions(),
+    'rows': rows,
+  }
+  options.output.parent.mkdir(parents=True, exist_ok=True)
+  options.output.write_text(json.dumps(found, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+  main()
