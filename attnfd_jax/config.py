@@ -45,6 +45,7 @@ RECIPES = {
   },
 }
 STAGES = ('teacher', 'student', 'distill')
+LOGGERS = ('tensorboard', 'wandb')
 _MOST = 2**31 - 1  # JAX's integers have 32 bits.
 # (least, most) of numbers beside those that must be positive.
 _RANGES = {
@@ -123,6 +124,7 @@ def default_config():
   config.batch_size = 8  # Global, over all devices.
   config.num_epochs = 50.0
   config.log_every_steps = 20
+  config.loggers = ()  # Beside metrics.jsonl: 'tensorboard', 'wandb'.
 
   config.data = ConfigDict()
   config.data.name = 'scenes'
@@ -364,12 +366,13 @@ def _check(config):
         f'{", ".join(allowed)}.'
       )
   _check_loss(config.loss)
-  unknown = [stage for stage in config.stages if stage not in STAGES]
-  if unknown or not config.stages:
-    raise InputError(
-      f'config.stages={tuple(config.stages)} must be chosen from '
-      f'{", ".join(STAGES)}.'
-    )
+  for key, allowed in (('stages', STAGES), ('loggers', LOGGERS)):
+    chosen = {*config[key]}
+    if not chosen <= {*allowed} or (key == 'stages' and not chosen):
+      raise InputError(
+        f'config.{key}={tuple(config[key])} must be chosen from '
+        f'{", ".join(allowed)}.'
+      )
   positive = (
     'batch_size',
     'num_epochs',

@@ -87,6 +87,7 @@ class StageLog:
     self._directory = pathlib.Path(directory)
     self._stage = self._directory.name
     self._metrics = self._directory / 'metrics.jsonl'
+    self._loggers = ()
 
   def forget_after(self, step):
     """Drops metrics that a run which goes on at `step` will write again."""
@@ -114,12 +115,20 @@ class StageLog:
 
   def last(self, kind, name, *, default=None):
     """The last value that `metrics` got, also before a restart."""
-    lines = []
-    if self._metrics.exists():
-      lines = self._metrics.read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    found = [x[name] for x in records if x['kind'] == kind]
+    found = [x[name] for x in self._records() if x['kind'] == kind]
     return found[-1] if found else default
+
+  def tell(self, loggers):
+    """`loggers` are called with every record: now the past, then the rest."""
+    self._loggers = loggers
+    for logger in loggers:
+      for record in self._records():
+        logger(record)
+
+  def _records(self):
+    if not self._metrics.exists():
+      return []
+    return [json.loads(x) for x in self._metrics.read_text().splitlines()]
 
   def metrics(self, kind, step, values):
     """One JSON object for programs."""
@@ -132,3 +141,5 @@ class StageLog:
     }
     with self._metrics.open('a') as file:
       file.write(json.dumps(record) + '\n')
+    for logger in self._loggers:
+      logger(record)

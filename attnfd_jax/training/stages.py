@@ -19,6 +19,7 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.training import checkpoints
 from attnfd_jax.training import finite
 from attnfd_jax.training import lock
+from attnfd_jax.training import loggers
 from attnfd_jax.training import logs
 from attnfd_jax.training import loop
 from attnfd_jax.training import memory
@@ -37,6 +38,7 @@ from attnfd_jax.training.task_loss import check_class_weights
 HARMLESS = (
   'stages',
   'log_every_steps',
+  'loggers',
   'checkpoint.every_minutes',
   'checkpoint.keep_best',
   'data.root',
@@ -77,6 +79,7 @@ def run(config, workdir, *, stop=None):
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
   _check(config, dataset, mesh)
   _check_files(config, dataset, mesh, workdir)
+  loggers.check(config.loggers)
   with _disk_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     one = (
@@ -307,16 +310,20 @@ def _run_stage(name, config, dataset, mesh, workdir, stop):
   log.forget_after(latest)
   if latest:
     log.line(f'goes on at step {latest}')
-  if stage.teacher:
-    attention = results.attention_of(stage.distiller)
-    log.line(f'teacher {stage.teacher.name}, attention {attention}')
-    stage = _score_teacher(stage, log, resumed=latest > 0)
-  keep_best = config.checkpoint.keep_best
-  with checkpoints.managed(saved, keep_best=keep_best) as manager:
-    state = _train(stage, state, manager, run_facts, log, stop)
-    best = manager.best_step()
-    log.line(f'scoring the best checkpoint, step {best}')
-    state = checkpoints.restore(manager, best, state, run_facts)
+  facts = stage.description()
+  told = loggers.opened(config.loggers, directory, facts=facts, say=log.line)
+  with told as each:
+    log.tell(each)
+    if stage.teacher:
+      attention = results.attention_of(stage.distiller)
+      log.line(f'teacher {stage.teacher.name}, attention {attention}')
+      stage = _score_teacher(stage, log, resumed=latest > 0)
+    keep_best = config.checkpoint.keep_best
+    with checkpoints.managed(saved, keep_best=keep_best) as manager:
+      state = _train(stage, state, manager, run_facts, log, stop)
+      best = manager.best_step()
+      log.line(f'scoring the best checkpoint, step {best}')
+      state = checkpoints.restore(manager, best, state, run_facts)
   result = results.write(stage, state, directory, step=best)
   scores = f'val mIoU {100 * result["miou"]:.2f}'
   if 'test' in result:

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import small_run
+import test_loggers
 
 from attnfd_jax.errors import InputError
 from attnfd_jax.training import evaluation
@@ -170,7 +171,11 @@ def test_an_interrupted_run_ends_as_the_whole_one(
   # What does not change the result may change.
   config.data.threads = 1
   config.eval.batch_size = 4
+  config.loggers = ('tensorboard',)
   stages.run(config, workdir)
+  shown = test_loggers.shown_by_tensorboard(workdir / 'distill')
+  told = test_loggers.told(workdir / 'distill')
+  assert shown == pytest.approx(told, rel=1e-6, nan_ok=True)
   log = (workdir / 'distill' / 'log.txt').read_text()
   assert 'goes on at step 2' in log
   for stage in STAGES:
@@ -206,6 +211,7 @@ def test_another_config_needs_another_folder(finished, key, value, message):
     ('distill.reduction', 'sum', "reduction='sum' must be one of batchmean"),
     ('distill.student_attention', 'all', "student_attention='all' must be"),
     ('distill.teacher_bn', 'eval', "teacher_bn='eval' must be one of"),
+    ('loggers', ('wandb', 'mlflow'), r"loggers=\('wandb', 'mlflow'\) must be"),
     ('data.name', 'camvit', "Unknown data set 'camvit'.*mean 'camvid'"),
     ('data.name', 'camvid', 'no such folder.*config.data.root'),
     ('eval.test_split', 'test', 'scenes has no images in test; have train, v'),
