@@ -14,6 +14,7 @@ import onnx
 
 from attnfd_jax.models import layers
 from attnfd_jax.models import mobilenet_v2
+from attnfd_jax.models import resnet
 from attnfd_jax.models.deeplab import IMAGE_MEAN
 from attnfd_jax.models.deeplab import IMAGE_STD
 
@@ -129,27 +130,17 @@ def _resnet_block(g, x, path, *, strides, dilation):
 
 def _resnet(g, x, output_stride):
   """Stride-4 map and last map, before its ReLU."""
-  if output_stride == 16:
-    strides, dilations = (1, 2, 2, 1), (1, 1, 1, 2)
-  else:
-    strides, dilations = (1, 2, 1, 1), (1, 1, 2, 4)
   names = g.value('params', 'backbone')
   x = g.conv_norm_relu(x, 'backbone/stem', strides=2)
   x = g.op('MaxPool', x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
-  for stage in range(4):
-    blocks = sum(name.startswith(f'layer{stage + 1}_') for name in names)
-    for i in range(blocks):
-      name = f'layer{stage + 1}_{i}'
-      multi_grid = stage == 3 and 'conv3' in names[name]
-      x = _resnet_block(
-        g,
-        x,
-        f'backbone/{name}',
-        strides=strides[stage] if i == 0 else 1,
-        dilation=dilations[stage] * (2**i if multi_grid else 1),
-      )
-    if stage == 0:
+  sizes = [sum(x.startswith(f'layer{i}_') for x in names) for i in range(1, 5)]
+  bottleneck = 'conv3' in names['layer1_0']
+  table = resnet.block_table(sizes, bottleneck, output_stride)
+  for name, stage, strides, dilation in table:
+    if stage == 2 and strides == 2:
       low_level = g.op('Relu', x)
+    path = f'backbone/{name}'
+    x = _resnet_block(g, x, path, strides=strides, dilation=dilation)
   return low_level, x
 
 

@@ -55,6 +55,25 @@ class Block(nn.Module):
     return checkpoint_name(x, 'block')
 
 
+def block_table(stage_sizes, bottleneck, output_stride):
+  """[(name, stage from 1, strides, dilation), ...] of the blocks in order."""
+  if output_stride == 16:
+    strides, dilations = (1, 2, 2, 1), (1, 1, 1, 2)
+  else:
+    strides, dilations = (1, 2, 1, 1), (1, 1, 2, 4)
+  return [
+    (
+      f'layer{stage + 1}_{i}',
+      stage + 1,
+      strides[stage] if i == 0 else 1,
+      # Multi-grid (1, 2, 4).
+      dilations[stage] * (2**i if bottleneck and stage == 3 else 1),
+    )
+    for stage, blocks in enumerate(stage_sizes)
+    for i in range(blocks)
+  ]
+
+
 class ResNet(nn.Module):
   """Returns the stride-4 map and the last map, before its ReLU."""
 
@@ -69,10 +88,6 @@ class ResNet(nn.Module):
   @nn.compact
   def __call__(self, x, *, train):
     """[b, h, w, 3] -> low level [b, h/4, w/4, c], last map [b, h/s, w/s, c]."""
-    if self.output_stride == 16:
-      strides, dilations = (1, 2, 2, 1), (1, 1, 1, 2)
-    else:
-      strides, dilations = (1, 2, 1, 1), (1, 1, 2, 4)
     base = round(64 * self.width_multiplier)
     x = layers.ConvNorm(
       base,
@@ -83,19 +98,16 @@ class ResNet(nn.Module):
       name='stem',
     )(x, train=train)
     x = layers.max_pool(nn.relu(x))
-    for stage, blocks in enumerate(self.stage_sizes):
-      for i in range(blocks):
-        dilation = dilations[stage]
-        if self.bottleneck and stage == 3:
-          dilation *= 2**i  # Multi-grid (1, 2, 4).
-        x = Block(
-          base * 2**stage,
-          strides[stage] if i == 0 else 1,
-          dilation,
-          self.bottleneck,
-          dtype=self.dtype,
-          name=f'layer{stage + 1}_{i}',
-        )(x, train=train)
-      if stage == 0:
+    table = block_table(self.stage_sizes, self.bottleneck, self.output_stride)
+    for name, stage, strides, dilation in table:
+      if stage == 2 and strides == 2:
         low_level = nn.relu(x)
+      x = Block(
+        base * 2 ** (stage - 1),
+        strides,
+        dilation,
+        self.bottleneck,
+        dtype=self.dtype,
+        name=name,
+      )(x, train=train)
     return low_level, x
