@@ -2,6 +2,7 @@
 """What the pages say is so: their Python runs, and what they name exists."""
 
 import importlib.util
+import json
 import pathlib
 import re
 
@@ -12,11 +13,16 @@ import pytest
 from attnfd_jax.config import default_config
 
 ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / 'experiments').glob('*.ipynb'))
 PAGES = [
   *(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')),
   *sorted((ROOT / 'docs').glob('*.md')),
+  *NOTEBOOKS,
 ]
 each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+each_notebook = pytest.mark.parametrize(
+  'notebook', NOTEBOOKS, ids=lambda page: page.name
+)
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +31,14 @@ def quick_compilation():
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)
+
+
+def read(page):
+  """Text of a page; of a notebook that of its cells."""
+  if page not in NOTEBOOKS:
+    return page.read_text()
+  cells = json.loads(page.read_text())['cells']
+  return '\n\n'.join(''.join(cell['source']) for cell in cells)
 
 
 def python_blocks(name):
@@ -79,7 +93,7 @@ def test_readme_has_the_commands_of_ci_once(command):
 
 @each_page
 def test_links_lead_to_files(page):
-  targets = re.findall(r'\]\(([^)\s]+)\)', page.read_text())
+  targets = re.findall(r'\]\(([^)\s]+)\)', read(page))
   local = [target for target in targets if '://' not in target]
   missing = [t for t in local if not (page.parent / t.split('#')[0]).exists()]
   assert not missing
@@ -87,8 +101,10 @@ def test_links_lead_to_files(page):
 
 @each_page
 def test_commands_and_configs_exist(page):
-  text = page.read_text()
-  for verb in re.findall(r'python -m attnfd_jax\.(\w+)', text):
+  text = read(page)
+  # In notebooks attnfd('main', ...), and attnfd( at the end of a line.
+  verbs = re.findall(r"(?:python -m attnfd_jax\.|attnfd\(\s*')(\w+)", text)
+  for verb in verbs:
     assert (ROOT / 'attnfd_jax' / f'{verb}.py').is_file(), verb
   for name, variant in re.findall(r'\bconfigs/(\w+)\.py(?::(\w+))?', text):
     path = ROOT / 'configs' / f'{name}.py'
@@ -100,7 +116,7 @@ def test_commands_and_configs_exist(page):
 
 @each_page
 def test_keys_exist(page):
-  config, text = default_config(), page.read_text()
+  config, text = default_config(), read(page)
   groups = '|'.join(key for key in config if hasattr(config[key], 'keys'))
   keys = re.findall(r'--config\.([\w.]*\w)', text)
   keys += re.findall(rf'`((?:{groups})\.\w+)`', text)
@@ -109,3 +125,22 @@ def test_keys_exist(page):
     for part in key.split('.'):
       assert part in value, key
       value = value[part]
+
+
+@each_notebook
+def test_notebooks_are_stripped_and_compile(notebook):
+  """tests_notebooks/ executes them; here without Jupyter."""
+  content = json.loads(notebook.read_text())
+  assert (content['nbformat'], content['nbformat_minor']) == (4, 5)
+  assert content['metadata']['kernelspec']['name'] == 'python3'
+  assert (
+    'SPDX-License-Identifier: Apache-2.0' in content['cells'][0]['source'][0]
+  )
+  ids = [cell['id'] for cell in content['cells']]
+  assert len(set(ids)) == len(ids)
+  code = [cell for cell in content['cells'] if cell['cell_type'] == 'code']
+  for cell in code:
+    assert cell['outputs'] == [] and cell['execution_count'] is None
+    compile(''.join(cell['source']), cell['id'], 'exec')
+  # The cell after which a test puts its own values.
+  assert code[0]['metadata'] == {'tags': ['parameters']}
