@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the pages say is so: their Python runs, and what they name exists."""
 
+import importlib
 import importlib.util
 import pathlib
 import re
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import attnfd_jax
 from attnfd_jax.config import default_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -87,7 +89,8 @@ def test_links_lead_to_files(page):
 
 @each_page
 def test_commands_and_configs_exist(page):
-  text = page.read_text()
+  # What a diff adds, test_extending.py has.
+  text = re.sub(r'^```diff.*?^```$', '', page.read_text(), flags=re.S | re.M)
   for verb in re.findall(r'python -m attnfd_jax\.(\w+)', text):
     assert (ROOT / 'attnfd_jax' / f'{verb}.py').is_file(), verb
   for name, variant in re.findall(r'\bconfigs/(\w+)\.py(?::(\w+))?', text):
@@ -109,3 +112,24 @@ def test_keys_exist(page):
     for part in key.split('.'):
       assert part in value, key
       value = value[part]
+
+
+def test_every_page_is_in_the_site():
+  # mkdocs tells the reverse, and dead links to headings.
+  text = (ROOT / 'mkdocs.yml').read_text()
+  listed = re.findall(r': (\w+\.md)$', text, re.MULTILINE)
+  pages = {path.name for path in (ROOT / 'docs').glob('*.md')}
+  assert {*listed} == pages | {'index.md', 'contributing.md', 'changelog.md'}
+
+
+def test_names_of_the_api_exist():
+  for name in re.findall(
+    r'^::: ([\w.]+)$', (ROOT / 'docs' / 'api.md').read_text(), re.MULTILINE
+  ):
+    module, _, attribute = name.rpartition('.')
+    assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_api_has_all_that_the_package_exports():
+  text = (ROOT / 'docs' / 'api.md').read_text()
+  assert all(f'.{name}\n' in text for name in attnfd_jax.__all__)
