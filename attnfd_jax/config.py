@@ -133,7 +133,7 @@ def default_config():
   config.data.train_list = 'train'  # For 'pascal_voc': or 'trainaug'.
   # For 'pascal_voc': folder benchmark_RELEASE; adds SBD's images to train.
   config.data.sbd_root = ''
-  # For 'folder', see docs/data.md. Names in the order of ids; () where the
+  # For 'folder', see docs/own_data.md. Names in the order of ids; () where the
   # layout has names: its own.
   config.data.class_names = ()
   config.data.layout = 'auto'  # Or 'pairs', 'voc', 'roboflow', 'coco'.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the pages say is so: their Python runs, and what they name exists."""
 
+import importlib
 import importlib.util
 import json
 import pathlib
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+import attnfd_jax
 from attnfd_jax.config import default_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -101,7 +103,8 @@ def test_links_lead_to_files(page):
 
 @each_page
 def test_commands_and_configs_exist(page):
-  text = read(page)
+  # What a diff adds, test_extending.py has.
+  text = re.sub(r'^```diff.*?^```$', '', read(page), flags=re.S | re.M)
   # In notebooks attnfd('main', ...), and attnfd( at the end of a line.
   verbs = re.findall(r"(?:python -m attnfd_jax\.|attnfd\(\s*')(\w+)", text)
   for verb in verbs:
@@ -144,3 +147,24 @@ def test_notebooks_are_stripped_and_compile(notebook):
     compile(''.join(cell['source']), cell['id'], 'exec')
   # The cell after which a test puts its own values.
   assert code[0]['metadata'] == {'tags': ['parameters']}
+
+
+def test_every_page_is_in_the_site():
+  # mkdocs tells the reverse, and dead links to headings.
+  text = (ROOT / 'mkdocs.yml').read_text()
+  listed = re.findall(r': (\w+\.md)$', text, re.MULTILINE)
+  pages = {path.name for path in (ROOT / 'docs').glob('*.md')}
+  assert {*listed} == pages | {'index.md', 'contributing.md', 'changelog.md'}
+
+
+def test_names_of_the_api_exist():
+  for name in re.findall(
+    r'^::: ([\w.]+)$', (ROOT / 'docs' / 'api.md').read_text(), re.MULTILINE
+  ):
+    module, _, attribute = name.rpartition('.')
+    assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_api_has_all_that_the_package_exports():
+  text = (ROOT / 'docs' / 'api.md').read_text()
+  assert all(f'.{name}\n' in text for name in attnfd_jax.__all__)

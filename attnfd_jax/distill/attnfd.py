@@ -111,7 +111,8 @@ class AttnFD(nn.Module):
       collection exists for them.
     student_attention: 'learnable', 'mlp_frozen' (the authors' optimiser never
       sees the MLP of the channel gate), 'parameter_free' or 'none'.
-    norm_scope, reduction: see `direction_distance`.
+    norm_scope: see `direction_distance`.
+    reduction: likewise.
     teacher_bn: 'running' or 'batch' statistics in the teacher's gates while
       training; the update is discarded.
     match_size: when heights or widths differ, 'to_teacher' or 'to_student'

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README is the front page of the site, and links lead where they can.
+
+Pages are written for a clone: they link to files beside docs/, which a site
+does not have. Such a link becomes the path of the file.
+"""
+
+import pathlib
+import posixpath
+import re
+
+from mkdocs.structure.files import File
+
+# Pages of the repository's root -> their place in the site.
+FRONT = {
+  'README.md': 'index.md',
+  'CONTRIBUTING.md': 'contributing.md',
+  'CHANGELOG.md': 'changelog.md',
+}
+_LINK = re.compile(r'\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)')
+
+
+def on_files(files, config):
+  """Adds the pages of the root."""
+  root = pathlib.Path(config.config_file_path).parent
+  for name, place in FRONT.items():
+    text = (root / name).read_text()
+    files.append(File.generated(config, place, content=text))
+  return files
+
+
+def on_page_markdown(markdown, page, **_):
+  """Rewrites links to files from where the page lies in the repository."""
+  folder = '' if page.file.src_uri in FRONT.values() else 'docs'
+
+  def rewrite(match):
+    text, target, anchor = match[1], match[2], match[3] or ''
+    if '://' in target:
+      return match[0]
+    path = posixpath.normpath(posixpath.join(folder, target))
+    place = FRONT.get(path)
+    if path.startswith('docs/'):
+      place = path.removeprefix('docs/')
+    if place:
+      return f'[{text}]({place}{anchor})'
+    name = text.strip('`')
+    return text if name in path and '/' in name else f'{text} (`{path}`)'
+
+  return _LINK.sub(rewrite, markdown)
