@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import functools
 import io
+import struct
 import warnings
 
 import cv2
@@ -55,6 +56,36 @@ def _chunks_fit(data):
   return at <= len(data)
 
 
+def _jpeg_pixels(data):
+  """What the frame of a JPEG declares, or None: Pillow takes ten times as long.
+
+  Segments are followed up to the first frame, as decoders do; where they are
+  not one after the other, nothing is said.
+  """
+  at = 2
+  while data[at : at + 1] == b'\xff' and at + 9 <= len(data):
+    kind = data[at + 1]
+    if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+      height, width = struct.unpack_from('>HH', data, at + 5)
+      return height * width or None
+    if kind < 0xC0 or 0xD0 <= kind <= 0xDA:  # No segment, or pixels.
+      return None
+    at += 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
+  return None
+
+
+def _fits(data):
+  """Whether OpenCV may decode it: it takes the memory that headers declare,
+  before it sees the pixels.
+
+  Raises:
+    Exception: see `open_image`.
+  """
+  if data[:2] == b'\xff\xd8' and (_jpeg_pixels(data) or np.inf) <= MAX_PIXELS:
+    return True
+  return open_image(data).format != 'PNG' or _chunks_fit(data)
+
+
 def decode_image(file, data):
   """Pixels as they are stored, uint8 [h, w, 3] RGB, from the bytes of `file`.
 
@@ -64,9 +95,8 @@ def decode_image(file, data):
   # EXIF rotation would turn the image and not its mask.
   how = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
   try:
-    # OpenCV takes the memory that headers declare, before it sees the pixels.
-    whole = open_image(data).format != 'PNG' or _chunks_fit(data)
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), how) if whole else None
+    pixels = np.frombuffer(data, np.uint8)
+    image = cv2.imdecode(pixels, how) if _fits(data) else None
   except Exception as error:
     raise _unreadable(file, error) from error
   if image is None:
@@ -100,7 +130,8 @@ def read_size(path):
 def check_upright(file, data):
   """Raises DataError 'exif' if viewers would show the image rotated."""
   jpeg = data[:2] == b'\xff\xd8'
-  if b'Exif\0\0' not in data[:_SIZE_KNOWN] and (jpeg or b'eXIf' not in data):
+  exif = data.find(b'Exif\0\0', 0, _SIZE_KNOWN) >= 0
+  if not exif and (jpeg or b'eXIf' not in data):
     return
   try:
     image = open_image(data)
@@ -212,10 +243,14 @@ def _ranges(ids):
 
 @functools.lru_cache
 def _index_tables(ids, ignored):
-  """uint8 [256] each: the train ids, and 1 where an id must not occur."""
-  forbidden = np.ones(256, np.uint8)
-  forbidden[[*ids, *ignored]] = 0
-  return id_table(ids), forbidden
+  """Train ids, uint8 [256], and whether an id must not occur, bool [256].
+
+  The train id of those that must not is the number of classes.
+  """
+  forbidden = np.ones(256, bool)
+  forbidden[[*ids, *ignored]] = False
+  table = np.where(forbidden, len(ids), id_table(ids))
+  return table.astype(np.uint8), forbidden
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,15 +276,16 @@ class IndexLabels:
     """
     ignored = (*self.ignored, IGNORE_LABEL)
     table, forbidden = _index_tables(self.ids, ignored)
-    bad = cv2.LUT(ids, forbidden)  # Several times as fast as NumPy's indexing.
-    if bad.any():
-      values, counts = np.unique(ids[bad > 0], return_counts=True)
+    label = cv2.LUT(ids, table)  # Several times as fast as NumPy's indexing.
+    # Of 255 classes nothing is forbidden, and their number is what is ignored.
+    if forbidden.any() and (label == len(self.ids)).any():
+      values, counts = np.unique(ids[forbidden[ids]], return_counts=True)
       _refuse(
         file,
         dict(zip(values.tolist(), counts.tolist(), strict=True)),
         f'classes are {_ranges(self.ids)}, ignored {_ranges(ignored)}',
       )
-    return cv2.LUT(ids, table)
+    return label
 
 
 def _codes(colours):

@@ -80,9 +80,16 @@ def test_shrinking_is_about_that_of_pillow(scale):
   )
   expected = transforms.resize_image(noise, size).astype(float)
   error = np.abs(image - expected)[2:-2, 2:-2].mean()
-  # OpenCV's INTER_AREA is up to 15 levels off, plain interpolation up to 44.
+  # INTER_AREA alone is up to 15 levels off, plain interpolation up to 44.
   assert error < 8
   assert image.std() == pytest.approx(expected.std(), rel=0.1)
+
+
+def test_a_blur_that_is_left_out_would_change_nothing():
+  noise = generator(0).integers(0, 256, (60, 60, 3), np.uint8)
+  least = transforms._LEAST_SIGMA
+  np.testing.assert_array_equal(cv2.GaussianBlur(noise, (0, 0), least), noise)
+  assert np.any(cv2.GaussianBlur(noise, (0, 0), least + 0.02) != noise)
 
 
 def test_crops_are_windows_of_the_image():

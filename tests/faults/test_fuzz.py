@@ -5,11 +5,13 @@ memory; experiments/faults/fuzz.py is the long form.
 
 import functools
 import importlib.util
+import io
 import json
 import os
 import pathlib
 import pickle
 import resource
+import struct
 import subprocess
 import sys
 import time
@@ -99,6 +101,25 @@ def test_declared_pixels_take_no_memory(tmp_path, size):
     masks.read_mask(path)
   assert time.perf_counter() - start < 1
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e5
+
+
+@pytest.mark.parametrize('progressive', [False, True])
+def test_declared_pixels_of_a_jpeg_take_no_memory(progressive):
+  file = io.BytesIO()
+  image = Image.fromarray(np.zeros((24, 40), np.uint8))
+  image.save(file, 'JPEG', progressive=progressive, comment=b'\xff\xc0' * 9)
+  data = file.getvalue()
+  assert masks._jpeg_pixels(data) == 24 * 40
+  size = data.index(struct.pack('>HH', 24, 40))
+  for height, width in ((65500, 65500), (0, 40)):
+    declared = struct.pack('>HH', height, width)
+    data = data[:size] + declared + data[size + 4 :]
+    with pytest.raises(DataError) as error:
+      masks.decode_image('x', data)
+    assert ('declares more' in str(error.value)) == (height > 0)
+  # Cut anywhere, it is no frame, or the same one.
+  for end in range(size):
+    assert masks._jpeg_pixels(data[:end]) is None
 
 
 def test_declared_chunk_takes_no_memory():
