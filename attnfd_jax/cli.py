@@ -2,6 +2,7 @@
 """What all verbs share: bad input ends in one line and exit code 2."""
 
 import contextlib
+import os
 import re
 import sys
 import traceback
@@ -23,6 +24,12 @@ def enable_compilation_cache():
   if not jax.config.jax_compilation_cache_dir:
     path = str(user_cache.folder('xla'))
     jax.config.update('jax_compilation_cache_dir', path)
+
+
+def make_deterministic():
+  """Asks XLA for GPU kernels that repeat their bits; before JAX is used."""
+  flags_of_xla = os.environ.get('XLA_FLAGS', '')
+  os.environ['XLA_FLAGS'] = f'{flags_of_xla} --xla_gpu_deterministic_ops=true'
 
 
 def _one_line(error):

@@ -29,10 +29,22 @@ def _check_shapes(logits, labels, class_weights=None):
     )
 
 
+def _by_selection(logits, labels):
+  """As optax's function of integer labels. The gradient of that is a scatter,
+  which XLA cannot do, or does slowly, where a GPU must repeat its bits.
+  """
+  chosen = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+  score = jnp.sum(jnp.where(chosen, logits, 0), -1)
+  return jax.nn.logsumexp(logits, -1) - score
+
+
 def _cross_entropies(logits, labels, valid):
   """Of each pixel, [b, h, w]; of class 0 where not valid."""
-  return optax.softmax_cross_entropy_with_integer_labels(
-    _float(logits), jnp.where(valid, labels, 0).astype(jnp.int32)
+  return jax.lax.platform_dependent(
+    _float(logits),
+    jnp.where(valid, labels, 0).astype(jnp.int32),
+    cuda=_by_selection,
+    default=optax.softmax_cross_entropy_with_integer_labels,
   )
 
 

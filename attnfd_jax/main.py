@@ -28,6 +28,9 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run; runs/NAME by default.'
 )
+DETERMINISTIC = flags.DEFINE_bool(
+  'deterministic', False, 'On a GPU: kernels that repeat their bits, slower.'
+)
 COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'HOST:PORT of process 0, if there are several.'
 )
@@ -45,6 +48,8 @@ def _default_workdir():
 
 def main(argv):
   del argv
+  if DETERMINISTIC.value:
+    cli.make_deterministic()
   processes.initialise(
     coordinator=COORDINATOR.value,
     num_processes=NUM_PROCESSES.value,

@@ -235,7 +235,9 @@ TRAIN = (
 
 @pytest.mark.slow
 def test_train_measures_a_step(tmp_path):
-  process = benchmark(*TRAIN, '--steps=3', '--json', f'--trace={tmp_path}')
+  process = benchmark(
+    *TRAIN, '--teacher=resnet18', '--steps=3', '--json', f'--trace={tmp_path}'
+  )
   assert process.returncode == 0, process.stderr
   found = json.loads(process.stdout.splitlines()[-1])
   assert len(found['step_seconds_all']) == 3

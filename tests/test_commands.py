@@ -36,6 +36,7 @@ from attnfd_jax.models import deeplab
 from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.training import networks
 
+pytestmark = [pytest.mark.commands, pytest.mark.slow]
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 # First words of commands that are not run here, and why.
@@ -171,7 +172,9 @@ def adapted(command):
 @contextlib.contextmanager
 def flags_of_one_verb():
   """`main` may have been imported; other verbs have flags of these names."""
-  others = flags.FLAGS.flags_by_module_dict().get('attnfd_jax.main', [])
+  found = flags.FLAGS.flags_by_module_dict().get('attnfd_jax.main', [])
+  # One that was defined again is in the list again.
+  others = {flag.name: flag for flag in found}.values()
   for flag in others:
     delattr(flags.FLAGS, flag.name)
   try:
