@@ -4,9 +4,9 @@ r"""Exported students beside the networks they come from, on real images.
   python experiments/export/compare.py runs/a/student runs/b/student \
     --images=PATH/val [--output=F.json]
 
-Writes each stage in each format, in float32, and keeps what `export` says of
-it: the share of pixels with the same class, the largest difference of a logit,
-and milliseconds an image beside attnfd_jax.
+Writes each stage in float32 and keeps what `export` says of it: the share of
+pixels with the same class, the largest difference of a logit, and milliseconds
+an image beside attnfd_jax.
 """
 
 import argparse
@@ -29,22 +29,25 @@ def main():
   parser.add_argument('checkpoints', nargs='+')
   parser.add_argument('--images', help='else the val split')
   parser.add_argument('--num_images', type=int, default=20)
+  parser.add_argument('--formats', nargs='+', default=['stablehlo', 'onnx'])
   output = FOLDER / 'results' / 'agreement.json'
   parser.add_argument('--output', type=pathlib.Path, default=output)
   options = parser.parse_args()
   rows = []
   with tempfile.TemporaryDirectory() as folder:
     for checkpoint in options.checkpoints:
-      for kind, ending in export.FORMATS.items():
+      for kind in options.formats:
         lines = export.export_student(
           checkpoint,
-          pathlib.Path(folder) / f'student{ending}',
+          pathlib.Path(folder) / f'student{export.FORMATS[kind]}',
           kind=kind,
           images=options.images,
           num_images=options.num_images,
           overwrite=True,
         )
-        lines = [line.replace(folder, 'DIR') for line in lines]
+        # Places of this machine say nothing.
+        for path in filter(None, (folder, checkpoint, options.images)):
+          lines = [x.replace(path, pathlib.Path(path).name) for x in lines]
         print('\n'.join(lines), flush=True)
         rows.append({'format': kind, 'lines': lines})
   found = {

@@ -16,7 +16,6 @@ import math
 import os
 import pathlib
 import re
-import sys
 
 KINDS = 'all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all'
 BYTES = {'f32': 4, 'bf16': 2, 's32': 4, 'u32': 4, 'u8': 1, 'pred': 1, 's8': 1}
@@ -103,7 +102,10 @@ def main():
     print(json.dumps(rows[-1]), flush=True)
     devices *= 2
   if options.output:
-    text = json.dumps({'rows': rows, 'command': sys.argv[1:]}, indent=1)
+    from attnfd_jax.training import logs
+
+    found = {'rows': rows, 'versions': logs.versions()}
+    text = json.dumps(found, indent=1)
     pathlib.Path(options.output).write_text(text + '\n')
 
 
