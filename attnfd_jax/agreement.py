@@ -35,8 +35,6 @@ def short_side_of(info):
 
 def _seen(image, short_side):
   """The image at the scale that the network knows."""
-  if not short_side:
-    return image
   size = transforms.fit_short_side(image.shape[:2], short_side)
   return transforms.resize_image(image, size)
 
