@@ -5,21 +5,18 @@ import contextlib
 import os
 import tempfile
 
+import xla_flags
+
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Else the commands under test would use, and fill, the user's own cache; by
 # the environment, so that processes of tests have it too.
 _CACHE = tempfile.TemporaryDirectory(prefix='attnfd_jax_tests_')
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
 os.environ['XDG_CACHE_HOME'] = _CACHE.name
-# Tests compile more than they compute: without LLVM's optimisations that takes
-# two thirds of the time.
-for flag, value in (
-  ('--xla_force_host_platform_device_count', 4),
-  ('--xla_backend_optimization_level', 0),
-):
-  given = os.environ.get('XLA_FLAGS', '')
-  if flag not in given:
-    os.environ['XLA_FLAGS'] = f'{given} {flag}={value}'
+# Of two equal flags XLA takes the last.
+os.environ['XLA_FLAGS'] = (
+  f'{xla_flags.quick(4)} {os.environ.get("XLA_FLAGS", "")}'
+)
 
 # The lines above must run first.
 from absl import flags  # noqa: E402

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 import pytest
+import xla_flags
 
 from attnfd_jax.benchmarks import data
 from attnfd_jax.benchmarks import predict
@@ -34,7 +35,7 @@ def benchmark(*arguments):
   Warnings are no errors here: ml_collections has some on loading a config.
   """
   environment = os.environ | {
-    'XLA_FLAGS': '--xla_backend_optimization_level=0',
+    'XLA_FLAGS': xla_flags.quick(),
     'PYTHONPATH': str(ROOT),
   }
   return subprocess.run(

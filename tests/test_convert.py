@@ -62,14 +62,6 @@ def tensors(fill):
   return tensors
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-  """Programs that run once are not worth optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def write(path, tensors):
   torch_files.write_torch(path, {'state_dict': tensors})
   return path

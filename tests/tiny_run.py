@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The smallest run that leaves a stage's folder, for tests of the verbs."""
 
+import fcntl
 import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+
+import xla_flags
 
 from attnfd_jax.training import stages
 
@@ -38,17 +41,24 @@ def tiny_config():
 
 
 def make_stage(tmp_path_factory):
-  """Folder of a trained student; made once in a session."""
-  workdir = tmp_path_factory.getbasetemp() / 'tiny_run'
-  stages.run(tiny_config(), workdir)
-  return workdir / 'student'
+  """Folder of a trained student, which is nobody's to change; the processes of
+  a session share it.
+  """
+  session = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    session = session.parent
+  with (session / 'tiny_run.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not (session / 'tiny_run' / 'student' / 'result.json').exists():
+      stages.run(tiny_config(), session / 'tiny_run')
+  return session / 'tiny_run' / 'student'
 
 
 def run_verb(verb, *arguments):
   """`python -m attnfd_jax.<verb>` on one CPU device, as a user has it."""
   environment = os.environ | {
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '',
+    'XLA_FLAGS': xla_flags.quick(),
     'PYTHONPATH': str(ROOT),
     # ml_collections loads configs by a deprecated way.
     'PYTHONWARNINGS': 'error,ignore:the load_module():DeprecationWarning',

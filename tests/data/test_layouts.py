@@ -684,6 +684,47 @@ def test_every_kind_of_mistake(tmp_path, breaks, kind, message):
   assert set(source[len(source) - 1]) == {'image', 'label'}
 
 
+def read_by_pillow(path):
+  try:
+    with Image.open(path) as image:
+      return np.asarray(image) if image.mode in 'LP' else None
+  except Exception:
+    return None
+
+
+@pytest.mark.parametrize(
+  'options',
+  [{}, {'transparency': 3}, {'bits': 8}],
+  ids=['grey', 'transparent', 'palette'],
+)
+def test_ids_are_those_of_pillow_whatever_the_damage(tmp_path, options):
+  generator = np.random.default_rng(0)
+  path = tmp_path / 'a.png'
+  ids = generator.integers(0, 255, (31, 65), np.uint8)
+  image = Image.fromarray(ids)
+  if 'bits' in options:
+    image.putpalette(generator.integers(0, 256, 768, np.uint8).tobytes())
+  image.save(path, **options)
+  np.testing.assert_array_equal(masks.read_mask(path), ids)
+  whole, refused = path.read_bytes(), 0
+  for _ in range(200):
+    data = bytearray(whole)
+    start, length = generator.integers((len(data), 20))
+    if generator.random() < 0.5:
+      data[start] ^= 1 << generator.integers(8)
+    else:
+      del data[start : start + length]
+    path.write_bytes(data)
+    expected = read_by_pillow(path)
+    if expected is None:
+      refused += 1
+      with pytest.raises(DataError):
+        masks.read_mask(path)
+    else:
+      np.testing.assert_array_equal(masks.read_mask(path), expected)
+  assert 50 < refused < 200
+
+
 def test_colours_that_are_no_class(tmp_path):
   fixtures.make_folder(tmp_path, 'colours')
   pixels = np.zeros((48, 64, 3), np.uint8)

@@ -22,6 +22,7 @@ import zlib
 import numpy as np
 from PIL import Image
 import pytest
+import xla_flags
 
 from attnfd_jax import contact_sheet
 from attnfd_jax import predict
@@ -57,7 +58,7 @@ def commands():
   """A process of random command lines, beside the other tests."""
   with subprocess.Popen(
     [sys.executable, PATH, f'--count={COMMANDS}', '--kinds=commands'],
-    env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''},
+    env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': xla_flags.quick()},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

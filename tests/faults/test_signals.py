@@ -10,6 +10,7 @@ import time
 
 import pytest
 import tiny_run
+import xla_flags
 
 from attnfd_jax.training import checkpoints
 
@@ -55,7 +56,7 @@ def start(folder, name, *, prepare='', epochs):
     | {
       'PYTHONPATH': f'{tiny_run.ROOT}{os.pathsep}{tiny_run.ROOT / "tests"}',
       'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': '',
+      'XLA_FLAGS': xla_flags.quick(),
     },
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,

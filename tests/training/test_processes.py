@@ -13,6 +13,7 @@ import numpy as np
 import process_run
 import pytest
 import tiny_run
+import xla_flags
 
 from attnfd_jax.errors import InputError
 from attnfd_jax.training import checkpoints
@@ -28,7 +29,7 @@ TIMES = ('step_seconds', 'images_per_second', 'data_wait', 'train_seconds')
 def start(workdir, process):
   """One of two processes, with two devices, as a user starts it."""
   environment = os.environ | {
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+    'XLA_FLAGS': xla_flags.quick(2),
     'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',  # Not always the default.
     'PYTHONPATH': os.pathsep.join(map(str, (tiny_run.ROOT, SCRIPT.parents[1]))),
   }
