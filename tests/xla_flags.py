@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests tell XLA before jax starts: they compile more than they compute."""
+"""What tests tell XLA, as they compile more than they compute."""
 
 import importlib.metadata
 
