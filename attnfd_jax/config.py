@@ -7,6 +7,7 @@ item can be overridden after it: --config.distill.teacher_bn=batch.
 """
 
 import math
+import os
 
 from ml_collections import config_dict
 from ml_collections import ConfigDict
@@ -96,6 +97,13 @@ _RANGES = {
 }
 
 
+def _num_cores():
+  """That this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count()
+
+
 def _network(backbone):
   config = ConfigDict()
   config.backbone = backbone
@@ -153,7 +161,8 @@ def default_config():
   config.data.cache = False  # Decoded pairs stay in memory.
   # Folder for decoded pixels, 4 bytes each, for large images; empty: none.
   config.data.decoded_cache = ''
-  config.data.threads = 4
+  # One a core. Python's lock lets no more than about eight work.
+  config.data.threads = min(max(_num_cores(), 2), 8)
   config.data.workers = 0
   # For 'scenes'.
   config.data.image_size = (96, 128)

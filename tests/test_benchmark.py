@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 
+import cv2
+from data import fixtures
 from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
@@ -22,6 +24,7 @@ from attnfd_jax.benchmarks import predict
 from attnfd_jax.benchmarks import train
 from attnfd_jax.config import default_config
 from attnfd_jax.data import pipeline
+from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.data.transforms import Augment
 from attnfd_jax.errors import InputError
 
@@ -103,6 +106,20 @@ def test_the_pil_form_scales_and_crops():
     assert found['label'].shape == (32, 40)
     shares.append(np.mean(found['label'] != 255))
   assert min(shares) < 0.4 and max(shares) == 1
+
+
+def test_pil_reads_the_same_records(tmp_path):
+  fixtures.make_camvid(tmp_path)
+  config = default_config().data
+  config.update({'name': 'camvid', 'root': str(tmp_path)})
+  source = load_dataset(config).splits['train']
+  with pytest.MonkeyPatch.context() as patch:
+    found = data._PilSource(source)
+    patch.setattr(cv2, 'imdecode', None)  # By Pillow alone.
+    records = [found[i] for i in range(len(found))]
+  for i, record in enumerate(records):
+    for key, value in source[i].items():
+      np.testing.assert_array_equal(np.asarray(record[key]), value)
 
 
 def test_numbers_fit_together(capsys):

@@ -23,6 +23,7 @@ from PIL import ImageOps
 
 from attnfd_jax.config import resolve
 from attnfd_jax.data import cache
+from attnfd_jax.data import masks
 from attnfd_jax.data import pipeline
 from attnfd_jax.data import transforms
 from attnfd_jax.data.sources import load_dataset
@@ -44,11 +45,19 @@ class _PilSource:
     if hasattr(self._source, 'image_bytes'):
       data = io.BytesIO(self._source.image_bytes(index))
       image = Image.open(data).convert('RGB')
-      label = self._source.label(index)
+      label = self._label(index)
     else:  # Drawn: there is nothing to decode.
       record = self._source[index]
       image, label = Image.fromarray(record['image']), record['label']
     return {'image': image, 'label': Image.fromarray(label)}
+
+  def _label(self, index):
+    read = getattr(self._source, 'read_label', None)
+    if not isinstance(read, masks.IndexLabels):
+      return self._source.label(index)
+    file = self._source.mask(index)
+    ids = np.asarray(Image.open(io.BytesIO(file.read())))
+    return read.from_ids(file, ids)
 
 
 class _PilAugment(grain.transforms.RandomMap):

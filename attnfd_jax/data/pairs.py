@@ -75,7 +75,7 @@ class PairSource(Decoded):
     self, pairs, read_label, *, cache=False, upright=True, describe=str
   ):
     super().__init__(cache=cache)
-    self._pairs, self._read_label = pairs, read_label
+    self._pairs, self.read_label = pairs, read_label
     self._upright, self._describe = upright, describe
 
   def __len__(self):
@@ -90,15 +90,19 @@ class PairSource(Decoded):
     """As stored."""
     return self._pairs[index].image.read()
 
+  def mask(self, index):
+    """Its File."""
+    return self._pairs[index].mask
+
   def label(self, index):
     """As in [index], without its image."""
-    return self._read_label(self._pairs[index].mask)
+    return self.read_label(self._pairs[index].mask)
 
   def fingerprint(self, start=0, stop=None):
     """Hex digest that changes with the files and with what is read of them."""
     pairs = self._pairs[start:stop]
     found = [file for pair in pairs for file in (pair.image, pair.mask)]
-    return cache.digest(found, repr(self._read_label).encode())
+    return cache.digest(found, repr(self.read_label).encode())
 
   def key(self, index):
     """Unique in the split."""
@@ -117,7 +121,7 @@ class PairSource(Decoded):
     image = masks.decode_image(pair.image, data)
     if self._upright:
       masks.check_upright(pair.image, data)
-    label = self._read_label(pair.mask)
+    label = self.read_label(pair.mask)
     if image.shape[:2] != label.shape:
       mask = self._describe(pair.mask)
       raise DataError(

@@ -13,6 +13,8 @@ from attnfd_jax.training import logs
 from attnfd_jax.training import processes
 from attnfd_jax.training.stopping import Stopped
 
+_MUCH_WAITING = 0.1  # Of the time; then there is advice, once.
+
 
 class _Clock:
   """Speed since the last reading, and the time left."""
@@ -109,6 +111,7 @@ def train(
   batches = iter(make_batches(step))
   clock, timer = _Clock(step, num_steps, batch_size), _Timer(save_minutes)
   unchecked = metrics = None
+  hinted = False
   best = -math.inf
   if manager.best_step() is not None:
     best = manager.metrics(manager.best_step())['miou']
@@ -204,6 +207,12 @@ def train(
       if logged:
         log.metrics('train', step, values)
         log.line(f'step {step}/{num_steps}  {terms}')
+        if not hinted and values.get('data_wait', 0) > _MUCH_WAITING:
+          hinted = True
+          log.line(
+            'the step waits for data: config.data.cache=True keeps decoded '
+            'images in memory, config.data.workers=2 decodes in more processes'
+          )
 
 
 def _any_due(timer, step, log_every):

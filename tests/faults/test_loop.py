@@ -4,6 +4,7 @@
 import contextlib
 import json
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,22 @@ def test_timed_saves_disturb_nothing(tmp_path, monkeypatch):
   saved.clear()
   train(tmp_path / 'later', save_minutes=100)
   assert saved == [(4, True), (8, True)]
+
+
+def test_advice_is_given_once_where_the_step_waits(tmp_path, capsys):
+  def slow_batches(step):
+    for batch in make_batches(step):
+      time.sleep(0.02)
+      yield batch
+
+  def slow_step(*arguments):
+    time.sleep(0.02)
+    return add(*arguments)
+
+  train(tmp_path / 'waits', make_batches=slow_batches)
+  assert capsys.readouterr().out.count('the step waits for data: config.') == 1
+  train(tmp_path / 'works', train_step=slow_step)
+  assert 'the step waits' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
