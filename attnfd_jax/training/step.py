@@ -20,6 +20,15 @@ from attnfd_jax.training.state import TrainState
 LARGE_LOGITS = 2**26
 
 
+def _after(first, x):
+  """The tree x, but not before all of the float tree `first` is computed."""
+  known = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(first))
+  zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+  # XLA for a CPU drops barriers, but no branch that it cannot foresee. If a
+  # gradient is not finite, the step is lost anyhow.
+  return jax.lax.cond(jnp.isnan(known), zeros, lambda x: x, x)
+
+
 def make_train_step(
   student,
   tx,
@@ -66,6 +75,8 @@ def make_train_step(
     ema_decay: of the averaged student; 0 keeps none.
   """
   everywhere = sharding.replicated(mesh)
+  # In a loop XLA's convolutions for a CPU are plain ones on one core.
+  unrolled = mesh.devices.flat[0].platform == 'cpu'
   task_name = 'ce' if task_loss is softmax_cross_entropy else 'task'
 
   def forward(variables, image, rng):
@@ -151,6 +162,8 @@ def make_train_step(
     def add_part(carry, part):
       collections, total = carry
       index, batch = part
+      if unrolled:
+        batch = _after(total, batch)
       grads, (collections, terms) = grad_fn(
         state.params,
         collections,
@@ -162,7 +175,9 @@ def make_train_step(
 
     start = (state.collections, jax.tree.map(jnp.zeros_like, state.params))
     parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
-    (collections, total), terms = jax.lax.scan(add_part, start, parts)
+    (collections, total), terms = jax.lax.scan(
+      add_part, start, parts, unroll=accumulate if unrolled else 1
+    )
     grads = jax.tree.map(lambda x: x / accumulate, total)
     return grads, (collections, jax.tree.map(jnp.mean, terms))
 

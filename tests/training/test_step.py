@@ -380,6 +380,25 @@ def test_parts_add_up_without_coupling():
   assert_close(part_metrics, whole_metrics, rtol=1e-5, atol=1e-6)
 
 
+def test_parts_take_less_memory_and_no_loop():
+  """On a CPU, where convolutions in a loop run on one core and are plain."""
+  batch = {
+    'image': jax.ShapeDtypeStruct((8, 128, 96, 3), jnp.uint8),
+    'label': jax.ShapeDtypeStruct((8, 128, 96), jnp.uint8),
+  }
+  found = []
+  for parts in (1, 4):
+    setting = Setting(accumulate=parts)
+    program = setting.step.lower(
+      setting.state, setting.teacher_variables, batch, setting.rng
+    ).compile()
+    memory = program.memory_analysis().temp_size_in_bytes
+    found.append((memory, program.as_text().count(' convolution(')))
+  (whole, convolutions), (parts, in_parts) = found
+  assert in_parts == 4 * convolutions > 0
+  assert parts < 0.5 * whole
+
+
 def test_remat_changes_nothing(alone):
   setting = Setting(remat=True)
   batches = make_batch(0), make_batch(1)
