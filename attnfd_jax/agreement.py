@@ -33,12 +33,6 @@ def short_side_of(info):
   return evaluate.seen_short_side(info, info['eval']['protocol'])
 
 
-def _seen(image, short_side):
-  """The image at the scale that the network knows."""
-  size = transforms.fit_short_side(image.shape[:2], short_side)
-  return transforms.resize_image(image, size)
-
-
 def val_source(info):
   """The val split of a stage's data set, or None if it is not here."""
   try:
@@ -68,7 +62,7 @@ def find_images(pattern, info, count=NUM_IMAGES):
       raise InputError(text) from error
     chosen = np.linspace(0, len(paths) - 1, min(count, len(paths)))
     images = [sources.read_image(paths[round(i)]) for i in chosen]
-    images = [_seen(x, short_side) for x in images]
+    images = [transforms.fit_image(x, short_side) for x in images]
     name = f'images of {pattern}'
   elif source := val_source(info):
     records = evaluation.chosen_records(source, count, short_side=short_side)

@@ -97,7 +97,7 @@ _RANGES = {
 }
 
 
-def _num_cores():
+def num_cores():
   """That this process may use."""
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
@@ -162,7 +162,7 @@ def default_config():
   # Folder for decoded pixels, 4 bytes each, for large images; empty: none.
   config.data.decoded_cache = ''
   # One a core. Python's lock lets no more than about eight work.
-  config.data.threads = min(max(_num_cores(), 2), 8)
+  config.data.threads = min(max(num_cores(), 2), 8)
   config.data.workers = 0
   # For 'scenes'.
   config.data.image_size = (96, 128)

@@ -135,9 +135,7 @@ class Predictor:
         f'image is {image.dtype} {image.shape}; it must be uint8 [h, w, 3].'
       )
     h, w = image.shape[:2]
-    seen = transforms.resize_image(
-      image, transforms.fit_short_side((h, w), self.short_side)
-    )
+    seen = transforms.fit_image(image, self.short_side)
     covered = not self._tile or tiling.covers(self._tile, seen.shape[:2])
     return (self._whole if covered else self._tiled)(seen, (h, w))
 

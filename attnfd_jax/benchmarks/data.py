@@ -21,6 +21,7 @@ from PIL import Image
 from PIL import ImageFilter
 from PIL import ImageOps
 
+from attnfd_jax.config import num_cores
 from attnfd_jax.config import resolve
 from attnfd_jax.data import cache
 from attnfd_jax.data import masks
@@ -196,7 +197,7 @@ def run(options):
     'crop_size': list(data.crop_size),
     'threads': data.threads,
     'workers': data.workers,
-    'cores': len(os.sched_getaffinity(0)),
+    'cores': num_cores(),
     'rounds': options.rounds,
   }
   print(', '.join(f'{key} {value}' for key, value in facts.items()), flush=True)

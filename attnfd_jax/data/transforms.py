@@ -221,6 +221,11 @@ def next_multiple(size, multiple):
   return tuple(-(-n // multiple) * multiple for n in size)
 
 
+def fit_image(image, short_side):
+  """An image at the size of `fit_short_side`."""
+  return resize_image(image, fit_short_side(image.shape[:2], short_side))
+
+
 def fit_record(record, short_side, *, resize_labels):
   """A record at the size that the network sees in evaluation.
 
