@@ -95,7 +95,7 @@ class Graph:
     return self.op('Clip', x, *bounds)
 
   def resize(self, x, like):
-    """layers.resize to the height and width of another map."""
+    """resizing.resize to the height and width of another map."""
     size = self.op(
       'Concat',
       self.op('Shape', x, end=2),

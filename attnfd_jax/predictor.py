@@ -33,7 +33,7 @@ def make_step(network):
       (n - 1) / (m - 1)
       for n, m in zip(image.shape[1:3], coarse.shape[1:3], strict=True)
     )
-    # As models.layers.resize: corners of pixels stay where they are.
+    # As models.resizing: corners of pixels stay where they are.
     scale = ratio * jnp.array([h, w], jnp.float32)
     logits = jax.image.scale_and_translate(
       coarse,

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import tiny_run
 
 from attnfd_jax.models import layers
+from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.training import checkpoints
 from attnfd_jax.training import networks
@@ -31,11 +32,11 @@ class Small(DeepLabV3Plus):
       return nn.relu(module(x, train=train))
 
     x = block('backbone', image, 8)
-    x = layers.resize(x, *(n // 4 for n in image.shape[1:3]))
+    x = resizing.resize(x, *(n // 4 for n in image.shape[1:3]))
     x = tap = block('decoder', x, 1)
     x = nn.Dropout(self.decoder_dropout)(x, deterministic=not dropout)
     coarse = layers.Conv(self.num_classes, 1, name='classifier')(x)
-    logits = layers.resize(coarse, *image.shape[1:3])
+    logits = resizing.resize(coarse, *image.shape[1:3])
     return {
       'logits': logits,
       'coarse_logits': coarse,

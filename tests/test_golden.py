@@ -25,6 +25,7 @@ from attnfd_jax.config import resolve
 from attnfd_jax.distill import make_distiller
 from attnfd_jax.distill.attnfd import Connector
 from attnfd_jax.models import layers
+from attnfd_jax.models import resizing
 from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.deeplab import ASPP
 from attnfd_jax.models.deeplab import Decoder
@@ -127,7 +128,7 @@ def of_connector(path):
 
 
 def resized(height, width):
-  return lambda x: layers.resize(x, height, width)
+  return lambda x: resizing.resize(x, height, width)
 
 
 CASES = {

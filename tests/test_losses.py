@@ -16,7 +16,7 @@ from attnfd_jax.losses import focal_loss
 from attnfd_jax.losses import ohem_cross_entropy
 from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.losses import upsampled_cross_entropy
-from attnfd_jax.models import layers
+from attnfd_jax.models import resizing
 
 # Means of some hundred float32 logarithms.
 CLOSE = {'rtol': 2e-6, 'atol': 1e-7}
@@ -363,7 +363,7 @@ def test_in_parts_it_is_the_loss_of_the_whole(parts, size, x64):
   labels[:, :2] = 255
 
   def whole(coarse):
-    return softmax_cross_entropy(layers.resize(coarse, 13, 17), labels)
+    return softmax_cross_entropy(resizing.resize(coarse, 13, 17), labels)
 
   def in_parts(coarse):
     return upsampled_cross_entropy(coarse, labels, parts=parts)

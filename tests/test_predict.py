@@ -22,7 +22,7 @@ from attnfd_jax import predict
 from attnfd_jax.data import sources
 from attnfd_jax.errors import InputError
 from attnfd_jax.models.deeplab import normalise
-from attnfd_jax.models.layers import resize
+from attnfd_jax.models.resizing import resize
 from attnfd_jax.training import evaluation
 from attnfd_jax.training import tiling
 

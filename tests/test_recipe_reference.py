@@ -97,6 +97,7 @@ from attnfd_jax.data import pipeline
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.data.transforms import Augment
 from attnfd_jax.models import layers
+from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.training import evaluation
 from attnfd_jax.training import networks
@@ -152,7 +153,7 @@ class Small(DeepLabV3Plus):
     x = drop(self.head_dropout, x)
     head = layers.Conv(self.num_classes, 1, use_bias=True, name='classifier')
     coarse = head(x)
-    logits = layers.resize(coarse, *image.shape[1:3])
+    logits = resizing.resize(coarse, *image.shape[1:3])
     return {'logits': logits, 'coarse_logits': coarse, 'features': features}
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from attnfd_jax.models import layers
+from attnfd_jax.models import resizing
 from attnfd_jax.models.attention import CBAM
 
 # The arrays that are scaled to unit length: axes of [b, h, w, c].
@@ -267,9 +268,9 @@ class AttnFD(nn.Module):
     for tap, target in teachers.items():
       student = self.connectors[tap](students[tap], train=train)
       if self.match_size == 'to_teacher':
-        student = layers.resize(student, *target.shape[1:3])
+        student = resizing.resize(student, *target.shape[1:3])
       elif self.match_size == 'to_student':
-        target = layers.resize(target, *student.shape[1:3])
+        target = resizing.resize(target, *student.shape[1:3])
       terms[tap] = direction_distance(
         student, target, norm_scope=self.norm_scope, reduction=self.reduction
       )

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from attnfd_jax.models import layers
+from attnfd_jax.models import resizing
 from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.mobilenet_v2 import MobileNetV2
 from attnfd_jax.models.resnet import ResNet
@@ -75,14 +76,12 @@ class Decoder(nn.Module):
   def __call__(self, low_level, context, *, train, dropout):
     """[b, h/4, w/4, c], [b, h/s, w/s, c] -> [b, h/4, w/4, features]."""
 
-    def conv_norm_relu(name, x, features, size):
+    def conv_norm_relu(name, x, features, size, **joined):
       module = layers.ConvNorm(features, size, dtype=self.dtype, name=name)
-      return nn.relu(module(x, train=train))
+      return nn.relu(module(x, train=train, **joined))
 
     detail = conv_norm_relu('low_level', low_level, self.low_level_features, 1)
-    context = layers.resize(context, *low_level.shape[1:3])
-    x = jnp.concatenate([context, detail], -1)
-    x = conv_norm_relu('conv1', x, self.features, 3)
+    x = conv_norm_relu('conv1', detail, self.features, 3, coarse=context)
     x = nn.Dropout(self.dropout, name='dropout')(x, deterministic=not dropout)
     return conv_norm_relu('conv2', x, self.features, 3)
 
@@ -202,6 +201,6 @@ class DeepLabV3Plus(nn.Module):
     )
     coarse = head(x)
     coarse = coarse.astype(layers.at_least_float32(coarse.dtype))
-    precision = layers.score_precision(self.dtype)
-    logits = layers.resize(coarse, *image.shape[1:3], precision=precision)
+    precision = resizing.score_precision(self.dtype)
+    logits = resizing.resize(coarse, *image.shape[1:3], precision=precision)
     return {'logits': logits, 'coarse_logits': coarse, 'features': features}

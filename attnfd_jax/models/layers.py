@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that agree with PyTorch up to rounding, on maps [b, h, w, c]."""
 
-import functools
-
 import flax.linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
+
+from attnfd_jax.models import convolution
 
 # Untruncated normals, as torch draws them; he_normal would be truncated.
 fan_in_normal = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
@@ -35,138 +35,6 @@ def per_channel(values, x):
   return values.reshape((1,) * (x.ndim - 1) + values.shape)
 
 
-def _grouped(x, kernel, strides, dilation, padding):
-  return lax.conv_general_dilated(
-    x,
-    kernel,
-    (strides, strides),
-    ((padding, padding), (padding, padding)),
-    rhs_dilation=(dilation, dilation),
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    feature_group_count=x.shape[-1] // kernel.shape[2],
-  )
-
-
-def _strided(x, top, left, height, width, strides):
-  """Every `strides`-th pixel of x from (top, left), height x width of them."""
-  b, _, _, c = x.shape
-  bottom = top + (height - 1) * strides + 1
-  right = left + (width - 1) * strides + 1
-  return lax.slice(
-    x, (0, top, left, 0), (b, bottom, right, c), (1, strides, strides, 1)
-  )
-
-
-def _pointwise(x, kernel, strides):
-  """A 1x1 convolution as a matrix product."""
-  h, w = ((n - 1) // strides + 1 for n in x.shape[1:3])
-  return _strided(x, 0, 0, h, w, strides) @ kernel[0, 0]
-
-
-def _shifted(x, kernel, strides, dilation, padding):
-  """A depthwise convolution as a sum of shifted maps."""
-  size = kernel.shape[0]
-  pad = (padding, padding)
-  x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
-  reach = dilation * (size - 1) + 1
-  height = (x.shape[1] - reach) // strides + 1
-  width = (x.shape[2] - reach) // strides + 1
-  total = 0
-  for i in range(size):
-    for j in range(size):
-      window = _strided(x, i * dilation, j * dilation, height, width, strides)
-      total += window * per_channel(kernel[i, j, 0], window)
-  return total
-
-
-def _by_taps(x, kernel, dilation):
-  """A dilated convolution of the same size as a sum of matrix products.
-
-  Each tap of the kernel sees the part of the map that it moves over the map;
-  those of high dilation see little of it, or none, and the rest is no work.
-  """
-  h, w = x.shape[1:3]
-  size = kernel.shape[0]
-  total = 0
-  for i in range(size):
-    for j in range(size):
-      down, right = (dilation * (n - size // 2) for n in (i, j))
-      if abs(down) >= h or abs(right) >= w:
-        continue
-      window = x[
-        :,
-        max(down, 0) : h + min(down, 0),
-        max(right, 0) : w + min(right, 0),
-      ]
-      rows, columns = ((max(-n, 0), max(n, 0)) for n in (down, right))
-      total += jnp.pad(window @ kernel[i, j], ((0, 0), rows, columns, (0, 0)))
-  return total
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dilated(x, kernel, dilation):
-  """A dilated convolution of the same size for a GPU.
-
-  Its library has a fast kernel for the result, and none for the gradient of
-  the kernel: that is a matrix product for each tap. The barrier keeps sums of
-  gradients out of the kernel that computes one, which would be a slow one.
-  """
-  return _grouped(x, kernel, 1, dilation, dilation * (kernel.shape[0] // 2))
-
-
-def _dilated_forward(x, kernel, dilation):
-  return _dilated(x, kernel, dilation), (x, kernel)
-
-
-def _dilated_backward(dilation, residuals, gradient):
-  x, kernel = residuals
-  padding = dilation * (kernel.shape[0] // 2)
-  _, of_x = jax.vjp(lambda x: _grouped(x, kernel, 1, dilation, padding), x)
-  _, of_kernel = jax.vjp(lambda kernel: _by_taps(x, kernel, dilation), kernel)
-  return lax.optimization_barrier(of_x(gradient)[0]), *of_kernel(gradient)
-
-
-_dilated.defvjp(_dilated_forward, _dilated_backward)
-
-
-def convolve(x, kernel, *, strides=1, dilation=1, padding=0):
-  """Convolution of [b, h, w, c] with `kernel` [k, k, c / groups, features].
-
-  The form is the one that is fast on the platform it is lowered for; the
-  result is the same up to rounding. On a CPU, XLA runs 1x1 convolutions about
-  2x, depthwise ones about 40x and those of ASPP 1.3x to 25x faster in the forms
-  below (docs/speed.md).
-  """
-  size, _, inputs, features = kernel.shape
-
-  def grouped(x, kernel):
-    return _grouped(x, kernel, strides, dilation, padding)
-
-  if size == 1 and padding == 0 and inputs == x.shape[-1]:
-    return lax.platform_dependent(
-      x, kernel, cpu=lambda x, w: _pointwise(x, w, strides), default=grouped
-    )
-  if inputs == 1 and features == x.shape[-1] > 1:
-    return lax.platform_dependent(
-      x,
-      kernel,
-      cpu=lambda x, w: _shifted(x, w, strides, dilation, padding),
-      default=grouped,
-    )
-  same_size = strides == 1 and padding == dilation * (size // 2)
-  # Of a symbolic size (export.py) nobody knows which taps see the map.
-  known = all(isinstance(n, int) for n in x.shape[1:3])
-  if dilation > 1 and same_size and known and inputs == x.shape[-1]:
-    return lax.platform_dependent(
-      x,
-      kernel,
-      cpu=lambda x, w: _by_taps(x, w, dilation),
-      cuda=lambda x, w: _dilated(x, w, dilation),
-      default=grouped,
-    )
-  return grouped(x, kernel)
-
-
 class Conv(nn.Module):
   """Convolution with explicit symmetric padding, as in PyTorch."""
 
@@ -181,16 +49,25 @@ class Conv(nn.Module):
   dtype: jnp.dtype | None = None
 
   @nn.compact
-  def __call__(self, x, affine=None):
+  def __call__(self, x, affine=None, *, coarse=None):
     """[b, h, w, c] -> [b, h', w', features].
 
     Args:
       x: the map.
       affine: (factor, shift) of the result, [features] each, as part of the
         kernel and as bias; not together with use_bias.
+      coarse: a smaller map [b, h'', w'', c''], which is resized to x and whose
+        channels come before those of x.
+
+    Raises:
+      ValueError: if coarse is given to a convolution that changes the size.
     """
     k = self.kernel_size
     inputs = 1 if self.depthwise else x.shape[-1]
+    if coarse is not None:
+      if (self.strides, self.dilation, self.padding, k % 2) != (1, 1, None, 1):
+        raise ValueError('coarse needs an odd kernel at stride 1, undilated.')
+      inputs += coarse.shape[-1]
     kernel = self.param(
       'kernel', self.kernel_init, (k, k, inputs, self.features)
     )
@@ -201,14 +78,19 @@ class Conv(nn.Module):
     if self.use_bias:
       init = torch_uniform(k * k * inputs)
       bias = self.param('bias', init, (self.features,))
-    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    x, coarse, kernel, bias = nn.dtypes.promote_dtype(
+      x, coarse, kernel, bias, dtype=self.dtype
+    )
     padding = self.padding
     if padding is None:
       # 'SAME' would pad (0, 1) at stride 2 on even sizes; torch pads (1, 1).
       padding = self.dilation * (k - 1) // 2
-    x = convolve(
-      x, kernel, strides=self.strides, dilation=self.dilation, padding=padding
-    )
+    if coarse is not None:
+      x = convolution.convolve_joined(coarse, x, kernel)
+    else:
+      x = convolution.convolve(
+        x, kernel, strides=self.strides, dilation=self.dilation, padding=padding
+      )
     return x if bias is None else x + per_channel(bias, x)
 
 
@@ -275,7 +157,8 @@ class ConvNorm(nn.Module):
   dtype: jnp.dtype | None = None
 
   @nn.compact
-  def __call__(self, x, *, train):
+  def __call__(self, x, *, train, coarse=None):
+    """Of x, and of what Conv joins to it."""
     conv = Conv(
       self.features,
       self.kernel_size,
@@ -289,8 +172,8 @@ class ConvNorm(nn.Module):
     )
     norm = BatchNorm(dtype=self.dtype, name='bn')
     if train or self.is_initializing():
-      return norm(conv(x), train=train)
-    return conv(x, norm.affine())
+      return norm(conv(x, coarse=coarse), train=train)
+    return conv(x, norm.affine(), coarse=coarse)
 
 
 def finished(x, known):
@@ -338,51 +221,3 @@ def max_pool(x):
     return jnp.maximum(jnp.maximum(first, second), third)
 
   return along(2, along(1, x))
-
-
-def score_precision(dtype):
-  """Of the products that resize scores of a network that computes in `dtype`.
-
-  Those of bfloat16 are not made better by products of float32.
-  """
-  half = dtype is not None and jnp.finfo(dtype).bits < 32
-  return lax.Precision.DEFAULT if half else lax.Precision.HIGHEST
-
-
-def resize(x, height, width, *, precision=lax.Precision.HIGHEST):
-  """Bilinear with align_corners: corner pixels of x stay corner pixels.
-
-  Args:
-    x: [b, h, w, c].
-    height: of the result.
-    width: of the result.
-    precision: of its products, which a TPU or GPU may round.
-
-  Returns:
-    [b, height, width, c], of the type of x.
-  """
-  b, h, w, c = x.shape
-  if (h, w) == (height, width):
-    return x
-  # A single output pixel is the corner; a single input pixel is a constant.
-  x = x[:, : h if height > 1 else 1, : w if width > 1 else 1]
-  h, w = x.shape[1:3]
-
-  def step(size_out, size_in):
-    return (size_out - 1) / (size_in - 1) if size_in > 1 else size_out
-
-  scale = jnp.array(
-    [step(height, h), step(width, w)], at_least_float32(x.dtype)
-  )
-  # scale_and_translate counts from pixel edges, align_corners from centres.
-  shift = jnp.where(jnp.array([h, w]) > 1, 0.5 * (1 - scale), 0)
-  return jax.image.scale_and_translate(
-    x,
-    (b, height, width, c),
-    (1, 2),
-    scale,
-    shift,
-    'linear',
-    antialias=False,
-    precision=precision,
-  )

@@ -11,7 +11,7 @@ import numpy as np
 from attnfd_jax.data import pipeline
 from attnfd_jax.data import transforms
 from attnfd_jax.models.deeplab import normalise
-from attnfd_jax.models.layers import resize
+from attnfd_jax.models.resizing import resize
 from attnfd_jax.training import sharding
 from attnfd_jax.training import step
 from attnfd_jax.training import tiling

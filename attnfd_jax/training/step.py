@@ -11,8 +11,8 @@ from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.losses import upsampled_cross_entropy
 from attnfd_jax.metrics import confusion_matrix
 from attnfd_jax.models.deeplab import normalise
-from attnfd_jax.models.layers import resize
-from attnfd_jax.models.layers import score_precision
+from attnfd_jax.models.resizing import resize
+from attnfd_jax.models.resizing import score_precision
 from attnfd_jax.training import sharding
 from attnfd_jax.training.state import TrainState
 

@@ -89,7 +89,7 @@ def _between(x, at, axis):
 
 
 def resized(x, size):
-  """Yields bands of one [h, w, k], resized as models.layers.resize does it:
+  """Yields bands of one [h, w, k], resized as models.resizing does it:
   bilinear with align_corners.
   """
   at_rows, at_columns = (

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnfd_jax.models import convolution
 from attnfd_jax.models import layers
+from attnfd_jax.models import resizing
 from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.deeplab import ASPP
 from attnfd_jax.models.deeplab import Decoder
@@ -163,7 +165,7 @@ TRUNKS = {
 )
 def test_strides_and_dilations(monkeypatch, backbone, output_stride):
   network, variables = abstract_network(backbone, output_stride=output_stride)
-  calls, convolve = [], layers.convolve
+  calls, convolve = [], convolution.convolve
 
   def spy(x, kernel, *, strides=1, dilation=1, padding=0):
     calls.append((kernel.shape, strides, dilation))
@@ -171,7 +173,12 @@ def test_strides_and_dilations(monkeypatch, backbone, output_stride):
       x, kernel, strides=strides, dilation=dilation, padding=padding
     )
 
-  monkeypatch.setattr(layers, 'convolve', spy)
+  def joined_spy(coarse, fine, kernel):
+    calls.append((kernel.shape, 1, 1))
+    return jnp.zeros((*fine.shape[:3], kernel.shape[-1]))
+
+  monkeypatch.setattr(convolution, 'convolve', spy)
+  monkeypatch.setattr(convolution, 'convolve_joined', joined_spy)
   image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
   jax.eval_shape(
     functools.partial(network.apply, train=False), variables, image
@@ -438,7 +445,7 @@ def test_taps(fill, backbone):
   np.testing.assert_array_equal(inputs['aspp_input'], expected)
   for name in ('aspp', 'decoder'):
     assert np.min(features[name]) == 0 < np.max(features[name])
-  logits = layers.resize(out['coarse_logits'], 33, 33)
+  logits = resizing.resize(out['coarse_logits'], 33, 33)
   # The same resize, compiled with the network.
   np.testing.assert_allclose(out['logits'], logits, **CLOSE)
   head = variables['params']['classifier']

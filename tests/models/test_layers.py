@@ -1,120 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers against NumPy, and the fast forms of convolution against lax."""
+"""Layers against NumPy."""
+
+import functools
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
+from plain import normal
+from plain import plain_convolution
 import pytest
 
 from attnfd_jax.models import layers
+from attnfd_jax.models import resizing
 from attnfd_jax.training import sharding
 
 # Sums of at most some hundred products, in another order than NumPy's.
 CLOSE = {'rtol': 1e-5, 'atol': 1e-5}
-
-
-def normal(seed, *shape):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def plain_convolution(x, kernel, strides, dilation, padding):
-  """Every output pixel by itself, in float64; depthwise with 1 input."""
-  x, kernel = x.astype(np.float64), kernel.astype(np.float64)
-  pad = (padding, padding)
-  x = np.pad(x, ((0, 0), pad, pad, (0, 0)))
-  k, _, inputs, features = kernel.shape
-  reach = dilation * (k - 1)
-  rows = range(0, x.shape[1] - reach, strides)
-  columns = range(0, x.shape[2] - reach, strides)
-  y = np.zeros((len(x), len(rows), len(columns), features))
-  formula = 'bijc,ijcf->bf'
-  if inputs == 1:
-    kernel, formula = kernel[:, :, 0], 'bijc,ijc->bc'
-  for i, top in enumerate(rows):
-    for j, left in enumerate(columns):
-      window = x[
-        :,
-        top : top + reach + 1 : dilation,
-        left : left + reach + 1 : dilation,
-      ]
-      y[:, i, j] = np.einsum(formula, window, kernel)
-  return y
-
-
-# (kernel size, depthwise), strides, dilation, padding.
-FORMS = {
-  'point': (1, False, 1, 1, 0),
-  'point_stride2': (1, False, 2, 1, 0),
-  'point_padded': (1, False, 1, 1, 1),
-  'full': (3, False, 1, 1, 1),
-  'full_stride2': (3, False, 2, 1, 1),
-  'full_dilation3': (3, False, 1, 3, 3),
-  'full_dilation9': (3, False, 1, 9, 9),  # Wider than half the map, and higher.
-  'full_dilation2_valid': (3, False, 1, 2, 0),
-  'stem': (7, False, 2, 1, 3),
-  'depthwise': (3, True, 1, 1, 1),
-  'depthwise_stride2': (3, True, 2, 1, 0),
-  'depthwise_dilation2': (3, True, 1, 2, 2),
-  'depthwise_stride2_dilation2': (3, True, 2, 2, 0),
-}
-
-
-@pytest.mark.parametrize('form', FORMS.values(), ids=FORMS)
-def test_convolve_equals_the_plain_form(form):
-  k, depthwise, strides, dilation, padding = form
-  x = normal(0, 2, 8, 11, 6)
-  kernel = normal(1, k, k, 1, 6) if depthwise else normal(1, k, k, 6, 4)
-
-  def plain(x, kernel):
-    return lax.conv_general_dilated(
-      x,
-      kernel,
-      (strides, strides),
-      [(padding, padding)] * 2,
-      rhs_dilation=(dilation, dilation),
-      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-      feature_group_count=6 if depthwise else 1,
-    )
-
-  def ours(x, kernel):
-    return layers.convolve(
-      x, kernel, strides=strides, dilation=dilation, padding=padding
-    )
-
-  def run(f, x, kernel):
-    def weighed(x, kernel):
-      y = f(x, kernel)
-      # Every output has its own weight: a shifted map would show.
-      weight = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
-      return jnp.sum(y * weight), y
-
-    return jax.grad(weighed, (0, 1), has_aux=True)(x, kernel)
-
-  (grads, y), (expected_grads, expected) = jax.jit(
-    lambda x, kernel: (run(ours, x, kernel), run(plain, x, kernel))
-  )(x, kernel)
-  by_hand = plain_convolution(x, kernel, strides, dilation, padding)
-  np.testing.assert_allclose(y, by_hand, **CLOSE)
-  np.testing.assert_allclose(y, expected, **CLOSE)
-  for actual, wanted in zip(grads, expected_grads, strict=True):
-    # Kernel gradients sum up to 200 products.
-    np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=5e-5)
-
-
-@pytest.mark.parametrize(
-  ('kernel', 'padding', 'convolutions'),
-  [((1, 1, 6, 4), 0, 0), ((3, 3, 1, 6), 1, 0), ((3, 3, 6, 4), 1, 1)],
-  ids=['point', 'depthwise', 'full'],
-)
-def test_slow_forms_are_not_lowered_on_cpu(kernel, padding, convolutions):
-  x = jnp.zeros((1, 5, 5, 6))
-
-  def convolve(x, kernel):
-    return layers.convolve(x, kernel, padding=padding)
-
-  text = jax.jit(convolve).lower(x, jnp.zeros(kernel)).as_text()
-  assert text.count('stablehlo.convolution') == convolutions
 
 
 @pytest.mark.parametrize(
@@ -132,6 +33,19 @@ def test_conv_pads_symmetrically(fill, size, strides, dilation):
   actual = module.apply(variables, x)
   assert actual.shape[1:3] == (-(-8 // strides), -(-9 // strides))
   np.testing.assert_allclose(actual, expected + params['bias'], **CLOSE)
+
+
+def test_conv_of_joined_maps(fill):
+  coarse, x = normal(0, 1, 2, 3, 4), normal(1, 1, 5, 9, 2)
+  module = layers.Conv(3)
+  init = functools.partial(module.init, coarse=coarse)
+  variables = fill(jax.eval_shape(init, jax.random.key(0), x))
+  joined = jnp.concatenate([resizing.resize(coarse, 5, 9), x], -1)
+  expected = module.apply(variables, joined)
+  actual = module.apply(variables, x, coarse=coarse)
+  np.testing.assert_allclose(actual, expected, **CLOSE)
+  with pytest.raises(ValueError, match='coarse needs an odd kernel'):
+    layers.Conv(3, strides=2).apply(variables, x, coarse=coarse)
 
 
 @pytest.mark.parametrize(
@@ -271,19 +185,6 @@ def test_batch_norm_is_global_on_a_sharded_batch(key):
   )
 
 
-@pytest.mark.parametrize('dilation', [2, 9])
-def test_the_form_for_a_gpu_has_the_plain_gradients(dilation):
-  """Its rule for gradients; that it is fast is for experiments/speed."""
-  x, kernel = normal(0, 2, 8, 11, 6), normal(1, 3, 3, 6, 4)
-  plain, expected = jax.vjp(
-    lambda *x: layers._grouped(*x, 1, dilation, dilation), x, kernel
-  )
-  found, vjp = jax.vjp(lambda *x: layers._dilated(*x, dilation), x, kernel)
-  np.testing.assert_array_equal(found, plain)
-  for ours, wanted in zip(vjp(plain), expected(plain), strict=True):
-    np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-4)
-
-
 def test_a_chain_of_blocks_is_computed_once():
   def operations(blocks):
     def chain(x, weight):
@@ -322,57 +223,3 @@ def test_max_pool_pads_with_minus_infinity(size):
   ]
   expected = np.transpose(expected, (2, 0, 1, 3))
   np.testing.assert_array_equal(layers.max_pool(x), expected)
-
-
-def interpolation(size_out, size_in):
-  """Matrix [out, in] of linear interpolation with aligned corners."""
-  matrix = np.zeros((size_out, size_in))
-  for i in range(size_out):
-    x = i * (size_in - 1) / (size_out - 1) if size_out > 1 else 0.0
-    low = min(int(np.floor(x)), max(size_in - 2, 0))
-    high = min(low + 1, size_in - 1)
-    matrix[i, low] += 1 - (x - low)
-    matrix[i, high] += x - low
-  return matrix
-
-
-@pytest.mark.parametrize(
-  ('before', 'after'),
-  [
-    ((5, 4), (5, 4)),
-    ((5, 9), (17, 5)),
-    ((3, 7), (6, 20)),
-    ((33, 17), (129, 16)),
-    ((1, 1), (4, 5)),
-    ((5, 4), (1, 1)),
-    ((1, 5), (3, 1)),
-    ((7, 1), (3, 3)),
-    ((5, 5), (1, 7)),
-    ((1, 4), (1, 7)),
-  ],
-  ids=lambda size: 'x'.join(map(str, size)),
-)
-def test_resize_aligns_corners(before, after):
-  x, weight = normal(0, 2, *before, 3), normal(1, 2, *after, 3)
-  rows, columns = map(interpolation, after, before)
-
-  @jax.jit
-  def run(x, weight):
-    y, pull_back = jax.vjp(lambda x: layers.resize(x, *after), x)
-    return y, pull_back(weight)[0]
-
-  y, dx = run(x, weight)
-  formula = 'ip,jq,bpqc->bijc'
-  expected = np.einsum(formula, rows, columns, x)
-  np.testing.assert_allclose(y, expected, **CLOSE)
-  expected = np.einsum(formula, rows.T, columns.T, weight)
-  # Positions are float32: up to 129 of them round to about 1e-5.
-  np.testing.assert_allclose(dx, expected, rtol=1e-4, atol=2e-4)
-  corners = np.ix_(range(2), (0, -1), (0, -1))
-  if min(*before, *after) > 1:
-    np.testing.assert_allclose(y[corners], x[corners], **CLOSE)
-
-
-def test_resize_keeps_the_type():
-  x = jnp.ones((1, 3, 3, 2), jnp.bfloat16)
-  assert layers.resize(x, 5, 5).dtype == jnp.bfloat16

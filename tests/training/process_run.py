@@ -7,6 +7,7 @@ import tiny_run
 from attnfd_jax import cli
 from attnfd_jax import main
 from attnfd_jax.models import layers
+from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.training import networks
 
@@ -26,7 +27,7 @@ class Small(DeepLabV3Plus):
     x = nn.Dropout(self.decoder_dropout)(x, deterministic=not dropout)
     coarse = layers.Conv(self.num_classes, 1, name='classifier')(x)
     return {
-      'logits': layers.resize(coarse, *image.shape[1:3]),
+      'logits': resizing.resize(coarse, *image.shape[1:3]),
       'coarse_logits': coarse,
       'features': {'decoder': tap},
     }

@@ -13,6 +13,7 @@ import pytest
 from attnfd_jax.distill import make_distiller
 from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.models import layers
+from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.training import optim
 from attnfd_jax.training import sharding
@@ -455,7 +456,7 @@ def test_eval_step_counts_pixels():
   out = jax.jit(functools.partial(network.apply, train=False))(
     jax.device_get(variables), normalise(batch['image'])
   )
-  scores = layers.resize(out['coarse_logits'], 32, 12)
+  scores = resizing.resize(out['coarse_logits'], 32, 12)
   predictions = np.argmax(np.asarray(scores), -1)
   expected = np.zeros((3, 3), int)
   valid = batch['label'] != 255

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from attnfd_jax.evaluate import Averaged
-from attnfd_jax.models import layers
+from attnfd_jax.models import resizing
 from attnfd_jax.training import evaluation
 from attnfd_jax.training import sharding
 from attnfd_jax.training import tiling
@@ -178,7 +178,7 @@ def test_resized_bands_are_those_of_the_layers(monkeypatch, size):
   found = resize_on_host(x)
   assert found.dtype == np.float32
   np.testing.assert_allclose(
-    found, layers.resize(x[None], *size)[0], rtol=1e-4, atol=1e-5
+    found, resizing.resize(x[None], *size)[0], rtol=1e-4, atol=1e-5
   )
   one = resize_on_host(x[:1, :1])
   np.testing.assert_array_equal(one, np.broadcast_to(x[:1, :1], one.shape))
@@ -216,7 +216,7 @@ class Blurred:
     b, h, w, c = image.shape
     image = image[:, : h // 4 * 4, : w // 4 * 4]
     coarse = jnp.mean(image.reshape(b, h // 4, 4, w // 4, 4, c), (2, 4))
-    logits = layers.resize(coarse, h, w)
+    logits = resizing.resize(coarse, h, w)
     return {'coarse_logits': coarse, 'logits': logits}
 
 
