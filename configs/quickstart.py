@@ -17,7 +17,8 @@ def get_config(arg=None):
   config.data.name = 'scenes'
   config.data.image_size = (96, 128)
   config.data.train_scenes = 1024
-  config.data.val_scenes = 64
+  # Of 64 scenes mIoU is half a point off, as much as distillation gives.
+  config.data.val_scenes = 1024
   config.data.base_size = 96
   config.data.scale_range = (0.8, 1.3)
   config.data.crop_size = (96, 96)

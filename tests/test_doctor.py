@@ -80,6 +80,19 @@ def test_memory_preallocation():
   assert 'none on cpu' in doctor.check_memory('cpu', {}).text
 
 
+def test_huge_pages():
+  tunables = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+
+  def text(libc, environment, backend='cpu'):
+    return doctor.check_memory(backend, environment, libc=libc).text
+
+  assert 'a tenth faster' in text(('glibc', '2.36'), {})
+  assert 'in huge pages' in text(('glibc', '2.36'), tunables)
+  for libc in (('glibc', '2.31'), ('', '')):  # Too old; not Linux.
+    assert 'none on cpu' in text(libc, {})
+  assert 'none on tpu' in text(('glibc', '2.36'), {}, 'tpu')
+
+
 def test_folders(tmp_path, monkeypatch):
   there = doctor.check_folder(tmp_path / 'a' / 'b', 'workdir', '--workdir')
   assert 'writable' in there.text and not (tmp_path / 'a').exists()
