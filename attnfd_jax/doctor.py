@@ -30,6 +30,7 @@ from attnfd_jax import cli
 
 _LEAST_FREE = 2e9  # Bytes; three checkpoints of the largest network are 2 GB.
 _PIP = 'pip install -U'
+_PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
 # Packages that bring a backend, and what they are for.
 _PLUGINS = {'jax-cuda': ('cuda', 'NVIDIA GPU'), 'libtpu': ('tpu', 'TPU')}
 
@@ -135,23 +136,33 @@ def check_backend(backend, *, platforms, installed, has_gpu):
   return Finding('backend cpu: no GPU or TPU and no plugin for one')
 
 
-def check_memory(backend, environment, *, libc=('', '')):
-  """A Finding about what jax takes of a device's memory.
+def check_pages(mode, environment, *, libc):
+  """A Finding about the size of the pages in which a CPU's memory comes.
 
   Args:
-    backend: 'cpu', 'gpu' or 'tpu'.
+    mode: text of Linux' /sys/kernel/mm/transparent_hugepage/enabled, where the
+      mode that is on stands in brackets; '' where there is none.
     environment: {variable: value}.
     libc: (name, version) as platform.libc_ver tells them.
   """
-  pages = 'GLIBC_TUNABLES=glibc.malloc.hugetlb=1'
   library, version = libc
-  if backend == 'cpu' and library == 'glibc' and _numbers(version) >= (2, 35):
-    if 'malloc.hugetlb' in environment.get('GLIBC_TUNABLES', ''):
-      return Finding(f'memory in huge pages, by {pages}')
-    return Finding(
-      f'memory in pages of 4 KB; {pages} makes steps on a CPU a tenth faster '
-      'where the system allows huge pages (docs/speed.md)'
-    )
+  if '[always]' in mode:
+    return Finding('memory in huge pages')
+  if '[madvise]' not in mode or library != 'glibc':
+    return Finding('memory in small pages')
+  tunables = environment.get('GLIBC_TUNABLES', '')
+  if re.search(r'glibc\.malloc\.hugetlb=[1-9]', tunables):
+    return Finding(f'memory in huge pages, by GLIBC_TUNABLES={tunables}')
+  if _numbers(version) < (2, 35):
+    return Finding('memory in small pages')
+  return Finding(
+    'memory in small pages; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 makes steps '
+    'on a CPU a tenth faster (docs/speed.md)'
+  )
+
+
+def check_memory(backend, environment):
+  """A Finding about what jax takes of a device's memory."""
   if backend != 'gpu':
     return Finding(f'memory preallocation: none on {backend}')
   if environment.get('XLA_PYTHON_CLIENT_PREALLOCATE', '').lower() == 'false':
@@ -262,7 +273,10 @@ def findings(workdir):
     installed=installed,
     has_gpu=backend == 'cpu' and _has_nvidia_gpu(),
   )
-  yield check_memory(backend, os.environ, libc=platform.libc_ver())
+  yield check_memory(backend, os.environ)
+  if backend == 'cpu':
+    mode = _PAGES.read_text() if _PAGES.is_file() else ''
+    yield check_pages(mode, os.environ, libc=platform.libc_ver())
   for device in devices:
     yield check_device(device)
   yield check_folder(workdir, 'workdir', '--workdir')

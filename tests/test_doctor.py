@@ -80,17 +80,25 @@ def test_memory_preallocation():
   assert 'none on cpu' in doctor.check_memory('cpu', {}).text
 
 
-def test_huge_pages():
-  tunables = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
-
-  def text(libc, environment, backend='cpu'):
-    return doctor.check_memory(backend, environment, libc=libc).text
-
-  assert 'a tenth faster' in text(('glibc', '2.36'), {})
-  assert 'in huge pages' in text(('glibc', '2.36'), tunables)
-  for libc in (('glibc', '2.31'), ('', '')):  # Too old; not Linux.
-    assert 'none on cpu' in text(libc, {})
-  assert 'none on tpu' in text(('glibc', '2.36'), {}, 'tpu')
+@pytest.mark.parametrize(
+  ('mode', 'libc', 'tunables', 'text'),
+  [
+    ('always [madvise] never', '2.36', '', 'a tenth faster'),
+    ('always [madvise] never', '2.36', 'glibc.malloc.hugetlb=0', 'a tenth'),
+    ('always [madvise] never', '2.36', 'glibc.malloc.hugetlb=1', 'in huge'),
+    ('always [madvise] never', '2.31', '', 'in small pages'),
+    ('[always] madvise never', '2.36', '', 'in huge pages'),
+    ('always madvise [never]', '2.36', 'glibc.malloc.hugetlb=1', 'in small'),
+    ('', '', '', 'in small pages'),
+  ],
+)
+def test_pages(mode, libc, tunables, text):
+  found = doctor.check_pages(
+    mode, {'GLIBC_TUNABLES': tunables}, libc=('glibc' if libc else '', libc)
+  )
+  assert text in found.text
+  assert ('a tenth' in found.text) == ('a tenth' in text)
+  assert not found.remedy
 
 
 def test_folders(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def _pointwise(x, kernel, strides):
   h, w = ((n - 1) // strides + 1 for n in (h, w))
   # Pixels as a list: of maps, XLA would transpose a copy for the gradient.
   pixels = _strided(x, 0, 0, h, w, strides).reshape(-1, c)
-  return (pixels @ kernel[0, 0]).reshape(b, h, w, -1)
+  return (pixels @ kernel[0, 0]).reshape(b, h, w, kernel.shape[-1])
 
 
 def _windows(x, size, dilation, height, width, strides):
@@ -181,10 +181,11 @@ def convolve(x, kernel, *, strides=1, dilation=1, padding=0):
       cpu=lambda x, w: _shifted(_padded(x, padding), w, strides, dilation),
       default=grouped,
     )
-  same_size = strides == 1 and padding == dilation * (size // 2)
+  same_size = strides == 1 and 2 * padding == dilation * (size - 1)
   # Of a symbolic size (export.py) nobody knows which taps see the map.
   known = all(isinstance(n, int) for n in x.shape[1:3])
-  if dilation > 1 and same_size and known and inputs == x.shape[-1]:
+  dense = inputs == x.shape[-1] and size % 2 == 1
+  if dilation > 1 and same_size and known and dense:
     return lax.platform_dependent(
       x,
       kernel,

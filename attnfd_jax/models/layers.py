@@ -60,13 +60,18 @@ class Conv(nn.Module):
         channels come before those of x.
 
     Raises:
-      ValueError: if coarse is given to a convolution that changes the size.
+      ValueError: if coarse is given, and the kernel is not dense, of odd size,
+        at stride 1, undilated and with the default padding.
     """
     k = self.kernel_size
     inputs = 1 if self.depthwise else x.shape[-1]
     if coarse is not None:
-      if (self.strides, self.dilation, self.padding, k % 2) != (1, 1, None, 1):
-        raise ValueError('coarse needs an odd kernel at stride 1, undilated.')
+      form = (self.strides, self.dilation, self.padding, self.depthwise, k % 2)
+      if form != (1, 1, None, False, 1):
+        raise ValueError(
+          'coarse needs a dense kernel of odd size at stride 1, undilated and '
+          'with the default padding.'
+        )
       inputs += coarse.shape[-1]
     kernel = self.param(
       'kernel', self.kernel_init, (k, k, inputs, self.features)
@@ -74,7 +79,8 @@ class Conv(nn.Module):
     bias = None
     if affine is not None:
       factor, bias = affine
-      kernel *= per_channel(factor, kernel)
+      # Not in place: a parameter may be an array of NumPy, and the caller's.
+      kernel = kernel * per_channel(factor, kernel)
     if self.use_bias:
       init = torch_uniform(k * k * inputs)
       bias = self.param('bias', init, (self.features,))

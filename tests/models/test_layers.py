@@ -44,8 +44,28 @@ def test_conv_of_joined_maps(fill):
   expected = module.apply(variables, joined)
   actual = module.apply(variables, x, coarse=coarse)
   np.testing.assert_allclose(actual, expected, **CLOSE)
-  with pytest.raises(ValueError, match='coarse needs an odd kernel'):
-    layers.Conv(3, strides=2).apply(variables, x, coarse=coarse)
+  affine = normal(2, 3), normal(3, 3)
+  expected = module.apply(variables, joined, affine)
+  actual = module.apply(variables, x, affine, coarse=coarse)
+  np.testing.assert_allclose(actual, expected, **CLOSE)
+
+
+def test_conv_norm_leaves_its_weights_alone(fill):
+  module, x = layers.ConvNorm(3), normal(0, 1, 5, 9, 2)
+  init = functools.partial(module.init, train=False)
+  variables = fill(jax.eval_shape(init, jax.random.key(0), x))
+  first, second = (module.apply(variables, x, train=False) for _ in range(2))
+  np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+  'options',
+  [{'strides': 2}, {'kernel_size': 2}, {'padding': 0}, {'depthwise': True}],
+)
+def test_conv_of_joined_maps_keeps_the_size(key, options):
+  coarse, x = normal(0, 1, 2, 3, 4), normal(1, 1, 5, 9, 2)
+  with pytest.raises(ValueError, match='coarse needs a dense kernel'):
+    layers.Conv(3, **options).init(key, x, coarse=coarse)
 
 
 @pytest.mark.parametrize(
