@@ -182,13 +182,22 @@ def model_flops(stage):
   return total
 
 
-def _batch(config, num_classes):
-  rng = np.random.default_rng(config.seed)
+def step_arguments(stage):
+  """(state, teacher's variables, random batch, rng), placed on the devices."""
+  config = stage.config
+  generator = np.random.default_rng(config.seed)
   size = (config.batch_size, *config.data.crop_size)
-  return {
-    'image': rng.integers(0, 256, (*size, 3), np.uint8),
-    'label': rng.integers(0, num_classes, size, np.uint8),
+  batch = {
+    'image': generator.integers(0, 256, (*size, 3), np.uint8),
+    'label': generator.integers(0, stage.dataset.num_classes, size, np.uint8),
   }
+  rng = jax.random.key(config.seed)
+  return (
+    stage.init_state(),
+    stage.teacher.variables if stage.teacher else {},
+    jax.device_put(batch, sharding.by_batch(stage.mesh)),
+    sharding.place(rng, sharding.replicated(stage.mesh)),
+  )
 
 
 def configure(options):
@@ -248,15 +257,10 @@ def run(options):
     'device': logs.device_name(),
   }
   print(', '.join(f'{key} {value}' for key, value in facts.items()), flush=True)
-  state = stage.init_state()
-  variables = stage.teacher.variables if stage.teacher else {}
-  batch = jax.device_put(
-    _batch(config, stage.dataset.num_classes), sharding.by_batch(mesh)
-  )
-  rng = sharding.place(jax.random.key(config.seed), sharding.replicated(mesh))
+  state, *fixed = step_arguments(stage)
   print('compiling the training step ...', flush=True)
   start = time.perf_counter()
-  step = stage.make_train_step().lower(state, variables, batch, rng).compile()
+  step = stage.make_train_step().lower(state, *fixed).compile()
   facts['compile_seconds'] = time.perf_counter() - start
   times = []
   with contextlib.ExitStack() as tracing:
@@ -264,7 +268,7 @@ def run(options):
       if number == 0 and options.trace:
         tracing.enter_context(jax.profiler.trace(options.trace))
       start = time.perf_counter()
-      state, metrics = jax.block_until_ready(step(state, variables, batch, rng))
+      state, metrics = jax.block_until_ready(step(state, *fixed))
       times.append(time.perf_counter() - start)
       if number == -2:
         facts['seconds_to_first_step'] = process_seconds()

@@ -48,9 +48,9 @@ def _pointwise(x, kernel, strides):
 
 
 def _windows(x, size, dilation, height, width, strides):
-  """What each tap of a kernel of size x size sees: [(i, j, part of x)]."""
+  """The part of x that each tap of a kernel sees, in the order of its taps."""
   return [
-    (i, j, _strided(x, i * dilation, j * dilation, height, width, strides))
+    _strided(x, i * dilation, j * dilation, height, width, strides)
     for i in range(size)
     for j in range(size)
   ]
@@ -67,7 +67,8 @@ def _shifted(x, kernel, strides, dilation):
   reach = dilation * (size - 1) + 1
   height, width = ((n - reach) // strides + 1 for n in x.shape[1:3])
   windows = _windows(x, size, dilation, height, width, strides)
-  return sum(window * kernel[None, None, i, j] for i, j, window in windows)
+  taps = kernel.reshape(-1, 1, 1, 1, x.shape[-1])
+  return sum(window * tap for window, tap in zip(windows, taps, strict=True))
 
 
 def _shifted_forward(x, kernel, strides, dilation):
@@ -92,7 +93,7 @@ def _shifted_backward(strides, dilation, residuals, gradient):
   wide = np.promote_types(x.dtype, np.float32)
   products = [
     window.astype(wide) * gradient.astype(wide)
-    for _, _, window in _windows(x, size, dilation, height, width, strides)
+    for window in _windows(x, size, dilation, height, width, strides)
   ]
   sums = lax.reduce(
     products,
@@ -218,7 +219,8 @@ def _of_resized(x, kernel, height, width):
   b, h, w, c = x.shape
   size, _, _, features = kernel.shape
   taps = kernel.transpose(2, 1, 0, 3).reshape(c, -1)
-  y = (x.reshape(-1, c) @ taps).reshape(b, h, w * size, size * features)
+  y = _pointwise(x, taps[None, None], 1)
+  y = y.reshape(b, h, w * size, size * features)
   y = _interpolation(width, w, size).astype(y.dtype) @ y
   y = y.reshape(b, h, width, size, features).swapaxes(2, 3)
   y = y.reshape(b, h * size, width * features)

@@ -76,9 +76,9 @@ class Decoder(nn.Module):
   def __call__(self, low_level, context, *, train, dropout):
     """[b, h/4, w/4, c], [b, h/s, w/s, c] -> [b, h/4, w/4, features]."""
 
-    def conv_norm_relu(name, x, features, size, **joined):
+    def conv_norm_relu(name, x, features, size, coarse=None):
       module = layers.ConvNorm(features, size, dtype=self.dtype, name=name)
-      return nn.relu(module(x, train=train, **joined))
+      return nn.relu(module(x, train=train, coarse=coarse))
 
     detail = conv_norm_relu('low_level', low_level, self.low_level_features, 1)
     x = conv_norm_relu('conv1', detail, self.features, 3, coarse=context)
