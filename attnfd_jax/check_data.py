@@ -21,14 +21,14 @@ from ml_collections import config_flags
 import numpy as np
 
 from attnfd_jax import cli
-from attnfd_jax import contact_sheet
 from attnfd_jax.config import resolve
 from attnfd_jax.data import frequencies
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.errors import DataError
 from attnfd_jax.errors import InputError
 from attnfd_jax.progress import progress
-from attnfd_jax.training import logs
+from attnfd_jax.reporting import contact_sheet
+from attnfd_jax.runs import logs
 
 # In the order of the report: {kind of DataError: heading}.
 KINDS = {

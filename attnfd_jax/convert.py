@@ -22,18 +22,18 @@ import numpy as np
 import optax
 
 from attnfd_jax import cli
-from attnfd_jax import torch_files
-from attnfd_jax import torch_models
-from attnfd_jax import torch_names
 from attnfd_jax.config import default_config
 from attnfd_jax.config import resolve
 from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
 from attnfd_jax.models.deeplab import IMAGE_MEAN
 from attnfd_jax.models.deeplab import IMAGE_STD
-from attnfd_jax.training import checkpoints
-from attnfd_jax.training import logs
-from attnfd_jax.training import networks
+from attnfd_jax.pytorch import files as torch_files
+from attnfd_jax.pytorch import names as torch_names
+from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import checkpoints
+from attnfd_jax.runs import logs
+from attnfd_jax.runs import networks
 from attnfd_jax.training.state import make_state
 
 TORCH_ENDINGS = ('.pth', '.pth.tar', '.safetensors')

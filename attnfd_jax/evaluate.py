@@ -21,14 +21,14 @@ import numpy as np
 
 from attnfd_jax import cli
 from attnfd_jax import metrics
-from attnfd_jax import submission as submissions
 from attnfd_jax.data.sources import load_dataset
+from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
+from attnfd_jax.inference import evaluation
+from attnfd_jax.inference import submission as submissions
 from attnfd_jax.progress import progress
-from attnfd_jax.training import evaluation
-from attnfd_jax.training import logs
-from attnfd_jax.training import networks
-from attnfd_jax.training import sharding
+from attnfd_jax.runs import logs
+from attnfd_jax.runs import networks
 
 PROTOCOLS = {
   'native': 'scored at the size of the untouched labels',

@@ -26,12 +26,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from attnfd_jax import agreement
 from attnfd_jax import cli
 from attnfd_jax import convert
 from attnfd_jax import evaluate
-from attnfd_jax import exported
 from attnfd_jax.errors import InputError
+from attnfd_jax.exporting import agreement
+from attnfd_jax.exporting import fresh_process as exported
 from attnfd_jax.models import layers
 from attnfd_jax.models.deeplab import IMAGE_MEAN
 from attnfd_jax.models.deeplab import IMAGE_STD
@@ -137,7 +137,7 @@ def _write(kind, path, checkpoint, network, stored, info, *, uint8, argmax):
   elif kind == 'onnx':
     import onnx
 
-    from attnfd_jax import onnx_writer
+    from attnfd_jax.exporting import onnx_graph as onnx_writer
 
     metadata = {
       'class_names': info['class_names'],

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from attnfd_jax import cli
 from attnfd_jax import report
-from attnfd_jax.training import processes
+from attnfd_jax.devices import processes
 from attnfd_jax.training import stages
 from attnfd_jax.training.stopping import Stop
 

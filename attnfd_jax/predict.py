@@ -38,12 +38,12 @@ from tqdm.auto import tqdm
 
 from attnfd_jax import cli
 from attnfd_jax import evaluate
-from attnfd_jax import video as videos
 from attnfd_jax.data import masks
 from attnfd_jax.data import sources
 from attnfd_jax.errors import InputError
-from attnfd_jax.predictor import predict as predict
-from attnfd_jax.predictor import Predictor
+from attnfd_jax.inference import video as videos
+from attnfd_jax.inference.predictor import predict as predict
+from attnfd_jax.inference.predictor import Predictor
 from attnfd_jax.progress import progress
 
 # What a folder is searched for; a file that is named may be anything.

@@ -18,10 +18,10 @@ import zipfile
 from absl import flags
 import numpy as np
 
-from attnfd_jax import report_page as page
 from attnfd_jax.config import leaves
 from attnfd_jax.errors import InputError
-from attnfd_jax.report_figures import signed
+from attnfd_jax.reporting import page as page
+from attnfd_jax.reporting.figures import signed
 
 STAGES = tuple(page.NAMES)
 # Every other number of a train line is the loss or one of its terms.

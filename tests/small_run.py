@@ -13,8 +13,8 @@ import tiny_run
 from attnfd_jax.models import layers
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.training import checkpoints
-from attnfd_jax.training import networks
+from attnfd_jax.runs import checkpoints
+from attnfd_jax.runs import networks
 
 STAGES = ('teacher', 'student', 'distill')
 

@@ -13,12 +13,12 @@ import pytest
 import tiny_run
 
 from attnfd_jax import check_data
-from attnfd_jax import contact_sheet
 from attnfd_jax.config import default_config
 from attnfd_jax.data import frequencies
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.errors import DataError
+from attnfd_jax.reporting import contact_sheet
 
 CAMVID = tiny_run.ROOT.parent / 'shared' / 'camvid'
 needs_camvid = pytest.mark.skipif(

@@ -25,16 +25,16 @@ from PIL import Image
 import pytest
 import small_run
 
-from attnfd_jax import agreement
 from attnfd_jax import cli
 from attnfd_jax import convert
-from attnfd_jax import exported
-from attnfd_jax import torch_files
-from attnfd_jax import torch_models
 from attnfd_jax.benchmarks import train
+from attnfd_jax.exporting import agreement
+from attnfd_jax.exporting import fresh_process as exported
 from attnfd_jax.models import deeplab
 from attnfd_jax.models.resnet import ResNet
-from attnfd_jax.training import networks
+from attnfd_jax.pytorch import files as torch_files
+from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import networks
 
 pytestmark = [pytest.mark.commands, pytest.mark.slow]
 ROOT = pathlib.Path(__file__).parents[1]

@@ -14,16 +14,16 @@ import tiny_run
 
 import attnfd_jax
 from attnfd_jax import convert
-from attnfd_jax import torch_files
-from attnfd_jax import torch_models
-from attnfd_jax import torch_names
 from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import deeplab
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.resnet import ResNet
-from attnfd_jax.training import logs
-from attnfd_jax.training import networks
+from attnfd_jax.pytorch import files as torch_files
+from attnfd_jax.pytorch import names as torch_names
+from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import logs
+from attnfd_jax.runs import networks
 from attnfd_jax.training import stages
 from attnfd_jax.training.stage import Stage
 

@@ -13,18 +13,18 @@ from PIL import Image
 import pytest
 import tiny_run
 
-from attnfd_jax import agreement
 from attnfd_jax import convert
 from attnfd_jax import export
-from attnfd_jax import exported
-from attnfd_jax import torch_files
-from attnfd_jax import torch_models
 from attnfd_jax.data import synthetic
 from attnfd_jax.errors import InputError
+from attnfd_jax.exporting import agreement
+from attnfd_jax.exporting import fresh_process as exported
 from attnfd_jax.models import deeplab
 from attnfd_jax.models import mobilenet_v2
 from attnfd_jax.models.resnet import ResNet
-from attnfd_jax.training import networks
+from attnfd_jax.pytorch import files as torch_files
+from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import networks
 
 # Fewer blocks of the same kinds compile faster.
 SHORT = {
@@ -164,7 +164,7 @@ def test_stablehlo_at_any_size(make, cases, name):
 def test_onnx_at_any_size(make, cases, name):
   pytest.importorskip('onnx')
   onnxruntime = pytest.importorskip('onnxruntime')
-  from attnfd_jax import onnx_writer
+  from attnfd_jax.exporting import onnx_graph as onnx_writer
 
   network, variables = make(name)
   model = onnx_writer.make_model(

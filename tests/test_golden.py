@@ -18,10 +18,9 @@ import numpy as np
 import optax
 import pytest
 
-from attnfd_jax import torch_models
-from attnfd_jax import torch_names
 from attnfd_jax.config import default_config
 from attnfd_jax.config import resolve
+from attnfd_jax.devices import sharding
 from attnfd_jax.distill import make_distiller
 from attnfd_jax.distill.attnfd import Connector
 from attnfd_jax.models import layers
@@ -33,7 +32,8 @@ from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.deeplab import TAPS
 from attnfd_jax.models.mobilenet_v2 import InvertedResidual
 from attnfd_jax.models.resnet import Block
-from attnfd_jax.training import sharding
+from attnfd_jax.pytorch import names as torch_names
+from attnfd_jax.pytorch import networks as torch_models
 from attnfd_jax.training import state as states
 from attnfd_jax.training.step import make_train_step
 

@@ -21,10 +21,10 @@ from attnfd_jax import evaluate
 from attnfd_jax import predict
 from attnfd_jax.data import sources
 from attnfd_jax.errors import InputError
+from attnfd_jax.inference import evaluation
+from attnfd_jax.inference import tiling
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.models.resizing import resize
-from attnfd_jax.training import evaluation
-from attnfd_jax.training import tiling
 
 SIZES = ((33, 47), (64, 64), (20, 130), (1, 1))
 

@@ -88,20 +88,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnfd_jax import torch_files
-from attnfd_jax import torch_models
 from attnfd_jax.config import RECIPES
 from attnfd_jax.config import resolve
 from attnfd_jax.data import classes
 from attnfd_jax.data import pipeline
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.data.transforms import Augment
+from attnfd_jax.devices import sharding
+from attnfd_jax.inference import evaluation
 from attnfd_jax.models import layers
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.training import evaluation
-from attnfd_jax.training import networks
-from attnfd_jax.training import sharding
+from attnfd_jax.pytorch import files as torch_files
+from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import networks
 from attnfd_jax.training import stage as stages
 from attnfd_jax.training.step import make_train_step
 

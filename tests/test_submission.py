@@ -10,11 +10,11 @@ from PIL import Image
 import pytest
 
 from attnfd_jax import evaluate
-from attnfd_jax import submission
 from attnfd_jax.data import classes
 from attnfd_jax.data.pairs import Dataset
 from attnfd_jax.errors import InputError
-from attnfd_jax.training import networks
+from attnfd_jax.inference import submission
+from attnfd_jax.runs import networks
 
 # helpers/labels.py of cityscapesScripts, by train id.
 IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]

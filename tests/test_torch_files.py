@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from attnfd_jax import torch_files
+from attnfd_jax.pytorch import files as torch_files
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'torch_files'
 CONTAINERS = ('zip.pth', 'legacy.pth')
@@ -82,7 +82,7 @@ def test_reads_what_torch_wrote_bit_for_bit(name):
 
 def test_never_imports_torch():
   code = (
-    'import sys; from attnfd_jax import torch_files as t;'
+    'import sys; from attnfd_jax.pytorch import files as t;'
     f't.read_state_dict({str(GOLDEN / "zip.pth")!r});'
     'assert "torch" not in sys.modules'
   )

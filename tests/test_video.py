@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-from attnfd_jax import video
 from attnfd_jax.errors import InputError
+from attnfd_jax.inference import video
 
 
 def read(path):

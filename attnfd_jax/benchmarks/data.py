@@ -30,7 +30,7 @@ from attnfd_jax.data import transforms
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import deeplab
-from attnfd_jax.training import logs
+from attnfd_jax.runs import logs
 
 
 class _PilSource:

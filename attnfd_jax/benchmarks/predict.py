@@ -7,11 +7,11 @@ import time
 import jax
 import numpy as np
 
-from attnfd_jax import predictor
 from attnfd_jax.benchmarks import train
 from attnfd_jax.errors import InputError
-from attnfd_jax.training import logs
-from attnfd_jax.training import networks
+from attnfd_jax.inference import predictor
+from attnfd_jax.runs import logs
+from attnfd_jax.runs import networks
 
 
 def run(options):

@@ -20,11 +20,11 @@ import numpy as np
 from attnfd_jax.config import default_config
 from attnfd_jax.config import resolve
 from attnfd_jax.data.pairs import Dataset
+from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
-from attnfd_jax.training import logs
-from attnfd_jax.training import networks
-from attnfd_jax.training import sharding
-from attnfd_jax.training.flops import count_flops
+from attnfd_jax.models.flops import count_flops
+from attnfd_jax.runs import logs
+from attnfd_jax.runs import networks
 from attnfd_jax.training.stage import load_teacher
 from attnfd_jax.training.stage import make_stage_distiller
 from attnfd_jax.training.stage import make_student

@@ -7,10 +7,10 @@ import time
 
 import jax
 
-from attnfd_jax.training import checkpoints
+from attnfd_jax.devices import processes
+from attnfd_jax.runs import checkpoints
+from attnfd_jax.runs import logs
 from attnfd_jax.training import finite
-from attnfd_jax.training import logs
-from attnfd_jax.training import processes
 from attnfd_jax.training.stopping import Stopped
 
 _MUCH_WAITING = 0.1  # Of the time; then there is advice, once.

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from attnfd_jax.training import evaluation
-from attnfd_jax.training import logs
-from attnfd_jax.training import networks
-from attnfd_jax.training import processes
+from attnfd_jax.devices import processes
+from attnfd_jax.inference import evaluation
+from attnfd_jax.runs import logs
+from attnfd_jax.runs import networks
 
 
 def write(stage, state, directory, *, step):

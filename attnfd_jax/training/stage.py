@@ -10,19 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from attnfd_jax import metrics
-from attnfd_jax import torch_files
-from attnfd_jax import torch_models
 from attnfd_jax.data import cache
 from attnfd_jax.data import pipeline
 from attnfd_jax.data.sources import Dataset
+from attnfd_jax.devices import sharding
 from attnfd_jax.distill import make_distiller
 from attnfd_jax.distill import WeightedSum
 from attnfd_jax.errors import InputError
+from attnfd_jax.inference import evaluation
 from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.training import evaluation
-from attnfd_jax.training import networks
+from attnfd_jax.pytorch import files as torch_files
+from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import networks
 from attnfd_jax.training import optim
-from attnfd_jax.training import sharding
 from attnfd_jax.training.state import make_state
 from attnfd_jax.training.step import make_train_step
 from attnfd_jax.training.task_loss import make_task_loss

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from attnfd_jax.devices import sharding
 from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.losses import upsampled_cross_entropy
 from attnfd_jax.metrics import confusion_matrix
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.models.resizing import resize
 from attnfd_jax.models.resizing import score_precision
-from attnfd_jax.training import sharding
 from attnfd_jax.training.state import TrainState
 
 # Bytes of logits on a device above which the loss is taken part by part.

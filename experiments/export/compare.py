@@ -18,7 +18,7 @@ import tempfile
 import jax
 
 from attnfd_jax import export
-from attnfd_jax.training import logs
+from attnfd_jax.runs import logs
 
 FOLDER = pathlib.Path(__file__).parent
 

@@ -47,9 +47,6 @@ from PIL import Image
 
 from attnfd_jax import check_data
 from attnfd_jax import cli
-from attnfd_jax import contact_sheet
-from attnfd_jax import torch_files
-from attnfd_jax import torch_models
 from attnfd_jax.config import debug
 from attnfd_jax.config import default_config
 from attnfd_jax.config import resolve
@@ -58,8 +55,11 @@ from attnfd_jax.data import masks
 from attnfd_jax.data import pairs
 from attnfd_jax.data import pipeline
 from attnfd_jax.data import sources
+from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
-from attnfd_jax.training import sharding
+from attnfd_jax.pytorch import files as torch_files
+from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.reporting import contact_sheet
 from attnfd_jax.training import stage as stage_module
 from attnfd_jax.training import stages
 

@@ -26,8 +26,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from attnfd_jax.training import checkpoints
-from attnfd_jax.training import logs
+from attnfd_jax.runs import checkpoints
+from attnfd_jax.runs import logs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = pathlib.Path(__file__).parent / 'results'

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 
 from attnfd_jax import attnfd_loss
-from attnfd_jax import torch_files
-from attnfd_jax import torch_models
-from attnfd_jax import torch_names
+from attnfd_jax.devices.sharding import make_mesh
 from attnfd_jax.distill import WeightedSum
 from attnfd_jax.losses import softmax_cross_entropy
-from attnfd_jax.training import logs
+from attnfd_jax.pytorch import files as torch_files
+from attnfd_jax.pytorch import names as torch_names
+from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import logs
 from attnfd_jax.training import optim
 from attnfd_jax.training import state as states
 from attnfd_jax.training import step as steps
-from attnfd_jax.training.sharding import make_mesh
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import reference as authors

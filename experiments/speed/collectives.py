@@ -102,7 +102,7 @@ def main():
     print(json.dumps(rows[-1]), flush=True)
     devices *= 2
   if options.output:
-    from attnfd_jax.training import logs
+    from attnfd_jax.runs import logs
 
     found = {'rows': rows, 'versions': logs.versions()}
     text = json.dumps(found, indent=1)

@@ -20,11 +20,11 @@ import sys
 import tempfile
 import time
 
-from attnfd_jax import torch_files
-from attnfd_jax import torch_models
 from attnfd_jax.benchmarks import train
 from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.training import logs
+from attnfd_jax.pytorch import files as torch_files
+from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import logs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / 'configs' / 'quickstart.py'

@@ -37,12 +37,12 @@ import numpy as np
 from attnfd_jax.config import default_config
 from attnfd_jax.config import resolve
 from attnfd_jax.data.sources import load_dataset
+from attnfd_jax.devices import processes
+from attnfd_jax.devices import sharding
 from attnfd_jax.models.deeplab import IMAGE_MEAN
 from attnfd_jax.models.deeplab import IMAGE_STD
-from attnfd_jax.training import logs
-from attnfd_jax.training import networks
-from attnfd_jax.training import processes
-from attnfd_jax.training import sharding
+from attnfd_jax.runs import logs
+from attnfd_jax.runs import networks
 from attnfd_jax.training import stage as stages
 
 FOLDER = pathlib.Path(__file__).parent

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import attnfd_jax
+from attnfd_jax.devices import sharding
 from attnfd_jax.distill.attnfd import AttnFD
 from attnfd_jax.distill.attnfd import attnfd_loss
 from attnfd_jax.distill.attnfd import direction_distance
 from attnfd_jax.models.attention import CBAM
-from attnfd_jax.training import sharding
 
 # Sums of some hundred float32 products.
 CLOSE = {'rtol': 2e-5, 'atol': 2e-6}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from attnfd_jax.errors import InputError
-from attnfd_jax.training import checkpoints
+from attnfd_jax.runs import checkpoints
 
 RUN = {'seed': 0, 'batch_size': 4, 'records': 8}
 

@@ -24,9 +24,7 @@ from PIL import Image
 import pytest
 import xla_flags
 
-from attnfd_jax import contact_sheet
 from attnfd_jax import predict
-from attnfd_jax import torch_files
 from attnfd_jax.config import default_config
 from attnfd_jax.config import resolve
 from attnfd_jax.data import cache
@@ -36,7 +34,9 @@ from attnfd_jax.data import folder as folders
 from attnfd_jax.data import masks
 from attnfd_jax.errors import DataError
 from attnfd_jax.errors import InputError
-from attnfd_jax.training import networks
+from attnfd_jax.pytorch import files as torch_files
+from attnfd_jax.reporting import contact_sheet
+from attnfd_jax.runs import networks
 
 ROOT = pathlib.Path(__file__).parents[2]
 PATH = ROOT / 'experiments' / 'faults' / 'fuzz.py'

@@ -20,10 +20,10 @@ import small_run
 
 from attnfd_jax.data import pipeline
 from attnfd_jax.errors import InputError
-from attnfd_jax.training import checkpoints
-from attnfd_jax.training import evaluation
+from attnfd_jax.inference import evaluation
+from attnfd_jax.runs import checkpoints
+from attnfd_jax.runs import lock
 from attnfd_jax.training import finite
-from attnfd_jax.training import lock
 from attnfd_jax.training import loop
 from attnfd_jax.training import results
 from attnfd_jax.training import stage as stage_room
@@ -204,7 +204,7 @@ def test_refused_at_once(tmp_path, key, value, message):
 
 HOLD = """
 import pathlib, sys
-from attnfd_jax.training import lock
+from attnfd_jax.runs import lock
 with lock.locked(pathlib.Path(sys.argv[1])):
   print('held', flush=True)
   sys.stdin.read()

@@ -12,7 +12,7 @@ import pytest
 import tiny_run
 import xla_flags
 
-from attnfd_jax.training import checkpoints
+from attnfd_jax.runs import checkpoints
 
 # `main` with networks that compile fast.
 DRIVER = """
@@ -26,7 +26,7 @@ with small_run.small_networks(sys.argv.pop()):
 # A limit for files stands for a full disk: writing fails in the same places.
 FULL = """
   import resource
-  from attnfd_jax.training import checkpoints
+  from attnfd_jax.runs import checkpoints
   save = checkpoints.save
   def limited(*arguments, **options):
     resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))

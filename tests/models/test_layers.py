@@ -10,9 +10,9 @@ from plain import normal
 from plain import plain_convolution
 import pytest
 
+from attnfd_jax.devices import sharding
 from attnfd_jax.models import layers
 from attnfd_jax.models import resizing
-from attnfd_jax.training import sharding
 
 # Sums of at most some hundred products, in another order than NumPy's.
 CLOSE = {'rtol': 1e-5, 'atol': 1e-5}

@@ -9,7 +9,7 @@ from attnfd_jax import main
 from attnfd_jax.models import layers
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.training import networks
+from attnfd_jax.runs import networks
 
 
 class Small(DeepLabV3Plus):

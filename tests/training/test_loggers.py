@@ -8,10 +8,10 @@ import types
 import pytest
 import small_run
 
+from attnfd_jax.devices import processes
 from attnfd_jax.errors import InputError
-from attnfd_jax.training import loggers
-from attnfd_jax.training import logs
-from attnfd_jax.training import processes
+from attnfd_jax.runs import loggers
+from attnfd_jax.runs import logs
 
 
 class FakeWandb(types.ModuleType):

@@ -12,8 +12,8 @@ import pytest
 
 from attnfd_jax.distill import make_distiller
 from attnfd_jax.models.deeplab import DeepLabV3Plus
+from attnfd_jax.runs.networks import abstract_variables
 from attnfd_jax.training import optim
-from attnfd_jax.training.networks import abstract_variables
 
 SHAPES = {
   'student': {

@@ -11,9 +11,9 @@ import small_run
 import test_loggers
 
 from attnfd_jax.errors import InputError
-from attnfd_jax.training import evaluation
+from attnfd_jax.inference import evaluation
+from attnfd_jax.runs import logs
 from attnfd_jax.training import finite
-from attnfd_jax.training import logs
 from attnfd_jax.training import stages
 
 STAGES = small_run.STAGES

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnfd_jax.devices import sharding
 from attnfd_jax.distill import make_distiller
 from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.models import layers
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.training import optim
-from attnfd_jax.training import sharding
 from attnfd_jax.training import step as steps
 from attnfd_jax.training.state import make_state
 

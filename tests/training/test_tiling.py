@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnfd_jax.devices import sharding
 from attnfd_jax.evaluate import Averaged
+from attnfd_jax.inference import evaluation
+from attnfd_jax.inference import tiling
 from attnfd_jax.models import resizing
-from attnfd_jax.training import evaluation
-from attnfd_jax.training import sharding
-from attnfd_jax.training import tiling
 
 
 def draw(*shape):

@@ -13,12 +13,12 @@ import process_run
 import pytest
 import tiny_run
 
+from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
+from attnfd_jax.inference import evaluation
 from attnfd_jax.models import deeplab
 from attnfd_jax.models.resnet import ResNet
-from attnfd_jax.training import checkpoints
-from attnfd_jax.training import evaluation
-from attnfd_jax.training import sharding
+from attnfd_jax.runs import checkpoints
 from attnfd_jax.training import step as steps
 from attnfd_jax.training.state import make_state
 

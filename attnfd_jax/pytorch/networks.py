@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnfd_jax import torch_files
-from attnfd_jax import torch_names
 from attnfd_jax.distill.attnfd import AttnFD
 from attnfd_jax.errors import InputError
 from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.deeplab import TAPS
+from attnfd_jax.pytorch import files as torch_files
+from attnfd_jax.pytorch import names as torch_names
 
 # Layers of torchvision's MobileNetV2 blocks -> those of the reference.
 _TORCHVISION_BLOCK_1 = {'0.0': '0', '0.1': '1', '1': '3', '2': '4'}

@@ -12,7 +12,7 @@ import sys
 
 import jax
 
-from attnfd_jax.training import processes
+from attnfd_jax.devices import processes
 
 
 def write_json(path, value):

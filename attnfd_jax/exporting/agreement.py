@@ -11,15 +11,15 @@ import tempfile
 import numpy as np
 
 from attnfd_jax import evaluate
-from attnfd_jax import exported
 from attnfd_jax import metrics
 from attnfd_jax import predict
 from attnfd_jax.data import sources
 from attnfd_jax.data import transforms
 from attnfd_jax.data.synthetic import StreetScenes
+from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
-from attnfd_jax.training import evaluation
-from attnfd_jax.training import sharding
+from attnfd_jax.exporting import fresh_process as exported
+from attnfd_jax.inference import evaluation
 
 # Smaller images have maps of single pixels.
 SMALLEST = 32

@@ -10,11 +10,11 @@ import numpy as np
 
 from attnfd_jax.data import pipeline
 from attnfd_jax.data import transforms
+from attnfd_jax.devices import sharding
+from attnfd_jax.inference import tiling
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.models.resizing import resize
-from attnfd_jax.training import sharding
 from attnfd_jax.training import step
-from attnfd_jax.training import tiling
 
 # Short side of image and label in protocol `reference`; train_kd.py:281.
 REFERENCE_SHORT_SIDE = 513

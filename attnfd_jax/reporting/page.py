@@ -12,8 +12,8 @@ import statistics
 
 import numpy as np
 
-from attnfd_jax import report_figures as figures
-from attnfd_jax.report_figures import signed
+from attnfd_jax.reporting import figures as figures
+from attnfd_jax.reporting.figures import signed
 
 NAMES = figures.ROLE_NAMES
 _PRETTY = {'attnfd': 'AttnFD', 'at': 'AT', 'kd': 'KD', 'camvid': 'CamVid'}

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnfd_jax import torch_files
-from attnfd_jax import torch_models
 from attnfd_jax.errors import InputError
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.deeplab import TAPS
-from attnfd_jax.training import checkpoints
-from attnfd_jax.training.flops import count_flops
+from attnfd_jax.models.flops import count_flops
+from attnfd_jax.pytorch import files as torch_files
+from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import checkpoints
 
 # Of a stage made from a PyTorch file: '<collection>/<tap>/<leaf>'.
 ATTENTION_FILE = 'attention.safetensors'

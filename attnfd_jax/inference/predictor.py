@@ -9,9 +9,9 @@ import numpy as np
 
 from attnfd_jax import evaluate
 from attnfd_jax.data import transforms
+from attnfd_jax.inference import evaluation
+from attnfd_jax.inference import tiling
 from attnfd_jax.models.deeplab import normalise
-from attnfd_jax.training import evaluation
-from attnfd_jax.training import tiling
 
 # Padding to multiples of it bounds the number of compilations.
 SIZE_MULTIPLE = 64

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices and processes: mesh, shardings, who writes, memory."""

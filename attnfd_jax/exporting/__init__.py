@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Students for other programs, with proof that they agree."""
