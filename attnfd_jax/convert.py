@@ -26,14 +26,15 @@ from attnfd_jax.config import default_config
 from attnfd_jax.config import resolve
 from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
+from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import IMAGE_MEAN
 from attnfd_jax.models.deeplab import IMAGE_STD
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_models
 from attnfd_jax.runs import checkpoints
+from attnfd_jax.runs import loading
 from attnfd_jax.runs import logs
-from attnfd_jax.runs import networks
 from attnfd_jax.training.state import make_state
 
 TORCH_ENDINGS = ('.pth', '.pth.tar', '.safetensors')
@@ -202,7 +203,7 @@ def _write_folder(target, info, variables, attention):
     logs.write_json(temporary / 'environment.json', logs.environment())
     if attention is not None:
       torch_files.write_safetensors(
-        temporary / networks.ATTENTION_FILE, torch_names.flatten(attention)
+        temporary / loading.ATTENTION_FILE, torch_names.flatten(attention)
       )
     state = jax.tree.map(jnp.asarray, {'student': variables})
     state = make_state(state, optax.identity(), ema=False)
@@ -225,8 +226,8 @@ def export_stage(source, target):
     InputError: whenever the user can mend it; nothing is written then.
   """
   target = _new(target)
-  network, variables, info = networks.load_network(source)
-  attention = networks.load_attention(source, network, info)
+  network, variables, info = loading.load_network(source)
+  attention = loading.load_attention(source, network, info)
   tensors = torch_models.export_torch(
     variables, attention, backbone=network.backbone
   )
@@ -247,7 +248,7 @@ def export_stage(source, target):
     torch_files.write_torch(
       target, {'epoch': 0, 'state_dict': tensors, 'best_pred': 0.0}
     )
-  name = networks.describe(info[networks.role_of(info)])
+  name = networks.describe(info[loading.role_of(info)])
   lines = [f'{target}: {name}, {len(tensors)} entries']
   if network.in_path_attention:
     lines.append(

@@ -26,9 +26,10 @@ from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import evaluation
 from attnfd_jax.inference import submission as submissions
+from attnfd_jax.models import network as networks
 from attnfd_jax.progress import progress
+from attnfd_jax.runs import loading
 from attnfd_jax.runs import logs
-from attnfd_jax.runs import networks
 
 PROTOCOLS = {
   'native': 'scored at the size of the untouched labels',
@@ -131,13 +132,13 @@ def overlap_of(tile, overlap):
 def load_network(
   checkpoint, *, scales=(1.0,), flip=False, step=None, **options
 ):
-  """As networks.load_network, with the arithmetic of the stage's own score.
+  """As loading.load_network, with the arithmetic of the stage's own score.
 
   Args:
     checkpoint: folder of a stage.
     scales, flip: see `Averaged`; the bare network if they change nothing.
     step: which checkpoint; the best by default.
-    **options: of networks.load_network.
+    **options: of loading.load_network.
 
   Raises:
     InputError: if the folder is no stage, or has no such checkpoint.
@@ -147,11 +148,9 @@ def load_network(
       '--checkpoint is missing; name the folder of a stage, such as '
       '--checkpoint=runs/quickstart/distill.'
     )
-  network, variables, info = networks.load_network(
+  network, variables, info = loading.load_network(
     checkpoint, step=step, **options
   )
-  if info['optim']['dtype'] != 'float32':
-    network = network.clone(dtype=jnp.dtype(info['optim']['dtype']))
   if tuple(scales) != (1.0,) or flip:
     network = Averaged(network, tuple(scales), flip)
   return network, variables, info
@@ -159,7 +158,7 @@ def load_network(
 
 def describe(checkpoint, info):
   """'runs/quickstart/distill, step 320: resnet18 x0.125'."""
-  name = networks.describe(info[networks.role_of(info)])
+  name = networks.describe(info[loading.role_of(info)])
   return f'{checkpoint}, step {info["checkpoint_step"]}: {name}'
 
 

@@ -11,10 +11,10 @@ import orbax.checkpoint as ocp
 import tiny_run
 
 from attnfd_jax.models import layers
+from attnfd_jax.models import network as networks
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.runs import checkpoints
-from attnfd_jax.runs import networks
 
 STAGES = ('teacher', 'student', 'distill')
 

@@ -31,10 +31,10 @@ from attnfd_jax.benchmarks import train
 from attnfd_jax.exporting import agreement
 from attnfd_jax.exporting import fresh_process as exported
 from attnfd_jax.models import deeplab
+from attnfd_jax.models import network as networks
 from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
-from attnfd_jax.runs import networks
 
 pytestmark = [pytest.mark.commands, pytest.mark.slow]
 ROOT = pathlib.Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from attnfd_jax.config import resolve
 from attnfd_jax.data import classes
 from attnfd_jax.data import synthetic
 from attnfd_jax.errors import InputError
-from attnfd_jax.runs import networks
+from attnfd_jax.models import network as networks
 from attnfd_jax.training.stage import make_student
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'

@@ -17,13 +17,14 @@ from attnfd_jax import convert
 from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import deeplab
+from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import loading
 from attnfd_jax.runs import logs
-from attnfd_jax.runs import networks
 from attnfd_jax.training import stages
 from attnfd_jax.training.stage import Stage
 
@@ -89,7 +90,7 @@ def test_round_trip_is_bit_exact(tmp_path, tensors, backbone, ending, gates):
   )
   ours = tmp_path / 'new' / 'ours'
   assert sorted(path.name for path in (tmp_path / 'new').iterdir()) == ['ours']
-  network, _, info = networks.load_network(ours)
+  network, _, info = loading.load_network(ours)
   assert (network.backbone, network.num_classes) == (backbone, 21)
   assert network.width_multiplier == 0.125
   assert info['stage'] == 'converted' and info['data']['name'] == 'pascal_voc'
@@ -128,7 +129,7 @@ def test_classes_of_a_file_of_ours_come_back(tmp_path, tensors):
 def test_attention_in_the_forward_path_comes_back(tmp_path, tensors):
   source = write(tmp_path / 'a.pth', tensors())
   convert.import_stage(source, tmp_path / 'a', in_path_attention=True)
-  network, _, _ = networks.load_network(tmp_path / 'a')
+  network, _, _ = loading.load_network(tmp_path / 'a')
   assert network.in_path_attention
   lines = convert.export_stage(tmp_path / 'a', tmp_path / 'b.safetensors')
   assert any('forward path' in line for line in lines)
@@ -136,7 +137,7 @@ def test_attention_in_the_forward_path_comes_back(tmp_path, tensors):
     torch_files.read_state_dict(tmp_path / 'b.safetensors'), tensors()
   )
   convert.import_stage(tmp_path / 'b.safetensors', tmp_path / 'c')
-  network, _, _ = networks.load_network(tmp_path / 'c')
+  network, _, _ = loading.load_network(tmp_path / 'c')
   assert network.in_path_attention
 
 
@@ -208,7 +209,7 @@ def test_backbones_of_others_fill_exactly_the_backbone(tmp_path, tensors, kind):
     found['features.18.0.weight'] = np.ones((9, 9, 1, 1))
   path = write(tmp_path / 'a.pth', found)
   network, *_ = shapes(backbone)
-  variables, line = networks.load_pretrained(path, network)
+  variables, line = torch_models.load_pretrained(path, network)
   assert line.startswith(f'starts from the backbone of {path}: loaded')
   expected, _, _ = torch_models.import_network(
     torch_models.reference_names(full), network
@@ -284,7 +285,7 @@ def test_allow_missing_fills_the_rest_at_random(tmp_path, tensors):
     path, tmp_path / 'b', num_classes=19, allow_missing=True
   )
   assert any('tensors are random' in line for line in lines)
-  _, variables, info = networks.load_network(tmp_path / 'b')
+  _, variables, info = loading.load_network(tmp_path / 'b')
   assert info['class_names'] == list(classes.CITYSCAPES)
   back = torch_models.export_torch(variables, backbone='resnet18')
   assert back['decoder.last_conv.8.weight'].shape == (19, 16, 1, 1)

@@ -21,10 +21,10 @@ from attnfd_jax.exporting import agreement
 from attnfd_jax.exporting import fresh_process as exported
 from attnfd_jax.models import deeplab
 from attnfd_jax.models import mobilenet_v2
+from attnfd_jax.models import network as networks
 from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
-from attnfd_jax.runs import networks
 
 # Fewer blocks of the same kinds compile faster.
 SHORT = {

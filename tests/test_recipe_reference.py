@@ -97,11 +97,11 @@ from attnfd_jax.data.transforms import Augment
 from attnfd_jax.devices import sharding
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import layers
+from attnfd_jax.models import network as networks
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
-from attnfd_jax.runs import networks
 from attnfd_jax.training import stage as stages
 from attnfd_jax.training.step import make_train_step
 

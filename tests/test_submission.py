@@ -14,7 +14,7 @@ from attnfd_jax.data import classes
 from attnfd_jax.data.pairs import Dataset
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import submission
-from attnfd_jax.runs import networks
+from attnfd_jax.runs import loading
 
 # helpers/labels.py of cityscapesScripts, by train id.
 IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
@@ -101,7 +101,7 @@ def test_the_test_split_without_classes(tmp_path, monkeypatch, zipped):
     'optim': {'dtype': 'float32'},
   }
   monkeypatch.setattr(
-    networks, 'load_network', lambda *x, **options: (Brightest(), {}, info)
+    loading, 'load_network', lambda *x, **options: (Brightest(), {}, info)
   )
 
   def run(**options):

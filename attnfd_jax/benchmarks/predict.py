@@ -10,8 +10,8 @@ import numpy as np
 from attnfd_jax.benchmarks import train
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import predictor
+from attnfd_jax.models import network as networks
 from attnfd_jax.runs import logs
-from attnfd_jax.runs import networks
 
 
 def run(options):

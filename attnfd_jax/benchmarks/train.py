@@ -22,9 +22,9 @@ from attnfd_jax.config import resolve
 from attnfd_jax.data.pairs import Dataset
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
+from attnfd_jax.models import network as networks
 from attnfd_jax.models.flops import count_flops
 from attnfd_jax.runs import logs
-from attnfd_jax.runs import networks
 from attnfd_jax.training.stage import load_teacher
 from attnfd_jax.training.stage import make_stage_distiller
 from attnfd_jax.training.stage import make_student

@@ -275,6 +275,44 @@ def load_torch(source, *, backbone, num_classes, **options):
   return variables, attention
 
 
+def load_pretrained(path, network):
+  """Variables of a network from the backbone, or all, of a PyTorch file.
+
+  Args:
+    path: of the file; a head for other classes is left out.
+    network: DeepLabV3Plus.
+
+  Returns:
+    The variables with None where the file has nothing that fits, and a line
+    that says so.
+
+  Raises:
+    InputError: if it cannot be read, or does not fill the whole backbone.
+  """
+  try:
+    tensors = reference_names(torch_files.read_state_dict(path))
+  except OSError as error:
+    raise InputError(
+      f'{path}: cannot be read ({error.strerror}); is pretrained of '
+      'config.teacher or config.student right?'
+    ) from error
+  variables, _, report = import_network(tensors, network)
+  backbone = jax.tree.leaves(
+    [tree.get('backbone') for tree in variables.values()],
+    is_leaf=lambda x: x is None,
+  )
+  if any(leaf is None for leaf in backbone):
+    raise InputError(
+      f'{path}: does not fill the backbone {network.backbone}: {report}.'
+    )
+  what = 'whole network'
+  if not report.complete:
+    what = 'backbone and what else fits'
+  if backbone_only(report):
+    what = 'backbone'
+  return variables, f'starts from the {what} of {path}: {report}'
+
+
 @dataclasses.dataclass(frozen=True)
 class DistillationPair:
   """Student, teacher and distiller with their variables."""

@@ -8,8 +8,8 @@ import numpy as np
 
 from attnfd_jax.devices import processes
 from attnfd_jax.inference import evaluation
+from attnfd_jax.models import network as networks
 from attnfd_jax.runs import logs
-from attnfd_jax.runs import networks
 
 
 def write(stage, state, directory, *, step):

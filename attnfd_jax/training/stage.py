@@ -18,10 +18,11 @@ from attnfd_jax.distill import make_distiller
 from attnfd_jax.distill import WeightedSum
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import evaluation
+from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
-from attnfd_jax.runs import networks
+from attnfd_jax.runs import loading
 from attnfd_jax.training import optim
 from attnfd_jax.training.state import make_state
 from attnfd_jax.training.step import make_train_step
@@ -37,7 +38,7 @@ class Teacher:
   variables: dict
   name: str
   miou: float | None  # On val, if known.
-  # Frozen CBAMs of its checkpoint, as of networks.load_attention.
+  # Frozen CBAMs of its checkpoint, as of loading.load_attention.
   attention: dict | None = None
 
 
@@ -51,7 +52,7 @@ def load_teacher(config, workdir, dataset, mesh):
   everywhere = sharding.replicated(mesh)
   if pathlib.Path(directory).is_file():
     return _load_torch_teacher(config, directory, dataset, everywhere)
-  network, variables, info = networks.load_network(
+  network, variables, info = loading.load_network(
     directory, sharding=everywhere
   )
   if list(info['class_names']) != list(dataset.class_names):
@@ -66,9 +67,9 @@ def load_teacher(config, workdir, dataset, mesh):
     # Whatever drops in a teacher, ASPP does not (aspp.py:104-111).
     network.clone(dtype=dtype, aspp_dropout=0.0),
     variables,
-    name=networks.describe(info[networks.role_of(info)]),
+    name=networks.describe(info[loading.role_of(info)]),
     miou=score,
-    attention=networks.load_attention(directory, network, info),
+    attention=loading.load_attention(directory, network, info),
   )
 
 
@@ -230,7 +231,7 @@ class Stage:
     state = jax.jit(self._init, out_shardings=everywhere)(self._init_key)
     if fresh and self.options.pretrained:
       path = self.options.pretrained
-      loaded, line = networks.load_pretrained(path, self.network)
+      loaded, line = torch_models.load_pretrained(path, self.network)
       log(line)
       state = self._fill(state, 'student', loaded)
     if self._keeps_gates:

@@ -19,11 +19,12 @@ from attnfd_jax.devices import memory
 from attnfd_jax.devices import processes
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
+from attnfd_jax.models import network as networks
+from attnfd_jax.pytorch import networks as torch_models
 from attnfd_jax.runs import checkpoints
 from attnfd_jax.runs import lock
 from attnfd_jax.runs import loggers
 from attnfd_jax.runs import logs
-from attnfd_jax.runs import networks
 from attnfd_jax.training import finite
 from attnfd_jax.training import loop
 from attnfd_jax.training import results
@@ -159,7 +160,7 @@ def _check_files(config, dataset, mesh, workdir):
     given = role == 'teacher' and config.teacher.checkpoint
     if config[role].pretrained and not given:
       network = networks.make_network(config[role], dataset.num_classes)
-      networks.load_pretrained(config[role].pretrained, network)
+      torch_models.load_pretrained(config[role].pretrained, network)
     if name == 'distill' and config.teacher.checkpoint:
       load_teacher(config, workdir, dataset, mesh)
   if 'distill' in config.stages and not config.teacher.checkpoint:

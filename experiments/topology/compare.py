@@ -39,10 +39,10 @@ from attnfd_jax.config import resolve
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import processes
 from attnfd_jax.devices import sharding
+from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import IMAGE_MEAN
 from attnfd_jax.models.deeplab import IMAGE_STD
 from attnfd_jax.runs import logs
-from attnfd_jax.runs import networks
 from attnfd_jax.training import stage as stages
 
 FOLDER = pathlib.Path(__file__).parent

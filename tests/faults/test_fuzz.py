@@ -34,9 +34,11 @@ from attnfd_jax.data import folder as folders
 from attnfd_jax.data import masks
 from attnfd_jax.errors import DataError
 from attnfd_jax.errors import InputError
+from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import files as torch_files
+from attnfd_jax.pytorch import networks as torch_models
 from attnfd_jax.reporting import contact_sheet
-from attnfd_jax.runs import networks
+from attnfd_jax.runs import loading
 
 ROOT = pathlib.Path(__file__).parents[2]
 PATH = ROOT / 'experiments' / 'faults' / 'fuzz.py'
@@ -440,12 +442,12 @@ def test_captions_of_any_length():
 def test_damaged_description_of_a_stage(tmp_path, text):
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(InputError, match='config.json: damaged'):
-    networks.load_network(tmp_path)
+    loading.load_network(tmp_path)
 
 
 def test_absent_weights_are_told_with_their_key():
   with pytest.raises(InputError, match='pretrained of config.teacher or'):
-    networks.load_pretrained('/gone', None)
+    torch_models.load_pretrained('/gone', None)
 
 
 def test_generators_write_whole_files():

@@ -7,9 +7,9 @@ import tiny_run
 from attnfd_jax import cli
 from attnfd_jax import main
 from attnfd_jax.models import layers
+from attnfd_jax.models import network as networks
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.runs import networks
 
 
 class Small(DeepLabV3Plus):

@@ -4,7 +4,7 @@
 import pytest
 
 from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.runs.networks import count_gflops
+from attnfd_jax.models.network import count_gflops
 
 
 # Multiply-adds in 1e9 at 513 x 513, 21 classes; METHOD section 2.9.

@@ -12,7 +12,7 @@ import pytest
 
 from attnfd_jax.distill import make_distiller
 from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.runs.networks import abstract_variables
+from attnfd_jax.models.network import abstract_variables
 from attnfd_jax.training import optim
 
 SHAPES = {
