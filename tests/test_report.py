@@ -159,7 +159,9 @@ def test_seeds_are_summarised(tmp_path):
   config['distill']['attn_lambda'] = 3.5
   _write_json(folders[1] / 'config.json', config)
   page = _page(folders, tmp_path / 'report.html')
-  assert 'distill.attn_lambda=3.5' in page and 'distill.attn_lambda=2.0' in page
+  assert (
+    'distill.attnfd.weight=3.5' in page and 'distill.attnfd.weight=2.0' in page
+  )
   assert ' ± ' not in page
 
 

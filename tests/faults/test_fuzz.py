@@ -373,7 +373,7 @@ def test_class_names_must_be_names(tmp_path, names):
     ('student.aspp_channels', -1, 'must be from 1 to 65536'),
     ('student.head_dropout', 2.0, 'must be from 0 to 1'),
     ('teacher.width_multiplier', 0.0, 'must be from 0.001 to 64'),
-    ('distill.temperature', 0.0, 'must be from 0.001 to 1e+06'),
+    ('distill.kd.temperature', 0.0, 'must be from 0.001 to 1e+06'),
     ('eval.size_multiple', 0, 'must be 1 or more'),
     ('teacher.backbone', None, 'leave it out for its default'),
   ],
