@@ -17,8 +17,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from attnfd_jax import cli
-from attnfd_jax import report
 from attnfd_jax.devices import processes
+from attnfd_jax.reporting.page import write_report
 from attnfd_jax.training import stages
 from attnfd_jax.training.stopping import Stop
 
@@ -67,7 +67,7 @@ def _run(workdir, stop):
       stages.run(CONFIG.value, workdir, stop=stop)
     return
   results = stages.run(CONFIG.value, workdir, stop=stop)
-  report.write_report([workdir], workdir / 'report.html')
+  write_report([workdir], workdir / 'report.html')
   for name, result in results.items():
     test = result.get('test')
     print(
