@@ -50,7 +50,7 @@ def draw_sheet(dataset, problems):
     draw.text((x + 22, y), _shorten(name, 24), 'black')
   for row, (caption, cells) in enumerate(rows):
     y = top + row * step
-    draw.text((_GAP, y), _shorten(caption, 120), 'black')
+    draw.text((_GAP, y), _shorten(caption, 110), 'black')
     for column, cell in enumerate(cells):
       if cell:
         sheet.paste(cell, (_GAP + column * (_CELL[0] + _GAP), y + _LINE))
