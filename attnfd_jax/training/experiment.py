@@ -20,7 +20,7 @@ from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import networks as torch_networks
-from attnfd_jax.report import write_report
+from attnfd_jax.reporting.page import write_report
 from attnfd_jax.runs import checkpoints
 from attnfd_jax.runs import code
 from attnfd_jax.runs import lock
