@@ -17,8 +17,7 @@ from attnfd_jax.errors import DataError
 _CELL, _GAP, _LINE = (240, 180), 8, 14  # Pixels, as the next two.
 _WIDTH = 3 * (_CELL[0] + _GAP) + _GAP
 _LONGEST = 8192  # Much longer sides are read in steps: reach grows with them.
-_ROWS = 3  # Of each split.
-_ROWS_OF_KIND = 2
+_ROWS, _ROWS_OF_KIND = 3, 2  # Of each split; of each kind of problem.
 _WRONG = (255, 0, 255)
 _CODE = np.array([1 << 16, 1 << 8, 1])  # Of red, green, blue.
 

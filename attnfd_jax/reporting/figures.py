@@ -42,7 +42,7 @@ def miou_chart(curves):
   lines = {}
   for role, (steps, values) in curves.items():
     marker = ROLES[role].marker if len(steps) <= 40 else None
-    lines[ROLES[role].title] = (steps, 100 * values, _line(role, marker))
+    lines[ROLES[role].title] = (steps, 100 * values, _line(role, marker=marker))
   return _line_chart(lines, ylabel='mIoU val, %')
 
 
@@ -56,9 +56,9 @@ def loss_chart(curves, role):
   return _line_chart(lines, ylabel='loss')
 
 
-def _line(role, marker=None):
-  style = {'color': ROLES[role].color, 'linestyle': '-', 'linewidth': 2}
-  return style | {'marker': marker}
+def _line(role, **options):
+  color = ROLES[role].color
+  return {'color': color, 'linestyle': '-', 'linewidth': 2, **options}
 
 
 @style.context(pathlib.Path(__file__).with_name('charts.mplstyle'))
@@ -87,8 +87,7 @@ def _line_chart(lines, *, ylabel):
 
 def _thin(values, most=150):
   """Means over neighbors, so that a long run stays a small drawing."""
-  parts = np.array_split(values, min(len(values), most))
-  return [np.mean(part) for part in parts]
+  return [x.mean() for x in np.array_split(values, min(len(values), most))]
 
 
 def _svg(figure):
