@@ -52,13 +52,12 @@ def loss_chart(curves, role):
   terms = [name for name in curves if name != 'loss']
   # The only term of a stage without distillation is its total.
   for name in terms if len(terms) > 1 else ():
-    lines[name] = (*curves[name], {})
+    lines[name] = (*curves[name], {'linewidth': 1.5})
   return _line_chart(lines, ylabel='loss')
 
 
 def _line(role, **options):
-  color = ROLES[role].color
-  return {'color': color, 'linestyle': '-', 'linewidth': 2, **options}
+  return {'color': ROLES[role].color, 'linestyle': '-', **options}
 
 
 @style.context(pathlib.Path(__file__).with_name('charts.mplstyle'))
