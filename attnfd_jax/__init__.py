@@ -29,5 +29,5 @@ __version__ = '0.1.0'
 def __getattr__(name):
   # What the loss does not need is imported when it is asked for.
   if name == 'predict':
-    return importlib.import_module('attnfd_jax.predict')
+    return importlib.import_module('attnfd_jax.inference.predictor').predict
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

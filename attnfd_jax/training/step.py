@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One jitted, sharded, donated step for all stages; the step of evaluation."""
+"""One jitted, sharded, donated step for all stages."""
 
 import functools
 
@@ -10,9 +10,7 @@ import optax
 from attnfd_jax.devices import sharding
 from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.losses import upsampled_cross_entropy
-from attnfd_jax.metrics import confusion_matrix
 from attnfd_jax.models.deeplab import normalise
-from attnfd_jax.models.resizing import resize
 from attnfd_jax.models.resizing import score_precision
 from attnfd_jax.training.state import TrainState
 
@@ -222,28 +220,4 @@ def make_train_step(
     donate_argnums=0,
     in_shardings=(place, everywhere, sharding.by_batch(mesh), everywhere),
     out_shardings=(place, everywhere),
-  )
-
-
-@functools.lru_cache
-def make_eval_step(network, num_classes, mesh):
-  """Returns jitted (variables, batch) -> confusion matrix int32 [k, k].
-
-  Cached, so that two stages with the same network share one compilation.
-  """
-
-  def eval_step(variables, batch):
-    image = sharding.split_height(normalise(batch['image']), mesh)
-    out = network.apply(variables, image, train=False)
-    label = sharding.split_height(batch['label'], mesh)
-    # From the coarse scores in one step, whatever the size of the label.
-    logits = resize(out['coarse_logits'], *label.shape[1:])
-    predictions = jnp.argmax(logits, -1)
-    return confusion_matrix(predictions, label, num_classes=num_classes)
-
-  everywhere = sharding.replicated(mesh)
-  return jax.jit(
-    eval_step,
-    in_shardings=(everywhere, sharding.by_batch(mesh)),
-    out_shardings=everywhere,
   )

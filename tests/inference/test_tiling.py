@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from attnfd_jax.devices import sharding
-from attnfd_jax.evaluate import Averaged
 from attnfd_jax.inference import evaluation
+from attnfd_jax.inference import predictor
 from attnfd_jax.inference import tiling
+from attnfd_jax.inference.averaging import Averaged
 from attnfd_jax.models import resizing
 
 
@@ -243,7 +244,7 @@ def count(found):
 )
 @pytest.mark.parametrize('tile', [None, (999, 999)], ids=['whole', 'tile'])
 def test_one_by_one_counts_what_batches_count(monkeypatch, options, tile):
-  monkeypatch.setattr(evaluation, 'REFERENCE_SHORT_SIDE', 45)
+  monkeypatch.setattr(predictor, 'REFERENCE_SHORT_SIDE', 45)
   network, source = Blurred(), Source(SIZES)
   expected = evaluation.evaluate(
     network,
