@@ -14,7 +14,6 @@ import grain
 import jax
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
 from attnfd_jax.data import masks
 from attnfd_jax.data import sources
@@ -40,12 +39,8 @@ def _natural(path):
 
 
 def find_images(pattern):
-  """Files of an image, a folder (not its subfolders) or a glob.
-
-  They are in the order of the numbers in their names.
-
-  Raises:
-    InputError: if there are none.
+  """Files of an image, a folder (not its subfolders) or a glob, in the order of
+  the numbers in their names; InputError if there are none.
   """
   path = pathlib.Path(pattern)
   if path.is_dir():
@@ -67,7 +62,7 @@ def plan_outputs(
 ):
   """Input path -> {kind: file to write}, and the path of areas.csv.
 
-  Only checks `video`, the path of one more file, or None.
+  `video` is one more file that will be written, or None.
 
   Raises:
     InputError: if two files would be written to one place, over an input, or
@@ -140,20 +135,6 @@ def _write(files, image, ids, confidence, palette):
   return np.asarray(overlay)
 
 
-def _read(path, size):
-  """An image, of `size` if that is not None."""
-  try:
-    image = sources.read_image(path)
-  except OSError as error:
-    raise InputError(str(error)) from error
-  h, w = image.shape[:2]
-  if max(h, w) > _LONGEST:
-    raise InputError(f'{path}: {w}x{h}, a side is longer than {_LONGEST}.')
-  if size and (h, w) != size:
-    raise InputError(f'{path}: {w}x{h}, and its header said another size.')
-  return image
-
-
 def predict_files(
   checkpoint,
   pattern,
@@ -165,20 +146,17 @@ def predict_files(
   fps=25.0,
   **options,
 ):
-  """Segments files into a folder; predict.py says what is written.
+  """Segments files into a folder; returns the number of images.
 
   Args:
     checkpoint: folder of a stage.
     pattern: an image, a folder or a glob.
-    output: folder; made if absent.
+    output: folder, made if absent; predict.py says what is in it.
     overwrite: replace files that exist.
     confidence: write it as well.
     video: file for the overlays of all images, see video.py, or None.
     fps: its frames a second.
     **options: see `Predictor`.
-
-  Returns:
-    number of images.
 
   Raises:
     InputError: before any work if it could not be done as a whole; after it
@@ -198,38 +176,42 @@ def predict_files(
   device = threading.Lock()  # One image there, others in reading and writing.
 
   def work(path):
-    """Share of each class and the overlay, or (None, why there is none)."""
+    """Share of each class and the overlay, or (None, why it was skipped)."""
     try:
-      image = _read(path, size)
+      image = sources.read_image(path)
+      h, w = image.shape[:2]
+      if max(h, w) > _LONGEST:
+        return None, f'{path}: {w}x{h}, a side is longer than {_LONGEST}.'
+      if size and (h, w) != size:
+        return None, f'{path}: {w}x{h}, and its header said another size.'
       with device:
         ids, probability = predictor(image)
-    except InputError as error:
+    except (InputError, OSError) as error:
       return None, str(error)
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
       return None, (
-        f'{path}: {image.shape[1]}x{image.shape[0]} needs more memory than the '
-        'device has; use --tile, or a smaller one.'
+        f'{path}: {w}x{h} needs more memory than the device has; use --tile, '
+        'or a smaller one.'
       )
     overlay = _write(plan[path], image, ids, probability, predictor.palette)
     counts = np.bincount(ids.ravel(), minlength=len(predictor.class_names))
     return counts / ids.size, overlay if size else None
 
   results = grain.MapDataset.source(paths).map(work).to_iter_dataset(_READING)
-  rows = []
+  results = progress(len(paths), iterable=results)
+  rows, add_frame = [], None
   with contextlib.ExitStack() as stack:
-    bar = stack.enter_context(progress(len(paths)))
     if size:
       video.parent.mkdir(parents=True, exist_ok=True)
       add_frame = stack.enter_context(videos.writer(video, size, fps))
     for path, (shares, found) in zip(paths, results, strict=True):
-      bar.update()
       if shares is None:
-        tqdm.write(f'skipped {found}', file=sys.stderr)
+        results.write(f'skipped {found}', file=sys.stderr)
         continue
       rows.append([path.name, *(f'{share:.6f}' for share in shares)])
-      if size:
+      if add_frame:
         add_frame(found)
   text = io.StringIO(newline='')
   csv.writer(text).writerows([['image', *predictor.class_names], *rows])

@@ -2,7 +2,6 @@
 """The flags that `evaluate` and `predict` share."""
 
 import math
-import re
 
 from absl import flags
 
@@ -33,7 +32,7 @@ def read(values):
       '--checkpoint is missing; name the folder of a stage, such as '
       '--checkpoint=runs/quickstart/distill.'
     )
-  if values.overlap is not None and not values.tile:
+  if values.overlap is not None and values.tile is None:
     raise InputError('--overlap is of tiles; add --tile=HEIGHTxWIDTH.')
   return {
     'checkpoint': values.checkpoint,
@@ -46,12 +45,16 @@ def read(values):
   }
 
 
+def _numbers(kind, text, separator):
+  try:
+    return tuple(map(kind, text.split(separator)))
+  except ValueError:
+    return ()
+
+
 def parse_scales(text):
   """(0.75, 1.0) from '0.75,1'."""
-  try:
-    scales = tuple(map(float, text.split(',')))
-  except ValueError:
-    scales = ()
+  scales = _numbers(float, text, ',')
   if not scales or not all(0 < scale < math.inf for scale in scales):
     raise InputError(
       f'--scales={text}: expected positive numbers between commas, such as '
@@ -64,9 +67,8 @@ def parse_tile(text):
   """(512, 1024) from '512x1024', height first; None from None."""
   if text is None:
     return None
-  sides = re.fullmatch(r'([0-9]+)x([0-9]+)', text.lower())
-  tile = tuple(map(int, sides.groups())) if sides else (0, 0)
-  if min(tile) < 32:
+  tile = _numbers(int, text.lower(), 'x')
+  if len(tile) != 2 or min(tile) < 32:
     raise InputError(
       f'--tile={text}: expected HEIGHTxWIDTH, both at least 32, such as '
       '--tile=512x1024.'

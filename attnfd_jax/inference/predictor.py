@@ -180,20 +180,12 @@ class Predictor:
     )
 
   def __call__(self, image):
-    """Class ids and confidence, uint8 [h, w] each; see `segment`.
+    """Class ids and confidence, uint8 [h, w], of uint8 RGB [h, w, 3].
 
     An image that is no larger than a tile is seen whole, padded to multiples
-    of 64.
-
-    Args:
-      image: uint8 RGB [h, w, 3], of any size.
+    of 64; see `segment`.
     """
-    if (
-      image.dtype != np.uint8
-      or image.ndim != 3
-      or image.shape[2] != 3
-      or not image.size
-    ):
+    if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
       raise ValueError(
         f'image is {image.dtype} {image.shape}; it must be uint8 [h, w, 3].'
       )

@@ -55,8 +55,9 @@ def load_split(info, data_root, split, *, unlabeled=False):
     text = str(error).replace('--config.data.root', '--data_root')
     raise InputError(text) from error
   splits = dict(dataset.splits)
-  if unlabeled and (dataset.name, split) == ('cityscapes', 'test'):
-    splits.setdefault(split, submissions.test_images(info['data']['root']))
+  hidden = (dataset.name, split) == ('cityscapes', 'test')
+  if unlabeled and hidden and split not in splits:
+    splits[split] = submissions.test_images(info['data']['root'])
   if split not in splits:
     raise InputError(
       f'--split={split}: {dataset.name} has {", ".join(splits)}.'

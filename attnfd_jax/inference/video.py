@@ -41,7 +41,7 @@ def writer(path, size, fps):
 
   The file gets its name when the block ends and all frames are in it; else,
   and without a frame, nothing is left but what was there before. FFmpeg cuts
-  odd sides by a pixel.
+  odd sides by a pixel. InputError if OpenCV cannot write it, or not all of it.
 
   Args:
     path: see `check`; replaced if it exists.
