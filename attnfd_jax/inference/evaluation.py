@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One confusion matrix over a data set, and pictures of a few images."""
+"""One confusion matrix over a data set."""
 
 import functools
 
@@ -143,58 +143,3 @@ def chosen_records(source, count, *, short_side=0):
     )
     for i in indices
   ]
-
-
-def make_pictures(network, variables, records, palette):
-  """Arrays for the report: image, label, prediction, palette."""
-  image = np.stack([record['image'] for record in records])
-  variables = sharding.to_host(variables)
-
-  @jax.jit
-  def predict(variables, image):
-    out = network.apply(variables, normalise(image), train=False)
-    return jnp.argmax(out['logits'], -1).astype(jnp.uint8)
-
-  return {
-    'image': image,
-    'label': np.stack([record['label'] for record in records]),
-    'prediction': np.asarray(predict(variables, image)),
-    'palette': palette,
-  }
-
-
-def attention_maps(student, teacher, distiller, variables, records):
-  """{'student_attention_<tap>', 'teacher_attention_<tap>'}: float [n, h, w].
-
-  The length of each pixel's refined vector, from 0 to 1 in each map.
-
-  Args:
-    student, teacher, distiller: modules.
-    variables: of the three, in this order.
-    records: as of `chosen_records`.
-  """
-
-  @jax.jit
-  def refine(variables, image):
-    image = normalise(image)
-    features = [
-      network.apply(parts, image, train=False)['features']
-      for network, parts in zip((student, teacher), variables, strict=False)
-    ]
-    refined = distiller.apply(
-      variables[2], *features, train=False, method='refined_maps'
-    )
-    return jax.tree.map(
-      lambda x: jnp.linalg.norm(x.astype(jnp.float32), axis=-1), refined
-    )
-
-  image = np.stack([record['image'] for record in records])
-  found = {}
-  maps = refine(sharding.to_host(variables), image)
-  for role, taps in zip(('student', 'teacher'), maps, strict=True):
-    for tap, x in taps.items():
-      x = np.asarray(x)
-      low, high = (f(x, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
-      scaled = (x - low) / np.maximum(high - low, 1e-12)
-      found[f'{role}_attention_{tap}'] = scaled.astype(np.float16)
-  return found

@@ -21,7 +21,7 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.inference import video as videos
 from attnfd_jax.inference.predictor import Predictor
 from attnfd_jax.progress import progress
-from attnfd_jax.runs import logs
+from attnfd_jax.runs import paths as run_paths
 
 # What a folder is searched for; a file that is named may be anything.
 ENDINGS = (*sources.IMAGE_ENDINGS, '.bmp', '.tif', '.tiff', '.webp')
@@ -215,7 +215,7 @@ def predict_files(
         add_frame(found)
   text = io.StringIO(newline='')
   csv.writer(text).writerows([['image', *predictor.class_names], *rows])
-  with logs.replacing(table) as file:
+  with run_paths.replacing(table) as file:
     # Names of files are bytes, and not always text.
     file.write(text.getvalue().encode(errors='surrogateescape'))
   if len(rows) < len(paths):

@@ -195,7 +195,11 @@ class Local:
 def _local(monkeypatch, reach, *, short_side=0, **options):
   info = {
     'stage': 'student',
-    'student': {'backbone': 'none', 'width_multiplier': 1},
+    'student': {
+      'network': 'deeplabv3plus',
+      'backbone': 'none',
+      'width_multiplier': 1,
+    },
     'class_names': ['a', 'b', 'c'],
     'palette': np.zeros((3, 3), np.uint8),
     'checkpoint_step': 1,

@@ -93,7 +93,11 @@ def test_the_test_split_without_classes(tmp_path, monkeypatch, zipped):
   monkeypatch.setattr(scoring, 'load_dataset', lambda config: dataset)
   info = {
     'stage': 'student',
-    'student': {'backbone': 'none', 'width_multiplier': 1},
+    'student': {
+      'network': 'deeplabv3plus',
+      'backbone': 'none',
+      'width_multiplier': 1,
+    },
     'checkpoint_step': 1,
     'class_names': list(names),
     'palette': palette,
