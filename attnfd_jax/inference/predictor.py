@@ -202,17 +202,11 @@ class Predictor:
 def predict(images, checkpoint, **options):
   """Class ids of images, a list of uint8 [h, w].
 
-  Reads the checkpoint at each call; for images that come one by one keep a
-  `Predictor`.
-
   Args:
     images: list of uint8 RGB [h, w, 3], each of its own size.
-    checkpoint: folder of a stage, e.g. runs/camvid/distill.
+    checkpoint: folder of a stage, e.g. runs/camvid/distill. It is read at each
+      call; for images that come one by one keep a `Predictor`.
     **options: scales, flip, tile, overlap, step, allow_code; see `Predictor`.
-
-  Raises:
-    InputError: as `Predictor`.
-    ValueError: if an image is of another type or shape.
   """
   predictor = Predictor(checkpoint, **options)
   return [predictor(image)[0] for image in images]

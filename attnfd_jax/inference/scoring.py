@@ -104,14 +104,22 @@ def evaluate_checkpoint(
     raise InputError(
       f'--protocol={protocol} must be one of {", ".join(PROTOCOLS)}.'
     )
+  views = {'scales': list(scales), 'flip': flip}
   tiles = {'tile': tile, 'overlap': overlap}
-  stage = Predictor(checkpoint, scales=scales, flip=flip, **tiles, **options)
+  stage = Predictor(checkpoint, **views, **tiles, **options)
   dataset, source = load_split(
     stage.info, data_root, split, unlabeled=submission is not None
   )
   settings, num_classes = stage.info['eval'], dataset.num_classes
   protocol = protocol or settings['protocol']
-  short_side = seen_short_side(protocol, settings.get('short_side', 0))
+  seen = {
+    'protocol': protocol,
+    'short_side': seen_short_side(protocol, settings.get('short_side', 0)),
+  }
+  reading = {
+    'size_multiple': settings['size_multiple'],
+    'threads': stage.info['data']['threads'],
+  }
   write = None
   if submission is not None:
     write = submissions.make_writer(
@@ -125,12 +133,6 @@ def evaluate_checkpoint(
   edges = np.zeros((num_classes + 1,) * 2, np.int64)
   with progress(len(source)) as bar:
     given = (stage.network, stage.variables, _Counted(source, bar))
-    seen = {
-      'protocol': protocol,
-      'short_side': short_side,
-      'size_multiple': settings['size_multiple'],
-      'threads': stage.info['data']['threads'],
-    }
     if tile is None and not boundary and write is None:
       counts = evaluation.evaluate(
         *given,
@@ -138,9 +140,10 @@ def evaluate_checkpoint(
         mesh=sharding.make_mesh(),
         batch_size=settings['batch_size'],
         **seen,
+        **reading,
       )
     else:
-      pairs = evaluation.predictions(*given, **seen, **tiles)
+      pairs = evaluation.predictions(*given, **seen, **reading, **tiles)
       for index, pair in enumerate(pairs):
         counts += metrics.host_confusion_matrix(*pair, num_classes=num_classes)
         if boundary:
@@ -154,16 +157,12 @@ def evaluate_checkpoint(
     key: None if isinstance(value, float) and math.isnan(value) else value
     for key, value in result.items()
   }
-  return counts, result | {
+  return counts, result | seen | views | {
     'checkpoint': str(checkpoint),
     'stage': stage.info['stage'],
     'dataset': dataset.name,
     'split': split,
     'images': len(source),
-    'protocol': protocol,
-    'short_side': short_side,
-    'scales': list(scales),
-    'flip': flip,
     'tile': list(tile) if tile else None,
     'overlap': overlap if tile else None,
     'step': stage.info['checkpoint_step'],
