@@ -3,8 +3,6 @@
 
 import numpy as np
 
-IGNORE_LABEL = 255
-
 
 def names_and_palette(table):
   """Names and uint8 [k, 3] of one of the tables below."""

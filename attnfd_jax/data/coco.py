@@ -22,18 +22,11 @@ import numpy as np
 from attnfd_jax import user_cache
 from attnfd_jax.data import classes
 from attnfd_jax.data import files
-from attnfd_jax.data.classes import IGNORE_LABEL
-from attnfd_jax.data.masks import IndexLabels
-from attnfd_jax.data.masks import MAX_PIXELS
-from attnfd_jax.data.pairs import absent
-from attnfd_jax.data.pairs import check_root
-from attnfd_jax.data.pairs import Dataset
-from attnfd_jax.data.pairs import empty
-from attnfd_jax.data.pairs import IMAGE_ENDINGS
-from attnfd_jax.data.pairs import make_source
-from attnfd_jax.data.pairs import Pair
+from attnfd_jax.data import masks
+from attnfd_jax.data import pairs
 from attnfd_jax.errors import DataError
 from attnfd_jax.errors import InputError
+from attnfd_jax.losses import IGNORE_LABEL
 from attnfd_jax.progress import progress
 
 _VERSION = 1  # Of the archives; another one makes them anew.
@@ -62,9 +55,6 @@ class DrawnLabels:
   archive: str
   problems: tuple[DataError, ...]
 
-  def mask(self, image_name):
-    return files.File(self.archive, f'{image_name}.png')
-
 
 def _hash(*values):
   return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
@@ -81,7 +71,7 @@ def _pycocotools():
 
 
 def _wrong(path, what):
-  return DataError(f'{path}: {what}.', 'annotation', path)
+  return files.fault(path, 'annotation', what)
 
 
 def _is_name(text):
@@ -123,8 +113,8 @@ def _read_json(path):
     height, width = image['height'], image['width']
     if min(height, width) < 1:
       raise _wrong(path, 'an image has no height or width')
-    if height * width > MAX_PIXELS:
-      raise _wrong(path, f'an image has more than {MAX_PIXELS} pixels')
+    if height * width > masks.MAX_PIXELS:
+      raise _wrong(path, f'an image has more than {masks.MAX_PIXELS} pixels')
   return lists
 
 
@@ -143,16 +133,11 @@ def _numbers(path, categories, class_names):
     class_names = (_BACKGROUND, *foreground)
   lacking = [name for name in class_names[1:] if name not in known]
   if lacking:
-    raise _wrong(
-      path,
-      f'no category {lacking[0]!r}; it has {", ".join(map(str, known[:90]))}',
-    )
+    what = f'no category {lacking[0]!r}; it has {", ".join(known[:90])}'
+    raise _wrong(path, what)
   if len(class_names) > IGNORE_LABEL:
-    raise _wrong(
-      path,
-      f'{len(class_names)} classes, more than {IGNORE_LABEL}; choose by '
-      'config.data.class_names',
-    )
+    what = f'{len(class_names)} classes, more than {IGNORE_LABEL}'
+    raise _wrong(path, f'{what}; choose by config.data.class_names')
   numbers = {
     category['id']: class_names.index(category['name'])
     for category in categories
@@ -190,7 +175,7 @@ def _area(segmentation, size):
   Raises:
     ValueError: says what is wrong with it.
   """
-  masks = _pycocotools()
+  coco_masks = _pycocotools()
   if isinstance(segmentation, list):
     # Two corners would be taken for a box.
     if not segmentation or any(
@@ -201,7 +186,7 @@ def _area(segmentation, size):
     far = 10 * max(size)
     if not all(abs(x) <= far for polygon in segmentation for x in polygon):
       raise ValueError('has a corner far outside of the image')
-    rle = masks.merge(masks.frPyObjects(segmentation, *size))
+    rle = coco_masks.merge(coco_masks.frPyObjects(segmentation, *size))
   else:
     if tuple(segmentation['size']) != size:
       raise ValueError(f'its RLE is of size {segmentation["size"]}')
@@ -211,11 +196,11 @@ def _area(segmentation, size):
     whole = all(type(n) is int and n >= 0 for n in runs)
     if not whole or sum(runs) != size[0] * size[1]:
       raise ValueError('its RLE does not fill the image')
-    rle = masks.frPyObjects({'size': size, 'counts': runs}, *size)
+    rle = coco_masks.frPyObjects({'size': size, 'counts': runs}, *size)
   with warnings.catch_warnings():
     # pycocotools 2.0.11 with NumPy 2.
     warnings.filterwarnings('ignore', '__array__', DeprecationWarning)
-    return masks.decode(rle)
+    return coco_masks.decode(rle)
 
 
 def draw_label(annotations, size, numbers):
@@ -322,47 +307,51 @@ def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Described:
-  """Name of a drawn mask in messages."""
-
-  path: str
-
-  def __call__(self, mask):
-    return f'{self.path} ({mask.member.removesuffix(".png")})'
-
-
-def pairs_of(labels, folder, problems):
-  """[Pair, ...] of DrawnLabels and the folder of their images."""
-  images = files.list_tree(folder, IMAGE_ENDINGS)
+def _match(path, labels, folder, problems):
+  """[Pair, ...] of the DrawnLabels of `path` and the folder of their images."""
+  images = files.list_tree(folder, pairs.IMAGE_ENDINGS)
   if not images:
-    problems.append(empty(folder, f'{", ".join(IMAGE_ENDINGS)} files'))
+    what = f'{", ".join(pairs.IMAGE_ENDINGS)} files'
+    problems.append(pairs.empty(folder, what))
     return []
-  pairs = []
+  found = []
   for name in labels.image_names:
-    if name in images:
-      key = str(pathlib.PurePosixPath(name).with_suffix('')).replace('/', '_')
-      pairs.append(Pair(key, images[name], labels.mask(name)))
-    else:
-      problems.append(
-        DataError(
-          f'{folder}: no partner for {name}, which has annotations.',
-          'partner',
-          folder / name,
-        )
+    if name not in images:
+      what = f'{folder}: no partner for {name}, which has annotations.'
+      problems.append(DataError(what, 'partner', folder / name))
+      continue
+    key = str(pathlib.PurePosixPath(name).with_suffix('')).replace('/', '_')
+    mask = files.File(labels.archive, f'{name}.png')
+    found.append(pairs.Pair(key, images[name], mask, f'{path} ({name})'))
+  return found
+
+
+def find_pairs(places, problems, *, class_names=(), min_pixels=-1, limit=0):
+  """Class names and {split: [Pair, ...]}.
+
+  Args:
+    places: {split: (path of its JSON file, folder of its images)}; the names
+      of the first split hold for all.
+    problems: what is missing or wrong is appended.
+    class_names, min_pixels, limit: see `draw_labels`.
+  """
+  found = {}
+  for split, (path, folder) in places.items():
+    gone = [place for place in (path, folder) if not place.exists()]
+    if gone:
+      problems.append(pairs.absent(gone[0]))
+      continue
+    try:
+      labels = draw_labels(
+        path, class_names=class_names, min_pixels=min_pixels, limit=limit
       )
-  return pairs
-
-
-def make_coco_source(config, path, labels, folder, problems, **options):
-  """The source of one split, or None without any pair."""
-  problems += labels.problems
-  pairs = pairs_of(labels, folder, problems)
-  if not pairs:
-    return None
-  ids = IndexLabels(tuple(range(len(labels.class_names))))
-  describe = _Described(str(path))
-  return make_source(config, pairs, ids, describe=describe, **options)
+    except DataError as error:
+      problems.append(error)
+      continue
+    class_names = labels.class_names
+    problems += labels.problems
+    found[split] = _match(path, labels, folder, problems)
+  return class_names, found
 
 
 def coco(config):
@@ -372,28 +361,20 @@ def coco(config):
   background, crowds count, and images with 1000 labelled pixels or fewer are
   left out, of val too.
   """
-  root, problems, splits = check_root(config), [], {}
-  wanted = ('background', *classes.COCO_CATEGORIES)
+  root, problems, places = pairs.check_root(config), [], {}
   for split in ('train', 'val'):
     path = root / 'annotations' / f'instances_{split}2017.json'
-    folder = root / f'{split}2017'
-    if not folder.is_dir() and (root / 'images' / folder.name).is_dir():
-      folder = root / 'images' / folder.name
-    gone = [p for p in (path, folder) if not p.exists()]
-    if gone:
-      problems.append(absent(gone[0]))
-      continue
-    try:
-      labels = draw_labels(
-        path, class_names=wanted, min_pixels=1000, limit=config['limit']
-      )
-    except DataError as error:
-      problems.append(error)
-      continue
-    source = make_coco_source(
-      config, path, labels, folder, problems, upright=False
-    )
-    if source:
-      splits[split] = source
-  names, palette = classes.names_and_palette(classes.VOC)
-  return Dataset('coco', names, palette, splits, tuple(problems))
+    folders = (root / f'{split}2017', root / 'images' / f'{split}2017')
+    there = [folder for folder in folders if folder.is_dir()]
+    places[split] = path, (*there, folders[0])[0]
+  names, found = find_pairs(
+    places,
+    problems,
+    class_names=('background', *classes.COCO_CATEGORIES),
+    min_pixels=1000,
+    limit=config['limit'],
+  )
+  ids = masks.IndexLabels(tuple(range(len(names))))
+  return pairs.make_dataset(
+    config, classes.VOC, found, ids, problems, upright=False
+  )

@@ -6,16 +6,14 @@ import dataclasses
 import functools
 import io
 import struct
-import warnings
 
 import cv2
 import numpy as np
 from PIL import Image
 from PIL import UnidentifiedImageError
 
-from attnfd_jax.data.classes import IGNORE_LABEL
-from attnfd_jax.data.files import as_file
-from attnfd_jax.errors import DataError
+from attnfd_jax.data import files
+from attnfd_jax.losses import IGNORE_LABEL
 
 MAX_PIXELS = 178_956_970  # Of an image: Pillow opens none that declares more.
 # Pillow knows more, and starts programs for some of them.
@@ -39,11 +37,8 @@ def _unreadable(file, error):
   """The DataError of an image from the exception of a decoder, or None."""
   what = 'not a readable image; replace or remove it'
   if isinstance(error, Image.DecompressionBombError):
-    what = (
-      f'declares more than the {MAX_PIXELS} pixels that are read; cut it into '
-      'parts'
-    )
-  return DataError(f'{file}: {what}.', 'unreadable', file)
+    what = f'declares more than {MAX_PIXELS} pixels; cut it into parts'
+  return files.fault(file, 'unreadable', what)
 
 
 def _chunks_fit(data):
@@ -106,17 +101,13 @@ def decode_image(file, data):
 
 def read_image(path):
   """Pixels of a path or File as they are stored, uint8 [h, w, 3] RGB."""
-  file = as_file(path)
+  file = files.as_file(path)
   return decode_image(file, file.read())
-
-
-# Large images are large on purpose; twice that limit is still refused.
-warnings.simplefilter('ignore', Image.DecompressionBombWarning)
 
 
 def read_size(path):
   """(height, width) as stored, from the header alone."""
-  file = as_file(path)
+  file = files.as_file(path)
   for limit in (_SIZE_KNOWN, None):
     data = file.read(limit)
     try:
@@ -140,11 +131,11 @@ def check_upright(file, data):
   except Exception:
     return  # Damaged tags turn nothing; damaged pixels are told elsewhere.
   if turned != 1:
-    raise DataError(
-      f'{file}: the camera rotated it by EXIF orientation {turned}, its mask '
-      'is stored as drawn; save the image upright, without the tag.',
-      'exif',
+    raise files.fault(
       file,
+      'exif',
+      f'the camera rotated it by EXIF orientation {turned}, its mask is stored '
+      'as drawn; save the image upright, without the tag',
     )
 
 
@@ -175,30 +166,23 @@ def open_mask(file, data):
     image = open_image(data)
     image.load()
   except Exception as error:
-    reason = error
-    if isinstance(error, UnidentifiedImageError):
-      reason = 'empty, or no image'  # Pillow's names an object in memory.
-    raise DataError(
-      f'{file}: not a readable mask ({reason}).', 'unreadable', file
-    ) from error
+    # Pillow's message names an object in memory.
+    unknown = isinstance(error, UnidentifiedImageError)
+    what = f'not a readable mask ({"empty, or no image" if unknown else error})'
+    raise files.fault(file, 'unreadable', what) from error
   if image.format in ('JPEG', 'MPO'):
-    raise DataError(
-      f'{file}: a JPEG mask; compression changes its values. Export the masks '
-      'as PNG.',
-      'lossy',
-      file,
+    what = (
+      'a JPEG mask; compression changes its values. Export the masks as PNG'
     )
+    raise files.fault(file, 'lossy', what)
   depth = None
   if image.mode in ('I', 'F') or ';16' in image.mode:
     depth = 16 if ';16' in image.mode else 32
   elif image.format == 'PNG' and data[25] == 0 and data[24] in (2, 4):
     depth = data[24]  # Grey of few bits: Pillow spreads it over 0 to 255.
   if depth:
-    raise DataError(
-      f'{file}: mask has {depth} bits a pixel; save ids as an 8-bit PNG.',
-      'depth',
-      file,
-    )
+    what = f'mask has {depth} bits a pixel; save ids as an 8-bit PNG'
+    raise files.fault(file, 'depth', what)
   return image
 
 
@@ -208,19 +192,19 @@ def read_mask(path):
   Raises:
     DataError: as `open_mask`, or 'mode'.
   """
-  file = as_file(path)
+  file = files.as_file(path)
   data = file.read()
   ids = _grey_ids(data)
   if ids is not None:
     return ids
   image = open_mask(file, data)
   if image.mode not in ('L', 'P'):
-    raise DataError(
-      f'{file}: mask has mode {image.mode}; expected an 8-bit PNG of class ids '
-      '(L or P). Convert colours to ids, or pass their table: data set folder '
-      'with --config.data.palette="((r,g,b), ...)".',
-      'mode',
+    raise files.fault(
       file,
+      'mode',
+      f'mask has mode {image.mode}; expected an 8-bit PNG of class ids (L or '
+      'P). Convert colours to ids, or pass their table: data set folder with '
+      '--config.data.palette="((r,g,b), ...)"',
     )
   return np.asarray(image)
 
@@ -234,19 +218,19 @@ def id_table(ids):
   return table
 
 
-def _refuse(file, counts, expected):
-  """Raises 'values'; names five of {value: pixels}, the most frequent."""
-  most = sorted(counts, key=counts.get, reverse=True)[:5]
-  found = ', '.join(
-    f'{value} ({counts[value]} pixels)' for value in sorted(most)
-  )
+def _counted(values):
+  """{value: how often it occurs}."""
+  values, counts = np.unique(values, return_counts=True)
+  return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def _no_class(file, counts, expected):
+  """The DataError of {value: pixels}; names the five most frequent values."""
+  most = sorted(sorted(counts, key=counts.get, reverse=True)[:5])
+  found = ', '.join(f'{value} ({counts[value]} pixels)' for value in most)
   more = f' and {len(counts) - 5} more' if len(counts) > 5 else ''
-  raise DataError(
-    f'{file}: values {found}{more} are no class; {expected}.',
-    'values',
-    file,
-    counts,
-  )
+  what = f'values {found}{more} are no class; {expected}'
+  return files.fault(file, 'values', what, counts)
 
 
 def _ranges(ids):
@@ -298,12 +282,8 @@ class IndexLabels:
     label = cv2.LUT(ids, table)  # Several times as fast as NumPy's indexing.
     # Of 255 classes nothing is forbidden, and their number is what is ignored.
     if forbidden.any() and (label == len(self.ids)).any():
-      values, counts = np.unique(ids[forbidden[ids]], return_counts=True)
-      _refuse(
-        file,
-        dict(zip(values.tolist(), counts.tolist(), strict=True)),
-        f'classes are {_ranges(self.ids)}, ignored {_ranges(ignored)}',
-      )
+      expected = f'classes are {_ranges(self.ids)}, ignored {_ranges(ignored)}'
+      raise _no_class(file, _counted(ids[forbidden[ids]]), expected)
     return label
 
 
@@ -340,11 +320,8 @@ class ColourLabels:
     try:
       pixels = np.asarray(image.convert('RGB'))
     except ValueError as error:
-      raise DataError(
-        f'{file}: mask has mode {image.mode}; save its colours as an RGB PNG.',
-        'mode',
-        file,
-      ) from error
+      what = f'mask has mode {image.mode}; save its colours as an RGB PNG'
+      raise files.fault(file, 'mode', what) from error
     known, ids = _colour_tables(self.colours, self.ignored)
     label = np.empty(pixels.shape[:2], np.uint8)
     wrong = collections.Counter()
@@ -355,18 +332,15 @@ class ColourLabels:
       found = np.searchsorted(known, codes)
       found[found == len(known)] = 0
       label[top : top + rows] = ids[found]
-      bad = codes[known[found] != codes]
-      if bad.size:
-        values, counts = np.unique(bad, return_counts=True)
-        wrong.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+      wrong.update(_counted(codes[known[found] != codes]))
     if wrong:
-      _refuse(
-        file,
-        {
-          f'{code >> 16},{code >> 8 & 255},{code & 255}': count
-          for code, count in sorted(wrong.items())
-        },
+      counts = {
+        f'{code >> 16},{code >> 8 & 255},{code & 255}': count
+        for code, count in sorted(wrong.items())
+      }
+      expected = (
         f'the {len(known)} colours are those of config.data.palette or of '
-        'labelmap.txt',
+        'labelmap.txt'
       )
+      raise _no_class(file, counts, expected)
     return label

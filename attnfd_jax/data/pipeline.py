@@ -14,7 +14,8 @@ import numpy as np
 
 from attnfd_jax.data import sampling
 from attnfd_jax.data import transforms
-from attnfd_jax.data.sources import IGNORE_LABEL
+from attnfd_jax.data import tuning
+from attnfd_jax.losses import IGNORE_LABEL
 
 
 def _iterate(dataset, threads, workers):
@@ -26,12 +27,16 @@ def _iterate(dataset, threads, workers):
   if workers:
     if not flags.FLAGS.is_parsed():  # Grain reads a flag; grain issue 1355.
       flags.FLAGS.mark_as_parsed()
-    dataset = dataset.mp_prefetch(
-      grain.MultiprocessingOptions(
-        num_workers=workers, per_worker_buffer_size=2
-      )
+    options = grain.MultiprocessingOptions(
+      num_workers=workers, per_worker_buffer_size=2
     )
+    dataset = dataset.mp_prefetch(options, _tune_worker)
   return dataset
+
+
+def _tune_worker(worker, num_workers):
+  del worker, num_workers
+  tuning.tune_process()
 
 
 def _local(batch_size):

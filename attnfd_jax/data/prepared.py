@@ -24,6 +24,7 @@ from attnfd_jax.data.pairs import Dataset
 from attnfd_jax.data.pairs import Decoded
 from attnfd_jax.errors import DataError
 from attnfd_jax.errors import InputError
+from attnfd_jax.losses import IGNORE_LABEL
 
 VERSION = '1.0.0'
 SHARD_SIZE = 128  # Examples; small enough to lose little by an interruption.
@@ -166,7 +167,7 @@ def finish(dataset, splits, staged, target):
           {
             'class_names': list(dataset.class_names),
             'palette': dataset.palette.tolist(),
-            'ignore_label': classes.IGNORE_LABEL,
+            'ignore_label': IGNORE_LABEL,
             'sha256': {
               split: [note['sha256'] for _, note in parts]
               for split, parts in splits.items()

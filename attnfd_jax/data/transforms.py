@@ -7,7 +7,6 @@ times as fast and the same up to a common shift of under one pixel. Rotation and
 photometric distortion are additions, off by default.
 """
 
-import ctypes
 import dataclasses
 import math
 
@@ -16,22 +15,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from attnfd_jax.data.sources import IGNORE_LABEL
-
-
-def _keep_freed_memory():
-  """Images are allocated and freed all the time; glibc would give the pages
-  back and fault them in again, a seventh of the time of the pipeline.
-  """
-  libc = ctypes.CDLL(None)
-  if hasattr(libc, 'mallopt'):
-    libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, in bytes: the most allowed.
-    libc.mallopt(-1, 1 << 27)  # M_TRIM_THRESHOLD: kept by each arena.
-
-
-# Workers import this module, too.
-_keep_freed_memory()
-cv2.setNumThreads(0)  # Grain's threads are the parallelism.
+from attnfd_jax.losses import IGNORE_LABEL
 
 
 def pad(x, size, value):
