@@ -553,7 +553,7 @@ def test_two_layouts_need_a_choice(tmp_path):
     ('cvat', 'labelmap.txt', 'a:1,2,3::\nb:1,2,3::', 'a second time'),
     ('cvat', 'labelmap.txt', '# nothing', 'no classes in it'),
     ('roboflow', 'train/_classes.csv', 'x\nroad, 1', 'is not id, name'),
-    ('roboflow', 'train/_classes.csv', 'x\n1, a\n1, b', 'a name or id twice'),
+    ('roboflow', 'train/_classes.csv', 'x\n1, a\n1, b', 'a second time'),
     ('roboflow', 'train/_classes.csv', 'x', 'no classes in it'),
     ('roboflow', 'valid/_classes.csv', 'x\n1, a', 'other classes than those'),
   ],
@@ -823,13 +823,6 @@ def test_an_empty_list_is_an_empty_split(tmp_path):
   with pytest.raises(DataError, match=r'val\.txt: no names in it') as error:
     load(tmp_path, 'pascal_voc')
   assert error.value.kind == 'split'
-
-
-def test_runs_of_older_versions_lack_keys(tmp_path):
-  drawn, keys = make(tmp_path, 'folder index')
-  config = {'root': str(tmp_path), **keys, 'limit': 0, 'cache': False}
-  config['class_names'] = list(keys['class_names'])  # As in config.json.
-  assert_drawn(load_dataset(config), drawn)
 
 
 def test_tables_of_ids():
