@@ -6,25 +6,25 @@ the order of the files. So training from shards gives the batches that training
 from the files gives. TensorFlow is needed on neither side.
 """
 
-import contextlib
+from concurrent import futures
 import functools
 import hashlib
 import json
 import os
 import pathlib
-import shutil
+import threading
 
 import cv2
 import numpy as np
 
 from attnfd_jax.data import cache
 from attnfd_jax.data import classes
+from attnfd_jax.data import files
 from attnfd_jax.data import masks
-from attnfd_jax.data.pairs import Dataset
-from attnfd_jax.data.pairs import Decoded
-from attnfd_jax.errors import DataError
+from attnfd_jax.data import pairs
 from attnfd_jax.errors import InputError
 from attnfd_jax.losses import IGNORE_LABEL
+from attnfd_jax.progress import progress
 
 VERSION = '1.0.0'
 SHARD_SIZE = 128  # Examples; small enough to lose little by an interruption.
@@ -53,152 +53,165 @@ def _features():
   )
 
 
-def shards(source):
-  """[(first, last + 1), ...] of the records of a source."""
-  return [
-    (start, min(start + SHARD_SIZE, len(source)))
-    for start in range(0, len(source), SHARD_SIZE)
-  ]
-
-
 def _sha256(path):
   with open(path, 'rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def write_shard(source, bounds, path, advance):
-  """Writes records [first, last) to `path`, unless they are there already.
+def _write_shard(source, records, path, advance):
+  """Writes records of a PairSource, unless `path` has them already.
 
   Args:
     source: a PairSource.
-    bounds: (first, last + 1).
+    records: range of indices.
     path: of the shard; a note of what it holds lies beside it.
-    advance: called after each record.
+    advance: called with the number of records that were done.
 
   Returns:
-    {'count', 'sha256'}.
+    {'content', 'count', 'bytes', 'sha256'}.
 
   Raises:
     DataError: names the file that cannot be used; nothing is left of the shard.
   """
   from array_record.python.array_record_module import ArrayRecordWriter
 
-  note = path.with_suffix('.json')
+  note, bounds = _note(path), (records.start, records.stop)
   content = [VERSION, source.fingerprint(*bounds), *bounds]
   if note.exists() and path.exists():
     found = json.loads(note.read_text())
     if found['content'] == content and found['sha256'] == _sha256(path):
-      advance(bounds[1] - bounds[0])
+      advance(len(records))
       return found
-  tfds, features = _tfds(), _features()
-  serializer = tfds.core.example_serializer.ExampleSerializer(
+  features = _features()
+  serializer = _tfds().core.example_serializer.ExampleSerializer(
     features.get_serialized_info()
   )
-  temporary = path.with_suffix('.part')
+  temporary = path.with_name(f'{path.name}.part')
   # group_size 1 is what random access is fast with.
   writer = ArrayRecordWriter(str(temporary), 'group_size:1')
   try:
-    for i in range(*bounds):
-      record = source.encoded(i)
-      label = cv2.imencode('.png', record['label'])[1].tobytes()
-      example = {
-        'id': source.key(i),
-        'image': record['image'],
-        'label': label,
-      }
+    for i in records:
+      example = {'id': source.key(i), **source.encoded(i)}
+      example['label'] = cv2.imencode('.png', example['label'])[1].tobytes()
       example = features.encode_example(example)
       writer.write(serializer.serialize_example(example))
       advance(1)
+    writer.close()
   except BaseException:
     writer.close()
     temporary.unlink(missing_ok=True)
     raise
-  writer.close()
   os.replace(temporary, path)
   found = {
     'content': content,
-    'count': bounds[1] - bounds[0],
+    'count': len(records),
+    'bytes': path.stat().st_size,
     'sha256': _sha256(path),
   }
   note.write_text(json.dumps(found))
   return found
 
 
-def _place(staged, path):
-  """The same file under another name; a copy where links cannot be."""
-  try:
-    os.link(staged, path)
-  except OSError:
-    shutil.copyfile(staged, path)
+def _note(path):
+  return path.with_name(f'{path.name}.json')
 
 
-def finish(dataset, splits, staged, target):
-  """Makes a TFDS data set of finished shards.
+def _write_shards(dataset, folder, workers):
+  """{split: [note of a shard, ...]}; names are those of TFDS."""
+  total = sum(len(source) for source in dataset.splits.values())
+  lock, pending = threading.Lock(), {}
+  with (
+    progress(total, dataset.name) as bar,
+    futures.ThreadPoolExecutor(workers) as pool,
+  ):
+
+    def advance(count):
+      with lock:
+        bar.update(count)
+
+    for split, source in dataset.splits.items():
+      records = range(len(source))
+      parts = [records[i:][:SHARD_SIZE] for i in records[::SHARD_SIZE]]
+      pending[split] = [
+        pool.submit(_write_shard, source, part, folder / name, advance)
+        for part, name in zip(
+          parts, _shard_names(dataset.name, split, len(parts)), strict=True
+        )
+      ]
+    try:
+      return {
+        split: [future.result() for future in parts]
+        for split, parts in pending.items()
+      }
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
+
+
+def _shard_names(name, split, count):
+  return [
+    f'{name}-{split}.array_record-{i:05d}-of-{count:05d}' for i in range(count)
+  ]
+
+
+def prepare(dataset, target, *, workers):
+  """Writes a TFDS data set below `target`.
 
   Args:
-    dataset: Dataset.
-    splits: {name: [(path of the shard, its note), ...]} in order.
-    staged: folder of the shards; TFDS wants one for downloads.
-    target: folder; the data set is <target>/<name>/<version>.
+    dataset: Dataset of files.
+    target: folder.
+    workers: threads; decoding and encoding release the interpreter lock.
 
   Returns:
-    The folder of the data set.
+    Its folder, and {split: number of records}.
+
+  Raises:
+    DataError: names the first file that cannot be used. Finished shards stay.
+    InputError: if the data set cannot be prepared or is there already.
   """
-  tfds = _tfds()
-
-  class Writer(tfds.core.writer.ExampleWriter):
-    def __init__(self, file_format, order):
-      super().__init__(file_format)
-      self._order = iter(order)
-
-    def write(self, path, examples):
-      del examples  # Written already, in parallel.
-      _place(next(self._order), os.fspath(path))
-
-  class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
-    name = dataset.name
-    VERSION = tfds.core.Version(VERSION)
-
-    def _info(self):
-      return tfds.core.DatasetInfo(
-        builder=self,
-        features=_features(),
-        metadata=tfds.core.MetadataDict(
-          {
-            'class_names': list(dataset.class_names),
-            'palette': dataset.palette.tolist(),
-            'ignore_label': IGNORE_LABEL,
-            'sha256': {
-              split: [note['sha256'] for _, note in parts]
-              for split, parts in splits.items()
-            },
-          }
-        ),
-      )
-
-    def _shard_iterators_per_split(self, dl_manager):
-      del dl_manager
-
-      def counted(note):
-        # TFDS counts them and nothing else.
-        return lambda: ((i, None) for i in range(note['count']))
-
-      return {
-        split: [counted(note) for _, note in parts]
-        for split, parts in splits.items()
-      }
-
-    def _example_writer(self):
-      order = [path for parts in splits.values() for path, _ in parts]
-      return Writer(self.info.file_format, order)
-
-  builder = Builder(data_dir=str(target), file_format='array_record')
-  with contextlib.redirect_stdout(None):  # It speaks of downloads.
-    builder.download_and_prepare(download_dir=str(staged))
-  return pathlib.Path(builder.data_dir)
+  if not all(hasattr(x, 'encoded') for x in dataset.splits.values()):
+    raise InputError(
+      f'{dataset.name} is not a data set of files: nothing to prepare.'
+    )
+  folder = target / dataset.name / VERSION
+  if folder.exists():
+    raise InputError(f'{folder} exists; remove it, or give another --target.')
+  staged = target / f'.{dataset.name}.shards'
+  staged.mkdir(parents=True, exist_ok=True)
+  splits, core = _write_shards(dataset, staged, workers), _tfds().core
+  metadata = {
+    'class_names': list(dataset.class_names),
+    'palette': dataset.palette.tolist(),
+    'ignore_label': IGNORE_LABEL,
+    'sha256': {
+      split: [note['sha256'] for note in notes]
+      for split, notes in splits.items()
+    },
+  }
+  infos = [
+    core.SplitInfo(
+      name=split,
+      shard_lengths=[note['count'] for note in notes],
+      num_bytes=sum(note['bytes'] for note in notes),
+    )
+    for split, notes in splits.items()
+  ]
+  _tfds().folder_dataset.write_metadata(
+    data_dir=staged,
+    features=_features(),
+    split_infos=infos,
+    version=VERSION,
+    check_data=False,
+    metadata=core.MetadataDict(metadata),
+  )
+  for note in staged.glob('*.array_record*.json'):
+    note.unlink()
+  folder.parent.mkdir(exist_ok=True)
+  staged.rename(folder)
+  return folder, {info.name: sum(info.shard_lengths) for info in infos}
 
 
-class PreparedSource(Decoded):
+class PreparedSource(pairs.Decoded):
   """Records of a TFDS data source, decoded as PairSource decodes files.
 
   Args:
@@ -255,12 +268,8 @@ class PreparedSource(Decoded):
     data = np.frombuffer(record[self._keys[2]], np.uint8)
     label = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     if label is None:
-      where = self._where(record)
-      raise DataError(
-        f'{where}: its label cannot be read; prepare the data set again.',
-        'unreadable',
-        where,
-      )
+      what = 'its label cannot be read; prepare the data set again'
+      raise files.fault(self._where(record), 'unreadable', what)
     return label if self._table is None else cv2.LUT(label, self._table)
 
   def _where(self, record):
@@ -331,4 +340,4 @@ def load(config):
     )
     for split, stored in splits.items()
   }
-  return Dataset(config['name'], names, palette, sources)
+  return pairs.Dataset(config['name'], names, palette, sources)
