@@ -103,11 +103,12 @@ def read_split(source, num_classes, threads, *, on_record=None):
     counts = frequencies.count_label(label, num_classes)
     return label.shape, digest(record['image']), counts
 
-  found = frequencies.map_records(read, source, threads, on_record=on_record)
+  indices = range(len(source))
+  found = frequencies.map_records(read, indices, threads, on_record=on_record)
   problems = {i: x for i, x in enumerate(found) if isinstance(x, DataError)}
   good = [(i, *x) for i, x in enumerate(found) if i not in problems]
   return Split(
-    names=[source.name(i) for i in range(len(source))],
+    names=[source.name(i) for i in indices],
     problems=problems,
     sizes=collections.Counter(size for _, size, _, _ in good),
     digests=[(i, key) for i, _, key, _ in good],

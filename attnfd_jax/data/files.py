@@ -107,9 +107,24 @@ class File:
       raise fault(self, 'unreadable', what) from error
 
 
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+  """What is read as a File, but was already."""
+
+  name: str
+  data: bytes
+
+  def __str__(self):
+    return self.name
+
+  def read(self, limit=None):
+    """The first `limit` bytes, or all."""
+    return self.data[:limit]
+
+
 def as_file(path):
-  """A File as it is, a path as a File."""
-  return path if isinstance(path, File) else File(str(path))
+  """A path as a File; a File as it is."""
+  return File(str(path)) if isinstance(path, (str, os.PathLike)) else path
 
 
 def read_lines(path):

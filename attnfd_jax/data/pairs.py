@@ -65,19 +65,21 @@ class PairSource(Decoded):
   """Random access to pairs; what cannot be used raises DataError when read.
 
   Args:
-    pairs: list of Pair; keys differ.
+    pairs: sequence of Pair; keys differ.
     read_label: mask -> uint8 [h, w] of train ids; it must pickle.
+    limit: the first so many, 0 for all.
     cache: keep decoded pairs in memory.
     upright: refuse images with an EXIF rotation. Where annotations are known
       to belong to the stored pixels there is nothing to refuse.
   """
 
-  def __init__(self, pairs, read_label, *, cache=False, upright=True):
+  def __init__(self, pairs, read_label, *, limit=0, cache=False, upright=True):
     super().__init__(cache=cache)
     self._pairs, self.read_label, self._upright = pairs, read_label, upright
+    self._length = min(limit or len(pairs), len(pairs))
 
   def __len__(self):
-    return len(self._pairs)
+    return self._length
 
   def encoded(self, index):
     """{'image': bytes as stored, 'label': as in [index]}; checked as well."""
@@ -98,7 +100,7 @@ class PairSource(Decoded):
 
   def fingerprint(self, start=0, stop=None):
     """Hex digest that changes with the files and with what is read of them."""
-    pairs = self._pairs[start:stop]
+    pairs = self._pairs[: len(self)][start:stop]
     found = [file for pair in pairs for file in (pair.image, pair.mask)]
     return cache.digest(found, repr(self.read_label).encode())
 
@@ -140,9 +142,9 @@ def make_dataset(config, table, pairs, read_label, problems, *, upright=True):
     read_label, upright: see PairSource.
     problems: of the layout.
   """
-  limit, cache = config['limit'] or None, config['cache']
+  options = {k: config[k] for k in ('limit', 'cache')} | {'upright': upright}
   splits = {
-    split: PairSource(found[:limit], read_label, cache=cache, upright=upright)
+    split: PairSource(found, read_label, **options)
     for split, found in pairs.items()
     if found
   }

@@ -211,78 +211,38 @@ def prepare(dataset, target, *, workers):
   return folder, {info.name: sum(info.shard_lengths) for info in infos}
 
 
-class PreparedSource(pairs.Decoded):
-  """Records of a TFDS data source, decoded as PairSource decodes files.
+class _Pairs:
+  """The pairs of a TFDS data source, whose records are not decoded.
 
   Args:
-    records: of `as_data_source`, not decoded.
+    records: of `as_data_source`.
     folder: of the data set, for messages.
     keys: names of id, image and label in a record.
-    table: uint8 [256] from stored labels to train ids, or None.
-    limit: only so many, 0 for all.
-    cache: keep decoded records in memory.
   """
 
-  def __init__(
-    self,
-    records,
-    folder,
-    *,
-    keys=('id', 'image', 'label'),
-    table=None,
-    limit=0,
-    cache=False,
-  ):
-    super().__init__(cache=cache)
-    self._records, self._folder, self._keys = records, folder, keys
-    self._table = table
-    self._length = min(limit or len(records), len(records))
+  def __init__(self, records, folder, keys):
+    self._records, self.folder, self._keys = records, folder, keys
 
   def __len__(self):
-    return self._length
+    return len(self._records)
 
-  def key(self, index):
-    """Unique in the split."""
-    return _text(self._records[index][self._keys[0]])
+  def __getitem__(self, index):
+    record = self._records[index]
+    key, image, label = (record[name] for name in self._keys)
+    key = key.decode() if isinstance(key, bytes) else str(key)
+    name = f'{self.folder}, record {key}'
+    return pairs.Pair(
+      key, files.InMemory(name, image), files.InMemory(name, label)
+    )
 
-  def name(self, index):
-    return self._where(self._records[index])
 
-  def size(self, index):
-    """(height, width) from the header of the image."""
-    data = self._records[index][self._keys[1]]
-    width, height = masks.open_image(data).size
-    return height, width
+class PreparedSource(pairs.PairSource):
+  """A PairSource of shards."""
 
   def fingerprint(self):
-    """Hex digest that changes with the shards."""
-    info = pathlib.Path(self._folder) / 'dataset_info.json'
-    table = b'' if self._table is None else self._table.tobytes()
-    return cache.digest([], info.read_bytes() + table)
-
-  def label(self, index):
-    """As in [index], without its image."""
-    return self._label(self._records[index])
-
-  def _label(self, record):
-    data = np.frombuffer(record[self._keys[2]], np.uint8)
-    label = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
-    if label is None:
-      what = 'its label cannot be read; prepare the data set again'
-      raise files.fault(self._where(record), 'unreadable', what)
-    return label if self._table is None else cv2.LUT(label, self._table)
-
-  def _where(self, record):
-    return f'{self._folder}, record {_text(record[self._keys[0]])}'
-
-  def _read(self, index):
-    record = self._records[index]
-    image = masks.decode_image(self._where(record), record[self._keys[1]])
-    return {'image': image, 'label': self._label(record)}
-
-
-def _text(value):
-  return value.decode() if isinstance(value, bytes) else str(value)
+    """Hex digest that changes with the shards and with what is read of them."""
+    info = self._pairs.folder / 'dataset_info.json'
+    return cache.digest([], info.read_bytes() + repr(self.read_label).encode())
 
 
 def _find(folder):
@@ -319,24 +279,28 @@ def load(config):
       f'{folder}: stored as {builder.info.file_format.value}, which needs '
       "TensorFlow; prepare it with file_format='array_record'."
     )
-  options = {'limit': config['limit'], 'cache': config['cache']}
   if stock:
     names, palette = classes.names_and_palette(classes.CITYSCAPES)
-    options['keys'] = ('image_id', 'image_left', 'segmentation_label')
-    options['table'] = masks.id_table(classes.CITYSCAPES_IDS)
-    splits = _STOCK_SPLITS
+    keys = ('image_id', 'image_left', 'segmentation_label')
+    ids, splits = classes.CITYSCAPES_IDS, _STOCK_SPLITS
   else:
     metadata = builder.info.metadata
     if not metadata or 'class_names' not in metadata:
       raise InputError(f'{folder}: not written by prepare_data.')
     names = tuple(metadata['class_names'])
     palette = np.array(metadata['palette'], np.uint8)
-    splits = {split: split for split in builder.info.splits}
-  _, image, label = options.get('keys', (None, 'image', 'label'))
-  skip = {key: tfds.decode.SkipDecoding() for key in (image, label)}
+    keys = ('id', 'image', 'label')
+    ids, splits = range(len(names)), {x: x for x in builder.info.splits}
+  ignored = {*range(256)} - {*ids} if stock else ()
+  read_label = masks.IndexLabels(tuple(ids), tuple(sorted(ignored)))
+  skip = dict.fromkeys(keys[1:], tfds.decode.SkipDecoding())
   sources = {
     split: PreparedSource(
-      builder.as_data_source(stored, decoders=skip), str(folder), **options
+      _Pairs(builder.as_data_source(stored, decoders=skip), folder, keys),
+      read_label,
+      limit=config['limit'],
+      cache=config['cache'],
+      upright=False,
     )
     for split, stored in splits.items()
   }

@@ -58,12 +58,8 @@ def class_presence(source, num_classes, *, threads=4):
 
 
 def _count(source, num_classes, threads):
-  def present(index):
-    label = frequencies.read_label(source, index)
-    return frequencies.count_label(label, num_classes)[:-1] > 0
-
   with progress(len(source), 'counting classes') as bar:
-    rows = frequencies.map_records(
-      present, source, threads, on_record=bar.update
+    rows = frequencies.count_labels(
+      source, num_classes, threads, on_record=bar.update
     )
-  return np.array(rows).reshape(-1, num_classes)
+  return rows[:, :-1] > 0
