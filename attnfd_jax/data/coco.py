@@ -31,29 +31,22 @@ from attnfd_jax.progress import progress
 
 _VERSION = 1  # Of the archives; another one makes them anew.
 _BACKGROUND = 'background'
-# What is read of images, annotations and categories.
-_FIELDS = (
-  {'id': int, 'file_name': str, 'height': int, 'width': int},
-  {'image_id': int, 'category_id': int},
-  {'id': int, 'name': str},
-)
+# What is read of the lists of a JSON file.
+_FIELDS = {
+  'images': {'id': int, 'file_name': str, 'height': int, 'width': int},
+  'annotations': {'image_id': int, 'category_id': int},
+  'categories': {'id': int, 'name': str},
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class DrawnLabels:
-  """Masks that were drawn from one JSON file.
+  """Masks that were drawn from one JSON file."""
 
-  Attributes:
-    class_names: in the order of train ids; the first one is background.
-    image_names: paths of the images that were kept, sorted.
-    archive: zip with the PNG of each of them.
-    problems: of the annotations.
-  """
-
-  class_names: tuple[str, ...]
-  image_names: tuple[str, ...]
-  archive: str
-  problems: tuple[DataError, ...]
+  class_names: tuple[str, ...]  # By train id; the first one is background.
+  image_names: tuple[str, ...]  # Paths of the images that were kept, sorted.
+  archive: str  # A zip with the PNG of each of them.
+  problems: tuple[DataError, ...]  # Of the annotations.
 
 
 def _hash(*values):
@@ -93,15 +86,11 @@ def _read_json(path):
     raise _wrong(path, f'not JSON ({error})') from error
   try:
     # Of dicts only: else AttributeError.
-    lists = [
-      [entry for entry in content[key] if entry.keys()]
-      for key in ('images', 'annotations', 'categories')
-    ]
+    lists = [[x for x in content[key] if x.keys()] for key in _FIELDS]
   except (AttributeError, KeyError, TypeError) as error:
-    raise _wrong(
-      path, 'not COCO annotations: needs images, annotations and categories'
-    ) from error
-  for entries, fields in zip(lists, _FIELDS, strict=True):
+    what = 'not COCO annotations: needs images, annotations and categories'
+    raise _wrong(path, what) from error
+  for entries, fields in zip(lists, _FIELDS.values(), strict=True):
     for entry in entries:
       for field, kind in fields.items():
         value = entry.get(field)
@@ -111,10 +100,9 @@ def _read_json(path):
           raise _wrong(path, f'{field} {value[:40]!r} cannot be a name')
   for image in lists[0]:
     height, width = image['height'], image['width']
-    if min(height, width) < 1:
-      raise _wrong(path, 'an image has no height or width')
-    if height * width > masks.MAX_PIXELS:
-      raise _wrong(path, f'an image has more than {masks.MAX_PIXELS} pixels')
+    if min(height, width) < 1 or height * width > masks.MAX_PIXELS:
+      limit = f'or more than {masks.MAX_PIXELS} pixels'
+      raise _wrong(path, f'an image has no height or width, {limit}')
   return lists
 
 
@@ -175,8 +163,8 @@ def _area(segmentation, size):
   Raises:
     ValueError: says what is wrong with it.
   """
-  coco_masks = _pycocotools()
   if isinstance(segmentation, list):
+    coco_masks = _pycocotools()
     # Two corners would be taken for a box.
     if not segmentation or any(
       len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation
@@ -187,20 +175,19 @@ def _area(segmentation, size):
     if not all(abs(x) <= far for polygon in segmentation for x in polygon):
       raise ValueError('has a corner far outside of the image')
     rle = coco_masks.merge(coco_masks.frPyObjects(segmentation, *size))
-  else:
-    if tuple(segmentation['size']) != size:
-      raise ValueError(f'its RLE is of size {segmentation["size"]}')
-    runs = segmentation['counts']
-    if isinstance(runs, str):
-      runs = _runs_of_text(runs)
-    whole = all(type(n) is int and n >= 0 for n in runs)
-    if not whole or sum(runs) != size[0] * size[1]:
-      raise ValueError('its RLE does not fill the image')
-    rle = coco_masks.frPyObjects({'size': size, 'counts': runs}, *size)
-  with warnings.catch_warnings():
-    # pycocotools 2.0.11 with NumPy 2.
-    warnings.filterwarnings('ignore', '__array__', DeprecationWarning)
-    return coco_masks.decode(rle)
+    with warnings.catch_warnings():
+      # pycocotools 2.0.11 with NumPy 2.
+      warnings.filterwarnings('ignore', '__array__', DeprecationWarning)
+      return coco_masks.decode(rle)
+  if tuple(segmentation['size']) != size:
+    raise ValueError(f'its RLE is of size {segmentation["size"]}')
+  runs = segmentation['counts']
+  runs = _runs_of_text(runs) if isinstance(runs, str) else runs
+  whole = all(type(n) is int and n >= 0 for n in runs)
+  if not whole or sum(runs) != size[0] * size[1]:
+    raise ValueError('its RLE does not fill the image')
+  # Runs go down the columns; every second one is inside.
+  return np.repeat(np.arange(len(runs)) % 2, runs).reshape(size, order='F')
 
 
 def draw_label(annotations, size, numbers):
@@ -212,8 +199,7 @@ def draw_label(annotations, size, numbers):
     numbers: {category id: train id}; others are background.
 
   Returns:
-    The label and [(annotation, what is wrong with it), ...]; those are left
-    out.
+    The label; and what was left out, as [(annotation, its ValueError), ...].
   """
   # By columns, as pycocotools decodes; the last one first.
   label, wrong = np.zeros(size, np.uint8, order='F'), []
@@ -258,9 +244,8 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
         f'annotation {a.get("id", "")} of {name}: {error}' for a, error in wrong
       ]
       if np.count_nonzero(label) > min_pixels:
-        archive.writestr(
-          f'{name}.png', cv2.imencode('.png', label)[1].tobytes()
-        )
+        png = cv2.imencode('.png', label)[1].tobytes()
+        archive.writestr(f'{name}.png', png)
         kept.append(name)
       if limit and len(kept) == limit:
         break
@@ -370,7 +355,7 @@ def coco(config):
   names, found = find_pairs(
     places,
     problems,
-    class_names=('background', *classes.COCO_CATEGORIES),
+    class_names=('background', *classes.COCO_NAMES),
     min_pixels=1000,
     limit=config['limit'],
   )

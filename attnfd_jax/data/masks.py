@@ -209,15 +209,6 @@ def read_mask(path):
   return np.asarray(image)
 
 
-def id_table(ids):
-  """Table [256] from file ids to train ids; `ids` are in the order of train
-  ids, all others become 255.
-  """
-  table = np.full(256, IGNORE_LABEL, np.uint8)
-  table[list(ids)] = np.arange(len(ids))
-  return table
-
-
 def _counted(values):
   """{value: how often it occurs}."""
   values, counts = np.unique(values, return_counts=True)
@@ -250,23 +241,21 @@ def _index_tables(ids, ignored):
 
   The train id of those that must not is the number of classes.
   """
-  forbidden = np.ones(256, bool)
-  forbidden[[*ids, *ignored]] = False
-  table = np.where(forbidden, len(ids), id_table(ids))
-  return table.astype(np.uint8), forbidden
+  # Of 255 classes nothing is forbidden, and their number is what is ignored.
+  table = np.full(256, len(ids), np.uint8)
+  table[[*ignored, *ids]] = [IGNORE_LABEL] * len(ignored) + [*range(len(ids))]
+  forbidden = ~np.isin(np.arange(256), [*ids, *ignored])
+  return table, forbidden
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexLabels:
-  """Masks of ids to train ids.
+  """Masks of ids to train ids."""
 
-  Attributes:
-    ids: the file's id of each class, in the order of train ids.
-    ignored: further ids, which become 255; it itself may always occur.
-  """
-
-  ids: tuple[int, ...]
-  ignored: tuple[int, ...] = ()
+  ids: tuple[
+    int, ...
+  ]  # The file's id of each class, in the order of train ids.
+  ignored: tuple[int, ...] = ()  # Become 255, which itself may always occur.
 
   def __call__(self, file):
     return self.from_ids(file, read_mask(file))
@@ -280,7 +269,6 @@ class IndexLabels:
     ignored = (*self.ignored, IGNORE_LABEL)
     table, forbidden = _index_tables(self.ids, ignored)
     label = cv2.LUT(ids, table)  # Several times as fast as NumPy's indexing.
-    # Of 255 classes nothing is forbidden, and their number is what is ignored.
     if forbidden.any() and (label == len(self.ids)).any():
       expected = f'classes are {_ranges(self.ids)}, ignored {_ranges(ignored)}'
       raise _no_class(file, _counted(ids[forbidden[ids]]), expected)
@@ -297,23 +285,17 @@ def _codes(colours):
 def _colour_tables(colours, ignored):
   """Codes of all colours, sorted, and their train ids."""
   codes = _codes(np.array([*colours, *ignored], np.uint8))
-  ids = np.full(len(codes), IGNORE_LABEL, np.uint8)
-  ids[: len(colours)] = np.arange(len(colours))
+  ids = [*range(len(colours))] + [IGNORE_LABEL] * len(ignored)
   order = np.argsort(codes)
-  return codes[order], ids[order]
+  return codes[order], np.array(ids, np.uint8)[order]
 
 
 @dataclasses.dataclass(frozen=True)
 class ColourLabels:
-  """Masks of colours to train ids; grey and palette files have colours, too.
+  """Masks of colours to train ids; grey and palette files have colours, too."""
 
-  Attributes:
-    colours: ((r, g, b), ...) in the order of train ids; all differ.
-    ignored: further colours, which become 255.
-  """
-
-  colours: tuple[tuple[int, int, int], ...]
-  ignored: tuple[tuple[int, int, int], ...] = ()
+  colours: tuple[tuple[int, int, int], ...]  # In the order of train ids.
+  ignored: tuple[tuple[int, int, int], ...] = ()  # Further ones; become 255.
 
   def __call__(self, file):
     image = open_mask(file, file.read())
