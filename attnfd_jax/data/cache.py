@@ -49,7 +49,9 @@ class DecodedSource:
   """
 
   def __init__(self, source, folder):
-    self._source, self._folder = source, pathlib.Path(folder)
+    self._folder = pathlib.Path(folder)
+    self.name, self.key = source.name, source.key
+    self.fingerprint = source.fingerprint
     self._sizes = np.load(self._folder / 'sizes.npy')
     self._starts = _starts(self._sizes)
     self._pixels = None
@@ -75,15 +77,6 @@ class DecodedSource:
 
   def size(self, index):
     return tuple(self._sizes[index].tolist())
-
-  def name(self, index):
-    return self._source.name(index)
-
-  def key(self, index):
-    return self._source.key(index)
-
-  def fingerprint(self):
-    return self._source.fingerprint()
 
 
 def _starts(sizes):

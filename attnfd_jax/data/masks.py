@@ -52,33 +52,33 @@ def _chunks_fit(data):
 
 
 def _jpeg_pixels(data):
-  """What the frame of a JPEG declares, or None: Pillow takes ten times as long.
+  """What the frame of a JPEG declares: Pillow takes ten times as long.
 
-  Segments are followed up to the first frame, as decoders do; where they are
-  not one after the other, nothing is said.
+  Segments are followed up to the first frame, as decoders do; 0 where they are
+  not one after the other.
   """
   at = 2
   while data[at : at + 1] == b'\xff' and at + 9 <= len(data):
     kind = data[at + 1]
     if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
       height, width = struct.unpack_from('>HH', data, at + 5)
-      return height * width or None
+      return height * width
     if kind < 0xC0 or 0xD0 <= kind <= 0xDA:  # No segment, or pixels.
-      return None
+      return 0
     at += 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
-  return None
+  return 0
 
 
-def _fits(data):
-  """Whether OpenCV may decode it: it takes the memory that headers declare,
-  before it sees the pixels.
+def _decode(data, how):
+  """What OpenCV makes of the bytes of a file, None or an exception if nothing.
 
-  Raises:
-    Exception: see `open_image`.
+  It takes the memory that headers declare before it sees the pixels, so that
+  they are looked at first.
   """
-  if data[:2] == b'\xff\xd8' and (_jpeg_pixels(data) or np.inf) <= MAX_PIXELS:
-    return True
-  return open_image(data).format != 'PNG' or _chunks_fit(data)
+  small = data[:2] == b'\xff\xd8' and 0 < _jpeg_pixels(data) <= MAX_PIXELS
+  if not small and open_image(data).format == 'PNG' and not _chunks_fit(data):
+    return None
+  return cv2.imdecode(np.frombuffer(data, np.uint8), how)
 
 
 def decode_image(file, data):
@@ -90,8 +90,7 @@ def decode_image(file, data):
   # EXIF rotation would turn the image and not its mask.
   how = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
   try:
-    pixels = np.frombuffer(data, np.uint8)
-    image = cv2.imdecode(pixels, how) if _fits(data) else None
+    image = _decode(data, how)
   except Exception as error:
     raise _unreadable(file, error) from error
   if image is None:
@@ -148,8 +147,7 @@ def _grey_ids(data):
   if data[:8] != b'\x89PNG\r\n\x1a\n' or data[24:26] != b'\x08\0':
     return None
   try:
-    pixels = np.frombuffer(data, np.uint8)
-    ids = cv2.imdecode(pixels, cv2.IMREAD_UNCHANGED) if _fits(data) else None
+    ids = _decode(data, cv2.IMREAD_UNCHANGED)
   except Exception:
     return None
   # A transparent grey makes OpenCV return four channels.
@@ -171,9 +169,7 @@ def open_mask(file, data):
     what = f'not a readable mask ({"empty, or no image" if unknown else error})'
     raise files.fault(file, 'unreadable', what) from error
   if image.format in ('JPEG', 'MPO'):
-    what = (
-      'a JPEG mask; compression changes its values. Export the masks as PNG'
-    )
+    what = 'a JPEG mask; compression changes ids. Export the masks as PNG'
     raise files.fault(file, 'lossy', what)
   depth = None
   if image.mode in ('I', 'F') or ';16' in image.mode:

@@ -89,15 +89,12 @@ def train_batches(
 def make_augment(config):
   """The Augment of a resolved config."""
   data = config.data
+  same = ('base_size', 'flip', 'blur', 'photometric', 'rotation')
   return transforms.Augment(
-    base_size=data.base_size,
     crop_size=tuple(data.crop_size),
     scale_range=tuple(data.scale_range),
     label_fill=0 if data.label_pad == 'background' else IGNORE_LABEL,
-    flip=data.flip,
-    blur=data.blur,
-    photometric=data.photometric,
-    rotation=data.rotation,
+    **{key: data[key] for key in same},
   )
 
 

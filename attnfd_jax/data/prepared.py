@@ -59,23 +59,15 @@ def _sha256(path):
 
 
 def _write_shard(source, records, path, advance):
-  """Writes records of a PairSource, unless `path` has them already.
+  """Writes a range of records of a PairSource, unless `path` has them already.
 
-  Args:
-    source: a PairSource.
-    records: range of indices.
-    path: of the shard; a note of what it holds lies beside it.
-    advance: called with the number of records that were done.
-
-  Returns:
-    {'content', 'count', 'bytes', 'sha256'}.
-
-  Raises:
-    DataError: names the file that cannot be used; nothing is left of the shard.
+  A note of what the shard holds lies beside it, and is returned; `advance` is
+  called with the number of records done. After an error nothing is left of it.
   """
   from array_record.python.array_record_module import ArrayRecordWriter
 
-  note, bounds = _note(path), (records.start, records.stop)
+  note = path.with_name(f'{path.name}.json')
+  bounds = records.start, records.stop
   content = [VERSION, source.fingerprint(*bounds), *bounds]
   if note.exists() and path.exists():
     found = json.loads(note.read_text())
@@ -112,10 +104,6 @@ def _write_shard(source, records, path, advance):
   return found
 
 
-def _note(path):
-  return path.with_name(f'{path.name}.json')
-
-
 def _write_shards(dataset, folder, workers):
   """{split: [note of a shard, ...]}; names are those of TFDS."""
   total = sum(len(source) for source in dataset.splits.values())
@@ -132,12 +120,12 @@ def _write_shards(dataset, folder, workers):
     for split, source in dataset.splits.items():
       records = range(len(source))
       parts = [records[i:][:SHARD_SIZE] for i in records[::SHARD_SIZE]]
-      pending[split] = [
-        pool.submit(_write_shard, source, part, folder / name, advance)
-        for part, name in zip(
-          parts, _shard_names(dataset.name, split, len(parts)), strict=True
+      for i, part in enumerate(parts):
+        name = (
+          f'{dataset.name}-{split}.array_record-{i:05d}-of-{len(parts):05d}'
         )
-      ]
+        job = pool.submit(_write_shard, source, part, folder / name, advance)
+        pending.setdefault(split, []).append(job)
     try:
       return {
         split: [future.result() for future in parts]
@@ -146,12 +134,6 @@ def _write_shards(dataset, folder, workers):
     except BaseException:
       pool.shutdown(wait=False, cancel_futures=True)
       raise
-
-
-def _shard_names(name, split, count):
-  return [
-    f'{name}-{split}.array_record-{i:05d}-of-{count:05d}' for i in range(count)
-  ]
 
 
 def prepare(dataset, target, *, workers):

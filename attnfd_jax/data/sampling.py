@@ -43,23 +43,20 @@ def class_presence(source, num_classes, *, threads=4):
     num_classes: k.
     threads: that read.
   """
-  if not hasattr(source, 'fingerprint'):
-    return _count(source, num_classes, threads)
-  folder = user_cache.folder('presence')
-  path = folder / f'{source.fingerprint()}-{num_classes}.npy'
-  if path.exists():
-    return np.load(path)
-  presence = _count(source, num_classes, threads)
-  folder.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{os.getpid()}-{path.name}')
-  np.save(temporary, presence)
-  temporary.replace(path)
-  return presence
-
-
-def _count(source, num_classes, threads):
+  path = None
+  if hasattr(source, 'fingerprint'):
+    folder = user_cache.folder('presence')
+    path = folder / f'{source.fingerprint()}-{num_classes}.npy'
+    if path.exists():
+      return np.load(path)
   with progress(len(source), 'counting classes') as bar:
     rows = frequencies.count_labels(
       source, num_classes, threads, on_record=bar.update
     )
-  return rows[:, :-1] > 0
+  presence = rows[:, :-1] > 0
+  if path:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{os.getpid()}-{path.name}')
+    np.save(temporary, presence)
+    temporary.replace(path)
+  return presence

@@ -44,11 +44,9 @@ def _reason(error):
 
 
 def check_versions(requirements, find_version):
-  """Findings about packages against their bounds.
+  """Findings about packages against bounds such as 'orbax-checkpoint>=0.12,<1'.
 
-  Args:
-    requirements: lines such as 'jax>=0.7.2' or 'orbax-checkpoint>=0.12,<1'.
-    find_version: name -> version, or PackageNotFoundError.
+  find_version returns the version of a name, or raises PackageNotFoundError.
   """
   for line in sorted(requirements):
     if ';' in line:
@@ -95,13 +93,8 @@ def _has_nvidia_gpu():
 
 
 def check_backend(backend, *, platforms, installed, has_gpu):
-  """A Finding about the backend that jax chose.
-
-  Args:
-    backend: 'cpu', 'gpu' or 'tpu'.
-    platforms: of JAX_PLATFORMS, '' if it is not set.
-    installed: names of packages.
-    has_gpu: the driver shows one.
+  """A Finding about the backend that jax chose, with the value of JAX_PLATFORMS,
+  the names of the installed packages and whether the driver shows a GPU.
   """
   if backend != 'cpu':
     return Finding(f'backend {backend}')
@@ -231,8 +224,9 @@ def find_all(workdir):
   try:
     devices = jax.local_devices()
   except Exception as error:  # RuntimeError, or jax's own AssertionError.
+    text = f'no backend starts with JAX_PLATFORMS={platforms!r}'
     yield Finding(
-      f'no backend starts with JAX_PLATFORMS={platforms!r} ({_reason(error)})',
+      f'{text} ({_reason(error)})',
       'unset JAX_PLATFORMS to use what there is, or install the plugin of '
       f"the device: {_PIP} 'jax[cuda12]' or 'jax[tpu]'",
     )
