@@ -59,13 +59,7 @@ def _peak_memory():
 
 
 def measure(batches, config, *, seconds):
-  """The Speed of a grain.IterDataset over at least so many seconds.
-
-  Args:
-    batches: as pipeline.train_batches makes them of `config`.
-    config: resolved.
-    seconds: at least.
-  """
+  """The Speed of the batches of a resolved config over at least `seconds`."""
   # Before the clock starts, and the least that it counts: more batches than
   # can be under way at once.
   first = 2 * config.data.threads * max(config.data.workers, 1)
@@ -107,9 +101,6 @@ def run(options):
 
   Args:
     options: flags config, rounds and seconds.
-
-  Raises:
-    InputError: for wrong flags and data that cannot be used.
   """
   if options.config is None:
     raise InputError('--config is missing, as in --config=configs/camvid.py.')

@@ -25,11 +25,9 @@ _GROUP = 64  # Records that an interrupted build may have to read again.
 
 
 def digest(files, *facts):
-  """Hex digest that changes with a file's name, size or time, or a fact.
+  """Hex digest that changes with name, size or time of a File, or with a fact.
 
-  Args:
-    files: of files.File.
-    *facts: bytes that decide what is read from the files.
+  Facts are bytes that decide what is read from the files.
   """
   found = hashlib.sha256()
   stat = functools.cache(os.stat)  # Thousands of members lie in one zip.
@@ -90,12 +88,6 @@ def open_decoded(source, directory, *, threads=4, text='decoding'):
   Its folder is named by the fingerprint of the source: pixels of other or older
   files are never used. An interrupted build is resumed, and the file gets its
   name when it is complete. Processes of one host build it once.
-
-  Args:
-    source: see sources.py; `fingerprint()` changes with its files.
-    directory: on a disk of this host.
-    threads: that decode.
-    text: of the progress bar.
 
   Raises:
     InputError: for a source without files, a full disk or a broken record.

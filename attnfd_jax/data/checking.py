@@ -86,13 +86,7 @@ def _without_pixels(error):
 
 
 def read_split(source, num_classes, threads, *, on_record=None):
-  """Opens every pair of a source once; returns its Split.
-
-  Args:
-    source: see data.sources.
-    num_classes: k.
-    threads, on_record: of frequencies.map_records.
-  """
+  """The Split of a source, of which every pair is opened once."""
 
   def read(index):
     try:
@@ -137,11 +131,8 @@ def _find_warnings(class_names, splits, train):
 def check(dataset, threads, *, required=('train', 'val'), on_record=None):
   """Everything `Found` about a Dataset of load_dataset(strict=False).
 
-  Args:
-    dataset: its problems are the first ones.
-    threads: that read.
-    required: splits without which there is no run.
-    on_record: called after each pair.
+  Its own problems are the first ones. Without the `required` splits there is no
+  run; `on_record` is called after each pair.
   """
   k = dataset.num_classes
   splits = {

@@ -75,11 +75,7 @@ def _is_name(text):
 
 
 def _read_json(path):
-  """The lists images, annotations and categories.
-
-  Raises:
-    DataError: 'annotation'.
-  """
+  """The lists images, annotations and categories, whose fields are sound."""
   try:
     content = json.loads(path.read_bytes())
   except (ValueError, RecursionError) as error:
@@ -107,13 +103,7 @@ def _read_json(path):
 
 
 def _numbers(path, categories, class_names):
-  """Class names and {category id: train id}; those not named are 0.
-
-  Args:
-    path: for messages.
-    categories: of the JSON file.
-    class_names: background and those to keep, or () for all.
-  """
+  """Class names, () meaning all, and {category id: train id}; others are 0."""
   categories = sorted(categories, key=lambda category: category['id'])
   known = list(dict.fromkeys(category['name'] for category in categories))
   if not class_names:
@@ -137,10 +127,8 @@ def _numbers(path, categories, class_names):
 def _runs_of_text(text):
   """Runs of a compressed RLE: 5 bits a character from '0' on, low ones first;
   32 says that more follow, and from the fourth on runs are differences.
-
-  Raises:
-    ValueError: pycocotools itself would write past the end of its memory.
   """
+  # On damage pycocotools itself would write past the end of its memory.
   runs, value, shift = [], 0, 0
   for character in text:
     code = ord(character) - ord('0')
@@ -158,11 +146,7 @@ def _runs_of_text(text):
 
 
 def _area(segmentation, size):
-  """uint8 [h, w], 1 inside of polygons or of an RLE of lists or text.
-
-  Raises:
-    ValueError: says what is wrong with it.
-  """
+  """uint8 [h, w], 1 inside of polygons or an RLE; ValueError if it is wrong."""
   if isinstance(segmentation, list):
     coco_masks = _pycocotools()
     # Two corners would be taken for a box.
@@ -312,13 +296,12 @@ def _match(path, labels, folder, problems):
 
 
 def find_pairs(places, problems, *, class_names=(), min_pixels=-1, limit=0):
-  """Class names and {split: [Pair, ...]}.
+  """Class names and {split: [Pair, ...]}; see `draw_labels` for the options.
 
   Args:
     places: {split: (path of its JSON file, folder of its images)}; the names
       of the first split hold for all.
     problems: what is missing or wrong is appended.
-    class_names, min_pixels, limit: see `draw_labels`.
   """
   found = {}
   for split, (path, folder) in places.items():

@@ -46,13 +46,9 @@ def _places(root, patterns, *, half_a_test=False):
   """{split: (path, path)} of the first pattern of which train is there.
 
   Without train it is the first pattern of which a part is there, and a split
-  that is absent has the first of its names: what is missing is told by path.
-
-  Args:
-    root: of the data set.
-    patterns: pairs of paths with {} for the split.
-    half_a_test: whether a test split of one path is a mistake to tell; else it
-      is an absent one, such as images without annotations.
+  that is absent has the first of its names: what is missing is told by path. A
+  test split of one path, such as images without annotations, is an absent one
+  unless half_a_test says that it is a mistake to tell.
   """
 
   def there(count, pattern, name):
@@ -182,11 +178,7 @@ def _make_table(path, rows):
 
 
 def read_labelmap(path):
-  """{name: (r, g, b)} of CVAT's labelmap.txt, lines name:r,g,b:parts:actions.
-
-  Raises:
-    DataError: 'annotation'.
-  """
+  """{name: (r, g, b)} of CVAT's labelmap.txt, lines name:r,g,b:x:y."""
   rows, number = [], r'(\d{1,3})'
   for line in files.read_lines(path):
     if not line or line.startswith('#'):
@@ -202,11 +194,7 @@ def read_labelmap(path):
 
 
 def read_classes_csv(path):
-  """{name: id} of Roboflow's _classes.csv, in the order of ids.
-
-  Raises:
-    DataError: 'annotation'.
-  """
+  """{name: id} of Roboflow's _classes.csv, in the order of ids."""
   rows = []
   try:
     for row in list(csv.reader(files.read_lines(path)))[1:]:

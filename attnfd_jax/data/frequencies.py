@@ -20,12 +20,7 @@ class ClassCounts:
 
 
 def count_label(label, num_classes):
-  """Pixels of each class and, last, of everything else, int64 [k + 1].
-
-  Args:
-    label: uint8 [h, w] of train ids, 255 = ignored.
-    num_classes: k.
-  """
+  """Pixels of each class and, last, of all others in [h, w], int64 [k + 1]."""
   counts = np.bincount(label.ravel(), minlength=num_classes)
   rest = counts[num_classes:].sum()
   return np.append(counts[:num_classes], rest).astype(np.int64)
@@ -45,13 +40,10 @@ def sum_counts(rows, num_classes):
 
 
 def map_records(function, indices, threads, *, on_record=None):
-  """[function(index), ...] in parallel and in order.
+  """[function(index), ...] by some threads and in order.
 
-  Args:
-    function: of an index; its results are all kept, so they should be small.
-    indices: of records.
-    threads: number of them; decoders release the GIL.
-    on_record: called without arguments after each, in the caller's thread.
+  All results are kept, so they should be small. `on_record` is called without
+  arguments after each, in the caller's thread.
   """
   results, pending = [], collections.deque()
 
@@ -76,13 +68,7 @@ def map_records(function, indices, threads, *, on_record=None):
 
 
 def count_labels(source, num_classes, threads, *, on_record=None):
-  """`count_label` of all records, int64 [n, k + 1]; each label is read once.
-
-  Args:
-    source: see data.sources.
-    num_classes: k.
-    threads, on_record: see `map_records`.
-  """
+  """`count_label` of all records, int64 [n, k + 1]; each label is read once."""
   # Without their images where the source can: several times as fast.
   read = getattr(source, 'label', None) or (lambda i: source[i]['label'])
   rows = map_records(
@@ -101,15 +87,11 @@ def count_classes(source, num_classes, threads, *, on_record=None):
 
 
 def median_frequency_weights(pixels, present_pixels):
-  """Weights median(f) / f of the classes, float64 [k].
+  """Weights median(f) / f of the classes, float64 [k], of [k] of ClassCounts.
 
   f is the share of a class in the images in which it occurs (Eigen and Fergus
   2015, arXiv 1411.4734), with ignored pixels in the whole. Absent classes take
   no part in the median and get weight 1.
-
-  Args:
-    pixels: [k], of each class.
-    present_pixels: [k], of the images with the class, as in ClassCounts.
   """
   pixels = np.asarray(pixels, np.float64)
   present_pixels = np.asarray(present_pixels, np.float64)

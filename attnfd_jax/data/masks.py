@@ -37,7 +37,9 @@ def _unreadable(file, error):
   """The DataError of an image from the exception of a decoder, or None."""
   what = 'not a readable image; replace or remove it'
   if isinstance(error, Image.DecompressionBombError):
-    what = f'declares more than {MAX_PIXELS} pixels; cut it into parts'
+    what = (
+      f'declares more than the {MAX_PIXELS} pixels that are read; cut it up'
+    )
   return files.fault(file, 'unreadable', what)
 
 
@@ -257,11 +259,7 @@ class IndexLabels:
     return self.from_ids(file, read_mask(file))
 
   def from_ids(self, file, ids):
-    """uint8 [h, w] of the file's ids to train ids.
-
-    Raises:
-      DataError: 'values'.
-    """
+    """Train ids, uint8 [h, w], of the file's ids; DataError if none fits."""
     ignored = (*self.ignored, IGNORE_LABEL)
     table, forbidden = _index_tables(self.ids, ignored)
     label = cv2.LUT(ids, table)  # Several times as fast as NumPy's indexing.

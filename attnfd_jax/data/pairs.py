@@ -153,11 +153,7 @@ def make_dataset(config, table, pairs, read_label, problems, *, upright=True):
 
 
 def check_root(config):
-  """config.data.root as a path.
-
-  Raises:
-    DataError: 'split', if there is no such folder.
-  """
+  """config.data.root as a path; DataError if there is no such folder."""
   root = pathlib.Path(config['root'])
   if not config['root'] or not root.is_dir():
     raise DataError(
@@ -196,10 +192,7 @@ def by_stem(found, problems):
 def match(images, labels, where, problems):
   """[Pair, ...] of two {key: File}, sorted; the rest become problems.
 
-  Args:
-    images, labels: {key: File}.
-    where: the folders of both, for messages.
-    problems: list that is appended to.
+  `where` has the folders of both, for messages.
   """
   for ours, theirs, folder in (
     (images, labels, where[1]),

@@ -137,11 +137,9 @@ def _write_shards(dataset, folder, workers):
 
 
 def prepare(dataset, target, *, workers):
-  """Writes a TFDS data set below `target`.
+  """Writes a TFDS data set of files below the folder `target`.
 
   Args:
-    dataset: Dataset of files.
-    target: folder.
     workers: threads; decoding and encoding release the interpreter lock.
 
   Returns:
@@ -194,13 +192,7 @@ def prepare(dataset, target, *, workers):
 
 
 class _Pairs:
-  """The pairs of a TFDS data source, whose records are not decoded.
-
-  Args:
-    records: of `as_data_source`.
-    folder: of the data set, for messages.
-    keys: names of id, image and label in a record.
-  """
+  """The pairs of a TFDS data source; keys name id, image, label in a record."""
 
   def __init__(self, records, folder, keys):
     self._records, self.folder, self._keys = records, folder, keys

@@ -34,14 +34,9 @@ class Balance(grain.transforms.RandomMap):
 
 
 def class_presence(source, num_classes, *, threads=4):
-  """Whether record n shows class k, bool [n, k]; counted once per data set.
+  """Whether record n shows class k, bool [n, k].
 
-  Sources with a fingerprint are counted into the user's cache folder.
-
-  Args:
-    source: see sources.py.
-    num_classes: k.
-    threads: that read.
+  Sources with a fingerprint are counted once, into the user's cache folder.
   """
   path = None
   if hasattr(source, 'fingerprint'):

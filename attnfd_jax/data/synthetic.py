@@ -492,11 +492,6 @@ def photograph(p):
 def render_scene(generator, *, height, width):
   """Draws one scene; the same state of the generator, the same scene.
 
-  Args:
-    generator: a np.random.Generator.
-    height: rows; all things scale with the image.
-    width: columns.
-
   Returns:
     RGB image, uint8 [h, w, 3], and label, uint8 [h, w]: an index of
     CLASS_NAMES or 255 (ignored).

@@ -30,13 +30,10 @@ def pad(x, size, value):
 
 
 def distort(image, generator, *, strength):
-  """Random brightness, contrast, saturation and hue.
+  """Random brightness, contrast, saturation and hue of uint8 [h, w, 3] RGB.
 
-  Args:
-    image: uint8 [h, w, 3] RGB.
-    generator: np.random.Generator.
-    strength: 1 is brightness +-25 %, contrast and saturation 0.5 to 1.5, hue
-      +-18 degrees; smaller values shrink the ranges in proportion.
+  Strength 1 is brightness +-25 %, contrast and saturation 0.5 to 1.5, hue +-18
+  degrees; smaller values shrink the ranges in proportion.
   """
   brightness, contrast, saturation, hue = strength * generator.uniform(-1, 1, 4)
   grey = np.arange(256, dtype=np.float32)

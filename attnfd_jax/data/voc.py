@@ -34,13 +34,10 @@ def read_list(path, problems):
 
 
 def pair_listed(ids, where, endings, problems):
-  """[Pair, ...] in the order of a list.
+  """[Pair, ...] in the order of a list of names without their ending.
 
-  Args:
-    ids: of the list: names without their ending.
-    where: folders of images and masks.
-    endings: of the files in either.
-    problems: what is missing is appended.
+  `where` and `endings` are of images and masks; what is missing becomes a
+  problem.
   """
   images, labels = (
     files.without_ending(files.list_tree(folder, given))

@@ -93,8 +93,10 @@ def _has_nvidia_gpu():
 
 
 def check_backend(backend, *, platforms, installed, has_gpu):
-  """A Finding about the backend that jax chose, with the value of JAX_PLATFORMS,
-  the names of the installed packages and whether the driver shows a GPU.
+  """A Finding about the backend that jax chose.
+
+  `platforms` is JAX_PLATFORMS, `installed` are names of packages, and `has_gpu`
+  is what the driver says.
   """
   if backend != 'cpu':
     return Finding(f'backend {backend}')
@@ -117,11 +119,8 @@ def check_backend(backend, *, platforms, installed, has_gpu):
 def check_pages(mode, environment, *, libc):
   """A Finding about the size of the pages in which a CPU's memory comes.
 
-  Args:
-    mode: text of Linux' /sys/kernel/mm/transparent_hugepage/enabled, where the
-      mode that is on stands in brackets; '' where there is none.
-    environment: {variable: value}.
-    libc: (name, version) as platform.libc_ver tells them.
+  `mode` is the text of Linux' file, with the mode that is on in brackets; `libc`
+  is what platform.libc_ver tells.
   """
   library, version = libc
   tunable = library == 'glibc' and _numbers(version) >= (2, 35)
