@@ -63,7 +63,8 @@ def _pycocotools():
   return pycocotools.mask
 
 
-def _wrong(path, what):
+def unsound(path, what):
+  """The DataError of a file that says what masks mean."""
   return files.fault(path, 'annotation', what)
 
 
@@ -79,26 +80,26 @@ def _read_json(path):
   try:
     content = json.loads(path.read_bytes())
   except (ValueError, RecursionError) as error:
-    raise _wrong(path, f'not JSON ({error})') from error
+    raise unsound(path, f'not JSON ({error})') from error
   try:
     # Of dicts only: else AttributeError.
     lists = [[x for x in content[key] if x.keys()] for key in _FIELDS]
   except (AttributeError, KeyError, TypeError) as error:
     what = 'not COCO annotations: needs images, annotations and categories'
-    raise _wrong(path, what) from error
+    raise unsound(path, what) from error
   for entries, fields in zip(lists, _FIELDS.values(), strict=True):
     for entry in entries:
       for field, kind in fields.items():
         value = entry.get(field)
         if type(value) is not kind:  # True would be a height.
-          raise _wrong(path, f'{field} is absent or no {kind.__name__}')
+          raise unsound(path, f'{field} is absent or no {kind.__name__}')
         if kind is str and not _is_name(value):
-          raise _wrong(path, f'{field} {value[:40]!r} cannot be a name')
+          raise unsound(path, f'{field} {value[:40]!r} cannot be a name')
   for image in lists[0]:
     height, width = image['height'], image['width']
     if min(height, width) < 1 or height * width > masks.MAX_PIXELS:
       limit = f'or more than {masks.MAX_PIXELS} pixels'
-      raise _wrong(path, f'an image has no height or width, {limit}')
+      raise unsound(path, f'an image has no height or width, {limit}')
   return lists
 
 
@@ -112,10 +113,10 @@ def _numbers(path, categories, class_names):
   lacking = [name for name in class_names[1:] if name not in known]
   if lacking:
     what = f'no category {lacking[0]!r}; it has {", ".join(known[:90])}'
-    raise _wrong(path, what)
+    raise unsound(path, what)
   if len(class_names) > IGNORE_LABEL:
     what = f'{len(class_names)} classes, more than {IGNORE_LABEL}'
-    raise _wrong(path, f'{what}; choose by config.data.class_names')
+    raise unsound(path, f'{what}; choose by config.data.class_names')
   numbers = {
     category['id']: class_names.index(category['name'])
     for category in categories
@@ -272,7 +273,7 @@ def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
     tuple(index['class_names']),
     tuple(index['images']),
     str(target),
-    tuple(_wrong(path, problem) for problem in index['problems']),
+    tuple(unsound(path, problem) for problem in index['problems']),
   )
 
 

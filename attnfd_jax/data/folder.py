@@ -69,10 +69,12 @@ def _places(root, patterns, *, half_a_test=False):
   return found
 
 
-def _is_colour(colour):
-  return len(colour) == 3 and all(
-    isinstance(x, int) and 0 <= x <= 255 for x in colour
-  )
+def _is_byte(x):
+  return isinstance(x, int) and 0 <= x <= 255
+
+
+def _is_colour(x):
+  return isinstance(x, (tuple, list)) and len(x) == 3 and all(map(_is_byte, x))
 
 
 def _with_voc_colours(names):
@@ -81,50 +83,33 @@ def _with_voc_colours(names):
 
 def _given_labels(config, names):
   """{name: colour} and read_label of masks that the config describes."""
-  palette = tuple(
-    tuple(colour) if isinstance(colour, (tuple, list)) else (colour,)
-    for colour in config['palette']
-  )
-  id_map, k = tuple(config['id_map']), len(names)
+  palette, id_map = tuple(config['palette']), tuple(config['id_map'])
+  k = len(names)
   if palette and id_map:
     raise InputError(
       'config.data.palette is for masks of colours, config.data.id_map for '
       'masks of ids; give one of them.'
     )
   if palette:
-    different = len({*palette}) == len(palette) >= k
-    if not different or not all(map(_is_colour, palette)):
+    sound = all(map(_is_colour, palette))
+    colours = tuple(map(tuple, palette)) if sound else ()
+    if not len({*colours}) == len(colours) >= k:
       raise InputError(
         f'config.data.palette has {len(palette)} entries; needs a different '
         f'(r, g, b) of 0 to 255 for each of the {k} class_names, then those to '
         'ignore.'
       )
-    table = dict(zip(names, palette, strict=False))
-    return table, masks.ColourLabels(palette[:k], palette[k:])
-  ignored = ()
+    table = dict(zip(names, colours, strict=False))
+    return table, masks.ColourLabels(colours[:k], colours[k:])
+  ids, ignored = id_map or tuple(range(k)), ()
   if id_map:
-    different = len({*id_map}) == len(id_map) == k
-    if not different or not all(
-      isinstance(i, int) and 0 <= i < IGNORE_LABEL for i in id_map
-    ):
+    ignored = tuple(i for i in range(256) if i not in ids)
+    if not all(map(_is_byte, ids)) or not len({*ids} - {255}) == len(ids) == k:
       raise InputError(
-        f'config.data.id_map={id_map} must have a different id of 0 to 254 for '
+        f'config.data.id_map={ids} must have a different id of 0 to 254 for '
         f'each of the {k} class_names.'
       )
-    ignored = tuple({*range(256)} - {*id_map})
-  read_label = masks.IndexLabels(id_map or tuple(range(k)), ignored)
-  return _with_voc_colours(names), read_label
-
-
-def _check_names(names):
-  if not (
-    all(isinstance(name, str) and name.strip() for name in names)
-    and len(set(names)) == len(names) <= IGNORE_LABEL
-  ):
-    raise InputError(
-      'config.data.class_names must be different names, at most '
-      f"{IGNORE_LABEL}, such as \"('background', 'road')\"."
-    )
+  return _with_voc_colours(names), masks.IndexLabels(ids, ignored)
 
 
 def _given_names(config):
@@ -146,20 +131,16 @@ def _refuse_tables(config, layout):
       )
 
 
-def _annotation(path, what):
-  return files.fault(path, 'annotation', what)
-
-
 def _chosen(config, path, table):
   """{name: value} in the order of config.data.class_names, and other values."""
   names = tuple(config['class_names']) or tuple(table)
   if len(names) > IGNORE_LABEL:
     what = f'{len(names)} classes, more than {IGNORE_LABEL}'
-    raise _annotation(path, what)
+    raise coco.unsound(path, what)
   lacking = [name for name in names if name not in table]
   if lacking:
     what = f'no class {lacking[0]!r} of config.data.class_names; it has '
-    raise _annotation(path, what + ', '.join(table))
+    raise coco.unsound(path, what + ', '.join(table))
   rest = tuple(v for name, v in table.items() if name not in names)
   return {name: table[name] for name in names}, rest
 
@@ -170,10 +151,10 @@ def _make_table(path, rows):
   for text, name, value in rows:
     if name in table or value in table.values():
       what = f'{text[:90]!r} has a name, colour or id a second time'
-      raise _annotation(path, what)
+      raise coco.unsound(path, what)
     table[name] = value
   if not table:
-    raise _annotation(path, 'no classes in it')
+    raise coco.unsound(path, 'no classes in it')
   return table
 
 
@@ -188,7 +169,7 @@ def read_labelmap(path):
     )
     colour = tuple(map(int, found.group(2, 3, 4))) if found else ()
     if not _is_colour(colour):
-      raise _annotation(path, f'{line[:90]!r} is not name:red,green,blue::')
+      raise coco.unsound(path, f'{line[:90]!r} is not name:red,green,blue::')
     rows.append((line, found[1], colour))
   return _make_table(path, rows)
 
@@ -201,10 +182,10 @@ def read_classes_csv(path):
       text, cells = ','.join(row), [cell.strip() for cell in row]
       number = len(cells) > 1 and re.fullmatch(r'\d{1,3}', cells[0])
       if not number or int(cells[0]) >= IGNORE_LABEL:
-        raise _annotation(path, f'{text[:90]!r} is not id, name')
+        raise coco.unsound(path, f'{text[:90]!r} is not id, name')
       rows.append((text, cells[1], int(cells[0])))
   except csv.Error as error:
-    raise _annotation(path, f'not a table of id, name ({error})') from error
+    raise coco.unsound(path, f'not a table of id, name ({error})') from error
   table = _make_table(path, rows)
   return dict(sorted(table.items(), key=lambda item: item[1]))
 
@@ -267,7 +248,7 @@ def _read_roboflow(config, root):
       continue
     known = known or table
     if table != known:
-      problems.append(_annotation(path, 'other classes than those of train'))
+      problems.append(coco.unsound(path, 'other classes than those of train'))
     else:
       found[split] = _pair_roboflow(folder, problems)
   if known is None:
@@ -307,7 +288,14 @@ LAYOUTS = {
 def folder(config):
   """The layout config.data.layout, or the only one that is there."""
   root, layout = pairs.check_root(config), config['layout']
-  _check_names(config['class_names'])
+  names = config['class_names']
+  if not all(isinstance(name, str) and name.strip() for name in names) or not (
+    len({*names}) == len(names) <= IGNORE_LABEL
+  ):
+    raise InputError(
+      'config.data.class_names must be different names, at most '
+      f"{IGNORE_LABEL}, such as \"('background', 'road')\"."
+    )
   if layout == 'auto':
     found = [
       name

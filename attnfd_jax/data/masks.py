@@ -37,9 +37,7 @@ def _unreadable(file, error):
   """The DataError of an image from the exception of a decoder, or None."""
   what = 'not a readable image; replace or remove it'
   if isinstance(error, Image.DecompressionBombError):
-    what = (
-      f'declares more than the {MAX_PIXELS} pixels that are read; cut it up'
-    )
+    what = f'declares more than the {MAX_PIXELS} pixels allowed; cut it up'
   return files.fault(file, 'unreadable', what)
 
 

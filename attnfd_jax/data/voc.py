@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """PASCAL VOC 2012 in its devkit, with the masks of SBD where asked for."""
 
-import dataclasses
 import io
 import pathlib
 
@@ -54,15 +53,12 @@ def pair_listed(ids, where, endings, problems):
   return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _VocLabels:
+class _VocLabels(masks.IndexLabels):
   """PNGs of VOC and .mat files of SBD to train ids."""
-
-  index: masks.IndexLabels
 
   def __call__(self, file):
     read = read_sbd if file.suffix == '.mat' else masks.read_mask
-    return self.index.from_ids(file, read(file))
+    return self.from_ids(file, read(file))
 
 
 def read_sbd(file):
@@ -132,7 +128,7 @@ def pascal_voc(config):
   if sbd_root:
     taken = {*ids['train'], *ids['val']}
     found['train'] += _sbd_pairs(sbd_root, taken, problems)
-  read_label = _VocLabels(masks.IndexLabels(tuple(range(len(classes.VOC)))))
+  read_label = _VocLabels(tuple(range(len(classes.VOC))))
   # Annotated as stored.
   return pairs.make_dataset(
     config, classes.VOC, found, read_label, problems, upright=False

@@ -119,7 +119,7 @@ def check_backend(backend, *, platforms, installed, has_gpu):
 def check_pages(mode, environment, *, libc):
   """A Finding about the size of the pages in which a CPU's memory comes.
 
-  `mode` is the text of Linux' file, with the mode that is on in brackets; `libc`
+  `mode` is the text of Linux' file, the mode that is on in brackets; `libc`
   is what platform.libc_ver tells.
   """
   library, version = libc

@@ -39,7 +39,7 @@ class Libc:
 threads, verbosity = cv2.getNumThreads(), absl_logging.get_verbosity()
 hook = sys.unraisablehook
 import jax, flax, grain, optax, orbax.checkpoint, PIL.Image
-import matplotlib, safetensors
+import matplotlib, safetensors, tqdm.auto
 for module, name in (
   (cv2, 'setNumThreads'),
   (absl_logging, 'set_verbosity'),
