@@ -114,6 +114,26 @@ def test_goes_on_with_the_first_unfinished_shard(tmp_path, monkeypatch):
   assert {train.name(4), train.name(5), val.name(0)} <= set(read)
 
 
+def test_shards_of_an_attempt_with_other_data_are_not_kept(tmp_path):
+  root, target = tmp_path / 'files', tmp_path / 'shards'
+  fixtures.make_camvid(root)
+  bad = sorted((root / 'testannot').iterdir())[-1]
+  content = bad.read_bytes()
+  bad.write_bytes(content[:40])
+  with pytest.raises(DataError, match=bad.name):
+    prepared.prepare(load('camvid', root=str(root)), target, workers=1)
+  bad.write_bytes(content)
+  fewer = load('camvid', root=str(root), limit=2)
+  folder, _ = prepared.prepare(fewer, target, workers=1)
+  names = {path.name for path in folder.glob('camvid-*')}
+  assert names == {
+    f'camvid-{split}.array_record-00000-of-00001'
+    for split in ('train', 'val', 'test')
+  }
+  splits = load('camvid', prepared=str(target)).splits
+  assert [len(source) for source in splits.values()] == [2, 2, 2]
+
+
 def test_the_command(tmp_path):
   fixtures.make_camvid(tmp_path / 'files')
   arguments = (

@@ -96,6 +96,7 @@ def _write_shard(source, records, path, advance):
   os.replace(temporary, path)
   found = {
     'content': content,
+    'shard': path.name,
     'count': len(records),
     'bytes': path.stat().st_size,
     'sha256': _sha256(path),
@@ -159,6 +160,10 @@ def prepare(dataset, target, *, workers):
   staged = target / f'.{dataset.name}.shards'
   staged.mkdir(parents=True, exist_ok=True)
   splits, core = _write_shards(dataset, staged, workers), _tfds().core
+  shards = {note['shard'] for notes in splits.values() for note in notes}
+  for path in staged.iterdir():
+    if path.name not in shards:  # A note, or of an attempt with other data.
+      path.unlink()
   metadata = {
     'class_names': list(dataset.class_names),
     'palette': dataset.palette.tolist(),
@@ -184,8 +189,6 @@ def prepare(dataset, target, *, workers):
     check_data=False,
     metadata=core.MetadataDict(metadata),
   )
-  for note in staged.glob('*.array_record*.json'):
-    note.unlink()
   folder.parent.mkdir(exist_ok=True)
   staged.rename(folder)
   return folder, {info.name: sum(info.shard_lengths) for info in infos}
