@@ -15,29 +15,34 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # One step with all of them; AttnFD beside it would only take long to compile.
 PROGRAM = """
-import dataclasses, json, runpy
+import dataclasses, json
 import jax
+import attnfd_jax
 from attnfd_jax.benchmarks.train import make_stage
+from attnfd_jax.config import debug
+from attnfd_jax.config import default_config
 from attnfd_jax.config import resolve
 from attnfd_jax.data.sources import load_dataset
 
-config = runpy.run_path('configs/mine.py')['get_config']('debug')
-config.data.root = 'fields'
+config = debug(default_config())
+config.data.name, config.data.root = 'mine', 'fields'
 config.data.base_size, config.data.crop_size = 48, (32, 32)
 config.teacher.backbone = config.student.backbone = 'plain'
+config.loss.name = 'smooth'
 config.distill.method = 'fitnet'
-config.distill.fitnet_weight = 3.0
+config.distill.fitnet.weight = 3.0
+config.distill.fitnet.tap = 'aspp'
 config.mesh.data = 1
 dataset = load_dataset(config.data)
 stage = make_stage(resolve(config), dataset.num_classes)
 stage = dataclasses.replace(stage, dataset=dataset)
-key = jax.random.key(0, impl='rbg')
 batch = next(iter(stage.make_batches(0)))
 _, metrics = stage.make_train_step()(
-  stage.init_state(), stage.teacher.variables, batch, key
+  stage.init_state(), stage.teacher.variables, batch, jax.random.key(0)
 )
 print(json.dumps({k: float(v) for k, v in metrics.items() if not v.ndim}))
 print(json.dumps([dataset.class_names, len(dataset.splits['val'])]))
+print(attnfd_jax.METHODS['fitnet'].__name__)
 """
 
 
@@ -51,7 +56,7 @@ def changed(tmp_path):
     shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
   text = (ROOT / 'docs' / 'extending.md').read_text()
   diffs = re.findall(r'^```diff\n(.*?)^```$', text, re.S | re.M)
-  assert len(diffs) == 3
+  assert len(diffs) == 4
   for diff in diffs:
     done = subprocess.run(
       ['git', 'apply', '-'],
@@ -88,8 +93,9 @@ def test_what_the_diffs_add_trains(changed):
     check=False,
   )
   assert done.returncode == 0, done.stderr
-  metrics, facts = map(json.loads, done.stdout.splitlines()[-2:])
-  assert facts == [['soil', 'crop', 'weed'], 2]
-  assert metrics['fitnet'] > 0
-  expected = metrics['ce'] + 3 * metrics['fitnet']
+  *found, method = done.stdout.splitlines()[-3:]
+  metrics, facts = map(json.loads, found)
+  assert facts == [['soil', 'crop', 'weed'], 2] and method == 'FitNet'
+  assert metrics['smooth'] > 0 and metrics['fitnet'] > 0
+  expected = metrics['smooth'] + 3 * metrics['fitnet']
   assert metrics['loss'] == pytest.approx(expected, rel=1e-4)
