@@ -11,7 +11,6 @@ import pathlib
 import statistics
 import threading
 import time
-from typing import NamedTuple
 
 from attnfd_jax.config import num_cores
 from attnfd_jax.config import resolve
@@ -20,14 +19,6 @@ from attnfd_jax.data import pipeline
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.errors import InputError
 from attnfd_jax.runs import logs
-
-
-class Speed(NamedTuple):
-  """Of a pipeline, with all of its processes."""
-
-  images_per_second: float
-  cpu_seconds_per_image: float
-  peak_memory_bytes: int
 
 
 def _workers():
@@ -59,7 +50,7 @@ def _peak_memory():
 
 
 def measure(batches, config, *, seconds):
-  """The Speed of the batches of a resolved config over at least `seconds`."""
+  """Speed of the batches of a resolved config, over at least `seconds`."""
   # Before the clock starts, and the least that it counts: more batches than
   # can be under way at once.
   first = 2 * config.data.threads * max(config.data.workers, 1)
@@ -72,13 +63,18 @@ def measure(batches, config, *, seconds):
     next(iterator)
     count += 1
   wall, cpu = time.perf_counter() - wall, _cpu_seconds() - cpu
-  memory, images = _peak_memory(), count * config.batch_size
+  images = count * config.batch_size
+  speed = {
+    'images_per_second': images / wall,
+    'cpu_seconds_per_image': cpu / images,
+    'peak_memory_bytes': _peak_memory(),
+  }
   iterator.close()
   for thread in threading.enumerate():  # They finish their last batches.
     # An iterator that somebody else left open would never finish.
     if thread.name.startswith('grain') and thread not in others:
       thread.join()
-  return Speed(images / wall, cpu / images, memory)
+  return speed
 
 
 def describe(config, dataset):
@@ -119,10 +115,10 @@ def run(options):
   batches, rounds = pipeline.configured_batches(config, dataset), []
   for i in range(options.rounds):
     rounds.append(measure(batches, config, seconds=options.seconds))
-    rate, cpu, _ = rounds[-1]
+    rate, cpu, memory = rounds[-1].values()
     text = f'{rate:.1f} images/s, {1e3 * cpu:.2f} CPU ms an image'
     print(f'round {i + 1}: {text}', flush=True)
-  found = Speed(*map(statistics.median, zip(*rounds, strict=True)))
-  found = found._asdict() | {'peak_memory_bytes': rounds[-1].peak_memory_bytes}
-  print('median: ' + ', '.join(f'{k} {v:.4g}' for k, v in found.items()))
-  return found | facts
+  medians = {k: statistics.median(x[k] for x in rounds) for k in rounds[0]}
+  medians['peak_memory_bytes'] = memory
+  print('median: ' + ', '.join(f'{k} {v:.4g}' for k, v in medians.items()))
+  return medians | facts

@@ -188,7 +188,7 @@ def next_multiple(size, multiple):
 
 def fit_image(image, short_side):
   """An image at the size of `fit_short_side`."""
-  return resize_image(image, fit_short_side(image.shape[:2], short_side))
+  return resize(image, fit_short_side(image.shape[:2], short_side))
 
 
 def fit_record(record, short_side, *, resize_labels):
@@ -196,25 +196,16 @@ def fit_record(record, short_side, *, resize_labels):
 
   The label stays untouched without resize_labels; see `fit_short_side`.
   """
-  image, label = record['image'], record['label']
-  size = fit_short_side(label.shape, short_side)
-  return {
-    'image': resize_image(image, size),
-    'label': resize_label(label, size if resize_labels else label.shape),
-  }
+  image, label = fit_image(record['image'], short_side), record['label']
+  if resize_labels:
+    label = resize(label, image.shape[:2], Image.Resampling.NEAREST)
+  return {'image': image, 'label': label}
 
 
-def resize_image(image, size):
-  """Pillow's antialiased bilinear, as the reference evaluates."""
-  return _resize(image, size, Image.Resampling.BILINEAR)
-
-
-def resize_label(label, size):
-  """Nearest neighbour."""
-  return _resize(label, size, Image.Resampling.NEAREST)
-
-
-def _resize(x, size, how):
+def resize(x, size, how=Image.Resampling.BILINEAR):
+  """uint8 [h, w] or [h, w, 3] at (height, width) by Pillow, as the reference
+  evaluates; its bilinear form is antialiased.
+  """
   if x.shape[:2] == tuple(size):
     return x
   return np.asarray(Image.fromarray(x).resize(size[::-1], how))

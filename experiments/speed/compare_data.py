@@ -128,18 +128,20 @@ def compare(config, *, rounds, seconds):
   for i in range(rounds):
     mine = benchmark.measure(ours, config, seconds=seconds)
     pil = benchmark.measure(theirs, config, seconds=seconds)
+    rates = [x['images_per_second'] for x in (mine, pil)]
+    cpus = [x['cpu_seconds_per_image'] for x in (mine, pil)]
     found.append(
       {
-        'images_per_second': mine.images_per_second,
-        'cpu_seconds_per_image': mine.cpu_seconds_per_image,
-        'pil_images_per_second': pil.images_per_second,
-        'pil_cpu_seconds_per_image': pil.cpu_seconds_per_image,
-        'ratio': mine.images_per_second / pil.images_per_second,
-        'cpu_ratio': pil.cpu_seconds_per_image / mine.cpu_seconds_per_image,
+        'images_per_second': rates[0],
+        'cpu_seconds_per_image': cpus[0],
+        'pil_images_per_second': rates[1],
+        'pil_cpu_seconds_per_image': cpus[1],
+        'ratio': rates[0] / rates[1],
+        'cpu_ratio': cpus[1] / cpus[0],
       }
     )
     if not i:  # A process' peak is never forgotten: ours alone.
-      memory = mine.peak_memory_bytes
+      memory = mine['peak_memory_bytes']
     shown = ', '.join(f'{key} {x:.4g}' for key, x in found[-1].items())
     print(f'round {i + 1}: {shown}', flush=True)
   medians = {key: statistics.median(x[key] for x in found) for key in found[0]}
