@@ -496,7 +496,7 @@ def make_weights():
 
 
 _WEIGHTS = make_weights()
-_LEGACY = b''.join(pickle.dumps(v, 2) for v in (torch_files._MAGIC, 1001, {}))
+_LEGACY = b''.join(pickle.dumps(v, 2) for v in (torch_files.MAGIC, 1001, {}))
 
 
 def run_weights(rng, folder):
