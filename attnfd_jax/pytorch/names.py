@@ -6,6 +6,7 @@ and export walk the same table: nothing is guessed from shapes.
 """
 
 import re
+from typing import NamedTuple
 
 from flax import traverse_util
 import numpy as np
@@ -114,6 +115,40 @@ def aliases(name):
   return [f'{trunk}.{half}_level_features.{index}.{rest}']
 
 
+class Report(NamedTuple):
+  """What an import found; names are those of the file.
+
+  Attributes:
+    loaded: tensors that were used.
+    missing: names that the network needs and the file lacks.
+    unexpected: names that the network has no place for.
+    reshaped: {name: (its shape, the shape that fits)}, not used.
+  """
+
+  loaded: list[str]
+  missing: list[str]
+  unexpected: list[str]
+  reshaped: dict[str, tuple]
+
+  @property
+  def complete(self):
+    return not (self.missing or self.unexpected or self.reshaped)
+
+  def __str__(self):
+    counts = [f'{kind} {len(names)}' for kind, names in self._asdict().items()]
+    parts = [', '.join(counts)]
+    for kind, names in (
+      ('missing', self.missing),
+      ('unexpected', self.unexpected),
+    ):
+      more = f' and {len(names) - 5} more' if len(names) > 5 else ''
+      if names:
+        parts.append(f'{kind}: {", ".join(names[:5])}{more}')
+    for name, (found, fits) in [*self.reshaped.items()][:5]:
+      parts.append(f'{name}: has {found}, needs {fits}')
+    return '; '.join(parts)
+
+
 def flatten(tree):
   """{'collection/path': leaf} of a tree of collections."""
   return traverse_util.flatten_dict(tree, sep='/')
@@ -128,25 +163,27 @@ def fill(target, tensors, name_of):
     name_of: path without collection -> their name.
 
   Returns:
-    The filled tree, in which leaves without a tensor are None; the names that
-    were used; and {name: (shape found, shape wanted)} of those that do not fit.
+    The filled tree, in which leaves without a tensor are None, and a Report.
   """
-  filled, used, reshaped = {}, set(), {}
+  filled, loaded, missing, reshaped = {}, [], [], {}
   for key, leaf in flatten(target).items():
     path = key.split('/', 1)[1]
     name = name_of(path)
     filled[key] = None
     if name not in tensors:
+      missing.append(name)
       continue
-    used.add(name)
     value = np.asarray(tensors[name])
     if path.endswith('kernel'):
       value = value.transpose(_TO_OURS.get(value.ndim, range(value.ndim)))
     if value.shape != leaf.shape:
       reshaped[name] = (value.shape, leaf.shape)
-    else:
-      filled[key] = np.ascontiguousarray(value, dtype=leaf.dtype)
-  return traverse_util.unflatten_dict(filled, sep='/'), used, reshaped
+      continue
+    loaded.append(name)
+    filled[key] = np.ascontiguousarray(value, dtype=leaf.dtype)
+  unexpected = sorted(tensors.keys() - {*loaded, *reshaped})
+  report = Report(sorted(loaded), missing, unexpected, reshaped)
+  return traverse_util.unflatten_dict(filled, sep='/'), report
 
 
 def export(tree, name_of):
