@@ -26,7 +26,6 @@ import pytest
 import small_run
 
 from attnfd_jax import cli
-from attnfd_jax import convert
 from attnfd_jax.benchmarks import train
 from attnfd_jax.exporting import agreement
 from attnfd_jax.exporting import fresh_process as exported
@@ -35,6 +34,7 @@ from attnfd_jax.models import network as networks
 from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import conversion
 
 pytestmark = [pytest.mark.commands, pytest.mark.slow]
 ROOT = pathlib.Path(__file__).parents[1]
@@ -220,7 +220,7 @@ def random_files(folder):
   torch_files.write_torch(folder / 'resnet18.pth', trunk)
   with pytest.MonkeyPatch.context() as patch:
     real_networks(patch)
-    convert.import_stage(folder / 'teacher.pth.tar', folder / 'converted')
+    conversion.import_stage(folder / 'teacher.pth.tar', folder / 'converted')
 
 
 def real_networks(patch):

@@ -13,7 +13,6 @@ import pytest
 import tiny_run
 
 import attnfd_jax
-from attnfd_jax import convert
 from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import deeplab
@@ -23,6 +22,7 @@ from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import conversion
 from attnfd_jax.runs import loading
 from attnfd_jax.runs import logs
 from attnfd_jax.training import stages
@@ -85,7 +85,7 @@ def assert_same(left, right):
 )
 def test_round_trip_is_bit_exact(tmp_path, tensors, backbone, ending, gates):
   source = tensors(backbone, gates=gates)
-  convert.import_stage(
+  conversion.import_stage(
     write(tmp_path / 'a.pth', source), tmp_path / 'new' / 'ours'
   )
   ours = tmp_path / 'new' / 'ours'
@@ -96,7 +96,7 @@ def test_round_trip_is_bit_exact(tmp_path, tensors, backbone, ending, gates):
   assert info['stage'] == 'converted' and info['data']['name'] == 'pascal_voc'
   assert info['class_names'] == list(classes.VOC)
   target = tmp_path / f'b{ending}'
-  convert.export_stage(ours, target)
+  conversion.export_stage(ours, target)
   assert_same(torch_files.read_state_dict(target), source)
   if ending == '.safetensors':
     _, metadata = torch_files.read_safetensors(target)
@@ -114,29 +114,29 @@ def test_round_trip_is_bit_exact(tmp_path, tensors, backbone, ending, gates):
 def test_classes_of_a_file_of_ours_come_back(tmp_path, tensors):
   source = write(tmp_path / 'a.pth', tensors(num_classes=3))
   given = ('sky', 'road', 'car')
-  convert.import_stage(source, tmp_path / 'a', class_names=given)
-  convert.export_stage(tmp_path / 'a', tmp_path / 'a.safetensors')
-  convert.import_stage(tmp_path / 'a.safetensors', tmp_path / 'b')
+  conversion.import_stage(source, tmp_path / 'a', class_names=given)
+  conversion.export_stage(tmp_path / 'a', tmp_path / 'a.safetensors')
+  conversion.import_stage(tmp_path / 'a.safetensors', tmp_path / 'b')
   info = json.loads((tmp_path / 'b' / 'config.json').read_text())
   assert info['class_names'] == list(given)
-  convert.import_stage(source, tmp_path / 'c')
+  conversion.import_stage(source, tmp_path / 'c')
   info = json.loads((tmp_path / 'c' / 'config.json').read_text())
   assert info['class_names'] == ['class_0', 'class_1', 'class_2']
   with pytest.raises(InputError, match='has 2 names'):
-    convert.import_stage(source, tmp_path / 'd', class_names=('a', 'b'))
+    conversion.import_stage(source, tmp_path / 'd', class_names=('a', 'b'))
 
 
 def test_attention_in_the_forward_path_comes_back(tmp_path, tensors):
   source = write(tmp_path / 'a.pth', tensors())
-  convert.import_stage(source, tmp_path / 'a', in_path_attention=True)
+  conversion.import_stage(source, tmp_path / 'a', in_path_attention=True)
   network, _, _ = loading.load_network(tmp_path / 'a')
   assert network.in_path_attention
-  lines = convert.export_stage(tmp_path / 'a', tmp_path / 'b.safetensors')
+  lines = conversion.export_stage(tmp_path / 'a', tmp_path / 'b.safetensors')
   assert any('forward path' in line for line in lines)
   assert_same(
     torch_files.read_state_dict(tmp_path / 'b.safetensors'), tensors()
   )
-  convert.import_stage(tmp_path / 'b.safetensors', tmp_path / 'c')
+  conversion.import_stage(tmp_path / 'b.safetensors', tmp_path / 'c')
   network, _, _ = loading.load_network(tmp_path / 'c')
   assert network.in_path_attention
 
@@ -268,7 +268,7 @@ def test_partial_files_are_refused(tmp_path, tensors, change, words):
     found = trunk(found)
   path = write(tmp_path / 'a.pth', found)
   with pytest.raises(InputError) as error:
-    convert.import_stage(path, tmp_path / 'b', **options)
+    conversion.import_stage(path, tmp_path / 'b', **options)
   assert '\n' not in str(error.value)
   for word in words:
     assert word in str(error.value)
@@ -280,8 +280,8 @@ def test_allow_missing_fills_the_rest_at_random(tmp_path, tensors):
   del found['decoder.conv1.weight']
   path = write(tmp_path / 'a.pth', found)
   with pytest.raises(InputError, match='--allow_missing'):
-    convert.import_stage(path, tmp_path / 'b')
-  lines = convert.import_stage(
+    conversion.import_stage(path, tmp_path / 'b')
+  lines = conversion.import_stage(
     path, tmp_path / 'b', num_classes=19, allow_missing=True
   )
   assert any('tensors are random' in line for line in lines)
@@ -309,8 +309,8 @@ def test_the_command(tmp_path, tensors):
   assert_same(torch_files.read_state_dict(back), tensors())
   before = sorted(tmp_path.rglob('*'))
   for convert_stage, source, target in (
-    (convert.import_stage, path, ours),
-    (convert.export_stage, ours, back),
+    (conversion.import_stage, path, ours),
+    (conversion.export_stage, ours, back),
   ):
     with pytest.raises(InputError, match='exists'):
       convert_stage(source, target)
@@ -418,7 +418,9 @@ def test_a_run_with_files_of_pytorch(tmp_path, tensors, capfd, monkeypatch):
   assert same >= {name for name in back if '.cbam.' in name}
   assert 'decoder.last_conv.8.weight' not in same
   # A student with its own gates can go back, gates included.
-  convert.export_stage(tmp_path / 'run' / 'distill', tmp_path / 'student.pth')
+  conversion.export_stage(
+    tmp_path / 'run' / 'distill', tmp_path / 'student.pth'
+  )
   exported = torch_files.read_state_dict(tmp_path / 'student.pth')
   assert exported.keys() == found.keys()
 

@@ -13,7 +13,6 @@ from PIL import Image
 import pytest
 import tiny_run
 
-from attnfd_jax import convert
 from attnfd_jax import export
 from attnfd_jax.data import synthetic
 from attnfd_jax.errors import InputError
@@ -25,6 +24,7 @@ from attnfd_jax.models import network as networks
 from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import conversion
 
 # Fewer blocks of the same kinds compile faster.
 SHORT = {
@@ -89,7 +89,7 @@ def stage(make, tmp_path_factory):
     network, variables = make('resnet18')
     tensors = torch_models.export_torch(variables, backbone='resnet18')
     torch_files.write_safetensors(folder / 'a.safetensors', tensors)
-    convert.import_stage(folder / 'a.safetensors', folder / 'stage')
+    conversion.import_stage(folder / 'a.safetensors', folder / 'stage')
     path = folder / 'stage' / 'config.json'
     info = json.loads(path.read_text())
     info['class_names'] = synthetic.CLASS_NAMES

@@ -17,6 +17,8 @@ from attnfd_jax.runs import checkpoints
 
 # Of a stage made from a PyTorch file: '<collection>/<tap>/<leaf>'.
 ATTENTION_FILE = 'attention.safetensors'
+# Short side of image and label in protocol `reference`; train_kd.py:281.
+REFERENCE_SHORT_SIDE = 513
 # What a stage's config.json has for sure.
 _DESCRIBED = ('class_names', 'palette', 'data', 'distill', 'eval', 'optim')
 
@@ -136,3 +138,16 @@ def load_attention(directory, network, info):
     part: {tap: tree['methods_attnfd'][f'student_gates_{tap}'] for tap in TAPS}
     for part, tree in parts.items()
   }
+
+
+def describe(checkpoint, info):
+  """'runs/quickstart/distill, step 320: resnet18 x0.125'."""
+  name = networks.describe(info[role_of(info)])
+  return f'{checkpoint}, step {info["checkpoint_step"]}: {name}'
+
+
+def seen_short_side(info, protocol):
+  """Short side of the images that the network sees; 0 leaves their size."""
+  if protocol == 'reference':
+    return REFERENCE_SHORT_SIDE
+  return info['eval'].get('short_side', 0)
