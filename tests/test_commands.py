@@ -28,7 +28,7 @@ import small_run
 from attnfd_jax import cli
 from attnfd_jax.benchmarks import train
 from attnfd_jax.exporting import agreement
-from attnfd_jax.exporting import fresh_process as exported
+from attnfd_jax.exporting import fresh_process
 from attnfd_jax.models import deeplab
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.resnet import ResNet
@@ -238,7 +238,8 @@ def two_classes(root):
 
 def run_here(kind, path, images, options):
   """What `export` has a fresh process do."""
-  return exported.measure(exported.LOADERS[kind](path, options), images)
+  run = fresh_process.LOADERS[kind](path, **options)
+  return fresh_process.measure(run, images)
 
 
 @pytest.fixture(scope='module')

@@ -13,11 +13,12 @@ from PIL import Image
 import pytest
 import tiny_run
 
-from attnfd_jax import export
 from attnfd_jax.data import synthetic
 from attnfd_jax.errors import InputError
 from attnfd_jax.exporting import agreement
-from attnfd_jax.exporting import fresh_process as exported
+from attnfd_jax.exporting import fresh_process
+from attnfd_jax.exporting import stablehlo
+from attnfd_jax.exporting import student
 from attnfd_jax.models import deeplab
 from attnfd_jax.models import mobilenet_v2
 from attnfd_jax.models import network as networks
@@ -131,7 +132,7 @@ def cases(make):
   def cases(name):
     if name not in _known:
       network, variables = make(name)
-      forward = export.make_forward(network, uint8=True, argmax=False)
+      forward = stablehlo.make_forward(network, uint8=True, argmax=False)
       shapes = SHAPES[: 1 if name == 'bottleneck' else 2]
       images = [_images(shape) for shape in shapes]
       _known[name] = [(x, np.asarray(forward(variables, x))) for x in images]
@@ -151,8 +152,8 @@ def _assert_close(found, expected):
 def test_stablehlo_at_any_size(make, cases, name):
   pytest.importorskip('flatbuffers')
   network, variables = make(name)
-  forward = export.make_forward(network, uint8=True, argmax=False)
-  data = export.stablehlo(forward, variables, uint8=True)
+  forward = stablehlo.make_forward(network, uint8=True, argmax=False)
+  data = stablehlo.make_program(forward, variables, uint8=True)
   program = jax.export.deserialize(data)
   assert set(program.platforms) == {'cpu', 'cuda', 'tpu'}
   run = jax.jit(program.call)
@@ -178,11 +179,11 @@ def test_onnx_at_any_size(make, cases, name):
     _assert_close(found, expected)
 
 
-@pytest.mark.parametrize('weights', export.WEIGHTS)
+@pytest.mark.parametrize('weights', stablehlo.WEIGHTS)
 def test_weights_in_fewer_bits(make, weights):
   _, variables = make('resnet18')
-  stored = export.shrink(variables, weights)
-  grown = export.grow(stored)
+  stored = stablehlo.shrink(variables, weights)
+  grown = stablehlo.grow(stored)
   bits = {'float32': 0, 'bfloat16': 2.0**-8, 'int8': 1 / 254}[weights]
 
   def check(before, after):
@@ -205,17 +206,21 @@ def test_weights_in_fewer_bits(make, weights):
 
 def test_kernels_of_zeros_stay_zeros():
   zeros = {'kernel': np.zeros((1, 1, 2, 3), np.float32)}
-  grown = export.grow(export.shrink(zeros, 'int8'))
+  grown = stablehlo.grow(stablehlo.shrink(zeros, 'int8'))
   np.testing.assert_array_equal(grown['kernel'], zeros['kernel'])
 
 
 def test_small_weights_are_small_in_the_file():
   pytest.importorskip('flatbuffers')
-  forward = export.make_forward(Dots(), uint8=False, argmax=True)
+  forward = stablehlo.make_forward(Dots(), uint8=False, argmax=True)
   variables = _dots(10_000)
   sizes = [
-    len(export.stablehlo(forward, export.shrink(variables, x), uint8=False))
-    for x in export.WEIGHTS
+    len(
+      stablehlo.make_program(
+        forward, stablehlo.shrink(variables, x), uint8=False
+      )
+    )
+    for x in stablehlo.WEIGHTS
   ]
   # int8 has a float32 scale for each column of three.
   saved = (sizes[0] - np.array(sizes)) / variables['kernel'].nbytes
@@ -234,17 +239,17 @@ def test_compare():
 
 def test_stablehlo_needs_jax_and_numpy_alone(tmp_path):
   pytest.importorskip('flatbuffers')
-  forward = export.make_forward(Dots(), uint8=True, argmax=True)
+  forward = stablehlo.make_forward(Dots(), uint8=True, argmax=True)
   variables = _dots(5)
   path = tmp_path / 'a.stablehlo'
-  path.write_bytes(export.stablehlo(forward, variables, uint8=True))
+  path.write_bytes(stablehlo.make_program(forward, variables, uint8=True))
   folder = tmp_path / 'images'
   folder.mkdir()
-  np.save(folder / '0.npy', _images(SHAPES[0]))
+  np.savez(folder / 'images.npz', _images(SHAPES[0]))
   program = (
     'import runpy, sys\n'
     f'sys.argv[1:] = ["stablehlo", {str(path)!r}, {str(folder)!r}, "{{}}"]\n'
-    f'runpy.run_path({exported.__file__!r}, run_name="__main__")\n'
+    f'runpy.run_path({fresh_process.__file__!r}, run_name="__main__")\n'
     'found = {"attnfd_jax", "flax", "cv2", "orbax"} & {*sys.modules}\n'
     'assert not found, found\n'
   )
@@ -255,7 +260,8 @@ def test_stablehlo_needs_jax_and_numpy_alone(tmp_path):
     check=False,
   )
   assert process.returncode == 0, process.stderr
-  found = np.load(folder / '0_found.npy')
+  with np.load(folder / 'found.npz') as arrays:
+    found, _ = arrays.values()
   assert found.dtype == np.uint8
   expected = forward(variables, _images(SHAPES[0]))
   np.testing.assert_array_equal(found, expected)
@@ -276,7 +282,7 @@ def test_command(stage, tmp_path):
   assert f'{path}: ' in text.splitlines()[-1]
   before = path.read_bytes()
   with pytest.raises(InputError, match='exists; add --overwrite to replace it'):
-    export.export_student(stage, path, kind='stablehlo')
+    student.export_student(stage, path, kind='stablehlo')
   assert path.read_bytes() == before
 
 
@@ -293,7 +299,7 @@ def test_files_are_checked_in_a_fresh_process(stage, tmp_path, kind):
     pytest.importorskip('onnx')
     pytest.importorskip('onnxruntime')
   path = tmp_path / f'a.{kind}'
-  lines = export.export_student(stage, path, kind=kind)
+  lines = student.export_student(stage, path, kind=kind)
   assert 'largest logit difference ' in lines[1]
   assert [*tmp_path.iterdir()] == [path]
   assert path.stat().st_size > 10_000
@@ -315,7 +321,7 @@ def test_files_that_disagree_are_not_left(stage, tmp_path, monkeypatch, wrong):
   monkeypatch.setattr(agreement, 'run_fresh', run_fresh)
   message = 'The file finds' if wrong == 'shape' else 'nothing was kept'
   with pytest.raises(InputError, match=message):
-    export.export_student(stage, path, kind='pth', overwrite=True)
+    student.export_student(stage, path, kind='pth', overwrite=True)
   assert [*tmp_path.iterdir()] == [path]
   assert path.read_text() == 'of before'
 
@@ -348,23 +354,23 @@ def test_refused(stage, tmp_path, monkeypatch, options, message):
   monkeypatch.chdir(tmp_path)
   options = {'checkpoint': stage, 'output': 'a.pth'} | options
   with pytest.raises(InputError, match=message):
-    export.export_student(
+    student.export_student(
       options.pop('checkpoint'), options.pop('output'), **options
     )
   assert not [*tmp_path.iterdir()]
 
 
 def test_extras_are_named(tmp_path, monkeypatch):
-  monkeypatch.setattr(export.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(student.importlib.util, 'find_spec', lambda name: None)
   for kind, extra in (('stablehlo', 'export'), ('onnx', 'onnx')):
     with pytest.raises(InputError, match=rf'attnfd_jax\[{extra}\]'):
-      export.export_student('gone', tmp_path / 'a', kind=kind)
+      student.export_student('gone', tmp_path / 'a', kind=kind)
 
 
 def test_small_images_are_refused(stage, tmp_path):
   path = tmp_path / 'a.png'
   Image.fromarray(_images((16, 40, 3))).save(path)
   with pytest.raises(InputError, match='are 16x40 for the network'):
-    export.export_student(
+    student.export_student(
       stage, tmp_path / 'a.pth', kind='pth', images=str(path)
     )

@@ -8,29 +8,26 @@ import subprocess
 import sys
 import tempfile
 
+from flax import traverse_util
 import numpy as np
 
-from attnfd_jax import evaluate
 from attnfd_jax import metrics
-from attnfd_jax import predict
 from attnfd_jax.data import sources
 from attnfd_jax.data import transforms
 from attnfd_jax.data.synthetic import StreetScenes
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
-from attnfd_jax.exporting import fresh_process as exported
+from attnfd_jax.exporting import fresh_process
+from attnfd_jax.exporting.stablehlo import SMALLEST
 from attnfd_jax.inference import evaluation
+from attnfd_jax.predict import find_images as list_images
+from attnfd_jax.pytorch import files
+from attnfd_jax.pytorch import names
 
-# Smaller images have maps of single pixels.
-SMALLEST = 32
 # What is compared: a few images, and no more pixels than fit on any disk.
 NUM_IMAGES, _NUM_PIXELS = 8, 1 << 22
 # The least share of pixels that have the same class.
 AGREEMENT = 0.9999
-
-
-def short_side_of(info):
-  return evaluate.seen_short_side(info, info['eval']['protocol'])
 
 
 def val_source(info):
@@ -41,22 +38,23 @@ def val_source(info):
     return None
 
 
-def find_images(pattern, info, count=NUM_IMAGES):
+def find_images(pattern, info, *, short_side, count=NUM_IMAGES):
   """A few real images as the network sees them, and a text that names them.
 
   Args:
     pattern: a file, a folder or a glob; by default images of the val split,
       and if that is not here, drawn scenes.
     info: of the stage.
+    short_side: of images for the network; 0 leaves their size.
     count: how many, at most.
 
   Raises:
     InputError: if there are none, or one cannot be used.
   """
-  short_side = short_side_of(info)
+  dataset = info['data']['name']
   if pattern:
     try:
-      paths = predict.find_images(pattern)
+      paths = list_images(pattern)
     except InputError as error:
       text = str(error).replace('--input', '--images')
       raise InputError(text) from error
@@ -67,14 +65,14 @@ def find_images(pattern, info, count=NUM_IMAGES):
   elif source := val_source(info):
     records = evaluation.chosen_records(source, count, short_side=short_side)
     images = [record['image'] for record in records]
-    name = f'images of the val split of {info["data"]["name"]}'
+    name = f'images of the val split of {dataset}'
   else:
     height = max(short_side or 240, SMALLEST)
     scenes = StreetScenes(count, height=height, width=2 * height, seed=0)
     images = [scenes[i]['image'] for i in range(count)]
     name = (
-      f'drawn scenes ({info["data"]["name"]} cannot be read here; name real '
-      'images by --images)'
+      f'drawn scenes ({dataset} cannot be read here; name real images by '
+      '--images)'
     )
   h, w = np.min([x.shape[:2] for x in images], 0)
   if min(h, w) < SMALLEST:
@@ -98,7 +96,7 @@ def run_fresh(kind, path, images, options):
   """What a file makes of images in a process of its own, and the seconds.
 
   Args:
-    kind: a key of FORMATS.
+    kind: a key of fresh_process.LOADERS.
     path: of the file.
     images: list of arrays [b, h, w, 3].
     options: of DeepLabV3Plus, for the formats of PyTorch.
@@ -106,24 +104,21 @@ def run_fresh(kind, path, images, options):
   Raises:
     InputError: if it cannot be loaded or run.
   """
-  package = pathlib.Path(exported.__file__)
-  paths = [str(package.parents[1]), os.environ.get('PYTHONPATH', '')]
-  environment = os.environ | {
+  script = pathlib.Path(fresh_process.__file__)
+  paths = [str(script.parents[2]), os.environ.get('PYTHONPATH', '')]
+  environment = {
     'JAX_PLATFORMS': 'cpu',
     'JAX_TRACEBACK_FILTERING': 'off',  # Errors end in what is wrong.
     'PYTHONPATH': os.pathsep.join(filter(None, paths)),
   }
   with tempfile.TemporaryDirectory() as folder:
-    folder = pathlib.Path(folder)
-    for i, image in enumerate(images):
-      np.save(folder / f'{i}.npy', image)
-    # Without its own folder among the places of modules.
-    arguments = (kind, path, folder, json.dumps(options))
+    np.savez(f'{folder}/images.npz', *images)
+    arguments = [script, kind, path, folder, json.dumps(options)]
     process = subprocess.run(
-      [sys.executable, '-P', package, *map(str, arguments)],
+      [sys.executable, '-P', *map(str, arguments)],
       capture_output=True,
       text=True,
-      env=environment,
+      env=os.environ | environment,
       check=False,
     )
     if process.returncode:
@@ -131,8 +126,22 @@ def run_fresh(kind, path, images, options):
       raise InputError(
         f'The {kind} file cannot be run by a fresh process: {lines[-1]}'
       )
-    found = [np.load(folder / f'{i}_found.npy') for i in range(len(images))]
-    return found, json.loads((folder / 'seconds.json').read_text())
+    with np.load(f'{folder}/found.npz') as arrays:
+      *found, seconds = arrays.values()
+    return found, seconds
+
+
+def read_back(path, variables):
+  """The variables from a .safetensors file of '<collection>/<path>'.
+
+  Raises:
+    InputError: if an array is not what it is in `variables`.
+  """
+  tensors, _ = files.read_safetensors(path)
+  for name, array in names.flatten(variables).items():
+    if not np.array_equal(array, tensors.get(name), equal_nan=True):
+      raise InputError(f'{name} is not in the file as it is in the network.')
+  return traverse_util.unflatten_dict(tensors, sep='/')
 
 
 def compare(expected, found):
@@ -165,14 +174,12 @@ def compare(expected, found):
 def check(expected, found, text):
   """A line about it; raises InputError if they do not agree."""
   difference, largest, share, num_classes = compare(expected, found)
-  words = [f'same class at {100 * share:.4f} % of the pixels']
+  line = f'{text}: '
   if np.issubdtype(expected[0].dtype, np.floating):
-    words = [
-      f'largest logit difference {difference:.2g} at logits up to '
-      f'{largest:.3g}',
-      *words,
-    ]
-  line = f'{text}: {", ".join(words)}; {num_classes} classes occur'
+    line += f'largest logit difference {difference:.2g} at logits up to '
+    line += f'{largest:.3g}, '
+  line += f'same class at {100 * share:.4f} % of the pixels; '
+  line += f'{num_classes} classes occur'
   if share < AGREEMENT or not np.isfinite(difference):
     raise InputError(
       f'{line}; less than {100 * AGREEMENT:g} % or not finite, so nothing was '
@@ -188,7 +195,7 @@ def miou(network, variables, source, info):
     network,
     variables,
     source,
-    num_classes=network.num_classes,
+    num_classes=len(info['class_names']),
     mesh=sharding.make_mesh(),
     protocol=options['protocol'],
     short_side=options.get('short_side', 0),
@@ -197,11 +204,3 @@ def miou(network, variables, source, info):
     threads=info['data']['threads'],
   )
   return metrics.mean_iou(counts)
-
-
-def describe_loss(exact, found, weights):
-  difference, _, share, _ = compare(exact, found)
-  words = f'Rounding to {weights}: same class at {100 * share:.3f} %'
-  if difference:
-    words += f', largest logit difference {difference:.2g}'
-  return words
