@@ -137,7 +137,7 @@ def read_back(path, variables):
   Raises:
     InputError: if an array is not what it is in `variables`.
   """
-  tensors, _ = files.read_safetensors(path)
+  tensors = files.read_torch(path)['state_dict']
   for name, array in names.flatten(variables).items():
     if not np.array_equal(array, tensors.get(name), equal_nan=True):
       raise InputError(f'{name} is not in the file as it is in the network.')

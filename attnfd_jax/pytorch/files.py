@@ -44,12 +44,17 @@ def _errors(path, hint='truncated or damaged, copy or download it again'):
     raise TorchFileError(f'{pathlib.Path(path).name}: {text}') from error
 
 
+def _to_native(storage, order):
+  """Turns a storage of a machine with the other byte order, in place."""
+  if order != sys.byteorder:
+    storage.view(f'u{storage.itemsize}').byteswap(inplace=True)
+  return storage
+
+
 def _read_zip(file, size):
   archive = zipfile.ZipFile(file)
   names = archive.namelist()
-  tops = [
-    n[:-8] for n in names if n.count('/') == 1 and n.endswith('/data.pkl')
-  ]
+  tops = [n[:-8] for n in names if re.fullmatch(r'[^/]*/data\.pkl', n)]
   if len(tops) != 1:
     raise TorchFileError(
       'a zip file, but not one of torch.save (no data.pkl in it); give the'
@@ -60,7 +65,7 @@ def _read_zip(file, size):
       f'a TorchScript program, not a checkpoint; {pickles.WAY_OUT}'
     )
 
-  def load(name, limit):
+  def read(name, limit):
     nonlocal size
     info = archive.getinfo(tops[0] + name)
     # Overlapping records would give more bytes than the file has.
@@ -74,45 +79,35 @@ def _read_zip(file, size):
       raise damaged(f'record {name[:40]!r} is larger than {limit} bytes')
     return archive.read(info)
 
-  storages = {}
-
-  def find_storage(key, dtype, count):
-    if key not in storages:
-      data = bytearray(load(f'data/{key}', count * dtype.itemsize))
-      storages[key] = np.frombuffer(data, dtype)
-    return storages[key]
-
   order = 'little'
   if f'{tops[0]}byteorder' in names:
-    order = load('byteorder', 16).decode('ascii')
-  value, _ = pickles.unpickle(
-    load('data.pkl', pickles.MAX_PICKLE), find_storage
-  )
-  _to_native(storages, order)
-  return value
+    order = read('byteorder', 16).decode('ascii')
+
+  def load(key, dtype, count):
+    data = bytearray(read(f'data/{key}', count * dtype.itemsize))
+    return _to_native(np.frombuffer(data, dtype), order)
+
+  program = read('data.pkl', pickles.MAX_PICKLE)
+  return pickles.unpickle(program, {}, load)[0]
 
 
 def _read_legacy(file, size):
-  position = 0
+  position, storages = 0, {}
 
-  def run(find_storage=None):
+  def run(load=None):
     nonlocal position
     file.seek(position)
     data = file.read(pickles.MAX_PICKLE)
-    value, length = pickles.unpickle(data, find_storage)
+    value, length = pickles.unpickle(data, storages, load)
     position += length
     return value
 
-  storages = {}
-
-  def find_storage(key, dtype, count):
+  def reserve(_, dtype, count):
     nonlocal size
-    if key not in storages:
-      size -= count * dtype.itemsize
-      if size < 0:
-        raise damaged('storages are larger than the file')
-      storages[key] = np.empty(count, dtype)  # Filled below; data come last.
-    return storages[key]
+    size -= count * dtype.itemsize
+    if size < 0:
+      raise damaged('storages are larger than the file')
+    return np.empty(count, dtype)  # Filled below; the data come last.
 
   if run() != MAGIC:
     raise TorchFileError(
@@ -122,30 +117,24 @@ def _read_legacy(file, size):
     protocol = pickles.as_text(protocol)
     raise TorchFileError(f'unknown protocol {protocol:.20}; save it again')
   run()  # sys_info; torch writes little-endian storages on any machine.
-  value = run(find_storage)
+  value = run(reserve)
   keys = [pickles.as_text(key) for key in run()]
-  if set(keys) != set(storages) or len(keys) != len(storages):
+  if sorted(keys) != sorted(storages):
     raise damaged('its list of storages is wrong')
   file.seek(position)
   for key in keys:
+    storage = storages[key]
     # Compared as bytes: a cut count must not read as a smaller one.
-    if file.read(8) != storages[key].size.to_bytes(8, 'little'):
+    if file.read(8) != storage.size.to_bytes(8, 'little'):
       raise damaged(f'storage {key[:40]!r} has another size')
-    if file.readinto(storages[key].view('u1')) != storages[key].nbytes:
+    if file.readinto(storage.view('u1')) != storage.nbytes:
       raise damaged('truncated')
-  _to_native(storages, 'little')
+    _to_native(storage, 'little')
   return value
 
 
-def _to_native(storages, order):
-  """Turns storages of a machine with the other byte order, in place."""
-  for storage in storages.values() if order != sys.byteorder else ():
-    storage.view(f'u{storage.itemsize}').byteswap(inplace=True)
-
-
-def _read_safetensors(file, _):
-  """As a checkpoint: {'state_dict': tensors, 'metadata': {str: str}}."""
-  data = file.read()
+def _read_safetensors(file, size):
+  data = file.read(size)
   tensors = {}
   for name, tensor in safetensors.deserialize(data):
     if tensor['dtype'] not in pickles.SAFETENSORS:
@@ -177,58 +166,34 @@ _FOREIGN = {
 }
 
 
-def _read(path, *, use=''):
-  """What the reader of its kind makes of a file.
-
-  Args:
-    path: its content decides, not its ending.
-    use: the function to name, if it is of the other kind; '' takes both.
-  """
-  with open(path, 'rb') as file, _errors(path):
-    size = os.fstat(file.fileno()).st_size
-    head = file.read(512)
-    file.seek(0)
-
-    def of(table):
-      found = (x for start, x in table.items() if re.match(start, head, re.S))
-      return next(found, None)
-
-    reader = of(_READERS)
-    if reader is None:
-      raise TorchFileError(of(_FOREIGN).format(head[:4]))
-    if use and (reader is _read_safetensors) == (use == 'read_safetensors'):
-      raise TorchFileError(f'another kind of file; use {use}')
-    return reader(file, size)
-
-
 def read_torch(path):
-  """The object in a file of torch.save, without torch and without running it.
+  """The object in a checkpoint, without torch and without running it.
 
   Args:
     path: a zip container (PyTorch 1.6 and later) or a legacy one (0.1.10 and
-      later); the ending of the name does not matter.
+      later) of torch.save, or safetensors; the ending does not matter.
 
   Returns:
     dict (also for OrderedDict), list, tuple, str, numbers, None, NumPy scalars,
-    and an array for each tensor or parameter. Arrays can be written to; those
-    that share a storage share memory. bfloat16 is `ml_dtypes.bfloat16`.
+    and an array for each tensor or parameter. Arrays of torch.save can be
+    written to; those that share a storage share memory. safetensors come as
+    {'state_dict': tensors, 'metadata': {str: str}}.
 
   Raises:
     TorchFileError: for anything else, in one line.
     OSError: if the file cannot be opened.
   """
-  return _read(path, use='read_safetensors')
+  with open(path, 'rb') as file, _errors(path):
+    head = file.read(512)
+    file.seek(0)
 
+    def look(table):
+      found = (x for start, x in table.items() if re.match(start, head, re.S))
+      return next(found, None)
 
-def read_safetensors(path):
-  """(tensors, metadata) of a safetensors file; metadata is dict of str.
-
-  Raises:
-    TorchFileError: if the file is damaged or holds another dtype than ours.
-    OSError: if the file cannot be opened.
-  """
-  found = _read(path, use='read_torch')
-  return found['state_dict'], found['metadata']
+    if read := look(_READERS):
+      return read(file, os.fstat(file.fileno()).st_size)
+    raise TorchFileError(look(_FOREIGN).format(head[:4]))
 
 
 def _is_state_dict(value):
@@ -251,7 +216,7 @@ def read_state_dict(path):
     TorchFileError: also if there is no such mapping.
     OSError: if the file cannot be opened.
   """
-  found = _read(path)
+  found = read_torch(path)
   inner = found if type(found) is dict else {}
   choices = [found, *(inner.get(key) for key in _WRAPPERS)]
   tensors = next(filter(_is_state_dict, choices), None)

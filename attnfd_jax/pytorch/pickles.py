@@ -57,16 +57,6 @@ def as_text(value):
   return value if type(value) is str else type(value).__name__
 
 
-class _DType:
-  """A NumPy dtype in the making: BUILD tells the byte order later."""
-
-  def __init__(self, code, *_):
-    # Bool, int, uint, float only: object dtypes would hold pointers.
-    if code not in 'b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8'.split():
-      raise _refused(f'numpy.dtype({as_text(code)!r})')
-    self.dtype = np.dtype(code)
-
-
 def _set_items(target, items):
   if type(target) is not dict:
     raise _refused(f'items set on {type(target).__name__}')
@@ -86,24 +76,29 @@ def _make_tensor(storage, offset, size, stride, *_):
   if not fits or not all(type(n) is int and 0 <= n < 2**60 for n in numbers):
     raise damaged('a tensor with an invalid shape, stride or offset')
   count = math.prod(size)
-  reach = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-  limit = max(storage.size, _MAX_REPEATED)
-  if count and (reach >= storage.size or count > limit):
-    raise damaged(f'a tensor {size} outside of its {storage.size} elements')
   if not count:
     return np.empty(size, storage.dtype)
+  reach = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+  if reach >= storage.size or count > max(storage.size, _MAX_REPEATED):
+    raise damaged(f'a tensor {size} outside of its {storage.size} elements')
   # NumPy checks the bounds once more.
-  width = storage.itemsize
+  width, data = storage.itemsize, storage.view(np.uint8)
   strides = [s * width for s in stride]
-  data = storage.view(np.uint8)
   return np.ndarray(size, storage.dtype, data, offset * width, strides)
 
 
-def _make_scalar(kind, data):
+def _make_dtype(code, *_):
+  # Bool, int, uint, float only: object dtypes would hold pointers.
+  if code not in 'b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8'.split():
+    raise _refused(f'numpy.dtype({as_text(code)!r})')
+  return np.dtype(code).newbyteorder('<')
+
+
+def _make_scalar(dtype, data):
   data = data.encode('latin1') if isinstance(data, str) else data
-  if type(kind) is not _DType or len(data) != kind.dtype.itemsize:
+  if not isinstance(dtype, np.dtype) or len(data) != dtype.itemsize:
     raise damaged('a NumPy scalar of the wrong size')
-  return np.frombuffer(data, kind.dtype).astype(kind.dtype.newbyteorder('='))[0]
+  return np.frombuffer(data, dtype).astype(dtype.newbyteorder('='))[0]
 
 
 def _encode(text, encoding='latin1'):
@@ -121,7 +116,7 @@ GLOBALS = {
   'torch._utils _rebuild_parameter': lambda data, *_: data,
   'torch Size': lambda size=(): tuple(size),
   'torch device': lambda kind, *_: as_text(kind),
-  'numpy dtype': _DType,
+  'numpy dtype': _make_dtype,
   'numpy.core.multiarray scalar': _make_scalar,
   'numpy._core.multiarray scalar': _make_scalar,
   '_codecs encode': _encode,
@@ -136,14 +131,16 @@ _LITERALS = set(
 )
 
 
-def _find(reference, find_storage):
+def _find(reference, storages, load):
   """The storage that a persistent id means, or a view of it."""
   kind, dtype, key, _, count, *view = reference
   if kind != 'storage' or not isinstance(dtype, np.dtype):
     raise _refused(f'persistent {as_text(kind)!r}')
   if not isinstance(key, str) or type(count) is not int or count < 0:
     raise damaged('a storage without a proper key and size')
-  storage = find_storage(key, dtype, count)
+  if key not in storages:
+    storages[key] = load(key, dtype, count)
+  storage = storages[key]
   if storage.dtype != dtype or storage.size != count:
     raise damaged(f'storage {key[:40]!r} is not {count} elements of {dtype}')
   if view and view[0] is not None:
@@ -154,13 +151,14 @@ def _find(reference, find_storage):
   return storage
 
 
-def unpickle(data, find_storage=None):
+def unpickle(data, storages, load=None):
   """Runs one pickle; returns its value and its length in bytes.
 
   Args:
     data: bytes; what follows the pickle is left alone.
-    find_storage: (key, dtype, count) -> array [count], or None where a pickle
-      has no business with storages.
+    storages: {key: array} of what was loaded; more are added.
+    load: (key, dtype, count) -> array [count], or None where a pickle has no
+      business with storages.
   """
   stack, marks, memo = [], [], {}
   copied = 0
@@ -181,29 +179,27 @@ def unpickle(data, find_storage=None):
         stack.append(_CONSTANTS[name])
       case _ if name in _EMPTY:
         stack.append(_EMPTY[name]())
-      case 'PUT' | 'BINPUT' | 'LONG_BINPUT':
-        memo[arg] = stack[-1]
-      case 'MEMOIZE':
-        memo[len(memo)] = stack[-1]
+      case 'PUT' | 'BINPUT' | 'LONG_BINPUT' | 'MEMOIZE':
+        memo[len(memo) if name == 'MEMOIZE' else arg] = stack[-1]
       case 'GET' | 'BINGET' | 'LONG_BINGET':
         stack.append(memo[arg])
       case 'MARK':
         marks.append(len(stack))
-      case 'TUPLE':
-        stack.append(tuple(pop_mark()))
+      case 'TUPLE' | 'LIST':
+        stack.append((tuple if name == 'TUPLE' else list)(pop_mark()))
       case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
         count = int(name[-1])
         stack[-count:] = [tuple(stack[-count:])]
-      case 'LIST':
-        stack.append(pop_mark())
       case 'APPEND' | 'APPENDS':
         items = pop_mark() if name == 'APPENDS' else [stack.pop()]
         if type(stack[-1]) is not list:
           raise _refused(f'items appended to {type(stack[-1]).__name__}')
         stack[-1].extend(items)
-      case 'DICT' | 'SETITEM' | 'SETITEMS':
-        one = name == 'SETITEM'
-        items = [stack.pop(-2), stack.pop()] if one else pop_mark()
+      case 'SETITEM':
+        items = [(stack.pop(-2), stack.pop())]
+        _set_items(stack[-1], items)
+      case 'DICT' | 'SETITEMS':
+        items = pop_mark()
         if name == 'DICT':
           stack.append({})
         _set_items(stack[-1], zip(items[::2], items[1::2], strict=True))
@@ -225,14 +221,13 @@ def unpickle(data, find_storage=None):
         if copied > MAX_PICKLE:
           raise damaged('calls that fill the memory')
       case 'BUILD':
+        # Versions of modules for an OrderedDict, byte order for a dtype.
         state, target = stack.pop(), stack[-1]
-        if type(target) is _DType:
-          target.dtype = target.dtype.newbyteorder(state[1])
-        # An OrderedDict brings `_metadata`, module versions: not needed.
-        elif type(target) is not dict:
+        known = isinstance(target, np.dtype) and state[1] in ('<', '|', '=')
+        if not known and type(target) is not dict:
           raise _refused(f'state for {type(target).__name__}')
-      case 'BINPERSID' if find_storage:
-        stack.append(_find(stack.pop(), find_storage))
+      case 'BINPERSID' if load:
+        stack.append(_find(stack.pop(), storages, load))
       case 'STOP':
         return stack.pop(), position + 1
       case _:

@@ -102,7 +102,7 @@ def _metadata(path):
   """What `export_stage` left in a .safetensors file, or {}."""
   if path.suffix != '.safetensors':
     return {}
-  _, metadata = files.read_safetensors(path)
+  metadata = files.read_torch(path)['metadata']
   keys = {'class_names', 'palette', 'in_path_attention'} & metadata.keys()
   try:
     return {key: json.loads(metadata[key]) for key in keys}

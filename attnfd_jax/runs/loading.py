@@ -107,7 +107,7 @@ def load_attention(directory, network, info):
   directory = pathlib.Path(directory)
   path = directory / ATTENTION_FILE
   if path.is_file():
-    tensors, _ = torch_files.read_safetensors(path)
+    tensors = torch_files.read_torch(path)['state_dict']
     return traverse_util.unflatten_dict(tensors, sep='/')
   if info['stage'] != 'distill' or network.in_path_attention:
     return None

@@ -531,7 +531,6 @@ def run_weights(rng, folder):
   path = folder / 'weights.pth'
   path.write_bytes(data)
   count = refused(torch_files.read_torch, path)
-  refused(torch_files.read_safetensors, path)
 
   def names():
     torch_models.reference_names(torch_files.read_state_dict(path))
