@@ -30,7 +30,7 @@ NUM_IMAGES, _NUM_PIXELS = 8, 1 << 22
 AGREEMENT = 0.9999
 
 
-def val_source(info):
+def _val_source(info):
   """The val split of a stage's data set, or None if it is not here."""
   try:
     return sources.load_dataset(info['data']).splits.get('val') or None
@@ -38,8 +38,8 @@ def val_source(info):
     return None
 
 
-def find_images(pattern, info, *, short_side, count=NUM_IMAGES):
-  """A few real images as the network sees them, and a text that names them.
+def make_batches(pattern, info, *, short_side, count=NUM_IMAGES):
+  """A few real images as the network sees them, and two of another size.
 
   Args:
     pattern: a file, a folder or a glob; by default images of the val split,
@@ -48,11 +48,16 @@ def find_images(pattern, info, *, short_side, count=NUM_IMAGES):
     short_side: of images for the network; 0 leaves their size.
     count: how many, at most.
 
+  Returns:
+    list of uint8 [1, h, w, 3], and one [2, h', w', 3] as the last; and a text
+    that names the images.
+
   Raises:
     InputError: if there are none, or one cannot be used.
   """
   dataset = info['data']['name']
   if pattern:
+    name = f'images of {pattern}'
     try:
       paths = list_images(pattern)
     except InputError as error:
@@ -61,19 +66,18 @@ def find_images(pattern, info, *, short_side, count=NUM_IMAGES):
     chosen = np.linspace(0, len(paths) - 1, min(count, len(paths)))
     images = [sources.read_image(paths[round(i)]) for i in chosen]
     images = [transforms.fit_image(x, short_side) for x in images]
-    name = f'images of {pattern}'
-  elif source := val_source(info):
+  elif source := _val_source(info):
+    name = f'images of the val split of {dataset}'
     records = evaluation.chosen_records(source, count, short_side=short_side)
     images = [record['image'] for record in records]
-    name = f'images of the val split of {dataset}'
   else:
-    height = max(short_side or 240, SMALLEST)
-    scenes = StreetScenes(count, height=height, width=2 * height, seed=0)
-    images = [scenes[i]['image'] for i in range(count)]
     name = (
       f'drawn scenes ({dataset} cannot be read here; name real images by '
       '--images)'
     )
+    height = max(short_side or 240, SMALLEST)
+    scenes = StreetScenes(count, height=height, width=2 * height, seed=0)
+    images = [scenes[i]['image'] for i in range(count)]
   h, w = np.min([x.shape[:2] for x in images], 0)
   if min(h, w) < SMALLEST:
     raise InputError(
@@ -81,15 +85,11 @@ def find_images(pattern, info, *, short_side, count=NUM_IMAGES):
       f'{SMALLEST}x{SMALLEST} by --images.'
     )
   largest = max(x[..., 0].size for x in images)
-  most = int(np.clip(_NUM_PIXELS // largest, 1, len(images)))
-  return images[:most], f'{most} {name}'
-
-
-def make_batches(images):
-  """Each image, and two of another size as one batch."""
+  images = images[: int(np.clip(_NUM_PIXELS // largest, 1, len(images)))]
   h, w = (max(n * 7 // 8, SMALLEST) for n in images[0].shape[:2])
   part = images[0][:h, :w]
-  return [*(x[None] for x in images), np.stack([part, part[:, ::-1]])]
+  other = np.stack([part, part[:, ::-1]])
+  return [*(x[None] for x in images), other], f'{len(images)} {name}'
 
 
 def run_fresh(kind, path, images, options):
@@ -188,19 +188,28 @@ def check(expected, found, text):
   return line
 
 
-def miou(network, variables, source, info):
-  """mIoU of float32 variables on a source, as the stage was scored."""
-  options = info['eval']
-  counts = evaluation.evaluate(
-    network,
-    variables,
-    source,
-    num_classes=len(info['class_names']),
-    mesh=sharding.make_mesh(),
-    protocol=options['protocol'],
-    short_side=options.get('short_side', 0),
-    batch_size=options['batch_size'],
-    size_multiple=options['size_multiple'],
-    threads=info['data']['threads'],
-  )
-  return metrics.mean_iou(counts)
+def describe_rounding(exact, found, weights):
+  difference, _, share, _ = compare(exact, found)
+  line = f'Rounding to {weights}: same class at {100 * share:.3f} %'
+  if difference:
+    line += f', largest logit difference {difference:.2g}'
+  return line
+
+
+def val_mious(network, candidates, info):
+  """mIoU of each of some variables as the stage was scored, if it can be."""
+  source, options = _val_source(info), info['eval']
+  for variables in candidates if source else ():
+    counts = evaluation.evaluate(
+      network,
+      variables,
+      source,
+      num_classes=len(info['class_names']),
+      mesh=sharding.make_mesh(),
+      protocol=options['protocol'],
+      short_side=options.get('short_side', 0),
+      batch_size=options['batch_size'],
+      size_multiple=options['size_multiple'],
+      threads=info['data']['threads'],
+    )
+    yield metrics.mean_iou(counts)

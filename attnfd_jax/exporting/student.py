@@ -2,6 +2,7 @@
 """Writes the network of a stage to a file, and proves that it agrees."""
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import pathlib
@@ -13,10 +14,7 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.exporting import agreement
 from attnfd_jax.exporting import fresh_process
 from attnfd_jax.exporting import stablehlo
-from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.models.deeplab import IMAGE_MEAN
-from attnfd_jax.models.deeplab import IMAGE_STD
-from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.models import deeplab
 from attnfd_jax.runs import conversion
 from attnfd_jax.runs import loading
 
@@ -64,14 +62,6 @@ def _check_arguments(output, kind, *, uint8, argmax, weights, overwrite):
       'another one.'
     )
   return path
-
-
-def _options(network):
-  """Arguments of DeepLabV3Plus, without those of every Flax module."""
-  names = {x.name for x in dataclasses.fields(network)}
-  return {
-    name: getattr(network, name) for name in names - {'parent', 'name', 'dtype'}
-  }
 
 
 def export_student(
@@ -125,12 +115,14 @@ def export_student(
   rounded = jax.device_get(stablehlo.grow(stored))
   forward = stablehlo.make_forward(network, uint8=uint8, argmax=argmax)
   short_side = loading.seen_short_side(info, info['eval']['protocol'])
-  shown, text = agreement.find_images(
+  batches, text = agreement.make_batches(
     images, info, short_side=short_side, count=num_images
   )
-  batches = agreement.make_batches(shown)
   if not uint8:
-    batches = [np.asarray(normalise(x)) for x in batches]
+    batches = [np.asarray(deeplab.normalise(x)) for x in batches]
+  lines = [
+    f'{loading.describe(checkpoint, info)}, as {kind}, weights {weights}'
+  ]
   remarks = []
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.{kind}')
@@ -139,31 +131,31 @@ def export_student(
       program = stablehlo.make_program(forward, stored, uint8=uint8)
       temporary.write_bytes(program)
     elif kind == 'onnx':
-      _write_onnx(
-        temporary, network, variables, info, short_side, uint8, argmax
+      from attnfd_jax.exporting import onnx_graph
+
+      metadata = conversion.describe_data(info) | {'short_side': short_side}
+      model = onnx_graph.make_model(
+        network, variables, uint8=uint8, argmax=argmax, metadata=metadata
       )
+      temporary.write_bytes(model.SerializeToString())
     else:
       _, remarks = conversion.write_weights(
         temporary, checkpoint, network, variables, info
       )
-    if kind in _PROGRAMS or isinstance(network, DeepLabV3Plus):
+    expected, ours = fresh_process.measure(
+      functools.partial(forward, rounded), batches
+    )
+    if kind in _PROGRAMS or isinstance(network, deeplab.DeepLabV3Plus):
+      where = 'In a fresh process'
       options = {} if kind in _PROGRAMS else _options(network)
       found, theirs = agreement.run_fresh(kind, temporary, batches, options)
-      where = 'In a fresh process'
     else:
+      where = 'Read back array by array, no other process having its code'
       restored = agreement.read_back(temporary, variables)
       found, theirs = fresh_process.measure(
-        lambda x: forward(restored, x), batches
+        functools.partial(forward, restored), batches
       )
-      where = (
-        'Read back array by array (no fresh process has the code of this '
-        'network)'
-      )
-    expected, ours = fresh_process.measure(
-      lambda x: forward(rounded, x), batches
-    )
-    lines = [
-      f'{loading.describe(checkpoint, info)}, as {kind}, weights {weights}',
+    lines += [
       agreement.check(expected, found, f'{where}, on {text}'),
       # The last batch has two images of another size.
       f'{1e3 * np.median(theirs[:-1]):.1f} ms an image on this CPU, '
@@ -171,18 +163,14 @@ def export_student(
     ]
     if weights != 'float32':
       exact = [np.asarray(forward(variables, x)) for x in batches]
-      difference, _, share, _ = agreement.compare(exact, found)
-      line = f'Rounding to {weights}: same class at {100 * share:.3f} %'
-      if difference:
-        line += f', largest logit difference {difference:.2g}'
-      lines.append(line)
-      if source := agreement.val_source(info):
-        before, after = (
-          100 * agreement.miou(network, x, source, info)
-          for x in (variables, rounded)
-        )
+      lines.append(agreement.describe_rounding(exact, found, weights))
+      scores = [
+        f'{100 * score:.2f}'
+        for score in agreement.val_mious(network, (variables, rounded), info)
+      ]
+      if scores:
         lines.append(
-          f'val mIoU {before:.2f} with float32 weights, {after:.2f} with '
+          f'val mIoU {scores[0]} with float32 weights, {scores[1]} with '
           f'{weights}'
         )
     os.replace(temporary, path)
@@ -199,19 +187,8 @@ def export_student(
   return [*lines, f'{size}; {image} [b, h, w, 3]{scale} -> {result}']
 
 
-def _write_onnx(path, network, variables, info, short_side, uint8, argmax):
-  import onnx
-
-  from attnfd_jax.exporting import onnx_graph
-
-  metadata = {
-    'class_names': info['class_names'],
-    'palette': info['palette'].tolist(),
-    'mean': IMAGE_MEAN,
-    'std': IMAGE_STD,
-    'short_side': short_side,
-  }
-  model = onnx_graph.make_model(
-    network, variables, uint8=uint8, argmax=argmax, metadata=metadata
-  )
-  onnx.save(model, path)
+def _options(network):
+  """Arguments of DeepLabV3Plus, without those of every Flax module."""
+  names = {x.name for x in dataclasses.fields(network)}
+  names -= {'parent', 'name', 'dtype'}
+  return {name: getattr(network, name) for name in names}

@@ -16,10 +16,8 @@ from attnfd_jax.config import default_config
 from attnfd_jax.config import resolve
 from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
+from attnfd_jax.models import deeplab
 from attnfd_jax.models import network as networks
-from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.models.deeplab import IMAGE_MEAN
-from attnfd_jax.models.deeplab import IMAGE_STD
 from attnfd_jax.pytorch import files
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_networks
@@ -71,14 +69,6 @@ def _new(target):
   if os.path.lexists(target):
     raise InputError(f'--target={target}: exists; name another one.')
   return pathlib.Path(target)
-
-
-def _is_hole(leaf):
-  return leaf is None
-
-
-def _has_holes(tree):
-  return any(map(_is_hole, jax.tree.leaves(tree, is_leaf=_is_hole)))
 
 
 def _fill_holes(variables, network):
@@ -193,7 +183,7 @@ def import_stage(
   variables, holes = _fill_holes(variables, network)
   if holes:
     lines.append(f'{holes} tensors are random: not in the file, or unfit')
-  if attention is not None and _has_holes(attention):
+  if None in torch_names.flatten(attention or {}).values():
     attention = None
     lines.append('its attention is incomplete and was left out')
   info = json.loads(resolve(config).to_json_best_effort()) | {
@@ -238,29 +228,37 @@ def _write_folder(target, info, variables, attention):
 
 
 def check_format(network, kind):
-  """Raises InputError for a format that `network` cannot be written in.
+  """Raises InputError for 'onnx' and 'pth', unless it is DeepLabV3Plus.
 
-  Args:
-    network: any module.
-    kind: 'stablehlo', 'onnx', 'safetensors' or 'pth'.
+  These two name its layers one by one.
   """
-  # These two name its layers one by one.
-  kind = {'onnx': 'ONNX', 'pth': '.pth'}.get(kind)
-  if kind and not isinstance(network, DeepLabV3Plus):
+  name = {'onnx': 'ONNX', 'pth': '.pth'}.get(kind)
+  if name and not isinstance(network, deeplab.DeepLabV3Plus):
     raise InputError(
-      f'{kind} is written for DeepLabV3Plus only; use --format=stablehlo or '
+      f'{name} is written for DeepLabV3Plus only; use --format=stablehlo or '
       'safetensors of export.'
     )
+
+
+def describe_data(info):
+  """What a file says about images and classes, of a stage's config.json."""
+  return {
+    'class_names': info['class_names'],
+    'palette': info['palette'].tolist(),
+    'mean': deeplab.IMAGE_MEAN,
+    'std': deeplab.IMAGE_STD,
+  }
 
 
 def write_weights(path, directory, network, variables, info):
   """Writes a stage's variables as .pth, .pth.tar or .safetensors.
 
+  DeepLabV3Plus gets the authors' names, another network '<collection>/<path>'.
+
   Args:
     path: its ending decides the format.
     directory: folder of the stage.
-    network, variables, info: as of loading.load_network. DeepLabV3Plus gets
-      the authors' names, another network '<collection>/<path>'.
+    network, variables, info: as of loading.load_network.
 
   Returns:
     number of tensors, and lines to print.
@@ -270,19 +268,12 @@ def write_weights(path, directory, network, variables, info):
   """
   is_safetensors, remarks = path.suffix == '.safetensors', []
   check_format(network, 'safetensors' if is_safetensors else 'pth')
-  metadata = {
-    'class_names': info['class_names'],
-    'palette': info['palette'].tolist(),
-    'mean': IMAGE_MEAN,
-    'std': IMAGE_STD,
-  }
-  if isinstance(network, DeepLabV3Plus):
+  if isinstance(network, deeplab.DeepLabV3Plus):
     attention = loading.load_attention(directory, network, info)
     tensors = torch_networks.export_torch(
       variables, attention, backbone=network.backbone
     )
-    for key in ('backbone', 'in_path_attention'):
-      metadata[key] = getattr(network, key)
+    spec = {x: getattr(network, x) for x in ('backbone', 'in_path_attention')}
     if network.in_path_attention:
       remarks.append(
         "its attention is in the forward path, which the authors' DeepLab has "
@@ -296,17 +287,16 @@ def write_weights(path, directory, network, variables, info):
   else:
     tensors = torch_names.flatten(jax.device_get(variables))
     group = info[loading.role_of(info)]
-    for key in {'network', 'options'} & group.keys():
-      metadata[key] = group[key]
+    spec = {key: group[key] for key in ('network', 'options') if key in group}
   path.parent.mkdir(parents=True, exist_ok=True)
   if is_safetensors:
-    metadata = {key: json.dumps(value) for key, value in metadata.items()}
+    metadata = (describe_data(info) | spec).items()
+    metadata = {key: json.dumps(value) for key, value in metadata}
     files.write_safetensors(path, tensors, metadata)
   else:
     # What the authors' train_kd.py reads.
-    files.write_torch(
-      path, {'epoch': 0, 'state_dict': tensors, 'best_pred': 0.0}
-    )
+    checkpoint = {'epoch': 0, 'state_dict': tensors, 'best_pred': 0.0}
+    files.write_torch(path, checkpoint)
   return len(tensors), remarks
 
 
@@ -322,8 +312,7 @@ def export_stage(source, target, *, allow_code=False):
     InputError: whenever the user can fix it; nothing is written then.
   """
   target = _new(target)
-  stage = loading.load_network(source, allow_code=allow_code)
-  count, remarks = write_weights(target, source, *stage)
-  *_, info = stage
+  *network, info = loading.load_network(source, allow_code=allow_code)
+  count, remarks = write_weights(target, source, *network, info)
   name = networks.describe(info[loading.role_of(info)])
   return [f'{target}: {name}, {count} entries', *remarks]
