@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+from flax import linen as nn
 import jax
 import numpy as np
 from PIL import Image
@@ -26,6 +27,7 @@ from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
 from attnfd_jax.runs import conversion
+from attnfd_jax.runs import loading
 
 # Fewer blocks of the same kinds compile faster.
 SHORT = {
@@ -374,3 +376,81 @@ def test_small_images_are_refused(stage, tmp_path):
     student.export_student(
       stage, tmp_path / 'a.pth', kind='pth', images=str(path)
     )
+
+
+class Own(nn.Module):
+  """A network that a user might bring: no DeepLabV3+, no coarse_logits."""
+
+  num_classes: int
+  dtype: object = None
+
+  @nn.compact
+  def __call__(self, image, *, train):
+    del train
+    x = nn.relu(nn.Conv(4, (3, 3), dtype=self.dtype, name='stem')(image))
+    logits = nn.Conv(self.num_classes, (1, 1), name='head')(x)
+    return {'logits': logits, 'features': {'stem': x}}
+
+
+@pytest.fixture
+def own_stage(fill, stage, tmp_path, monkeypatch):
+  """Folder of a stage of `Own`."""
+  network = Own(len(synthetic.CLASS_NAMES))
+  variables = fill(networks.abstract_variables(network))
+  info = json.loads((stage / 'config.json').read_text())
+  info['student'] |= {'network': 'own.py:Own', 'options': {'width': 4}}
+  info |= {'checkpoint_step': 0, 'palette': np.array(info['palette'], np.uint8)}
+
+  def load_network(directory, *, allow_code=False):
+    assert directory == stage and allow_code
+    return network, variables, info
+
+  monkeypatch.setattr(loading, 'load_network', load_network)
+  return stage
+
+
+@pytest.mark.parametrize('kind', ['stablehlo', 'safetensors'])
+def test_a_network_of_the_user(own_stage, tmp_path, kind):
+  if kind == 'stablehlo':
+    pytest.importorskip('flatbuffers')
+  path = tmp_path / f'a.{kind}'
+  lines = student.export_student(own_stage, path, kind=kind, allow_code=True)
+  where = 'Read back array by array' if kind == 'safetensors' else 'In a fresh'
+  assert lines[1].startswith(where)
+  if kind == 'safetensors':
+    checkpoint = torch_files.read_torch(path)
+    assert set(checkpoint['state_dict']) == {
+      f'params/{module}/{leaf}'
+      for module in ('stem', 'head')
+      for leaf in ('kernel', 'bias')
+    }
+    found = {k: json.loads(x) for k, x in checkpoint['metadata'].items()}
+    assert found['class_names'] == list(synthetic.CLASS_NAMES)
+    assert found['network'] == 'own.py:Own' and found['options'] == {'width': 4}
+    assert {'palette', 'mean', 'std'} <= found.keys()
+
+
+@pytest.mark.parametrize(('kind', 'name'), [('onnx', 'ONNX'), ('pth', '.pth')])
+def test_formats_of_deeplab_alone(own_stage, tmp_path, kind, name):
+  if kind == 'onnx':
+    pytest.importorskip('onnx')
+    pytest.importorskip('onnxruntime')
+  path = tmp_path / f'a.{kind}'
+  message = f'{name} is written for DeepLabV3Plus only; use --format=stablehlo'
+  with pytest.raises(InputError, match=message):
+    student.export_student(own_stage, path, kind=kind, allow_code=True)
+  if kind == 'pth':
+    with pytest.raises(InputError, match=message):
+      conversion.export_stage(own_stage, path, allow_code=True)
+  assert not [*tmp_path.iterdir()]
+
+
+def test_weights_that_differ_in_the_file_are_refused(own_stage, tmp_path):
+  path = tmp_path / 'a.safetensors'
+  conversion.export_stage(own_stage, path, allow_code=True)
+  _, variables, _ = loading.load_network(own_stage, allow_code=True)
+  restored = agreement.read_back(path, variables)
+  jax.tree.map(np.testing.assert_array_equal, restored, variables)
+  variables['params']['head']['bias'][0] += 1
+  with pytest.raises(InputError, match='params/head/bias is not in the file'):
+    agreement.read_back(path, variables)
