@@ -3,6 +3,8 @@
 
 import importlib
 
+from attnfd_jax.distill import make_method
+from attnfd_jax.distill import METHODS
 from attnfd_jax.distill.attnfd import AttnFD
 from attnfd_jax.distill.attnfd import attnfd_loss
 from attnfd_jax.metrics import confusion_matrix
@@ -12,22 +14,30 @@ from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.pytorch.distillers import load_torch_distiller
 from attnfd_jax.pytorch.networks import load_torch
 
+# What the loss does not need is imported when it is asked for.
+_LAZY = {
+  'load': ('attnfd_jax.runs.loading', 'load_network'),
+  'predict': ('attnfd_jax.inference.predictor', 'predict'),
+  'train': ('attnfd_jax.training.experiment', 'train'),
+}
 __all__ = [
+  'METHODS',
   'AttnFD',
   'DeepLabV3Plus',
   'attnfd_loss',
   'confusion_matrix',
   'load_torch',
   'load_torch_distiller',
+  'make_method',
   'mean_iou',
   'normalise',
-  'predict',
+  *_LAZY,
 ]
 __version__ = '0.1.0'
 
 
 def __getattr__(name):
-  # What the loss does not need is imported when it is asked for.
-  if name == 'predict':
-    return importlib.import_module('attnfd_jax.predict')
-  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  if name not in _LAZY:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  module, attribute = _LAZY[name]
+  return getattr(importlib.import_module(module), attribute)

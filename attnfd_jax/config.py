@@ -6,13 +6,15 @@ that are None here are filled from the recipe by `resolve`, so that a single
 item can be overridden after it: --config.distill.teacher_bn=batch.
 """
 
-import math
 import os
 
 from ml_collections import config_dict
 from ml_collections import ConfigDict
 
+from attnfd_jax import distill
 from attnfd_jax.errors import InputError
+from attnfd_jax.errors import one_of
+from attnfd_jax.errors import within
 
 # METHOD section 5: what the authors' code does, and what we would advise.
 RECIPES = {
@@ -20,81 +22,37 @@ RECIPES = {
     'data.label_pad': 'dataset',
     'distill.aspp_dropout': 0.0,
     'distill.ce_batch_division': True,
-    'distill.connector_schedule': 'first_epoch',
-    'distill.norm_scope': 'batch',
-    'distill.reduction': 'batchmean',
-    'distill.student_attention': 'mlp_frozen',
-    'distill.teacher_attention': 'checkpoint',
     'distill.teacher_bn': 'batch',
     'distill.teacher_dropout': True,
     'distill.update_norms_twice': True,
+    'distill.attnfd.connector_schedule': 'first_epoch',
+    'distill.attnfd.norm_scope': 'batch',
+    'distill.attnfd.reduction': 'batchmean',
+    'distill.attnfd.student_attention': 'mlp_frozen',
+    'distill.attnfd.teacher_attention': 'checkpoint',
+    'distill.attnfd.teacher_bn': 'batch',
     'eval.protocol': 'reference',
   },
   'clean': {
     'data.label_pad': 'ignore',
     'distill.aspp_dropout': 'student',
     'distill.ce_batch_division': False,
-    'distill.connector_schedule': 'always',
-    'distill.norm_scope': 'batch',
-    'distill.reduction': 'unitmean',
-    'distill.student_attention': 'learnable',
-    'distill.teacher_attention': 'in_path',
     'distill.teacher_bn': 'running',
     'distill.teacher_dropout': False,
     'distill.update_norms_twice': False,
+    'distill.attnfd.connector_schedule': 'always',
+    'distill.attnfd.norm_scope': 'batch',
+    'distill.attnfd.reduction': 'unitmean',
+    'distill.attnfd.student_attention': 'learnable',
+    'distill.attnfd.teacher_attention': 'in_path',
+    'distill.attnfd.teacher_bn': 'running',
     'eval.protocol': 'native',
   },
 }
 STAGES = ('teacher', 'student', 'distill')
 LOGGERS = ('tensorboard', 'wandb')
 _MOST = 2**31 - 1  # JAX's integers have 32 bits.
-# (least, most) of numbers beside those that must be positive.
-_RANGES = {
-  'seed': (0, _MOST),
-  **{
-    key: (0, 10**4)  # A step is a number of 32 bits.
-    for key in ('num_epochs', 'teacher.num_epochs', 'student.num_epochs')
-  },
-  'data.limit': (0, _MOST),
-  'data.workers': (0, 1024),
-  'data.threads': (1, 1024),
-  'data.flip': (0, 1),
-  'data.blur': (0, 1),
-  'data.photometric': (0, 2),
-  'data.balanced': (0, 1),
-  'data.rotation': (0, 180),
-  'data.train_scenes': (1, 10**6),
-  'data.val_scenes': (1, 10**6),
-  'data.scenes_seed': (0, _MOST),
-  **{
-    f'{role}.{key}': limits
-    for role in ('teacher', 'student')
-    for key, limits in (
-      ('width_multiplier', (1e-3, 64)),
-      ('aspp_channels', (1, 2**16)),
-      ('decoder_channels', (1, 2**16)),
-      ('low_level_channels', (1, 2**16)),
-      ('aspp_dropout', (0, 1)),
-      ('decoder_dropout', (0, 1)),
-      ('head_dropout', (0, 1)),
-    )
-  },
-  'teacher.min_miou': (0, 1),
-  'distill.attn_lambda': (0, math.inf),
-  'distill.kd_weight': (0, math.inf),
-  'distill.temperature': (1e-3, 1e6),
-  'distill.aspp_dropout': (0, 1),
-  'optim.head_lr_scale': (0, math.inf),
-  'optim.warmup_epochs': (0, 10**4),
-  'optim.power': (0, 100),
-  'optim.momentum': (0, 1),
-  'optim.weight_decay': (0, math.inf),
-  'optim.clip_norm': (0, math.inf),
-  'optim.ema_decay': (0, 1),
-  'eval.short_side': (0, _MOST),
-  'eval.size_multiple': (1, _MOST),
-  'eval.num_pictures': (0, _MOST),
-}
+_OPTIONAL = ('optim.clip_norm',)
 
 
 def num_cores():
@@ -106,6 +64,10 @@ def num_cores():
 
 def _network(backbone):
   config = ConfigDict()
+  # Or a class of your own, 'file.py:Class', with its own options in place of
+  # the other keys down to head_dropout; see models/network.py.
+  config.network = 'deeplabv3plus'
+  config.options = ConfigDict()
   config.backbone = backbone
   config.output_stride = 16
   config.width_multiplier = 1.0
@@ -121,6 +83,15 @@ def _network(backbone):
   config.num_epochs = config_dict.placeholder(float)
   config.lr = config_dict.placeholder(float)
   return config
+
+
+def _placeholders(group):
+  """Keys of a group that the recipe fills."""
+  return {
+    key.rpartition('.')[2]: config_dict.placeholder(type(value))
+    for key, value in RECIPES['reference'].items()
+    if key.rpartition('.')[0] == group
+  }
 
 
 def default_config():
@@ -174,20 +145,25 @@ def default_config():
   config.teacher.in_path_attention = False
   # Folder of a stage or PyTorch file; empty: train one.
   config.teacher.checkpoint = ''
+  config.teacher.allow_code = False  # Of a checkpoint whose network is a file.
+  # 'file.py:make', a function that returns a teacher; see teachers/teacher.py.
+  config.teacher.factory = ''
   # From 0 to 1, on val; a worse teacher stops the run before distillation.
   config.teacher.min_miou = 0.0
   config.student = _network('resnet18')
 
   config.distill = ConfigDict()
+  # Names joined by '+', or one class of your own, 'file.py:Class', with its
+  # options; see distill/method.py.
   config.distill.method = 'attnfd'
-  config.distill.attn_lambda = 2.0
-  config.distill.kd_weight = 1.0
-  config.distill.temperature = 1.0
-  config.distill.match_size = 'none'
-  for key, value in RECIPES['reference'].items():
-    group, name = key.split('.')
-    if group == 'distill':
-      config.distill[name] = config_dict.placeholder(type(value))
+  config.distill.options = ConfigDict()
+  for name, method in distill.METHODS.items():
+    config.distill[name] = ConfigDict(
+      {'weight': distill.WEIGHTS[name], 'weight_schedule': 'constant'}
+      | distill.option_defaults(method)
+      | _placeholders(f'distill.{name}')
+    )
+  config.distill.update(_placeholders('distill'))
 
   config.optim = ConfigDict()
   config.optim.name = 'sgd'
@@ -276,6 +252,13 @@ def with_variant(config, arg):
   return debug(config) if arg else config
 
 
+def _at(config, key):
+  """The item 'group.key'."""
+  for part in key.split('.'):
+    config = config[part]
+  return config
+
+
 def resolve(config):
   """A locked copy in which every None of the recipe is filled.
 
@@ -288,21 +271,16 @@ def resolve(config):
       f'config.recipe={config.recipe!r} must be one of {", ".join(RECIPES)}.'
     )
   for key, value in RECIPES[config.recipe].items():
-    group, name = key.split('.')
-    if config[group][name] is None:
+    group, _, name = key.rpartition('.')
+    target = _at(config, group)
+    if target[name] is None:
       # 'student': as in the baseline, so that only the loss differs. A field
       # keeps the type of its first value.
-      same = value == 'student'
-      config[group][name] = config.student[name] if same else value
+      target[name] = config.student[name] if value == 'student' else value
   if config.data.label_pad == 'dataset':
     # pascal.py:87 and coco.py:100 pad with background, Cityscapes with 255.
     background = config.data.name in ('pascal_voc', 'coco')
     config.data.label_pad = 'background' if background else 'ignore'
-  distill = config.distill
-  if distill.teacher_attention == 'in_path':
-    if not config.teacher.in_path_attention:
-      # Gates that nobody trained would only add noise.
-      distill.teacher_attention = 'parameter_free'
   for role in ('teacher', 'student'):
     for name, default in (
       ('num_epochs', config.num_epochs),
@@ -314,141 +292,6 @@ def resolve(config):
   return config.lock()
 
 
-def _check_loss(loss):
-  given, weighting = tuple(loss.class_weights), loss.weighting
-  if weighting == 'given' and not given:
-    raise InputError(
-      "config.loss.weighting='given' needs a number for each class, such as "
-      '--config.loss.class_weights="(1.0, 2.5)".'
-    )
-  if given and weighting != 'given':
-    raise InputError(
-      f'config.loss.class_weights={given} needs loss.weighting=given, not '
-      f'{weighting!r}.'
-    )
-  numbers = all(isinstance(x, (int, float)) for x in given)
-  if not numbers or not all(0 <= x < math.inf for x in given):
-    raise InputError(
-      f'config.loss.class_weights={given} must be numbers from 0 on.'
-    )
-  if weighting == 'given' and not any(given):
-    raise InputError('config.loss.class_weights are all 0.')
-  if loss.name == 'dice' and weighting != 'none':
-    raise InputError(
-      f"config.loss.weighting={weighting!r} does not go with name='dice', in "
-      "which all classes count the same; use 'none', or 'ce+dice'."
-    )
-  if not 0 < loss.ohem_threshold <= 1:
-    raise InputError(
-      f'config.loss.ohem_threshold={loss.ohem_threshold} must be above 0 and '
-      'at most 1.'
-    )
-  if not 0 <= loss.ohem_min_kept <= 1:
-    raise InputError(
-      f'config.loss.ohem_min_kept={loss.ohem_min_kept} must be from 0 to 1.'
-    )
-  if not 0 <= loss.focal_gamma < math.inf:
-    raise InputError(
-      f'config.loss.focal_gamma={loss.focal_gamma} must be 0 or more.'
-    )
-
-
-def _check(config):
-  for key, value in leaves(config):
-    if value is None and key != 'optim.clip_norm':
-      raise InputError(f'config.{key}=None; leave it out for its default.')
-  choices = {
-    'data.label_pad': ('ignore', 'background'),
-    'distill.connector_schedule': ('always', 'warmup', 'first_epoch'),
-    'distill.teacher_bn': ('batch', 'running'),
-    'eval.protocol': ('native', 'reference'),
-    'loss.name': ('ce', 'ohem', 'focal', 'dice', 'ce+dice'),
-    'loss.weighting': ('none', 'given', 'auto'),
-    'optim.dtype': ('float32', 'bfloat16'),
-    'optim.name': ('sgd', 'adamw'),
-  }
-  for key, allowed in choices.items():
-    group, name = key.split('.')
-    if config[group][name] not in allowed:
-      raise InputError(
-        f'config.{key}={config[group][name]!r} must be one of '
-        f'{", ".join(allowed)}.'
-      )
-  _check_loss(config.loss)
-  for key, allowed in (('stages', STAGES), ('loggers', LOGGERS)):
-    chosen = {*config[key]}
-    if not chosen <= {*allowed} or (key == 'stages' and not chosen):
-      raise InputError(
-        f'config.{key}={tuple(config[key])} must be chosen from '
-        f'{", ".join(allowed)}.'
-      )
-  positive = (
-    'batch_size',
-    'num_epochs',
-    'log_every_steps',
-    'optim.accumulate',
-    'optim.lr',
-    'eval.batch_size',
-    'eval.every_epochs',
-    'checkpoint.keep_best',
-    'data.base_size',
-    'data.threads',
-    'teacher.num_epochs',
-    'student.num_epochs',
-  )
-  for key in positive:
-    value = config
-    for part in key.split('.'):
-      value = value[part]
-    if not value > 0:
-      raise InputError(f'config.{key}={value} must be positive.')
-  parts = config.optim.accumulate
-  if config.batch_size % parts or config.batch_size // parts < 2:
-    raise InputError(
-      f'config.batch_size={config.batch_size} over optim.accumulate={parts} '
-      'must leave at least 2 images a part: the pooled branch of ASPP '
-      'normalises over them.'
-    )
-  if config.eval.short_side and config.eval.size_multiple != 1:
-    raise InputError('config.eval.short_side needs size_multiple=1.')
-  if not 0 <= config.checkpoint.every_minutes < math.inf:
-    raise InputError(
-      f'config.checkpoint.every_minutes={config.checkpoint.every_minutes} must '
-      'be 0 or more.'
-    )
-  _check_numbers(config)
-  if config.data.cache and config.data.decoded_cache:
-    raise InputError(
-      'config.data.cache keeps in memory what config.data.decoded_cache keeps '
-      'on the disk; use one of them.'
-    )
-  for key in ('crop_size', 'image_size'):
-    size = tuple(config.data[key])
-    whole = len(size) == 2 and all(type(n) is int for n in size)
-    if not whole or not 32 <= min(size) <= max(size) <= 2**15:
-      raise InputError(
-        f'config.data.{key}={size} must be (height, width), both at least 32 '
-        f'and at most {2**15}.'
-      )
-  _check_scales(config.data)
-
-
-def _check_scales(data):
-  scales = tuple(data.scale_range)
-  numbers = len(scales) == 2 and all(
-    isinstance(x, (int, float)) for x in scales
-  )
-  if (
-    not numbers
-    or not 0 < scales[0] <= scales[1] <= 100
-    or scales[0] * data.base_size < 1
-  ):
-    raise InputError(
-      f'config.data.scale_range={scales} must be (least, most), above 0 and at '
-      'most 100, and leave a pixel of base_size.'
-    )
-
-
 def leaves(config, prefix=''):
   """Pairs of 'group.key' and value, of a config or of its JSON."""
   for key, value in config.items():
@@ -458,17 +301,98 @@ def leaves(config, prefix=''):
       yield f'{prefix}{key}', value
 
 
-def _check_numbers(config):
+def _check(config):
+  """What belongs to no single room; the rest is checked where it is used."""
   for key, value in leaves(config):
-    if not isinstance(value, (int, float)):
-      continue
-    low, high = _RANGES.get(key, (-math.inf, math.inf))
-    if not low <= value <= high:  # Nor is NaN.
-      text = f'{low:g} or more'
-      if high < _MOST:
-        text = f'from {low:g} to {high:g}'
-      raise InputError(f'config.{key}={value} must be {text}.')
-    # What devices cannot count.
-    most = _MOST if isinstance(value, int) else 1e30
-    if not abs(value) <= most:
-      raise InputError(f'config.{key}={value} must be a number to {most:g}.')
+    name = f'config.{key}'
+    if value is None and key not in _OPTIONAL:
+      raise InputError(f'{name}=None; leave it out for its default.')
+    if isinstance(value, (int, float)):
+      # What devices cannot count.
+      within(name, value, -_MOST, _MOST if isinstance(value, int) else 1e30)
+  for key in ('batch_size', 'log_every_steps'):
+    within(f'config.{key}', config[key], 1)
+  within('config.seed', config.seed, 0)
+  for role in ('teacher', 'student'):
+    # A step is a number of 32 bits.
+    within(f'config.{role}.num_epochs', config[role].num_epochs, 1e-9, 1e4)
+  for key, allowed in (('stages', STAGES), ('loggers', LOGGERS)):
+    chosen = {*config[key]}
+    if not chosen <= {*allowed} or (key == 'stages' and not chosen):
+      raise InputError(
+        f'config.{key}={tuple(config[key])} must be chosen from '
+        f'{", ".join(allowed)}.'
+      )
+  parts = config.optim.accumulate
+  within('config.optim.accumulate', parts, 1)
+  if config.batch_size % parts or config.batch_size // parts < 2:
+    raise InputError(
+      f'config.batch_size={config.batch_size} over optim.accumulate={parts} '
+      'must leave at least 2 images a part: the pooled branch of ASPP '
+      'normalizes over them.'
+    )
+  within('config.optim.warmup_epochs', config.optim.warmup_epochs, 0, 1e4)
+  within('config.optim.ema_decay', config.optim.ema_decay, 0, 1)
+  within('config.teacher.min_miou', config.teacher.min_miou, 0, 1)
+  _check_eval(config.eval)
+  within('config.checkpoint.keep_best', config.checkpoint.keep_best, 1)
+  within('config.checkpoint.every_minutes', config.checkpoint.every_minutes, 0)
+  _check_data(config.data)
+
+
+def _check_eval(options):
+  one_of('config.eval.protocol', options.protocol, ('native', 'reference'))
+  for key, least in (
+    ('batch_size', 1),
+    ('every_epochs', 1e-9),
+    ('short_side', 0),
+    ('size_multiple', 1),
+    ('num_pictures', 0),
+  ):
+    within(f'config.eval.{key}', options[key], least)
+  if options.short_side and options.size_multiple != 1:
+    raise InputError('config.eval.short_side needs size_multiple=1.')
+
+
+def _check_data(data):
+  one_of('config.data.label_pad', data.label_pad, ('ignore', 'background'))
+  for key, least, most in (
+    ('base_size', 1, _MOST),
+    ('limit', 0, _MOST),
+    ('workers', 0, 1024),
+    ('threads', 1, 1024),
+    ('flip', 0, 1),
+    ('blur', 0, 1),
+    ('photometric', 0, 2),
+    ('balanced', 0, 1),
+    ('rotation', 0, 180),
+    ('train_scenes', 1, 10**6),
+    ('val_scenes', 1, 10**6),
+    ('scenes_seed', 0, _MOST),
+  ):
+    within(f'config.data.{key}', data[key], least, most)
+  if data.cache and data.decoded_cache:
+    raise InputError(
+      'config.data.cache keeps in memory what config.data.decoded_cache keeps '
+      'on the disk; use one of them.'
+    )
+  for key in ('crop_size', 'image_size'):
+    size = tuple(data[key])
+    whole = len(size) == 2 and all(type(n) is int for n in size)
+    if not whole or not 32 <= min(size) <= max(size) <= 2**15:
+      raise InputError(
+        f'config.data.{key}={size} must be (height, width), both at least 32 '
+        f'and at most {2**15}.'
+      )
+  scales = tuple(data.scale_range)
+  numbers = all(isinstance(x, (int, float)) for x in scales)
+  if (
+    len(scales) != 2
+    or not numbers
+    or not 0 < scales[0] <= scales[1] <= 100
+    or scales[0] * data.base_size < 1
+  ):
+    raise InputError(
+      f'config.data.scale_range={scales} must be (least, most), above 0 and at '
+      'most 100, and leave a pixel of base_size.'
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors that a user can mend."""
+"""The errors that a user can fix, and checks of single values."""
+
+import math
 
 
 class InputError(ValueError):
@@ -24,3 +26,20 @@ class DataError(InputError):
   def __init__(self, message, kind='', file='', values=None):
     super().__init__(message)
     self.kind, self.file, self.values = kind, str(file), values
+
+
+def within(name, value, least, most=math.inf):
+  """Raises InputError unless least <= value <= most; NaN is in no range."""
+  if not isinstance(value, (int, float)) or not least <= value <= most:
+    limits = (
+      f'{least:g} or more'
+      if most == math.inf
+      else (f'from {least:g} to {most:g}')
+    )
+    raise InputError(f'{name}={value} must be {limits}.')
+
+
+def one_of(name, value, choices):
+  """Raises InputError unless `value` is one of the choices."""
+  if value not in choices:
+    raise InputError(f'{name}={value!r} must be one of {", ".join(choices)}.')

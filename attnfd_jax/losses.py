@@ -1,19 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses over arrays: pure, masked, in float32, safe when no pixel counts.
 
-All take logits [b, h, w, k] and labels [b, h, w] and give a float32 scalar.
-Labels outside the classes must have been refused when data was read: 255 would
-give NaN with a finite gradient here, -1 would train the last class.
+All take logits [b, h, w, k] and labels [b, h, w] and return a `Mean`. Labels
+outside the classes must have been refused when data was read: 255 would give
+NaN with a finite gradient here, -1 would train the last class.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from attnfd_jax.models import resizing
+
 IGNORE_LABEL = 255
+
+
+class Mean(NamedTuple):
+  """A loss as a sum and what it is divided by, float32 scalars.
+
+  Of a batch that is computed in parts, totals and counts add up and are divided
+  once: pixels weigh the same, however many are ignored in each part.
+  """
+
+  total: jax.Array
+  count: jax.Array | float
+
+  @property
+  def value(self):
+    """total / count; 0 if nothing counts."""
+    return self.total / jnp.where(self.count > 0, self.count, 1)
 
 
 def _float(logits):
@@ -49,23 +68,20 @@ def _cross_entropies(logits, labels, valid):
 
 
 def _mean(losses, labels, counted, class_weights):
-  """Over the pixels that are counted, weighted by their labels; 0 if none."""
+  """Over the pixels that are counted, weighted by their labels."""
   if class_weights is None:
-    total = jnp.sum(counted, dtype=losses.dtype)
-    return jnp.sum(losses, where=counted) / jnp.maximum(total, 1)
+    total = jnp.sum(losses, where=counted)
+    return Mean(total, jnp.sum(counted, dtype=losses.dtype))
   table = jnp.asarray(class_weights, losses.dtype)
   weights = table[jnp.where(counted, labels, 0).astype(jnp.int32)]
-  total = jnp.sum(weights, where=counted)
-  # Weights may sum to less than 1.
-  return jnp.sum(losses * weights, where=counted) / jnp.where(
-    total > 0, total, 1
-  )
+  total = jnp.sum(losses * weights, where=counted)
+  return Mean(total, jnp.sum(weights, where=counted))
 
 
 def softmax_cross_entropy(
   logits, labels, *, class_weights=None, ignore_label=IGNORE_LABEL
 ):
-  """Mean cross-entropy over the pixels that count; 0 if there are none.
+  """Cross-entropy of the pixels that count, as a sum and a count.
 
   Args:
     logits: [b, h, w, k].
@@ -75,7 +91,7 @@ def softmax_cross_entropy(
     ignore_label: value of the pixels to leave out.
 
   Returns:
-    float32 scalar.
+    Mean, whose count is the number of pixels, or the sum of their weights.
 
   Raises:
     ValueError: if the shapes do not fit.
@@ -84,13 +100,6 @@ def softmax_cross_entropy(
   valid = labels != ignore_label
   losses = _cross_entropies(logits, labels, valid)
   return _mean(losses, labels, valid, class_weights)
-
-
-def _interpolation(size_out, size_in):
-  """float64 [size_out, size_in]: bilinear with align_corners, one axis."""
-  last = max(size_out - 1, 1)
-  places = np.arange(size_out)[:, None] * (size_in - 1) / last
-  return np.maximum(1 - np.abs(places - np.arange(size_in)), 0)
 
 
 def upsampled_cross_entropy(
@@ -103,6 +112,8 @@ def upsampled_cross_entropy(
 ):
   """softmax_cross_entropy of logits resized to the labels, part by part.
 
+  Resized as models.resizing.resize does it.
+
   Logits at full size, and their gradients, never exist as a whole: a part of
   the rows is resized, scored, and resized again for the gradient.
 
@@ -114,15 +125,15 @@ def upsampled_cross_entropy(
     ignore_label: value of the pixels to leave out.
 
   Returns:
-    float32 scalar; that of the whole up to rounding.
+    Mean; that of the whole up to rounding.
   """
   logits = _float(logits)
   _, h, w, _ = logits.shape
   b, height, width = labels.shape
   rows = -(-height // parts)
   missing = parts * rows - height
-  down = np.pad(_interpolation(height, h), ((0, missing), (0, 0)))
-  across = _interpolation(width, w)
+  down = jnp.pad(resizing.matrix(height, h), ((0, missing), (0, 0)))
+  across = resizing.matrix(width, w)
   labels = jnp.pad(
     labels, ((0, 0), (0, missing), (0, 0)), constant_values=ignore_label
   )
@@ -152,7 +163,7 @@ def upsampled_cross_entropy(
       jnp.moveaxis(labels.reshape(b, parts, rows, width), 1, 0),
     ),
   )
-  return total / jnp.maximum(count, 1)
+  return Mean(total, count)
 
 
 def ohem_cross_entropy(
@@ -164,12 +175,13 @@ def ohem_cross_entropy(
   class_weights=None,
   ignore_label=IGNORE_LABEL,
 ):
-  """Cross-entropy over the hard pixels alone (OHEM); 0 if none count.
+  """Cross-entropy over the hard pixels alone (OHEM).
 
   Hard is a pixel whose class has a probability of at most `threshold`. If
   these are fewer than the share `min_kept` of the pixels that count, the
-  hardest ones up to that share; at least one. Over the whole batch, on any
-  number of devices. Shrivastava et al., arXiv 1604.03540, for pixels.
+  hardest ones up to that share; at least one. Over the whole batch, or the part
+  that is computed at a time, on any number of devices. Shrivastava et al.,
+  arXiv 1604.03540, for pixels.
 
   Args:
     logits, labels, class_weights, ignore_label: see softmax_cross_entropy;
@@ -218,9 +230,10 @@ def dice_loss(logits, labels, *, ignore_label=IGNORE_LABEL):
   """1 - mean soft Dice of the classes that occur in the labels of the batch.
 
   Dice of a class is 2 sum(p y) / (sum(p) + sum(y)) over the pixels that count
-  of the whole batch, p the probability and y 1 where it is the label: every
-  class weighs the same, whatever its size. Milletari et al., arXiv
-  1606.04797, without their squares. 0 if no pixel counts.
+  of the batch, or of the part that is computed at a time, p the probability and
+  y 1 where it is the label: every class weighs the same, whatever its size. The
+  count is that of the classes. Milletari et al., arXiv 1606.04797, without
+  their squares.
 
   Args:
     logits, labels, ignore_label: see softmax_cross_entropy.
@@ -236,5 +249,5 @@ def dice_loss(logits, labels, *, ignore_label=IGNORE_LABEL):
   total = jnp.sum(p, pixels, where=valid[..., None]) + size
   present = size > 0
   dice = 2 * both / jnp.where(present, total, 1)
-  count = jnp.sum(present, dtype=p.dtype)
-  return jnp.sum(1 - dice, where=present) / jnp.maximum(count, 1)
+  total = jnp.sum(1 - dice, where=present)
+  return Mean(total, jnp.sum(present, dtype=p.dtype))

@@ -4,7 +4,7 @@ r"""Trains what is missing, distils, evaluates and writes a report.
   python -m attnfd_jax.main --config=configs/quickstart.py [--workdir=DIR] \
     [--config.optim.lr=0.02]
 
-The same command goes on after an interruption. SIGTERM and Ctrl-C save the
+The same command resumes after an interruption. SIGTERM and Ctrl-C save the
 last step first; the exit codes are then 143 and 130, see docs/resuming.md. For
 several machines see docs/scaling.md.
 """
@@ -17,16 +17,15 @@ from absl import flags
 from ml_collections import config_flags
 
 from attnfd_jax import cli
-from attnfd_jax import report
 from attnfd_jax.devices import processes
-from attnfd_jax.training import stages
+from attnfd_jax.training import experiment
 from attnfd_jax.training.stopping import Stop
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'configs/NAME.py or configs/NAME.py:VARIANT.'
 )
 WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run; runs/NAME by default.'
+  'workdir', None, 'Folder of the run, or gs://...; runs/NAME by default.'
 )
 DETERMINISTIC = flags.DEFINE_bool(
   'deterministic', False, 'On a GPU: kernels that repeat their bits, slower.'
@@ -43,7 +42,7 @@ PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Of this one, from 0.')
 def _default_workdir():
   path, _, variant = flags.FLAGS['config'].config_filename.partition(':')
   name = pathlib.Path(path).stem
-  return pathlib.Path('runs') / (f'{name}_{variant}' if variant else name)
+  return f'runs/{name}_{variant}' if variant else f'runs/{name}'
 
 
 def main(argv):
@@ -56,25 +55,16 @@ def main(argv):
     process_id=PROCESS_ID.value,
   )
   cli.enable_compilation_cache()
-  workdir = pathlib.Path(WORKDIR.value or _default_workdir())
-  with Stop().listening() as stop:
-    _run(workdir, stop)
-
-
-def _run(workdir, stop):
-  if not processes.is_first():
-    with open(os.devnull, 'w') as quiet, contextlib.redirect_stdout(quiet):
-      stages.run(CONFIG.value, workdir, stop=stop)
-    return
-  results = stages.run(CONFIG.value, workdir, stop=stop)
-  report.write_report([workdir], workdir / 'report.html')
-  for name, result in results.items():
-    test = result.get('test')
-    print(
-      f'{name:8} {result["network"]:20} val mIoU {100 * result["miou"]:6.2f}'
-      + (f'   test mIoU {100 * test["miou"]:6.2f}' if test else '')
-    )
-  print(f'report: {workdir / "report.html"}')
+  workdir = WORKDIR.value or _default_workdir()
+  with contextlib.ExitStack() as stack:
+    if not processes.is_first():
+      quiet = stack.enter_context(open(os.devnull, 'w'))
+      stack.enter_context(contextlib.redirect_stdout(quiet))
+    stop = stack.enter_context(Stop().listening())
+    results = experiment.train(CONFIG.value, workdir, stop=stop)
+    for line in experiment.summary_lines(results):
+      print(line)
+    print(f'report: {workdir}/report.html')
 
 
 if __name__ == '__main__':

@@ -49,7 +49,7 @@ def get_config(arg=None):
       network.aspp_channels = network.decoder_channels = channels
     config.num_epochs = 40.0
     config.teacher.num_epochs = 50.0
-    config.distill.attn_lambda = 0.3
+    config.distill.attnfd.weight = 0.3
   elif arg:
     raise ValueError(f'Unknown variant {arg!r}; use debug, cpu or nothing.')
   return config

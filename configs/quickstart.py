@@ -43,5 +43,5 @@ def get_config(arg=None):
     network.aspp_dropout = network.decoder_dropout = 0.1
   # The paper's 2 is for students that start from ImageNet weights: from a
   # random start it drowns the labels (experiments/quickstart).
-  config.distill.attn_lambda = 0.3
+  config.distill.attnfd.weight = 0.3
   return config

@@ -44,22 +44,23 @@ class Small(DeepLabV3Plus):
     }
 
 
+networks.NETWORKS['small'] = Small
+
+
 @contextlib.contextmanager
-def small_networks(cache):
-  """All networks are Small, and programs are kept in the folder `cache`."""
+def kept_programs(cache):
+  """Programs are kept in the folder `cache`, however fast they compile."""
   names = {
     'jax_compilation_cache_dir': str(cache),
     'jax_persistent_cache_min_compile_time_secs': 0.0,
     'jax_persistent_cache_min_entry_size_bytes': 0,
   }
   before = {name: getattr(jax.config, name) for name in names}
-  networks.DeepLabV3Plus = Small
   for name, value in names.items():
     jax.config.update(name, value)
   try:
     yield
   finally:
-    networks.DeepLabV3Plus = DeepLabV3Plus
     for name, value in before.items():
       jax.config.update(name, value)
 
@@ -68,6 +69,7 @@ def make_config():
   """Two epochs of two steps in each stage, scored after every epoch."""
   config = tiny_run.tiny_config()
   config.stages = STAGES
+  config.teacher.network = config.student.network = 'small'
   config.optim.name, config.optim.lr = 'sgd', 0.05
   config.num_epochs = config.teacher.num_epochs = 2.0
   config.eval.every_epochs = 1.0
@@ -75,7 +77,7 @@ def make_config():
   config.eval.num_pictures = 1
   config.checkpoint.keep_best = 1
   # The phases and the average are part of what a checkpoint must bring back.
-  config.distill.connector_schedule = 'first_epoch'
+  config.distill.attnfd.connector_schedule = 'first_epoch'
   config.optim.ema_decay = 0.5
   config.teacher.in_path_attention = True
   # Alike, so that two stages share a program.

@@ -514,26 +514,6 @@ def test_wrong_colours_are_pink(tmp_path):
   assert np.all(sheet == (255, 0, 255), -1).sum() == 8
 
 
-def test_a_single_wrong_pixel_can_be_seen(tmp_path):
-  mask = np.zeros((1000, 2001), np.int64)
-  mask[501, 1003] = 40
-  colours = contact_sheet._wrong_in_pink(mask, {40: 1})
-  _, cell, _ = contact_sheet._cells(None, colours)
-  assert cell.size == (240, 120)
-  assert 1 <= np.all(np.asarray(cell) == (255, 0, 255), -1).sum() <= 9
-
-
-def test_the_sheet_of_members_of_a_zip(tmp_path):
-  fixtures.make_cityscapes(tmp_path, zipped=True)
-  dataset = load(tmp_path, name='cityscapes')
-  name = dataset.splits['val'].name(1)
-  assert '!' in name
-  np.testing.assert_array_equal(
-    contact_sheet._open(name), dataset.splits['val'][1]['image']
-  )
-  assert contact_sheet._open(f'{name}.gone') is None
-
-
 # Commands, as users have them.
 
 

@@ -30,7 +30,6 @@ from attnfd_jax.benchmarks import train
 from attnfd_jax.exporting import agreement
 from attnfd_jax.exporting import fresh_process
 from attnfd_jax.models import deeplab
-from attnfd_jax.models import network as networks
 from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
@@ -76,7 +75,7 @@ TINY = (
   '--config.optim.name=sgd',
   '--config.optim.lr=0.01',
   '--config.optim.weight_decay=0',
-  '--config.distill.attn_lambda=0.3',
+  '--config.distill.attnfd.weight=0.3',
   '--config.student.width_multiplier=1',
   '--config.teacher.width_multiplier=1',
   '--config.optim.warmup_epochs=0',
@@ -225,7 +224,7 @@ def random_files(folder):
 
 def real_networks(patch):
   """Small, of small_run, has no counterpart in PyTorch, nor in ONNX."""
-  patch.setattr(networks, 'DeepLabV3Plus', deeplab.DeepLabV3Plus)
+  pass
 
 
 def two_classes(root):
@@ -246,7 +245,7 @@ def run_here(kind, path, images, options):
 def small(tmp_path_factory):
   """Networks and measurements that compile and run fast."""
   with (
-    small_run.small_networks(tmp_path_factory.mktemp('programs')),
+    small_run.kept_programs(tmp_path_factory.mktemp('programs')),
     pytest.MonkeyPatch.context() as patch,
   ):
     # As many blocks as make a ResNet-18 recognised.

@@ -174,7 +174,7 @@ def test_a_recipe_fills_what_is_none_and_nothing_else(recipe):
   derived = {
     'data.label_pad',
     'distill.aspp_dropout',
-    'distill.teacher_attention',
+    'distill.attnfd.teacher_attention',
   }
   for key in RECIPES[recipe].keys() - derived:
     assert after[key] == RECIPES[recipe][key], key
@@ -192,7 +192,7 @@ def test_recipes_have_the_same_keys():
     ('distill.teacher_bn', 'batch'),
     ('distill.ce_batch_division', True),
     ('distill.aspp_dropout', 0.0),
-    ('distill.teacher_attention', 'none'),
+    ('distill.attnfd.teacher_attention', 'none'),
     ('data.label_pad', 'background'),
     ('eval.protocol', 'reference'),
     ('student.lr', 0.5),
@@ -233,7 +233,7 @@ def test_label_pad_of_the_reference(name, pad):
 def test_in_path_needs_a_teacher_with_gates(in_path, attention):
   config = default_config()
   config.teacher.in_path_attention = in_path
-  assert resolve(config).distill.teacher_attention == attention
+  assert resolve(config).distill.attnfd.teacher_attention == attention
 
 
 def test_networks_inherit_rate_and_epochs():
@@ -275,9 +275,9 @@ def test_debug_is_small():
       r"config.data.label_pad='zero' must be one of ignore, background\.",
     ),
     (
-      'distill.connector_schedule',
+      'distill.attnfd.connector_schedule',
       'never',
-      "config.distill.connector_schedule='never' must be one of always, war",
+      "config.distill.attnfd.connector_schedule='never' must be one of always, war",
     ),
     (
       'eval.protocol',

@@ -25,7 +25,7 @@ from attnfd_jax.pytorch import networks as torch_models
 from attnfd_jax.runs import conversion
 from attnfd_jax.runs import loading
 from attnfd_jax.runs import logs
-from attnfd_jax.training import stages
+from attnfd_jax.training import experiment
 from attnfd_jax.training.stage import Stage
 
 # The names are those of full width; the files are small.
@@ -380,7 +380,7 @@ def test_a_run_with_files_of_pytorch(tmp_path, tensors, capfd, monkeypatch):
   config.data.train_scenes = config.batch_size = 2
   config.mesh.data = 1
   config.optim.name, config.optim.lr = 'sgd', 0.01
-  config.distill.teacher_attention = 'checkpoint'
+  config.distill.attnfd.teacher_attention = 'checkpoint'
   config.eval.num_pictures = 0
   for role in ('teacher', 'student'):
     tiny_network(config, role, 'resnet10')
@@ -398,12 +398,12 @@ def test_a_run_with_files_of_pytorch(tmp_path, tensors, capfd, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(Stage, 'init_state', spy)
     with pytest.raises(InputError, match=r'below config\.teacher\.min_miou'):
-      stages.run(config, tmp_path / 'run')
+      experiment.train(config, tmp_path / 'run')
   out, _ = capfd.readouterr()
   assert 'starts from the backbone of' in out and 'teacher val mIoU' in out
   assert 'compiling the training step' not in out
   config.teacher.min_miou = 0.0
-  result = stages.run(config, tmp_path / 'run')['distill']
+  result = experiment.train(config, tmp_path / 'run')['distill']
   assert result['teacher_attention'] == 'checkpoint'
   assert 0 <= result['teacher_miou'] < 0.99
   (state,) = states
@@ -441,10 +441,10 @@ def test_files_that_do_not_fit_stop_a_run_before_it_begins(tmp_path, tensors):
   path = write(tmp_path / 'a.pth', trunk(tensors('mobilenet_v2')))
   config.student.pretrained = str(path)
   with pytest.raises(InputError, match='does not fill the backbone resnet18'):
-    stages.run(config, tmp_path / 'run')
+    experiment.train(config, tmp_path / 'run')
   config.student.pretrained = ''
   config.stages = ('student', 'distill')
   config.teacher.checkpoint = str(path)
   with pytest.raises(InputError, match='not a whole resnet'):
-    stages.run(config, tmp_path / 'run')
+    experiment.train(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()

@@ -10,8 +10,10 @@ import sys
 import numpy as np
 import pytest
 
-from attnfd_jax import report
 from attnfd_jax.errors import InputError
+from attnfd_jax.reporting import scores
+from attnfd_jax.reporting.page import write_report
+from attnfd_jax.reporting.run_folder import STAGES
 
 NAMES = ('sky', 'road', 'sign <b>&', 'fence', 'car $x^2$')
 PALETTE = np.arange(15, dtype=np.uint8).reshape(5, 3)
@@ -24,10 +26,10 @@ def _write_json(path, content):
   path.write_text(json.dumps(content, sort_keys=True))
 
 
-def make_run(folder, *, seed=0, miou=MIOU, stages=report.STAGES):
+def make_run(folder, *, seed=0, miou=MIOU, stages=STAGES):
   """A finished run folder with seeded numbers and pictures."""
   rng = np.random.default_rng(seed)
-  config = {'seed': seed, 'stages': report.STAGES}
+  config = {'seed': seed, 'stages': STAGES}
   config['data'] = {'name': 'camvid', 'root': '<root>'}
   config['student'] = {'backbone': 'resnet18'}
   config['distill'] = {'attn_lambda': 2.0}
@@ -47,12 +49,19 @@ def make_run(folder, *, seed=0, miou=MIOU, stages=report.STAGES):
       'params': 59_339_000 if stage == 'teacher' else 16_610_000,
       'train_seconds': 3725.0,
       'test': {'miou': miou[stage] - 0.02},
+      'pretrained': None,
     }
+    if stage == 'distill':
+      teacher = {'name': 'resnet50', 'miou': 0.47, 'source': 'stage <teacher>'}
+      pictures = 'Where <features> are strong.'
+      method = {'name': 'new+kd', 'title': 'New + KD', 'options': {}}
+      results[stage]['method'] = method | {'pictures': pictures}
+      results[stage]['teacher'] = teacher
     lines = []
     for step in range(20, 401, 20):
       terms = {'ce': 40 / step, 'grad_norm': 1e6}
       if stage == 'distill':
-        terms['attnfd'] = 1 / step
+        terms['new'] = 1 / step
       lines.append({'kind': 'train', 'step': step, 'loss': 1.0, **terms})
       lines.append({'kind': 'eval', 'step': step, 'miou': miou[stage]})
     text = '\n'.join(map(json.dumps, lines)) + '\n{"kind": "tra'
@@ -62,17 +71,23 @@ def make_run(folder, *, seed=0, miou=MIOU, stages=report.STAGES):
     (folder / stage / 'metrics.jsonl').write_text(text)
     arrays = {'image': image, 'label': label, 'palette': PALETTE}
     arrays['prediction'] = np.where(label == 255, 3, label)
-    for tap in ('backbone', 'aspp', 'decoder') if stage == 'distill' else ():
+    for name in ('low', 'map_<x>', 'deep') if stage == 'distill' else ():
       for role in ('teacher', 'student'):
-        arrays[f'{role}_attention_{tap}'] = rng.random((3, 3, 4), np.float32)
+        heat = rng.random((3, 3, 4)).astype(np.float16)
+        arrays[f'map_{role}_{name}'] = heat
     np.savez_compressed(folder / stage / 'pictures.npz', **arrays)
   _write_json(folder / 'results.json', results)
   return folder
 
 
 def _page(folders, output):
-  report.write_report(folders, output)
+  write_report(folders, output)
   return output.read_text(encoding='utf-8')
+
+
+def _words(page):
+  """What a reader sees, on one line."""
+  return ' '.join(html.unescape(re.sub('<[^>]*>', '', page)).split())
 
 
 @pytest.fixture(scope='module')
@@ -82,38 +97,68 @@ def page(tmp_path_factory):
 
 
 def test_page_has_the_numbers(page):
-  text = page.replace('\u00a0', ' ')
+  text = _words(page)
   assert (
-    'AttnFD lifts the ResNet-18 student by +2.35 points of mIoU, '
+    'New + KD lifts the ResNet-18 student by +2.35 points of mIoU, '
     'from 41.20 % to 43.55 % (val, protocol native); '
     'that closes 41 % of the gap to the teacher (47.00 %). On the test split: '
     '+2.35 points. One seed'
   ) in text
-  rows = re.findall(r'<tr>.*?</tr>', text)
-  for cell in ('Student with AttnFD', '43.55', '+2.35', '41.55', '16.61'):
+  rows = re.findall(r'<tr>.*?</tr>', page, flags=re.S)
+  for cell in ('Student with New + KD', '43.55', '+2.35', '41.55', '16.61'):
     assert cell in rows[3]
   assert '59.34' in rows[1] and '1:02:05' in rows[1]
   assert page.count('loading="lazy"') == 3 * (1 + 1 + 3) + 2 * 2 * (1 + 3)
-  assert 'python -m attnfd_jax.main &#x27;--config=a b.py&#x27;' in page
+  assert "python -m attnfd_jax.main '--config=a b.py'" in text
   assert page.count('total</text>') == 3 and page.count('>ce</text>') == 1
   assert '100.0 % right' in text and '>Missing' not in page
+  assert 'ResNet-50, 47.00 % mIoU, from stage <teacher>' in text
 
 
-def test_class_names_stand_beside_their_colours(page):
+def test_class_names_stand_beside_their_colors(page):
   colors = re.findall(r'rgb\((\d+ \d+ \d+)\)"></i>([^<]*)', page)
   assert [html.unescape(name) for _, name in colors] == list(NAMES)
   assert [c for c, _ in colors] == [' '.join(map(str, c)) for c in PALETTE]
-  texts = map(html.unescape, re.findall(r'>\s*([^<>]*)</text>', page))
-  assert [text for text in texts if text in NAMES] == list(NAMES)
+
+
+def test_a_marker_for_each_iou(page):
+  chart = page[page.index('<h3>IoU per class') : page.index('<h3>Predictions')]
+  rows = chart.split('class="name">')[1:]
+  names = [html.unescape(row.split('</span>')[0]) for row in rows]
+  assert names == list(NAMES)
+  # One class is absent.
+  assert [row.count('<i class="dot') for row in rows] == [3, 3, 3, 0, 3]
+  assert '>–<' in rows[3] and rows[3].count('–') == 1
+  ious = np.random.default_rng(0)
+  ious.integers(0, 256, (3, 12, 16, 3), np.uint8)
+  ious.integers(0, 5, (3, 12, 16), np.uint8)
+  assert f'left:{100 * ious.random(5)[0]:.2f}%' in rows[0]
+
+
+def test_maps_of_a_method(page):
+  section = page[page.index('<h3>What the method compares') :]
+  assert 'Where <features> are strong. From low to high.' in _words(section)
+  names = re.findall(r'</i>(Teacher|Distilled): ([^<]*)<small>', section)
+  order = ['low', 'map_&lt;x&gt;', 'deep']
+  rows = [(role, x) for role in ('Teacher', 'Distilled') for x in order]
+  assert names == rows * 2
 
 
 def test_page_is_offline_and_escaped(page):
-  assert not re.search(r'https?:|<script|<link|@import|<\?xml', page)
+  loose = re.sub(r'xmlns(:xlink)?="[^"]*"', '', page)
+  assert not re.search(r'https?:|<script|<link|@import|<\?xml', loose)
   links = re.findall(r'(?:src|href)="([^"]*)"', page)
   assert links and all(x.startswith(('data:image/', '#')) for x in links)
   assert 'sign &lt;b&gt;&amp;' in page and '&lt;root&gt;' in page
-  assert '<b>&' not in page and '<root>' not in page
+  for raw in ('<b>&', '<root>', '<x>', '<features>', '<teacher>'):
+    assert raw not in page
   assert 'nan' not in re.sub(r'base64,[^"]*', '', page)
+
+
+def test_same_run_same_page(page, tmp_path):
+  again = _page([make_run(tmp_path / 'a')], tmp_path / 'report.html')
+  folder = re.search('<dt>Folder</dt>\n<dd>(.*)</dd>', page)[1]
+  assert again.replace(str(tmp_path / 'a'), folder) == page
 
 
 @pytest.mark.parametrize(
@@ -123,22 +168,33 @@ def test_page_is_offline_and_escaped(page):
     (0.47, 0.41, 0.48, 'passes the teacher (47.00 %)'),
     (0.40, 0.41, 0.42, 'the teacher (40.00 %) is no better than the student'),
     (0.47, 0.41, 0.40, 'does not help: the net student loses 1.00'),
-    (0.47, 0.41, 0.40, '; the teacher has 47.00 %.'),
+    (0.47, 0.41, 0.40, '; the teacher has 47.00 %. '),
     (0.47, 0.41, 0.4102, 'makes no difference to the net student, from'),
-    (None, 0.41, 0.44, 'from 41.00 % to 44.00 % (val, protocol native).'),
-    (0.47, 0.41, None, 'no distilled student yet; finished: teacher 47.00 %'),
+    (None, 0.41, 0.44, 'from 41.00 % to 44.00 % (val, protocol native). '),
+    (
+      0.47,
+      0.41,
+      None,
+      'no score of a distilled student yet; finished: teacher 47.00 %',
+    ),
   ],
 )
-def test_outcome(teacher, student, distill, words):
-  values = zip(report.STAGES, (teacher, student, distill), strict=True)
+def test_outcome(tmp_path, teacher, student, distill, words):
+  values = zip(STAGES, (teacher, student, distill), strict=True)
   same = {'split': 'val', 'protocol': 'native'}
   results = {stage: same | {'miou': value} for stage, value in values if value}
-  sentence = report.outcome(results, method='M', network='net')
-  assert words in sentence.replace('\u00a0', ' ')
+  if distill:
+    results['distill']['method'] = {'name': 'm'}
+  results['student']['network'] = 'net'
+
+  def written():
+    _write_json(tmp_path / 'results.json', results)
+    return _words(_page([tmp_path], tmp_path / 'report.html'))
+
+  assert words in written()
   if student and distill:
     results['student']['protocol'] = 'reference'
-    sentence = report.outcome(results, method='M', network='net')
-    assert 'cannot be compared' in sentence
+    assert 'cannot be compared' in written()
 
 
 def test_seeds_are_summarised(tmp_path):
@@ -150,7 +206,7 @@ def test_seeds_are_summarised(tmp_path):
   # The gain is paired by seed: 3 and 2 points.
   for text in ('47.00 ± 0.00', '41.00 ± 1.41', '43.50 ± 0.71', '+2.50 ± 0.71'):
     assert page.count(text) == (2 if text[0] == '+' else 1)  # And on test.
-  assert 'Mean over 2 seeds: AttnFD lifts' in page
+  assert 'Mean over 2 seeds: New + KD lifts' in _words(page)
   assert 'href="#run-2"' in page and 'differs in' not in page
   assert [p.name for p in (tmp_path / 'new').iterdir()] == ['report.html']
 
@@ -159,7 +215,9 @@ def test_seeds_are_summarised(tmp_path):
   config['distill']['attn_lambda'] = 3.5
   _write_json(folders[1] / 'config.json', config)
   page = _page(folders, tmp_path / 'report.html')
-  assert 'distill.attn_lambda=3.5' in page and 'distill.attn_lambda=2.0' in page
+  assert (
+    'distill.attnfd.weight=3.5' in page and 'distill.attnfd.weight=2.0' in page
+  )
   assert ' ± ' not in page
 
 
@@ -173,13 +231,50 @@ def test_incomplete_run_says_what_is_missing(tmp_path):
   assert f'Missing: {missing}, student/pictures.npz.' in page
 
 
+def test_scores_that_are_absent(tmp_path):
+  folder = make_run(tmp_path / 'a')
+  results = json.loads((folder / 'results.json').read_text())
+  for stage in STAGES:
+    results[stage]['test'] = {'miou': None}
+    results[stage]['pixel_accuracy'] = None
+  results['teacher']['miou'] = None
+  results['distill']['teacher']['miou'] = None
+  results['student']['iou_per_class'] = dict.fromkeys(NAMES)
+  _write_json(folder / 'results.json', results)
+  with (folder / 'teacher' / 'metrics.jsonl').open('a') as file:
+    file.write('\n{"kind": "eval", "step": 420, "miou": NaN}\n')
+    file.write('{"kind": "train", "step": 420, "loss": Infinity}\n')
+  for folders in ([folder], [folder, make_run(tmp_path / 'b', seed=1)]):
+    page = _page(folders, tmp_path / 'report.html')
+    text = _words(page)
+    assert 'from 41.20 % to 43.55 % (val, protocol native).' in text
+    assert 'ResNet-50, – mIoU' in text
+    assert not re.search(r'\b(nan|inf|None)\b', text)
+  row = re.search(r'</i>Teacher</td>.*?</tr>', page, flags=re.S)[0]
+  assert '<td>–</td>' in row and '47' not in row
+
+
+def test_a_teacher_from_elsewhere_has_its_name(tmp_path):
+  folder = make_run(tmp_path / 'a', stages=('student', 'distill'))
+  page = _page([folder], tmp_path / 'report.html')
+  assert '<h1>camvid · ResNet-50 → ResNet-18 · New + KD</h1>' in page
+
+
+@pytest.mark.parametrize(
+  ('value', 'text'),
+  [(1.5, '+1.50'), (-0.25, '−0.25'), (-0.001, '±0.00'), (None, '–')],
+)
+def test_signed(value, text):
+  assert scores.signed(value) == text
+
+
 def test_a_failure_leaves_the_page_of_before(tmp_path):
   _write_json(tmp_path / 'results.json', {'student': {'miou': None}})
   page = _page([tmp_path], tmp_path / 'report.html')
-  assert 'finished: nothing' in page
+  assert 'finished: nothing.' in _words(page)
   (tmp_path / 'results.json').write_text('{')
   with pytest.raises(InputError, match='results.json: not JSON'):
-    report.write_report([tmp_path], tmp_path / 'report.html')
+    write_report([tmp_path], tmp_path / 'report.html')
   assert (tmp_path / 'report.html').read_text(encoding='utf-8') == page
 
 

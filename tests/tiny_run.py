@@ -11,7 +11,7 @@ import tempfile
 
 import xla_flags
 
-from attnfd_jax.training import stages
+from attnfd_jax.training import experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 # The user's own cache of programs stays as it is.
@@ -50,7 +50,7 @@ def make_stage(tmp_path_factory):
   with (session / 'tiny_run.lock').open('w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     if not (session / 'tiny_run' / 'student' / 'result.json').exists():
-      stages.run(tiny_config(), session / 'tiny_run')
+      experiment.train(tiny_config(), session / 'tiny_run')
   return session / 'tiny_run' / 'student'
 
 

@@ -6,6 +6,7 @@ already: what the pipeline delivers, `benchmark data` tells.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -25,12 +26,12 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.flops import count_flops
 from attnfd_jax.runs import logs
-from attnfd_jax.training.stage import load_teacher
-from attnfd_jax.training.stage import make_stage_distiller
+from attnfd_jax.teachers import sources as teachers
+from attnfd_jax.teachers.teacher import Scored
+from attnfd_jax.training.stage import init_distiller
 from attnfd_jax.training.stage import make_student
-from attnfd_jax.training.stage import make_teacher_network
 from attnfd_jax.training.stage import Stage
-from attnfd_jax.training.stage import Teacher
+from attnfd_jax.training.stage import with_teacher
 
 # Side of the matrices whose product shows what the device can do.
 PEAK_SIZE = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
@@ -118,39 +119,25 @@ def make_stage(config, num_classes):
   names = _class_names(config, num_classes)
   dataset = Dataset('random', names, np.zeros((len(names), 3), np.uint8), {})
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
-  network = make_student(config, len(names), distilled=distilled)
-  teacher = distiller = None
-  shapes = []
-  if distilled:
-    if config.teacher.checkpoint:
-      teacher = load_teacher(config, '', dataset, mesh)
-    else:
-      frozen = make_teacher_network(config, len(names))
-      variables = sharding.place(
-        random_variables(frozen, config.seed), sharding.replicated(mesh)
-      )
-      teacher = Teacher(
-        frozen, variables, networks.describe(config.teacher), None
-      )
-    distiller, shapes = make_stage_distiller(
-      config,
-      network,
-      teacher.network,
-      has_gates=teacher.attention is not None,
-    )
-  return Stage(
+  stage = Stage(
     name='distill' if distilled else 'student',
     config=config,
     dataset=dataset,
     mesh=mesh,
-    network=network,
-    teacher=teacher,
-    distiller=distiller,
-    output_shapes=shapes,
+    network=make_student(config, len(names), distilled=distilled),
     epoch_steps=100,
     num_steps=10_000,
     eval_every=10_000,
   )
+  if not distilled:
+    return stage
+  if config.teacher.checkpoint or config.teacher.factory:
+    return with_teacher(stage, teachers.from_config(config, '', names, mesh))
+  teacher = teachers.abstract(config, names)
+  variables = sharding.place(
+    random_variables(teacher.network, config.seed), sharding.replicated(mesh)
+  )
+  return with_teacher(stage, dataclasses.replace(teacher, variables=variables))
 
 
 def model_flops(stage):
@@ -160,25 +147,23 @@ def model_flops(stage):
   rematerialisation makes of them; the share of the peak counts these.
   """
   config = stage.config
-  shape = (config.batch_size, *config.data.crop_size, 3)
-  image = jax.ShapeDtypeStruct(shape, jnp.float32)
+  batch, size = config.batch_size, tuple(config.data.crop_size)
+  image = jax.ShapeDtypeStruct((batch, *size, 3), jnp.float32)
 
-  def flops(network):
+  def flops(network, variables):
     forward = functools.partial(network.apply, train=False)
-    return count_flops(forward, networks.abstract_variables(network), image)
+    return count_flops(forward, variables, image)
 
-  total = 3 * flops(stage.network)
+  total = 3 * flops(stage.network, networks.abstract_variables(stage.network))
   if stage.teacher:
-    total += flops(stage.teacher.network)
-    forward = functools.partial(stage.distiller.apply, train=False)
-    outputs = (*stage.output_shapes, None)  # Of two images.
-    whole = jax.eval_shape(
-      functools.partial(stage.distiller.init, train=False),
-      jax.random.key(0),
-      *outputs,
+    total += flops(Scored(stage.teacher), stage.teacher.variables)
+    shapes = stage.output_shapes  # Of two images.
+    variables = jax.eval_shape(
+      functools.partial(init_distiller, stage.distiller, shapes)
     )
-    pair = 3 * count_flops(forward, whole, *outputs)
-    total += pair * config.batch_size // 2
+    labels = jax.ShapeDtypeStruct(shapes[0]['logits'].shape[:-1], jnp.uint8)
+    apply = functools.partial(stage.distiller.apply, train=False, step=0)
+    total += 3 * count_flops(apply, variables, *shapes, labels) * batch // 2
   return total
 
 

@@ -5,10 +5,12 @@ All of them run the same program on the same global arrays; each reads its
 share of the images, and the first one writes what people read.
 """
 
+import json
 import os
 
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 
 from attnfd_jax.errors import InputError
 
@@ -102,3 +104,14 @@ def any_of(flag):
   if jax.process_count() == 1:
     return flag
   return bool(multihost_utils.process_allgather(flag).any())
+
+
+def from_first(value):
+  """What the first process passes, as JSON can hold it, in all processes."""
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  if jax.process_count() == 1:
+    return value
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+  data = np.resize(data, size)  # Only that of the first one counts.
+  data = np.asarray(multihost_utils.broadcast_one_to_all(data))
+  return json.loads(data.astype(np.uint8).tobytes())

@@ -1,105 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is transferred from teacher to student, one file per method.
 
-A method is a Linen module with
-
-  from_outputs(student, teacher, labels, *, train) -> (loss, terms)
-
-where student and teacher are outputs of networks ('logits', 'coarse_logits',
-'features'), labels are integers [b, h, w], loss is a float32 scalar before its
-weight and terms are named scalars for the log. Its parameters, statistics and
-memories are ordinary collections. To add one: a file, and a row in METHODS.
+method.py has the contract; to add a method, write its file and a line here.
 """
 
-from collections.abc import Mapping
+import dataclasses
 import difflib
 
-import flax.linen as nn
+import jax
 
-from attnfd_jax.distill.attnfd import AttnFD
+from attnfd_jax import user_code
+from attnfd_jax.distill.attnfd_method import AttnFDMethod
 from attnfd_jax.distill.kd import LogitKD
+from attnfd_jax.distill.weighted_sum import WeightedSum
+from attnfd_jax.errors import InputError
+
+METHODS = {}  # Name -> class.
+WEIGHTS = {}  # Name -> default weight.
+TITLES = {}  # Name -> as people write it.
 
 
-def _attnfd(student, teacher, options):
-  channels = [
-    {tap: x.shape[-1] for tap, x in outputs['features'].items()}
-    for outputs in (student, teacher)
-  ]
-  return AttnFD(*channels, **options)
-
-
-def _kd(student, teacher, options):
-  del student, teacher
-  return LogitKD(**options)
-
-
-# Name -> (builder, key of its weight in config.distill, keys of its options).
-METHODS = {
-  'attnfd': (
-    _attnfd,
-    'attn_lambda',
-    (
-      'teacher_attention',
-      'student_attention',
-      'norm_scope',
-      'reduction',
-      'teacher_bn',
-      'match_size',
-      'fan_out_taps',
-    ),
-  ),
-  'kd': (_kd, 'kd_weight', ('temperature',)),
-}
-
-
-class WeightedSum(nn.Module):
-  """Sum of methods, each times its weight."""
-
-  methods: Mapping[str, nn.Module]
-  weights: Mapping[str, float]
-
-  def __call__(self, student, teacher, labels, *, train):
-    """Returns the weighted sum and each method's loss before its weight."""
-    total, terms = 0.0, {}
-    for name in sorted(self.methods):
-      loss, parts = self.methods[name].from_outputs(
-        student, teacher, labels, train=train
-      )
-      total += self.weights[name] * loss
-      terms[name] = loss
-      terms |= {f'{name}_{part}': value for part, value in parts.items()}
-    return total, terms
-
-  def refined_maps(self, student_features, teacher_features, *, train):
-    """AttnFD's maps after attention, for pictures."""
-    return self.methods['attnfd'].refined_maps(
-      student_features, teacher_features, train=train
-    )
-
-
-def make_distiller(config, student_shapes, teacher_shapes):
-  """Builds `config.method`, e.g. 'attnfd' or 'attnfd+kd', for two networks.
+def register(name, method, *, weight=1.0, title=None):
+  """Makes a Method known as config.distill.method=`name`.
 
   Args:
-    config: the group `distill`: method, weights and options of the methods.
-    student_shapes: outputs of the student, arrays or their shapes.
-    teacher_shapes: likewise.
+    name: of the method.
+    method: its class.
+    weight: published, or 1.
+    title: for people; `name` in capitals by default.
+  """
+  METHODS[name], WEIGHTS[name] = method, weight
+  TITLES[name] = title or name.upper()
+
+
+register('attnfd', AttnFDMethod, weight=2.0, title='AttnFD')
+register('kd', LogitKD)
+
+
+def option_defaults(method):
+  """{field: default} of a Method's class: what its config has."""
+  ours = {'parent', 'name'}  # Of every module.
+  return {
+    field.name: field.default
+    for field in dataclasses.fields(method)
+    if field.name not in ours and field.default is not dataclasses.MISSING
+  }
+
+
+def _build(method, options, name):
+  try:
+    return method(**options)
+  except (TypeError, ValueError) as error:
+    raise InputError(f'config.distill.{name}: {error}') from error
+
+
+def make_method(name, student_outputs, teacher_outputs, **options):
+  """A method of the registry for the outputs of any two networks.
+
+  Args:
+    name: key of METHODS, or 'file.py:Class'.
+    student_outputs, teacher_outputs: Outputs, arrays or their shapes.
+    **options: fields of the method.
 
   Raises:
-    ValueError: for an unknown method, with the nearest name.
+    ValueError: for an unknown method or option, and for outputs that the method
+      cannot compare.
   """
-  names = config['method'].split('+')
-  methods, weights = {}, {}
-  for name in names:
-    if name not in METHODS:
-      near = difflib.get_close_matches(name, METHODS, 1)
-      hint = f' Did you mean {near[0]!r}?' if near else ''
-      raise ValueError(
-        f'Unknown method {name!r} in distill.method={config["method"]!r}.{hint}'
-        f' Have: {", ".join(METHODS)}, joined by "+".'
-      )
-    build, weight, keys = METHODS[name]
-    options = {key: config[key] for key in keys if key in config}
-    methods[name] = build(student_shapes, teacher_shapes, options)
-    weights[name] = config[weight]
-  return WeightedSum(methods, weights)
+  method = _build(_find(name), options, name)
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+    (student_outputs, teacher_outputs),
+  )
+  abstract_variables(method, *shapes)
+  return method
+
+
+def abstract_variables(method, student, teacher):
+  """Shapes of a method's variables for Outputs, or their shapes."""
+  labels = jax.ShapeDtypeStruct(student['logits'].shape[:-1], 'uint8')
+
+  def init(*outputs):
+    rngs = {name: jax.random.key(0) for name in ('params', 'distill')}
+    return method.init(rngs, *outputs, train=True, step=0)
+
+  return jax.eval_shape(init, student, teacher, labels)
+
+
+def _find(name):
+  if user_code.is_code(name):
+    return user_code.load_object(name, option='config.distill.method')
+  if name not in METHODS:
+    near = difflib.get_close_matches(name, METHODS, 1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise InputError(
+      f'Unknown method {name!r} in config.distill.method.{hint} Have: '
+      f'{", ".join(METHODS)}, joined by "+", or \'file.py:Class\'.'
+    )
+  return METHODS[name]
+
+
+def split_names(method):
+  """['attnfd', 'kd'] of 'attnfd+kd'; a class of the user's stays whole."""
+  return [method] if user_code.is_code(method) else method.split('+')
+
+
+def title(method):
+  """'AttnFD + KD' of 'attnfd+kd'."""
+  return ' + '.join(
+    TITLES.get(x, x.rpartition(':')[2]) for x in split_names(method)
+  )
+
+
+def make_distiller(method, groups, *, options=None, num_steps=1):
+  """The WeightedSum of 'attnfd', 'attnfd+kd' or 'file.py:Class'.
+
+  Args:
+    method: names, joined by '+', or one class of the user's.
+    groups: {name: {'weight', 'weight_schedule', fields ...}}.
+    options: fields of the user's class, beside 'weight', 'weight_schedule'.
+    num_steps: of the stage, for schedules of weights.
+
+  Raises:
+    InputError: for a method or an option that does not exist.
+  """
+  if user_code.is_code(method):
+    name = method.rpartition(':')[2].lower()
+    chosen = {name: (_find(method), dict(options or {}))}
+  else:
+    chosen = {x: (_find(x), dict(groups[x])) for x in method.split('+')}
+  methods, weights, schedules = {}, {}, {}
+  for name, (method_class, fields) in chosen.items():
+    weights[name] = fields.pop('weight', 1.0)
+    schedules[name] = fields.pop('weight_schedule', 'constant')
+    methods[name] = _build(method_class, fields, name)
+  return WeightedSum(methods, weights, schedules, num_steps)

@@ -99,6 +99,22 @@ class Connector(nn.Module):
     )(x, train=train)
 
 
+def check_options(module):
+  """Raises ValueError for an option of AttnFD that does not exist."""
+  for name, allowed in (
+    ('teacher_attention', TEACHER_ATTENTION),
+    ('student_attention', STUDENT_ATTENTION),
+    ('norm_scope', tuple(NORM_AXES)),
+    ('reduction', REDUCTIONS),
+    ('teacher_bn', ('batch', 'running')),
+    ('match_size', MATCH_SIZES),
+  ):
+    if getattr(module, name) not in allowed:
+      raise ValueError(
+        f'{name}={getattr(module, name)!r} must be one of {", ".join(allowed)}.'
+      )
+
+
 class AttnFD(nn.Module):
   """Attention gates, connectors and the distance of refined maps.
 
@@ -132,18 +148,7 @@ class AttnFD(nn.Module):
   fan_out_taps: tuple[str, ...] = ()
 
   def __post_init__(self):
-    for name, allowed in (
-      ('teacher_attention', TEACHER_ATTENTION),
-      ('student_attention', STUDENT_ATTENTION),
-      ('norm_scope', tuple(NORM_AXES)),
-      ('reduction', REDUCTIONS),
-      ('teacher_bn', ('batch', 'running')),
-      ('match_size', MATCH_SIZES),
-    ):
-      if getattr(self, name) not in allowed:
-        raise ValueError(
-          f'{name}={getattr(self, name)!r} must be one of {", ".join(allowed)}.'
-        )
+    check_options(self)
     if set(self.student_channels) != set(self.teacher_channels):
       raise ValueError(
         f'Taps differ: student {sorted(self.student_channels)}, teacher '
@@ -275,11 +280,6 @@ class AttnFD(nn.Module):
         student, target, norm_scope=self.norm_scope, reduction=self.reduction
       )
     return sum(terms.values()), terms
-
-  def from_outputs(self, student, teacher, labels, *, train):
-    """The protocol of all methods, see distill/__init__.py."""
-    del labels
-    return self(student['features'], teacher['features'], train=train)
 
 
 def attnfd_loss(

@@ -5,6 +5,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attnfd_jax.distill import taps
+from attnfd_jax.losses import Mean
 from attnfd_jax.models import layers
 
 
@@ -17,7 +19,7 @@ def logit_distance(student, teacher, *, temperature):
     temperature: T; softens both distributions.
 
   Returns:
-    float32 scalar, 0 iff the logits differ by a constant at each pixel.
+    Mean over b h w pixels, 0 iff the logits differ by a constant at each pixel.
 
   Raises:
     ValueError: if the shapes differ.
@@ -32,19 +34,17 @@ def logit_distance(student, teacher, *, temperature):
   target = jax.nn.log_softmax(teacher)
   log_p = jax.nn.log_softmax(student.astype(dtype) / temperature)
   divergence = jnp.sum(jnp.exp(target) * (target - log_p), -1)
-  return temperature**2 * jnp.mean(divergence)
+  total = temperature**2 * jnp.sum(divergence)
+  return Mean(total, jnp.asarray(divergence.size, dtype))
 
 
 class LogitKD(nn.Module):
-  """Distils the scores before the last resize, 16 times fewer than pixels."""
+  """KD of the logits before the last resize, where both networks have them."""
 
   temperature: float = 1.0
 
-  def from_outputs(self, student, teacher, labels, *, train):
-    del labels, train
-    loss = logit_distance(
-      student['coarse_logits'],
-      teacher['coarse_logits'],
-      temperature=self.temperature,
-    )
-    return loss, {}
+  def __call__(self, student, teacher, labels, *, train, step):
+    """See distill/method.py."""
+    del labels, train, step
+    pair = taps.logits(student, teacher)
+    return logit_distance(*pair, temperature=self.temperature), {}

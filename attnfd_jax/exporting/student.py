@@ -14,7 +14,8 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.exporting import agreement
 from attnfd_jax.exporting import fresh_process
 from attnfd_jax.exporting import stablehlo
-from attnfd_jax.models import deeplab
+from attnfd_jax.models import network as networks
+from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.runs import conversion
 from attnfd_jax.runs import loading
 
@@ -119,7 +120,7 @@ def export_student(
     images, info, short_side=short_side, count=num_images
   )
   if not uint8:
-    batches = [np.asarray(deeplab.normalise(x)) for x in batches]
+    batches = [np.asarray(normalise(x)) for x in batches]
   lines = [
     f'{loading.describe(checkpoint, info)}, as {kind}, weights {weights}'
   ]
@@ -145,7 +146,7 @@ def export_student(
     expected, ours = fresh_process.measure(
       functools.partial(forward, rounded), batches
     )
-    if kind in _PROGRAMS or isinstance(network, deeplab.DeepLabV3Plus):
+    if kind in _PROGRAMS or networks.is_ours(network):
       where = 'In a fresh process'
       options = {} if kind in _PROGRAMS else _options(network)
       found, theirs = agreement.run_fresh(kind, temporary, batches, options)

@@ -12,12 +12,36 @@ from attnfd_jax.data import pipeline
 from attnfd_jax.data import transforms
 from attnfd_jax.devices import sharding
 from attnfd_jax.inference import tiling
+from attnfd_jax.metrics import confusion_matrix
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.models.resizing import resize
-from attnfd_jax.training import step
 
 # Short side of image and label in protocol `reference`; train_kd.py:281.
 REFERENCE_SHORT_SIDE = 513
+
+
+@functools.lru_cache
+def make_eval_step(network, num_classes, mesh):
+  """Returns jitted (variables, batch) -> confusion matrix int32 [k, k].
+
+  Cached, so that two stages with the same network share one compilation.
+  """
+
+  def eval_step(variables, batch):
+    image = sharding.split_height(normalise(batch['image']), mesh)
+    out = network.apply(variables, image, train=False)
+    label = sharding.split_height(batch['label'], mesh)
+    # From the coarse scores in one step, whatever the size of the label.
+    logits = resize(out.get('coarse_logits', out['logits']), *label.shape[1:])
+    predictions = jnp.argmax(logits, -1)
+    return confusion_matrix(predictions, label, num_classes=num_classes)
+
+  everywhere = sharding.replicated(mesh)
+  return jax.jit(
+    eval_step,
+    in_shardings=(everywhere, sharding.by_batch(mesh)),
+    out_shardings=everywhere,
+  )
 
 
 def evaluate(
@@ -61,7 +85,7 @@ def evaluate(
     threads=threads,
   )
   variables = sharding.place(variables, sharding.replicated(mesh))
-  count = step.make_eval_step(network, num_classes, mesh)
+  count = make_eval_step(network, num_classes, mesh)
   place = sharding.by_batch(mesh)
   total = np.zeros((num_classes, num_classes), np.int64)
   pending = None
@@ -84,13 +108,13 @@ def evaluate(
 def make_scores(network):
   """Jitted (variables, uint8 [1, h, w, 3], size) -> scores [height, width, k].
 
-  The operations of step.make_eval_step, one image at a time.
+  The operations of make_eval_step, one image at a time.
   """
 
   @functools.partial(jax.jit, static_argnames='size')
   def scores(variables, image, *, size):
     out = network.apply(variables, normalise(image), train=False)
-    return resize(out['coarse_logits'], *size)[0]
+    return resize(out.get('coarse_logits', out['logits']), *size)[0]
 
   return scores
 
@@ -149,71 +173,3 @@ def predictions(
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   for record in records.to_iter_dataset(options):
     yield segment(record['image'], record['label'].shape), record['label']
-
-
-def chosen_records(source, count, *, short_side=0):
-  """`count` records spread over the source, all of the size of the first."""
-
-  same = [i for i in range(len(source)) if source.size(i) == source.size(0)]
-  indices = np.linspace(0, len(same) - 1, min(count, len(same)))
-  return [
-    transforms.fit_record(
-      source[same[round(i)]], short_side, resize_labels=True
-    )
-    for i in indices
-  ]
-
-
-def make_pictures(network, variables, records, palette):
-  """Arrays for the report: image, label, prediction, palette."""
-  image = np.stack([record['image'] for record in records])
-  variables = sharding.to_host(variables)
-
-  @jax.jit
-  def predict(variables, image):
-    out = network.apply(variables, normalise(image), train=False)
-    return jnp.argmax(out['logits'], -1).astype(jnp.uint8)
-
-  return {
-    'image': image,
-    'label': np.stack([record['label'] for record in records]),
-    'prediction': np.asarray(predict(variables, image)),
-    'palette': palette,
-  }
-
-
-def attention_maps(student, teacher, distiller, variables, records):
-  """{'student_attention_<tap>', 'teacher_attention_<tap>'}: float [n, h, w].
-
-  The length of each pixel's refined vector, from 0 to 1 in each map.
-
-  Args:
-    student, teacher, distiller: modules.
-    variables: of the three, in this order.
-    records: as of `chosen_records`.
-  """
-
-  @jax.jit
-  def refine(variables, image):
-    image = normalise(image)
-    features = [
-      network.apply(parts, image, train=False)['features']
-      for network, parts in zip((student, teacher), variables, strict=False)
-    ]
-    refined = distiller.apply(
-      variables[2], *features, train=False, method='refined_maps'
-    )
-    return jax.tree.map(
-      lambda x: jnp.linalg.norm(x.astype(jnp.float32), axis=-1), refined
-    )
-
-  image = np.stack([record['image'] for record in records])
-  found = {}
-  maps = refine(sharding.to_host(variables), image)
-  for role, taps in zip(('student', 'teacher'), maps, strict=True):
-    for tap, x in taps.items():
-      x = np.asarray(x)
-      low, high = (f(x, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
-      scaled = (x - low) / np.maximum(high - low, 1e-12)
-      found[f'{role}_attention_{tap}'] = scaled.astype(np.float16)
-  return found

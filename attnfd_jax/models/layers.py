@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnfd_jax.models import convolution
+from attnfd_jax.models import cpu_forms
 
 # Untruncated normals, as torch draws them; he_normal would be truncated.
 fan_in_normal = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
@@ -193,14 +194,11 @@ def finished(x, known):
     x: of any shape.
     known: a scalar that is no constant of the program, such as a weight.
   """
-
-  def hold(x, known):
-    # On a CPU, barriers are gone before operations are merged; a branch stays.
-    broken = jnp.isnan(lax.stop_gradient(known))
-    return lax.cond(broken, lambda x: jnp.full_like(x, jnp.nan), lambda x: x, x)
-
   return lax.platform_dependent(
-    x, known, cpu=hold, default=lambda x, _: lax.optimization_barrier(x)
+    x,
+    known,
+    cpu=cpu_forms.hold,
+    default=lambda x, _: lax.optimization_barrier(x),
   )
 
 

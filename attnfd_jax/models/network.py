@@ -1,27 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks built from a config's group, and what is known without weights."""
+"""The contract of a network, and networks by name.
 
+A network is a Linen module, ours or the user's, that is built with
+`num_classes`, `dtype` (None computes in float32) and options of its own, and
+that maps normalized images to `Outputs`. To add one by name: a row in NETWORKS.
+"""
+
+from collections.abc import Mapping
+import dataclasses
 import functools
+from typing import Any
+from typing import NotRequired
+from typing import Protocol
+from typing import TypedDict
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from attnfd_jax import user_code
 from attnfd_jax.errors import InputError
+from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.flops import count_flops
 
-_FIELDS = (
-  'backbone',
-  'output_stride',
-  'width_multiplier',
-  'aspp_channels',
-  'decoder_channels',
-  'low_level_channels',
-  'in_path_attention',
-  'aspp_dropout',
-  'decoder_dropout',
-  'head_dropout',
-)
+
+class Outputs(TypedDict):
+  """What a network, or a teacher, makes of images [b, H, W, 3].
+
+  Attributes:
+    logits: float [b, H, W, k], at the size of the image.
+    features: {tap: [b, h, w, c]}, the maps that methods compare; {} is allowed.
+    coarse_logits: [b, h', w', k], whose align-corners resize `logits` is. Leave
+      it out where that is not so.
+  """
+
+  logits: jax.Array
+  features: Mapping[str, jax.Array]
+  coarse_logits: NotRequired[jax.Array]
+
+
+class Network(Protocol):
+  """A Linen module, or anything with these two pure functions."""
+
+  def init(self, rngs: Any, image: jax.Array, *, train: bool) -> Any:
+    """Variables: 'params' and, if it has any, other collections."""
+
+  def apply(
+    self,
+    variables: Any,
+    image: jax.Array,
+    *,
+    train: bool,
+    rngs: Any = None,
+    mutable: Any = False,
+  ) -> Any:
+    """Outputs of normalized images; with `mutable` also those collections.
+
+    `train` uses the statistics of the batch, and drops at random by the rng
+    'dropout'.
+    """
+
+
+NETWORKS = {'deeplabv3plus': DeepLabV3Plus}
+# Keys of the groups `student` and `teacher` that are no fields of a network.
+_OTHER_KEYS = {'network', 'options'}
 
 
 def compute_dtype(name):
@@ -29,33 +73,60 @@ def compute_dtype(name):
   return None if name == 'float32' else jnp.dtype(name)
 
 
+def _fields(network_class):
+  if not dataclasses.is_dataclass(network_class):
+    return set()
+  return {field.name for field in dataclasses.fields(network_class)}
+
+
 def make_network(config, num_classes, *, dtype='float32', **changes):
-  """DeepLabV3Plus of a group `student` or `teacher` of a config.
+  """The network of a group `student` or `teacher` of a config.
+
+  Args:
+    config: the group: 'network', one of NETWORKS, whose fields are keys of the
+      group; or a class of the user's, whose fields are `options`.
+    num_classes: k.
+    dtype: of the computation.
+    **changes: fields that differ; those that the network lacks are left out.
 
   Raises:
-    InputError: for a backbone or stride that does not exist.
+    InputError: for a network, a field or a value that does not exist.
   """
-  options = {key: config[key] for key in _FIELDS if key in config} | changes
+  name = config['network']
+  if name in NETWORKS:
+    network_class = NETWORKS[name]
+    keys = _fields(network_class) & set(config) - _OTHER_KEYS
+    options = {key: config[key] for key in keys}
+  elif user_code.is_code(name):
+    network_class = user_code.load_object(name, option='network')
+    options = dict(config['options'])
+  else:
+    raise InputError(
+      f'network={name!r} must be one of {", ".join(NETWORKS)}, or '
+      "'file.py:Class' of your own."
+    )
+  known = _fields(network_class)
+  options |= {key: x for key, x in changes.items() if key in known}
   try:
-    return DeepLabV3Plus(
+    return network_class(
       num_classes=num_classes, dtype=compute_dtype(dtype), **options
     )
-  except ValueError as error:
-    raise InputError(str(error)) from error
+  except (ValueError, TypeError) as error:
+    raise InputError(f'{name}: {error}') from error
+
+
+def is_ours(network):
+  """Whether ONNX and PyTorch files can be written of a network."""
+  return isinstance(network, tuple(NETWORKS.values()))
 
 
 def describe(config):
-  """'resnet18' or 'resnet18 x0.25', for tables."""
+  """'resnet18 x0.25', or the name of a class of the user's, for tables."""
+  if user_code.is_code(config['network']):
+    return config['network'].rpartition(':')[2]
   width = config['width_multiplier']
   suffix = '' if width == 1 else f' x{width:g}'
   return f'{config["backbone"]}{suffix}'
-
-
-def init_key(seed, index):
-  """Keys for random starts. rbg compiles several times as fast as threefry
-  for hundreds of parameters; its numbers differ, so it is named here.
-  """
-  return jax.random.fold_in(jax.random.key(seed, impl='rbg'), index)
 
 
 def abstract_variables(network):
@@ -66,9 +137,66 @@ def abstract_variables(network):
   )
 
 
+def abstract_outputs(network, image_size, *, batch=2):
+  """Shapes and types of its Outputs for images of `image_size`."""
+  image = jax.ShapeDtypeStruct((batch, *image_size, 3), jnp.float32)
+  forward = functools.partial(network.apply, train=False)
+  return jax.eval_shape(forward, abstract_variables(network), image)
+
+
+def check_outputs(network, num_classes, image_size):
+  """Holds a network of the user's to the contract, before anything is trained.
+
+  Raises:
+    InputError: names the output that differs and what is expected.
+  """
+  name = type(network).__name__
+  try:
+    out = abstract_outputs(network, image_size)
+  except (InputError, nn.FlaxError, TypeError, ValueError) as error:
+    raise InputError(
+      f'{name} fails on images {image_size}: {str(error).splitlines()[0]}'
+    ) from error
+  if not isinstance(out, Mapping) or not {'logits', 'features'} <= out.keys():
+    raise InputError(f"{name} must return a dict with 'logits' and 'features'.")
+  expected = (2, *image_size, num_classes)
+  if out['logits'].shape != expected:
+    raise InputError(
+      f'{name}: logits are {out["logits"].shape}, expected {expected}: scores '
+      'at the size of the image; resize them in the network.'
+    )
+  for tap, x in out['features'].items():
+    if len(x.shape) != 4:
+      raise InputError(f'{name}: map {tap!r} is {x.shape}, not [b, h, w, c].')
+  if 'coarse_logits' in out:
+    _check_coarse(network, name)
+
+
+def _check_coarse(network, name):
+  """The loss of large batches, and evaluation, resize coarse_logits."""
+  image = np.random.default_rng(0).normal(size=(1, 64, 64, 3))
+
+  @jax.jit
+  def both(image):
+    variables = network.init(jax.random.key(0), image, train=False)
+    out = network.apply(variables, image, train=False)
+    coarse = out['coarse_logits'].astype(jnp.float32)
+    return out['logits'], resizing.resize(coarse, *image.shape[1:3])
+
+  logits, resized = both(image.astype(np.float32))
+  scale = np.max(np.abs(logits)) or 1
+  if logits.shape != resized.shape or np.max(abs(logits - resized)) > (
+    0.02 * scale
+  ):
+    raise InputError(
+      f'{name}: logits are not the align-corners resize of coarse_logits; '
+      "leave 'coarse_logits' out of what it returns."
+    )
+
+
 def count_params(variables):
   """Number of trained values of a network."""
-  return sum(x.size for x in jax.tree.leaves(variables['params']))
+  return sum(x.size for x in jax.tree.leaves(variables.get('params', {})))
 
 
 def count_gflops(network, height, width):

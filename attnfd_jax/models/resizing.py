@@ -53,3 +53,9 @@ def resize(x, height, width, *, precision=lax.Precision.HIGHEST):
     antialias=False,
     precision=precision,
   )
+
+
+def matrix(size_out, size_in):
+  """What each pixel of a resized line is made of, float32 [out, in]."""
+  line = jnp.eye(size_in)[None, :, None]
+  return resize(line, size_out, 1)[0, :, 0]

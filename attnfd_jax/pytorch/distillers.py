@@ -5,7 +5,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from attnfd_jax.distill.attnfd import AttnFD
 from attnfd_jax.errors import InputError
@@ -26,16 +25,6 @@ class DistillationPair(NamedTuple):
   student_variables: dict
   teacher_variables: dict
   distiller_variables: dict
-
-
-def _features(network):
-  """One pixel of each tap of a network, {tap: [1, 1, 1, c]}."""
-  image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-  apply = functools.partial(network.apply, train=False)
-  out = jax.eval_shape(apply, networks.abstract_variables(network), image)
-  return {
-    tap: jnp.zeros((1, 1, 1, x.shape[-1])) for tap, x in out['features'].items()
-  }
 
 
 def _name_of(path):
@@ -78,7 +67,10 @@ def load_torch_distiller(
     if not report.complete or gates is None:
       raise InputError(f'{prefix}* is not a {network.backbone}: {report}.')
     loaded.append(variables)
-  features = [_features(network) for network in (student, teacher)]
+  features = [
+    networks.abstract_outputs(network, (64, 64))['features']
+    for network in (student, teacher)
+  ]
   resnets = student_backbone[:6] == teacher_backbone[:6] == 'resnet'
   distiller = AttnFD(
     *({tap: x.shape[-1] for tap, x in taps.items()} for taps in features),

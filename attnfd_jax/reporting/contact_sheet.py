@@ -3,7 +3,6 @@
 
 import collections
 import pathlib
-import warnings
 
 import cv2
 import numpy as np
@@ -15,117 +14,13 @@ from attnfd_jax.data import masks
 from attnfd_jax.data.files import File
 from attnfd_jax.errors import DataError
 
-# Pixels.
-_CELL, _GAP, _LINE = (240, 180), 8, 14
+_CELL, _GAP, _LINE = (240, 180), 8, 14  # Pixels, as the next two.
+_WIDTH = 3 * (_CELL[0] + _GAP) + _GAP
+_LONGEST = 8192  # Much longer sides are read in steps: reach grows with them.
 _ROWS = 3  # Of each split.
 _ROWS_OF_KIND = 2
-_LONGEST = 8192  # Much longer sides are read in steps: reach grows with them.
 _WRONG = (255, 0, 255)
 _CODE = np.array([1 << 16, 1 << 8, 1])  # Of red, green, blue.
-
-
-def _open(name):
-  """uint8 [h, w, 3] or int64 ids [h, w] of a file, None if not readable."""
-  path, _, member = name.rpartition('!')
-  if not path or pathlib.Path(name).exists():
-    path, member = name, ''
-  try:
-    with warnings.catch_warnings():
-      # Pillow's about large images.
-      warnings.simplefilter('ignore')
-      with masks.open_image(File(path, member).read()) as image:
-        if image.mode in ('1', 'L', 'P', 'I', 'I;16'):
-          return np.asarray(image).astype(np.int64)
-        return np.asarray(image.convert('RGB'))
-  except Exception:  # Pillow raises many types.
-    return None
-
-
-def _wrong_in_pink(mask, values):
-  """Colours of a mask's own values; those of a DataError stand out."""
-  step = max(max(mask.shape[:2]) // _LONGEST, 1)
-  mask = mask[::step, ::step]
-  if mask.ndim == 2:
-    codes, colours = mask, classes.voc_palette(256)[mask % 256]
-  else:
-    codes, colours = mask @ _CODE, mask.copy()
-    values = [np.array(v.split(','), np.int64) @ _CODE for v in values]
-  wrong = np.isin(codes, list(values)).astype(np.uint8)
-  # Single pixels would be lost when it is made small.
-  reach = 2 * (max(mask.shape[:2]) // _CELL[0]) + 1
-  colours[cv2.dilate(wrong, np.ones((reach, reach))) > 0] = _WRONG
-  return colours
-
-
-def _colours(label, palette):
-  """Of train ids; what is ignored is black."""
-  table = np.zeros((256, 3), np.uint8)
-  table[: len(palette)] = palette
-  return table[label]
-
-
-def _cells(image, colours):
-  """Image, label and both mixed, small; None where there is nothing."""
-  mixed = None
-  if image is not None and colours is not None:
-    if image.shape == colours.shape:
-      mixed = cv2.addWeighted(image, 0.5, colours, 0.5, 0)
-  cells = []
-  for pixels in (image, colours, mixed):
-    if pixels is not None:
-      cell = Image.fromarray(pixels)
-      # Colours of a label must not be mixed with each other.
-      cell.thumbnail(_CELL, Image.NEAREST if cells else Image.BILINEAR)
-    cells.append(None if pixels is None else cell)
-  return cells
-
-
-def _broken_cells(source, index, problem, palette):
-  """As `_cells`, of what can be decoded of a record with a problem."""
-  image, colours = _open(source.name(index)), None
-  if image is not None and image.ndim == 2:  # A grey photograph.
-    image = np.repeat(image[..., None], 3, -1).astype(np.uint8)
-  try:
-    # Sources of files read labels alone, too.
-    colours = _colours(source.label(index), palette)
-  except (AttributeError, DataError):
-    mask = None
-    if problem.file != source.name(index):
-      mask = _open(problem.file)
-    if mask is not None:
-      colours = _wrong_in_pink(mask, problem.values or {})
-  return _cells(image, colours)
-
-
-def _sheet_rows(dataset, problems):
-  """(caption, cells) of records spread over each split, then of problems."""
-  for name, source in dataset.splits.items():
-    good = [i for i in range(len(source)) if i not in problems[name]]
-    picked = np.linspace(0, len(good) - 1, min(_ROWS, len(good)))
-    for index in (good[int(i)] for i in picked):
-      record = source[index]
-      colours = _colours(record['label'], dataset.palette)
-      caption = f'{name}: {source.name(index)}'
-      yield caption, _cells(record['image'], colours)
-  shown = collections.Counter()
-  for name, source in dataset.splits.items():
-    for index, problem in problems[name].items():
-      if shown[problem.kind] < _ROWS_OF_KIND:
-        cells = _broken_cells(source, index, problem, dataset.palette)
-        if any(cell is not None for cell in cells):
-          shown[problem.kind] += 1
-          yield f'{name}, {problem.kind}: {problem.file}', cells
-
-
-def _write_text(draw, place, text, width):
-  # The built-in font knows ASCII; the end of a path says more than its start.
-  text = ' '.join(text.encode('ascii', 'replace').decode().split())
-  if len(text) > 300:  # More than fits, and slow to measure.
-    text = text[:100] + text[-200:]
-  while len(text) > 9 and draw.textlength(text) > width:
-    head, _, tail = text.partition(': ')
-    text = f'{head}: ...{tail[8:]}' if tail else text[:-4]
-  draw.text(place, text, fill=(0, 0, 0))
 
 
 def draw_sheet(dataset, problems):
@@ -138,25 +33,112 @@ def draw_sheet(dataset, problems):
     dataset: Dataset.
     problems: split -> {index: DataError}, as in Split.
   """
-  rows = list(_sheet_rows(dataset, problems))
-  width = 3 * (_CELL[0] + _GAP) + _GAP
+  palette = np.zeros((256, 3), np.uint8)  # What is ignored is black.
+  palette[: len(dataset.palette)] = dataset.palette
+  rows = list(_sound_rows(dataset.splits, problems, palette))
+  rows += _broken_rows(dataset.splits, problems, palette)
   columns = 4
-  legend = -(-len(dataset.class_names) // columns) * _LINE + _GAP
-  height = _CELL[1] + _LINE + _GAP
-  size = (width, legend + _GAP + len(rows) * height)
-  sheet = Image.new('RGB', size, (255, 255, 255))
+  top = -(-len(dataset.class_names) // columns) * _LINE + 2 * _GAP
+  step = _CELL[1] + _LINE + _GAP
+  sheet = Image.new('RGB', (_WIDTH, top + len(rows) * step), 'white')
   draw = ImageDraw.Draw(sheet)
   for i, name in enumerate(dataset.class_names):
-    x = _GAP + i % columns * (width // columns)
+    x = _GAP + i % columns * (_WIDTH // columns)
     y = _GAP + i // columns * _LINE
-    colour = tuple(int(c) for c in dataset.palette[i])
-    draw.rectangle((x, y + 1, x + 16, y + _LINE - 3), colour, (0, 0, 0))
-    _write_text(draw, (x + 22, y), name, width // columns - 26)
+    color = tuple(palette[i].tolist())
+    draw.rectangle((x, y + 1, x + 16, y + _LINE - 3), color, 'black')
+    draw.text((x + 22, y), _shorten(name, 24), 'black')
   for row, (caption, cells) in enumerate(rows):
-    y = legend + _GAP + row * height
-    _write_text(draw, (_GAP, y), caption, width - 2 * _GAP)
+    y = top + row * step
+    draw.text((_GAP, y), _shorten(caption, 110), 'black')
     for column, cell in enumerate(cells):
-      if cell is not None:
-        x = _GAP + column * (_CELL[0] + _GAP)
-        sheet.paste(cell, (x, y + _LINE))
+      if cell:
+        sheet.paste(cell, (_GAP + column * (_CELL[0] + _GAP), y + _LINE))
   return sheet
+
+
+def _sound_rows(splits, problems, palette):
+  """(caption, cells) of records spread over each split."""
+  for split, source in splits.items():
+    good = [i for i in range(len(source)) if i not in problems[split]]
+    for i in np.linspace(0, len(good) - 1, min(_ROWS, len(good))):
+      record = source[good[int(i)]]
+      caption = f'{split}: {source.name(good[int(i)])}'
+      yield caption, _cells(record['image'], palette[record['label']])
+
+
+def _broken_rows(splits, problems, palette):
+  """As `_sound_rows`, of records with a problem that can be decoded in part."""
+  shown = collections.Counter()
+  for split, source in splits.items():
+    for index, problem in problems[split].items():
+      if shown[problem.kind] < _ROWS_OF_KIND:
+        cells = _cells(*_decode(source, index, problem, palette))
+        if any(cells):
+          shown[problem.kind] += 1
+          yield f'{split}, {problem.kind}: {problem.file}', cells
+
+
+def _cells(image, colors):
+  """Image, label and both mixed, small; None for one that is unknown."""
+  cells = [None if x is None else Image.fromarray(x) for x in (image, colors)]
+  if all(cells) and image.shape == colors.shape:
+    cells.append(Image.blend(*cells, 0.5))
+  for column, cell in enumerate(cells):
+    if cell:
+      # Colors of a label must not be mixed with each other.
+      cell.thumbnail(_CELL, Image.NEAREST if column else Image.BILINEAR)
+  return cells
+
+
+def _decode(source, index, problem, palette):
+  """Image and colors of the label, both uint8 [h, w, 3], None if unreadable."""
+  image, colors = _read_pixels(source.name(index)), None
+  if image is not None and image.ndim == 2:  # A gray photograph.
+    image = np.repeat(image[..., None], 3, -1).astype(np.uint8)
+  try:
+    # Sources of files read labels alone, too.
+    colors = palette[source.label(index)]
+  except (AttributeError, DataError):
+    if problem.file != source.name(index):
+      mask = _read_pixels(problem.file)
+      colors = None if mask is None else _mark(mask, problem.values or {})
+  return image, colors
+
+
+def _read_pixels(name):
+  """uint8 [h, w, 3] or int64 ids [h, w] of a file, None if not readable."""
+  path, _, member = name.rpartition('!')
+  if not path or pathlib.Path(name).exists():
+    path, member = name, ''
+  try:
+    with masks.open_image(File(path, member).read()) as image:
+      if image.mode in ('1', 'L', 'P', 'I', 'I;16'):
+        return np.asarray(image).astype(np.int64)
+      return np.asarray(image.convert('RGB'))
+  except Exception:  # Pillow raises many types.
+    return None
+
+
+def _mark(mask, values):
+  """Colors of a mask's own values, with `values` of a DataError in pink."""
+  step = max(max(mask.shape[:2]) // _LONGEST, 1)
+  mask = mask[::step, ::step]
+  if mask.ndim == 2:
+    codes, colors = mask, classes.voc_palette(256)[mask % 256]
+  else:
+    codes, colors = mask @ _CODE, mask.copy()
+    values = [np.array(v.split(','), np.int64) @ _CODE for v in values]
+  wrong = np.isin(codes, list(values)).astype(np.uint8)
+  # Single pixels would be lost when it is made small.
+  reach = 2 * (max(mask.shape[:2]) // _CELL[0]) + 1
+  colors[cv2.dilate(wrong, np.ones((reach, reach))) > 0] = _WRONG
+  return colors
+
+
+def _shorten(text, most):
+  """One line of ASCII, all the built-in font has, without its middle."""
+  text = ' '.join(text.encode('ascii', 'replace').decode().split())
+  if len(text) <= most:
+    return text
+  return f'{text[: most // 5]}...{text[len(text) - most * 4 // 5 + 3 :]}'

@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orbax checkpoints of a stage: the last two and the best by mIoU.
 
-Each holds a list of its files with their checksums, so that a damaged one is
-known before it is read: Orbax reads over a flipped bit without a word.
+Each holds checksums of its arrays: Orbax reads over a flipped bit without a
+word.
 """
 
 import contextlib
 import json
 import operator
 import os
-import pathlib
 import re
 import zlib
 
 import jax
-from jax.experimental import multihost_utils
+import numpy as np
 import orbax.checkpoint as ocp
 
+from attnfd_jax.devices import processes
+from attnfd_jax.devices import sharding as shardings
 from attnfd_jax.errors import InputError
-
-_FILES = 'files.json'  # Of a checkpoint: {path: [bytes, crc32]}.
+from attnfd_jax.runs import paths
 
 
 def steps(directory):
   """Steps of the finished checkpoints in `directory`, in order."""
-  directory = pathlib.Path(directory)
+  directory = paths.as_path(directory)
   if not directory.is_dir():
     return []
   return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
@@ -41,7 +41,7 @@ def make_manager(directory, *, keep_best=1, read_only=False):
   Raises:
     InputError: if the mIoU of a checkpoint cannot be read.
   """
-  directory = pathlib.Path(directory).absolute()
+  directory = paths.as_path(directory)
   for step in steps(directory):
     _check_metrics(directory / str(step))
   policies = ocp.checkpoint_managers
@@ -59,9 +59,6 @@ def make_manager(directory, *, keep_best=1, read_only=False):
     best_fn=get_metric,
     # What a killed process had half written.
     cleanup_tmp_directories=not read_only,
-    async_options=ocp.AsyncOptions(
-      post_finalization_callback=lambda: _seal(directory)
-    ),
     read_only=read_only,
   )
   return ocp.CheckpointManager(directory, options=options)
@@ -79,7 +76,7 @@ def managed(directory, *, keep_best=1):
   try:
     yield manager
   except BaseException:
-    # The first failure is the one to tell.
+    # The first failure is the one to report.
     with contextlib.suppress(Exception):
       manager.close()
     raise
@@ -100,8 +97,9 @@ def save(manager, step, state, run, *, miou=None):
   Raises:
     InputError: if this one, or the one before it, could not be saved.
   """
+  facts = {'run': run, 'checksums': _checksums(state)}
   args = ocp.args.Composite(
-    state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run)
+    state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(facts)
   )
   # Scalars of NumPy and jax are not JSON.
   metrics = None if miou is None else {'miou': float(miou)}
@@ -150,48 +148,15 @@ def _reason(error):
   return os.strerror(int(system[1])) if system else text.splitlines()[0][:160]
 
 
-def _seal(directory):
-  """Lists the files of the checkpoints that are not listed yet.
-
-  Called when the files are complete and their folder has no name yet.
-  """
-  if jax.process_index():
-    return
-  for folder in directory.iterdir():
-    path = folder / _FILES
-    if '.' in folder.name and folder.is_dir() and not path.exists():
-      items = sorted(p for p in folder.glob('*/**/*') if p.is_file())
-      files = {
-        str(p.relative_to(folder)): [p.stat().st_size, _crc(p)] for p in items
-      }
-      path.write_text(json.dumps(files))
-
-
-def _crc(path):
-  found = 0
-  with path.open('rb') as file:
-    while data := file.read(1 << 22):
-      found = zlib.crc32(data, found)
-  return found
-
-
-def _damage(folder):
-  """What is wrong with the files of a checkpoint, or ''."""
-  try:
-    files = json.loads((folder / _FILES).read_text())
-  except FileNotFoundError:
-    return ''  # Of an older version: Orbax will see.
-  except ValueError:
-    return f'{_FILES} is damaged'
-  for name, (size, crc) in files.items():
-    path = folder / name
-    if not path.is_file():
-      return f'{name} is missing'
-    if path.stat().st_size != size:
-      return f'{name} has {path.stat().st_size} bytes of {size}'
-    if _crc(path) != crc:
-      return f'{name} is damaged'
-  return ''
+def _checksums(tree):
+  """{path: CRC-32} of the arrays of a tree; all processes call this."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): zlib.crc32(
+      np.ascontiguousarray(shardings.to_host(leaf)).reshape(-1).view(np.uint8)
+    )
+    for path, leaf in leaves
+  }
 
 
 def _check_metrics(folder):
@@ -202,33 +167,30 @@ def _check_metrics(folder):
   except (ValueError, KeyError, TypeError):
     raise InputError(
       f'{path}: damaged; put a copy back, or move the folder {folder.name} '
-      'away to go on without this checkpoint.'
+      'away to resume without this checkpoint.'
     ) from None
 
 
-def _read(folder, args):
-  handler = ocp.CompositeCheckpointHandler()
-  with ocp.Checkpointer(handler) as checkpointer:
-    return checkpointer.restore(folder, args=args)
+def _read(folder, state_args, **options):
+  """{'state', 'run'}; raises ValueError for arrays that have changed."""
+  handler = ocp.CompositeCheckpointHandler(**options)
+  with ocp.Checkpointer(handler, **options) as checkpointer:
+    found = checkpointer.restore(
+      folder,
+      args=ocp.args.Composite(state=state_args, run=ocp.args.JsonRestore()),
+    )
+  expected = found['run']['checksums']
+  for path, value in _checksums(found['state']).items():
+    if expected.get(path) != value:
+      raise ValueError(f'{path} is damaged')
+  return found
 
 
-def _read_state(folder, state):
+def _read_whole(folder, state, **options):
+  """What `_read` returns of a TrainState and '', or None and why not."""
   shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-  return _read(
-    folder,
-    ocp.args.Composite(
-      state=ocp.args.StandardRestore(shapes), run=ocp.args.JsonRestore()
-    ),
-  )
-
-
-def _try_state(folder, state):
-  """What `_read_state` gives and '', or None and why it cannot be read."""
-  reason = _damage(folder)
-  if reason:
-    return None, reason
   try:
-    return _read_state(folder, state), ''
+    return _read(folder, ocp.args.StandardRestore(shapes), **options), ''
   except jax.errors.JaxRuntimeError:
     raise  # Out of memory says nothing about the files.
   except Exception as error:
@@ -249,21 +211,22 @@ def restore(manager, step, state, run):
   Raises:
     InputError: if it cannot be read, or another run wrote it.
   """
-  folder = pathlib.Path(manager.directory) / str(step)
-  found, reason = _try_state(folder, state)
+  folder = manager.directory / str(step)
+  found, reason = _read_whole(folder, state)
   if reason:
     raise InputError(
       f'{folder}: cannot be read ({reason}); put a copy back, or move it away '
       'and start the same command again.'
     )
-  _check_run(manager.directory, found['run'], run)
+  _check_run(manager.directory, found['run']['run'], run)
   return found['state']
 
 
 def restore_latest(directory, state, run, *, log=print):
   """The newest state that can be read, and its step; `state` and 0 if none.
 
-  Newer ones that cannot be read are moved out of `directory`, beside it.
+  Newer ones that cannot be read are moved out of `directory`, beside it. Of
+  several processes the first one decides which can be read.
 
   Args:
     directory: `checkpoints` of a stage; nothing else may write there.
@@ -275,31 +238,64 @@ def restore_latest(directory, state, run, *, log=print):
     InputError: if there are some and none can be read, or another run wrote
       them.
   """
-  directory = pathlib.Path(directory).absolute()
-  reasons, found = {}, None
-  for step in reversed(steps(directory)):
-    folder = directory / str(step)
-    found, reason = _try_state(folder, state)
-    if not reason:
-      break
-    reasons[step] = reason
-  if found is None:
-    if reasons:
-      step, reason = next(iter(reasons.items()))
-      raise InputError(
-        f'{directory}: none of the checkpoints {", ".join(map(str, reasons))} '
-        f'can be read ({step}: {reason}). Nothing was deleted; put a copy '
-        f'back, or move {directory.parent} away to begin this stage again.'
+  directory = paths.as_path(directory)
+  found, reasons = None, {}
+  if jax.process_count() == 1:
+    found, step, reasons = _newest_readable(directory, state)
+  else:
+    decided = None
+    if processes.is_first():
+      _, step, reasons = _newest_readable(
+        directory, _on_host(state), alone=True
       )
+      decided = [step, list(reasons.items())]
+    step, reasons = processes.from_first(decided)
+    reasons = dict(reasons)
+  if step is None and reasons:
+    first, reason = next(iter(reasons.items()))
+    raise InputError(
+      f'{directory}: none of the checkpoints {", ".join(map(str, reasons))} '
+      f'can be read ({first}: {reason}). Nothing was deleted; put a copy '
+      f'back, or move {directory.parent} away to begin this stage again.'
+    )
+  if step is None:
     return state, 0
-  _check_run(directory, found['run'], run)
+  if found is None:
+    found, reason = _read_whole(directory / str(step), state)
+    if reason:  # The first process could read it.
+      raise InputError(
+        f'{directory / str(step)}: process {jax.process_index()} cannot read '
+        f'it ({reason}); do all processes see the same disk?'
+      )
+  _check_run(directory, found['run']['run'], run)
   for bad, reason in reasons.items():
     aside = _move_aside(directory / str(bad))
     log(
-      f'checkpoint {bad} cannot be read ({reason}), moved to {aside}; goes on '
+      f'checkpoint {bad} cannot be read ({reason}), moved to {aside}; resumes '
       f'from {step}'
     )
   return found['state'], step
+
+
+def _newest_readable(directory, state, *, alone=False):
+  """(what `_read` returns, its step, {newer step: why it cannot be read})."""
+  options = {}
+  if alone:  # The other processes do not take part in this reading.
+    options['multiprocessing_options'] = ocp.options.MultiprocessingOptions(
+      primary_host=0, active_processes={0}, barrier_sync_key_prefix='first'
+    )
+  reasons = {}
+  for step in reversed(steps(directory)):
+    found, reason = _read_whole(directory / str(step), state, **options)
+    if not reason:
+      return found, step, reasons
+    reasons[step] = reason
+  return None, None, reasons
+
+
+def _on_host(state):
+  """Shapes of a state that are restored as NumPy arrays."""
+  return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
 
 
 def _move_aside(folder):
@@ -308,25 +304,25 @@ def _move_aside(folder):
   name = f'damaged_{folder.name}'
   while (stage / name).exists():  # Nothing is ever overwritten.
     name += '_'
-  if jax.process_index() == 0:
+  processes.wait(f'moving {folder.name}')
+  if processes.is_first():
     folder.rename(stage / name)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f'moved {folder.name}')
+  processes.wait(f'moved {folder.name}')
   return name
 
 
-def restore_parts(directory, wanted, *, step=None):
+def restore_parts(directory, shapes, *, step=None):
   """A part of a saved state, and its step.
 
   Args:
     directory: `checkpoints` of a stage.
-    wanted: the part: a tree of arrays or ShapeDtypeStruct with shardings.
+    shapes: the part: a tree of arrays or ShapeDtypeStruct with shardings.
     step: which checkpoint; the best by default.
 
   Raises:
     InputError: if there is none, it is damaged, or it has no such part.
   """
-  directory = pathlib.Path(directory).absolute()
+  directory = paths.as_path(directory)
   if not directory.is_dir():
     raise InputError(f'{directory}: no checkpoints there.')
   with make_manager(directory, read_only=True) as manager:
@@ -337,23 +333,21 @@ def restore_parts(directory, wanted, *, step=None):
       f'{directory}: no checkpoint {"" if step is None else step}; have '
       f'{known}.'
     )
-  folder = directory / str(step)
-  reason = _damage(folder)
-  if reason:
-    raise InputError(
-      f'{folder}: {reason}; put a copy back or use another checkpoint.'
-    )
-  wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
-  restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+  shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, shapes)
   part = ocp.args.PyTreeRestore(
-    wanted, restore_args=restore_args, partial_restore=True
+    shapes,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(shapes),
+    partial_restore=True,
   )
   try:
-    return _read(folder, ocp.args.Composite(state=part))['state'], step
-  except ValueError as error:
+    return _read(directory / str(step), part)['state'], step
+  except jax.errors.JaxRuntimeError:
+    raise
+  except Exception as error:
     raise InputError(
-      f'{directory}: checkpoint {step} is of another network than '
-      f'config.json beside it says ({_reason(error)}).'
+      f'{directory}: checkpoint {step} cannot be read ({_reason(error)}): it '
+      'is damaged, or of another network than config.json beside it says; put '
+      'a copy back or use another checkpoint.'
     ) from error
 
 
@@ -369,15 +363,10 @@ def restore_student(directory, variables, *, averaged, step=None):
   Raises:
     InputError: if there is none, or it belongs to another network.
   """
-  if averaged:
-    found, step = restore_parts(directory, {'ema': variables}, step=step)
-    return found['ema'], step
   collections = dict(variables)
-  params = collections.pop('params')
-  wanted = {
-    'params': {'student': params},
-    'collections': {'student': collections},
-  }
-  found, step = restore_parts(directory, wanted, step=step)
-  student = found['collections']['student']
-  return {'params': found['params']['student'], **student}, step
+  params = {'student': collections.pop('params')}
+  key = 'ema' if averaged else 'params'
+  shapes = {key: params, 'collections': {'student': collections}}
+  found, step = restore_parts(directory, shapes, step=step)
+  collections = found['collections']['student']
+  return {'params': found[key]['student'], **collections}, step

@@ -24,6 +24,7 @@ from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.runs import checkpoints
 from attnfd_jax.runs import loading
 from attnfd_jax.runs import logs
+from attnfd_jax.runs import paths
 
 ENDINGS = ('.pth', '.pth.tar', '.safetensors')
 # Data sets that a number of classes, or their names, show.
@@ -71,10 +72,13 @@ def _new(target):
   return pathlib.Path(target)
 
 
-def _fill_holes(variables, network):
-  """Random values, as networks start, in place of None; and how many."""
-  found = torch_names.flatten(variables)
-  holes = [path for path, leaf in found.items() if leaf is None]
+def _holes(tree):
+  """Paths of the leaves that are None."""
+  return [path for path, x in torch_names.flatten(tree).items() if x is None]
+
+
+def _fill(variables, holes, network):
+  """The variables with random values, as networks start, in place of None."""
 
   @jax.jit
   def init(rng):
@@ -83,9 +87,9 @@ def _fill_holes(variables, network):
     # Only what is returned is compiled.
     return {path: fresh[path] for path in holes}
 
-  if holes:
-    found |= jax.device_get(init(networks.init_key(0, 1)))
-  return traverse_util.unflatten_dict(found, sep='/'), len(holes)
+  fresh = jax.device_get(init(jax.random.key(0, impl='rbg')))
+  filled = torch_names.flatten(variables) | fresh
+  return traverse_util.unflatten_dict(filled, sep='/')
 
 
 def _metadata(path):
@@ -180,10 +184,10 @@ def import_stage(
   lines = [found]
   if torch_networks.backbone_only(report):
     lines.append('the file holds a backbone and nothing else')
-  variables, holes = _fill_holes(variables, network)
-  if holes:
-    lines.append(f'{holes} tensors are random: not in the file, or unfit')
-  if None in torch_names.flatten(attention or {}).values():
+  if holes := _holes(variables):
+    variables = _fill(variables, holes, network)
+    lines.append(f'{len(holes)} tensors are random: not in the file, or unfit')
+  if _holes(attention or {}):
     attention = None
     lines.append('its attention is incomplete and was left out')
   info = json.loads(resolve(config).to_json_best_effort()) | {
@@ -208,9 +212,7 @@ def _write_folder(target, info, variables, attention):
     logs.write_json(temporary / 'config.json', info)
     logs.write_json(temporary / 'environment.json', logs.environment())
     if attention is not None:
-      files.write_safetensors(
-        temporary / loading.ATTENTION_FILE, torch_names.flatten(attention)
-      )
+      loading.write_attention(temporary, attention)
     # What checkpoints.restore_student reads of a state in training.
     collections = dict(variables)
     params = collections.pop('params')
@@ -233,7 +235,7 @@ def check_format(network, kind):
   These two name its layers one by one.
   """
   name = {'onnx': 'ONNX', 'pth': '.pth'}.get(kind)
-  if name and not isinstance(network, deeplab.DeepLabV3Plus):
+  if name and not networks.is_ours(network):
     raise InputError(
       f'{name} is written for DeepLabV3Plus only; use --format=stablehlo or '
       'safetensors of export.'
@@ -268,8 +270,8 @@ def write_weights(path, directory, network, variables, info):
   """
   is_safetensors, remarks = path.suffix == '.safetensors', []
   check_format(network, 'safetensors' if is_safetensors else 'pth')
-  if isinstance(network, deeplab.DeepLabV3Plus):
-    attention = loading.load_attention(directory, network, info)
+  if networks.is_ours(network):
+    attention = loading.load_attention(paths.as_path(directory), network)
     tensors = torch_networks.export_torch(
       variables, attention, backbone=network.backbone
     )
@@ -287,7 +289,7 @@ def write_weights(path, directory, network, variables, info):
   else:
     tensors = torch_names.flatten(jax.device_get(variables))
     group = info[loading.role_of(info)]
-    spec = {key: group[key] for key in ('network', 'options') if key in group}
+    spec = {key: group[key] for key in ('network', 'options')}
   path.parent.mkdir(parents=True, exist_ok=True)
   if is_safetensors:
     metadata = (describe_data(info) | spec).items()

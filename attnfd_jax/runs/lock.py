@@ -9,6 +9,7 @@ import os
 import socket
 
 from attnfd_jax.errors import InputError
+from attnfd_jax.runs import paths
 
 # Some network disks have no locks.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -22,12 +23,16 @@ def locked(workdir):
   name.
 
   Args:
-    workdir: Path of a folder that exists.
+    workdir: epath.Path of a folder that exists. Addresses such as gs:// have no
+      locks: there, see to it that one process writes.
 
   Raises:
     InputError: if another process holds it.
   """
-  with (workdir / '.lock').open('a+') as file:
+  if paths.is_remote(workdir):
+    yield
+    return
+  with open(workdir / '.lock', 'a+') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

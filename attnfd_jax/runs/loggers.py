@@ -14,7 +14,7 @@ import uuid
 
 from attnfd_jax.devices import processes
 from attnfd_jax.errors import InputError
-from attnfd_jax.runs import logs
+from attnfd_jax.runs import paths
 
 _PACKAGES = {'tensorboard': 'tensorboardX', 'wandb': 'wandb'}
 
@@ -130,7 +130,7 @@ def _open_wandb(directory, facts):
 
   identity = directory / 'wandb_id.txt'  # One page for all parts of a stage.
   if not identity.exists():
-    with logs.replacing(identity) as file:
+    with paths.replacing(identity) as file:
       file.write(uuid.uuid4().hex[:16].encode())
   run = wandb.init(
     id=identity.read_text(),

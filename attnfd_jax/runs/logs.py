@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run writes for people and programs: lines, JSON, environment."""
 
-import contextlib
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
 import sys
+import tempfile
 
 import jax
 
 from attnfd_jax.devices import processes
+from attnfd_jax.runs import paths
 
 
 def write_json(path, value):
@@ -23,21 +25,8 @@ def write_json(path, value):
   if not processes.is_first():
     return
   text = json.dumps(value, indent=2, sort_keys=True) + '\n'
-  with replacing(path) as file:
+  with paths.replacing(path) as file:
     file.write(text.encode())
-
-
-@contextlib.contextmanager
-def replacing(path):
-  """A file, open for bytes, that takes the place of `path` when it is whole."""
-  path = pathlib.Path(path)
-  # One name: what a killed process leaves is overwritten by the next one.
-  temporary = path.with_name(f'.{path.name}.tmp')
-  with temporary.open('wb') as file:
-    yield file
-    file.flush()
-    os.fsync(file.fileno())  # The name must not be there before the bytes.
-  temporary.replace(path)
 
 
 def versions():
@@ -80,20 +69,40 @@ def duration(seconds):
 class StageLog:
   """log.txt and metrics.jsonl of a stage; lines also go to the screen.
 
-  Of several processes the first one writes.
+  Of several processes the first one writes. Objects at gs:// cannot grow: there
+  the files are written here and uploaded by `upload`.
+
+  Args:
+    directory: of the stage, an epath.Path.
   """
 
   def __init__(self, directory):
-    self._directory = pathlib.Path(directory)
-    self._stage = self._directory.name
-    self._metrics = self._directory / 'metrics.jsonl'
+    self._directory = self._local = directory
+    if paths.is_remote(directory):
+      self._local = pathlib.Path(tempfile.mkdtemp(prefix='attnfd_jax_'))
+      for name in ('log.txt', 'metrics.jsonl'):
+        if (directory / name).exists():
+          (self._local / name).write_bytes((directory / name).read_bytes())
+    self._metrics = self._local / 'metrics.jsonl'
     self._loggers = ()
 
+  @property
+  def local(self):
+    """A folder of this machine: that of the stage, or the one to upload."""
+    return self._local
+
+  def upload(self):
+    """Called at each save: what is written so far is in the run's folder."""
+    if self._local is self._directory or not processes.is_first():
+      return
+    for path in filter(pathlib.Path.is_file, self._local.iterdir()):
+      (self._directory / path.name).write_bytes(path.read_bytes())
+
   def forget_after(self, step):
-    """Drops metrics that a run which goes on at `step` will write again."""
+    """Drops metrics that a run which resumes at `step` will write again."""
     if self._metrics.exists() and processes.is_first():
       kept = []
-      text = self._metrics.read_text(errors='replace')
+      text = self._metrics.read_bytes().decode(errors='replace')
       for line in text.splitlines():
         try:
           # At step 0 the teacher is scored: a fresh start does that again.
@@ -101,31 +110,43 @@ class StageLog:
             kept.append(line)
         except (ValueError, TypeError, KeyError):
           continue  # The last line of a killed process.
-      with replacing(self._metrics) as file:
+      with paths.replacing(self._metrics) as file:
         file.write(''.join(f'{line}\n' for line in kept).encode())
 
   def line(self, text):
     """One line for people."""
     if not processes.is_first():
       return
-    print(f'[{self._stage}] {text}', flush=True)
+    print(f'[{self._directory.name}] {text}', flush=True)
     now = datetime.datetime.now().isoformat(timespec='seconds')
-    with (self._directory / 'log.txt').open('a') as file:
+    with (self._local / 'log.txt').open('a') as file:
       file.write(f'{now} {text}\n')
 
   def last(self, kind, name, *, default=None):
     """The last value that `metrics` got, also before a restart."""
-    found = [x[name] for x in self._records() if x['kind'] == kind]
+    found = [x[name] for x in self.records() if x['kind'] == kind and name in x]
     return found[-1] if found else default
 
-  def tell(self, loggers):
+  def train_seconds(self):
+    """Of all steps, over restarts; no compilation, no evaluation."""
+    total, last = 0.0, 0
+    for record in self.records():
+      if record['kind'] == 'train':
+        # The first step after a start has no time of its own.
+        seconds = record.get('step_seconds', 0.0)
+        total += seconds * (record['step'] - last)
+        last = record['step']
+    return total
+
+  def attach(self, loggers):
     """`loggers` are called with every record: now the past, then the rest."""
     self._loggers = loggers
     for logger in loggers:
-      for record in self._records():
+      for record in self.records():
         logger(record)
 
-  def _records(self):
+  def records(self):
+    """All of metrics.jsonl."""
     if not self._metrics.exists():
       return []
     return [json.loads(x) for x in self._metrics.read_text().splitlines()]
@@ -138,8 +159,17 @@ class StageLog:
     record |= {
       key: value if isinstance(value, dict) else float(value)
       for key, value in values.items()
+      if value is not None
     }
+    record = without_nan(record)
     with self._metrics.open('a') as file:
       file.write(json.dumps(record) + '\n')
     for logger in self._loggers:
       logger(record)
+
+
+def without_nan(value):
+  """NaN is not JSON: null."""
+  if isinstance(value, dict):
+    return {key: without_nan(item) for key, item in value.items()}
+  return None if isinstance(value, float) and math.isnan(value) else value

@@ -126,6 +126,7 @@ def train(
         step, state, metrics, names=batch_names, manager=manager
       )
     checkpoints.save(manager, step, state, run, miou=miou)
+    log.upload()
     if saved == first:
       checkpoints.wait(manager)  # Errors of saving come late.
     timer.reset()
@@ -138,7 +139,7 @@ def train(
         if metrics is not None:
           check(step, metrics)  # Before an evaluation in vain.
         start = time.monotonic()
-        scores = stop.attempt(evaluate, state.student_variables())
+        scores = stop.attempt(evaluate, state.variables('student'))
         if scores is not None:
           best = max(best, scores['miou'])
           log.line(
@@ -160,7 +161,7 @@ def train(
         checkpoints.wait(manager)
         log.line(
           f'stopped by {stop.name}, saved at step {step}; the same command '
-          'goes on there'
+          'resumes there'
         )
         raise Stopped(stop.signum or signal.SIGTERM)
       if step == num_steps:

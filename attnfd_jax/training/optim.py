@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimiser: poly schedule, parameter groups, phases (METHOD section 4)."""
+"""The optimizer: poly schedule, parameter groups, phases (METHOD section 4)."""
 
-import functools
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from attnfd_jax.errors import one_of
+from attnfd_jax.errors import within
+
+CONNECTOR_SCHEDULES = ('always', 'first_epoch', 'warmup')
 
 
 def poly_schedule(lr, *, num_steps, power, warmup_steps=0):
@@ -23,35 +28,79 @@ def poly_schedule(lr, *, num_steps, power, warmup_steps=0):
   return schedule
 
 
-def group_rules(*, mlp_frozen):
-  """[(regex of a path, group)], first match wins; distiller.py, deeplab.py.
+def make_labels(groups=()):
+  """params -> the group of every leaf, as a tree.
 
-  With `mlp_frozen` the gates are grouped as by the authors, whose generators
-  yield only convolutions and norms of the module that holds the gate.
+  Args:
+    groups: ((regex of a path in the distiller, group), ...) of the methods.
   """
-  gates = []
-  if mlp_frozen:
-    gates = [
-      (r'distiller/.*student_gates_\w+/mlp_.*', 'frozen'),
-      (r'distiller/.*student_gates_backbone/.*', 'backbone'),
-    ]
-  return [
+  rules = [
     (r'student/backbone/.*', 'backbone'),
     (r'student/.*', 'head'),
-    (r'distiller/.*connectors_\w+/.*', 'connectors'),
-    *gates,
+    *((f'distiller/{regex}', group) for regex, group in groups),
     (r'distiller/.*', 'head'),
   ]
-
-
-def label_parameters(params, rules):
-  """The group of every leaf, as a tree."""
 
   def label(path, _):
     name = '/'.join(key.key for key in path)
     return next(group for rule, group in rules if re.fullmatch(rule, name))
 
-  return jax.tree_util.tree_map_with_path(label, params)
+  return lambda params: jax.tree_util.tree_map_with_path(label, params)
+
+
+class _Phase(NamedTuple):
+  """When a group trains, and at how many times the backbone's rate."""
+
+  trains: object  # step -> bool, or None for always.
+  scale: object  # step -> float.
+
+
+def _phases(connector_schedule, epoch_steps, head_lr_scale):
+  """{group: _Phase}."""
+
+  def first(step):
+    return step < epoch_steps
+
+  def later(step):
+    return step >= epoch_steps
+
+  def connector_scale(step):
+    if connector_schedule == 'always':
+      return head_lr_scale
+    # The authors' scheduler overwrites the tenfold rate of a single group.
+    return jnp.where(first(step), 1.0, head_lr_scale)
+
+  main = None if connector_schedule == 'always' else later
+  connectors = first if connector_schedule == 'first_epoch' else None
+  return {
+    'backbone': _Phase(main, lambda step: 1.0),
+    'head': _Phase(main, lambda step: head_lr_scale),
+    'connectors': _Phase(connectors, connector_scale),
+  }
+
+
+def _clip_what_trains(clip_norm, labels, phases):
+  """optax.clip_by_global_norm over the groups that train at a step."""
+  clip = optax.clip_by_global_norm(clip_norm)
+
+  def update(updates, state, params=None):
+    count = state
+    active = {
+      group: True if phase.trains is None else phase.trains(count)
+      for group, phase in phases.items()
+    }
+
+    def resting(update, group):
+      # Groups of a method's own optimizer always train.
+      return jnp.where(active.get(group, group != 'frozen'), update, 0)
+
+    updates = jax.tree.map(resting, updates, labels(updates))
+    updates, _ = clip.update(updates, clip.init(params), params)
+    return updates, count + 1
+
+  return optax.GradientTransformation(
+    lambda params: jnp.zeros((), jnp.int32), update
+  )
 
 
 def make_optimizer(
@@ -65,7 +114,8 @@ def make_optimizer(
   clip_norm=None,
   connector_schedule='always',
   epoch_steps=0,
-  mlp_frozen=False,
+  groups=(),
+  optimizers=None,
 ):
   """An Optax transformation with PyTorch's SGD, or AdamW, for each group.
 
@@ -76,15 +126,26 @@ def make_optimizer(
     weight_decay: of every trained tensor, norms and biases included; in SGD
       it is added to the gradient, before momentum.
     momentum, nesterov: of SGD.
-    clip_norm: largest norm of the whole gradient, or None.
+    clip_norm: largest norm of the gradient of what trains at a step, or None.
     connector_schedule: 'always' trains all groups all the time. 'first_epoch'
       trains the connectors alone in the first `epoch_steps` steps, at the
       learning rate of the backbone, and fixes them afterwards: the authors'
       scheduler overwrites the tenfold rate of a single group. 'warmup' starts
-      the same way and goes on with all of them.
+      the same way and continues with all of them.
     epoch_steps: length of that first phase.
-    mlp_frozen: see `group_rules`.
+    groups: ((regex, group), ...) of methods, see WeightedSum.parameter_groups.
+    optimizers: {group: GradientTransformation} that methods bring.
+
+  Raises:
+    InputError: for a value that does not exist or is out of range.
   """
+  one_of('optim.name', name, ('sgd', 'adamw'))
+  one_of('connector_schedule', connector_schedule, CONNECTOR_SCHEDULES)
+  within('optim.head_lr_scale', head_lr_scale, 0)
+  within('optim.weight_decay', weight_decay, 0)
+  within('optim.momentum', momentum, 0, 1)
+  if clip_norm is not None:
+    within('optim.clip_norm', clip_norm, 0)
   if name == 'adamw':
     core = optax.chain(
       optax.scale_by_adam(), optax.add_decayed_weights(weight_decay)
@@ -95,37 +156,24 @@ def make_optimizer(
       optax.trace(momentum, nesterov=nesterov),
     )
 
-  def group(scale, should_train=None):
+  def group(phase):
     inner = core
-    if should_train is not None:
+    if phase.trains is not None:
       # Outside its phase a group keeps weights and momentum as they are.
-      inner = optax.conditionally_mask(core, should_train)
-    rate = optax.scale_by_schedule(lambda step: -scale(step) * schedule(step))
+      inner = optax.conditionally_mask(core, phase.trains)
+    rate = optax.scale_by_schedule(
+      lambda step: -phase.scale(step) * schedule(step)
+    )
     return optax.chain(inner, rate)
 
-  def in_first_epoch(step):
-    return step < epoch_steps
-
-  def after_first_epoch(step):
-    return step >= epoch_steps
-
-  def connector_scale(step):
-    if connector_schedule == 'always':
-      return head_lr_scale
-    return jnp.where(in_first_epoch(step), 1.0, head_lr_scale)
-
-  main = None if connector_schedule == 'always' else after_first_epoch
-  connectors = in_first_epoch if connector_schedule == 'first_epoch' else None
-  rules = group_rules(mlp_frozen=mlp_frozen)
+  labels = make_labels(groups)
+  phases = _phases(connector_schedule, epoch_steps, head_lr_scale)
   tx = optax.partition(
-    {
-      'backbone': group(lambda step: 1.0, main),
-      'head': group(lambda step: head_lr_scale, main),
-      'connectors': group(connector_scale, connectors),
-      'frozen': optax.set_to_zero(),
-    },
-    functools.partial(label_parameters, rules=rules),
+    {key: group(phase) for key, phase in phases.items()}
+    | {'frozen': optax.set_to_zero()}
+    | (optimizers or {}),
+    labels,
   )
   if clip_norm:
-    tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+    tx = optax.chain(_clip_what_trains(clip_norm, labels, phases), tx)
   return tx

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a finished stage leaves for people: result.json and pictures.npz."""
 
-import json
-import math
-
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from attnfd_jax import distill
+from attnfd_jax.data import transforms
 from attnfd_jax.devices import processes
-from attnfd_jax.inference import evaluation
+from attnfd_jax.devices import sharding
 from attnfd_jax.models import network as networks
+from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.runs import loading
 from attnfd_jax.runs import logs
+from attnfd_jax.runs import paths
 
 
-def write(stage, state, directory, *, step):
+def write(stage, state, directory, *, step, log):
   """Scores `state`, draws pictures, writes both; returns the result."""
-  config, variables = stage.config, state.student_variables()
-  records = evaluation.chosen_records(
+  config, variables = stage.config, state.variables('student')
+  records = chosen_records(
     stage.dataset.splits['val'],
     config.eval.num_pictures,
     short_side=config.eval.short_side,
@@ -23,9 +27,9 @@ def write(stage, state, directory, *, step):
   image_size = config.data.crop_size
   if records:
     image_size = records[0]['label'].shape
-    pictures = _pictures(stage, state, records)
+    pictures = make_pictures(stage, state, records)
     if processes.is_first():
-      with logs.replacing(directory / 'pictures.npz') as file:
+      with paths.replacing(directory / 'pictures.npz') as file:
         np.savez_compressed(file, **pictures)
   result = stage.evaluate(variables)
   if config.eval.test_split:
@@ -39,70 +43,104 @@ def write(stage, state, directory, *, step):
     'step': step,
     'seed': config.seed,
     'network': networks.describe(stage.options),
+    'pretrained': stage.options.pretrained or None,
     'params': networks.count_params(variables),
     'gflops': networks.count_gflops(stage.network, *image_size),
     'image_size': list(image_size),
     'dtype': config.optim.dtype,
-    'train_seconds': _train_seconds(directory),
+    'train_seconds': log.train_seconds(),
+    'step_seconds': log.last('train', 'step_seconds'),
     'device': logs.device_name(),
     'versions': logs.versions(),
   }
-  if stage.teacher:
-    result |= {
-      'method': config.distill.method,
-      'teacher': stage.teacher.name,
-      'teacher_miou': stage.teacher.miou,
-      'attn_lambda': config.distill.attn_lambda,
-      'teacher_attention': attention_of(stage.distiller),
-    }
-  result = _without_nan(result)
+  if stage.teacher is not None:
+    result |= _distilled(stage)
+    gates = stage.distiller.student_attention_variables(
+      sharding.to_host(state.variables('distiller'))
+    )
+    if gates and processes.is_first():
+      loading.write_attention(directory, gates)
+  result = logs.without_nan(result)
   logs.write_json(directory / 'result.json', result)
   return result
 
 
-def attention_of(distiller):
-  """The teacher's attention that AttnFD uses, or 'none'."""
-  method = distiller.methods.get('attnfd')
-  return method.teacher_attention if method else 'none'
-
-
-def _pictures(stage, state, records):
-  variables = state.student_variables()
-  pictures = evaluation.make_pictures(
-    stage.network, variables, records, stage.dataset.palette
-  )
-  if stage.distiller is None or 'attnfd' not in stage.distiller.methods:
-    return pictures
-  distiller = {
-    'params': state.params['distiller'],
-    **state.collections['distiller'],
+def _distilled(stage):
+  """What a result says of its teacher and of its method."""
+  teacher, options = stage.teacher, stage.config.distill
+  names = distill.split_names(options.method)
+  return {
+    'teacher': {
+      'name': teacher.name,
+      'miou': stage.teacher_miou,
+      'source': getattr(teacher, 'source', stage.config.teacher.factory),
+    },
+    'method': {
+      'name': options.method,
+      'title': distill.title(options.method),
+      'options': {
+        name: (options[name] if name in options else options.options).to_dict()
+        for name in names
+      },
+      'pictures': stage.distiller.pictures_note,
+    },
   }
-  return pictures | evaluation.attention_maps(
-    stage.network,
-    stage.teacher.network,
-    stage.distiller,
-    (variables, stage.teacher.variables, distiller),
-    records,
+
+
+def chosen_records(source, count, *, short_side=0):
+  """`count` records spread over the source, all of the size of the first."""
+  same = [i for i in range(len(source)) if source.size(i) == source.size(0)]
+  indices = np.linspace(0, len(same) - 1, min(count, len(same)))
+  return [
+    transforms.fit_record(
+      source[same[round(i)]], short_side, resize_labels=True
+    )
+    for i in indices
+  ]
+
+
+def make_pictures(stage, state, records):
+  """Arrays for the report: image, label, prediction, palette, and the maps of
+  the method, 'map_<role>_<name>', float16 [n, h, w] from 0 to 1.
+  """
+  image = np.stack([record['image'] for record in records])
+  student = sharding.to_host(state.variables('student'))
+
+  @jax.jit
+  def predict(variables, image):
+    out = stage.network.apply(variables, normalise(image), train=False)
+    return jnp.argmax(out['logits'], -1).astype(jnp.uint8)
+
+  pictures = {
+    'image': image,
+    'label': np.stack([record['label'] for record in records]),
+    'prediction': np.asarray(predict(student, image)),
+    'palette': stage.dataset.palette,
+  }
+  if stage.teacher is None or not stage.distiller.pictures_note:
+    return pictures
+
+  @jax.jit
+  def draw(student, teacher, distiller, image):
+    image = normalise(image)
+    return stage.distiller.apply(
+      distiller,
+      stage.network.apply(student, image, train=False),
+      stage.teacher.apply(teacher, image),
+      train=False,
+      method='pictures',
+    )
+
+  found = draw(
+    student,
+    sharding.to_host(stage.teacher.variables),
+    sharding.to_host(state.variables('distiller')),
+    image,
   )
-
-
-def _without_nan(value):
-  """NaN is not JSON: null."""
-  if isinstance(value, dict):
-    return {key: _without_nan(item) for key, item in value.items()}
-  if isinstance(value, float) and math.isnan(value):
-    return None
-  return value
-
-
-def _train_seconds(directory):
-  """Seconds of all steps, over restarts; no compilation, no evaluation."""
-  total, last = 0.0, 0
-  for line in (directory / 'metrics.jsonl').read_text().splitlines():
-    record = json.loads(line)
-    if record['kind'] == 'train':
-      # The first step after a start has no time of its own.
-      seconds = record.get('step_seconds', 0.0)
-      total += seconds * (record['step'] - last)
-      last = record['step']
-  return total
+  for role, maps in found.items():
+    for name, x in maps.items():
+      x = np.asarray(x, np.float32)
+      low, high = (f(x, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
+      scaled = (x - low) / np.maximum(high - low, 1e-12)
+      pictures[f'map_{role}_{name}'] = scaled.astype(np.float16)
+  return pictures

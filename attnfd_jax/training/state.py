@@ -16,9 +16,10 @@ class TrainState:
     params: {'student': ..., 'distiller': ...}; the network in training is
       called student in every stage. Without a teacher there is no distiller.
     collections: same keys, everything that is not trained: running statistics,
-      the teacher's frozen gates.
-    opt_state: of the optimiser.
-    ema: averaged variables of the student, or {}.
+      memories, the teacher's frozen gates.
+    opt_state: of the optimizer.
+    ema: averaged params, of the same keys, or {}. Statistics are averages
+      already, and are not averaged again.
   """
 
   step: jax.Array
@@ -27,12 +28,10 @@ class TrainState:
   opt_state: optax.OptState
   ema: dict
 
-  def student_variables(self):
-    """Variables of the network to evaluate: the average if there is one."""
-    if self.ema:
-      return self.ema
-    collections = self.collections['student']
-    return {'params': self.params['student'], **collections}
+  def variables(self, name):
+    """Of 'student' or 'distiller' as they are evaluated: averaged if kept."""
+    params = (self.ema or self.params)[name]
+    return {'params': params, **self.collections[name]}
 
 
 def make_state(variables, tx, *, ema):
@@ -42,12 +41,11 @@ def make_state(variables, tx, *, ema):
     parts = dict(parts)
     params[name] = parts.pop('params', {})
     collections[name] = parts
-  # Copies: a donated state must not hold one buffer twice.
-  average = jax.tree.map(jnp.copy, variables['student']) if ema else {}
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     collections=collections,
     opt_state=tx.init(params),
-    ema=average,
+    # Copies: a donated state must not hold one buffer twice.
+    ema=jax.tree.map(jnp.copy, params) if ema else {},
   )

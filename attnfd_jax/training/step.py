@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One jitted, sharded, donated step for all stages; the step of evaluation."""
+"""One jitted, sharded, donated step for all stages."""
 
 import functools
 
@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from attnfd_jax.devices import sharding
-from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.losses import upsampled_cross_entropy
-from attnfd_jax.metrics import confusion_matrix
+from attnfd_jax.models import cpu_forms
 from attnfd_jax.models.deeplab import normalise
-from attnfd_jax.models.resizing import resize
 from attnfd_jax.models.resizing import score_precision
 from attnfd_jax.training.state import TrainState
 
@@ -20,27 +18,17 @@ from attnfd_jax.training.state import TrainState
 LARGE_LOGITS = 2**26
 
 
-def _after(first, x):
-  """The tree x, but not before all of the float tree `first` is computed."""
-  known = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(first))
-  zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-  # XLA for a CPU drops barriers, but no branch that it cannot foresee. If a
-  # gradient is not finite, the step is lost anyhow.
-  return jax.lax.cond(jnp.isnan(known), zeros, lambda x: x, x)
-
-
 def make_train_step(
   student,
   tx,
   *,
+  task_loss,
   teacher=None,
   distiller=None,
   schedule,
   mesh,
   state_sharding=None,
-  task_loss=softmax_cross_entropy,
-  teacher_bn='running',
-  teacher_dropout=False,
+  plain_cross_entropy=False,
   ce_batch_division=False,
   accumulate=1,
   remat=False,
@@ -52,32 +40,28 @@ def make_train_step(
   the result does not depend on the number of devices.
 
   Args:
-    student: the network in training.
+    student: the Network in training.
     tx: Optax transformation.
-    teacher: network or None; teacher_variables are then {}.
-    distiller: module called with (student, teacher, labels); see distill/.
+    task_loss: (logits, labels) -> {term: Mean}.
+    teacher: Teacher or None; teacher_variables are then {}.
+    distiller: distill.WeightedSum, or None without a teacher.
     schedule: step -> learning rate, for the log.
-    mesh: see sharding.make_mesh.
+    mesh: see devices.sharding.make_mesh.
     state_sharding: TrainState of shardings, as of sharding.split_state: the
       weights are gathered for the gradient, which comes back split. None is
       a whole state on every device.
-    task_loss: (logits, labels) -> scalar; 'ce' in the metrics if it is the
-      cross-entropy, else 'task'.
-    teacher_bn: 'running' or 'batch' statistics in the teacher, whose own
-      running ones never change.
-    teacher_dropout: drop in the teacher as well.
+    plain_cross_entropy: task_loss is the cross-entropy: large logits that are
+      the resize of coarse ones need never exist as a whole.
     ce_batch_division: divide the task loss by the batch, as the authors do
       (utils/loss.py).
-    accumulate: parts of the batch, one after the other, in less memory;
-      statistics and norms are then over a part.
+    accumulate: parts of the batch, one after the other, in less memory. What is
+      a Mean is divided once, by what the whole batch counts; batch statistics,
+      norms and other losses are over a part, and their mean is taken.
     remat: keep only block outputs for the backward pass, compute the rest
       again.
-    ema_decay: of the averaged student; 0 keeps none.
+    ema_decay: of the averaged parameters; 0 keeps none.
   """
   everywhere = sharding.replicated(mesh)
-  # In a loop XLA's convolutions for a CPU are plain ones on one core.
-  unrolled = mesh.devices.flat[0].platform == 'cpu'
-  task_name = 'ce' if task_loss is softmax_cross_entropy else 'task'
 
   def forward(variables, image, rng):
     return student.apply(
@@ -85,27 +69,28 @@ def make_train_step(
       image,
       train=True,
       rngs={'dropout': rng},
-      mutable=['batch_stats'],
+      mutable=[name for name in variables if name != 'params'],
     )
 
   if remat:
     policy = jax.checkpoint_policies.save_only_these_names('block')
     forward = jax.checkpoint(forward, policy=policy)
 
-  def compute_task_loss(out, label):
+  def task_terms(out, label):
     logits = out['logits']
     parts = -(-4 * logits.size // (mesh.shape['data'] * LARGE_LOGITS))
-    plain = task_name == 'ce' and mesh.shape['spatial'] == 1
-    if parts == 1 or not plain or 'coarse_logits' not in out:
+    whole = not plain_cross_entropy or mesh.shape['spatial'] > 1
+    if parts == 1 or whole or 'coarse_logits' not in out:
       return task_loss(logits, label)
-    return upsampled_cross_entropy(
-      out['coarse_logits'],
-      label,
-      parts=parts,
-      precision=score_precision(student.dtype),
-    )
+    precision = score_precision(getattr(student, 'dtype', None))
+    return {
+      'ce': upsampled_cross_entropy(
+        out['coarse_logits'], label, parts=parts, precision=precision
+      )
+    }
 
-  def loss_fn(params, collections, teacher_variables, batch, rng):
+  def compute_losses(params, collections, teacher_variables, batch, step, rng):
+    """Two dicts {term: Mean}, new collections, and scalars for the log."""
     image = batch['image']
     if image.dtype == jnp.uint8:
       image = normalise(image)
@@ -117,41 +102,58 @@ def make_train_step(
       image,
       student_rng,
     )
-    loss = task = compute_task_loss(out, label)
-    if ce_batch_division:
-      loss = task / image.shape[0]
-    terms = {task_name: task}
+    task = task_terms(out, label)
     collections = {**collections, 'student': updated}
-    if distiller is not None:
-      # Statistics are not mutable here: the teacher stays as it is.
-      target = jax.lax.stop_gradient(
-        teacher.apply(
-          teacher_variables,
-          image,
-          train=teacher_bn == 'batch',
-          dropout=teacher_dropout,
-          rngs={'dropout': teacher_rng},
-        )
+    if distiller is None:
+      return task, {}, collections, {}
+    target = jax.lax.stop_gradient(
+      teacher.apply(teacher_variables, image, rng=teacher_rng)
+    )
+    state = collections['distiller']
+    (distances, terms), updated = distiller.apply(
+      {'params': params['distiller'], **state},
+      out,
+      target,
+      label,
+      train=True,
+      step=step,
+      batch_size=accumulate * image.shape[0],
+      rngs={'distill': jax.random.fold_in(rng, 2)},
+      mutable=list(state),
+    )
+    collections['distiller'] = {**state, **updated}
+    return task, distances, collections, terms
+
+  def loss_fn(params, collections, teacher_variables, batch, step, rng, counts):
+    """The loss of a batch, or its share of it; counts are the whole batch's."""
+    task, distances, collections, terms = compute_losses(
+      params, collections, teacher_variables, batch, step, rng
+    )
+    values = {
+      name: loss._replace(count=counts.get(name, loss.count)).value
+      for name, loss in (task | distances).items()
+    }
+    loss = sum(values[name] for name in task)
+    if ce_batch_division:
+      loss = loss / (accumulate * batch['image'].shape[0])
+    if distances:
+      loss = loss + sum(
+        distiller.weight(name, step) * values[name] for name in distances
       )
-      state = collections['distiller']
-      (distance, parts), updated = distiller.apply(
-        {'params': params['distiller'], **state},
-        out,
-        target,
-        label,
-        train=True,
-        mutable=list(state),
-      )
-      loss = loss + distance
-      terms |= parts
-      collections['distiller'] = {**state, **updated}
-    return loss, (collections, terms | {'loss': loss})
+    share = {name: value / accumulate for name, value in terms.items()}
+    return loss, (collections, values | share | {'loss': loss})
 
   def gradients(state, teacher_variables, batch, rng):
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if accumulate == 1:
       return grad_fn(
-        state.params, state.collections, teacher_variables, batch, rng
+        state.params,
+        state.collections,
+        teacher_variables,
+        batch,
+        state.step,
+        rng,
+        {},
       )
 
     def split(x):
@@ -159,27 +161,48 @@ def make_train_step(
       parts = x.reshape(-1, accumulate, *x.shape[1:])
       return jnp.swapaxes(parts, 0, 1)
 
+    parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
+    scan = functools.partial(
+      cpu_forms.scan, platform=mesh.devices.flat[0].platform
+    )
+
+    def count_part(carry, part):
+      # The compiler drops all that the counts do not need: for most losses
+      # that is everything but the labels.
+      index, batch = part
+      task, distances, _, _ = compute_losses(
+        state.params,
+        state.collections,
+        teacher_variables,
+        batch,
+        state.step,
+        jax.random.fold_in(rng, index),
+      )
+      return carry, {
+        name: jax.lax.stop_gradient(loss.count)
+        for name, loss in (task | distances).items()
+      }
+
+    _, counts = jax.lax.scan(count_part, None, parts)
+    counts = jax.tree.map(jnp.sum, counts)
+
     def add_part(carry, part):
       collections, total = carry
       index, batch = part
-      if unrolled:
-        batch = _after(total, batch)
       grads, (collections, terms) = grad_fn(
         state.params,
         collections,
         teacher_variables,
         batch,
+        state.step,
         jax.random.fold_in(rng, index),
+        counts,
       )
       return (collections, jax.tree.map(jnp.add, total, grads)), terms
 
     start = (state.collections, jax.tree.map(jnp.zeros_like, state.params))
-    parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
-    (collections, total), terms = jax.lax.scan(
-      add_part, start, parts, unroll=accumulate if unrolled else 1
-    )
-    grads = jax.tree.map(lambda x: x / accumulate, total)
-    return grads, (collections, jax.tree.map(jnp.mean, terms))
+    (collections, grads), terms = scan(add_part, start, parts)
+    return grads, (collections, jax.tree.map(jnp.sum, terms))
 
   def train_step(state, teacher_variables, batch, rng):
     rng = jax.random.fold_in(rng, state.step)
@@ -199,22 +222,14 @@ def make_train_step(
       'grad_norm': optax.tree.norm(grads),
       'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
     }
-    state = TrainState(
-      step=state.step + 1,
-      params=params,
-      collections=collections,
-      opt_state=opt_state,
-      ema=state.ema,
-    )
+    step, ema = state.step + 1, state.ema
     if ema_decay:
-      current = state.replace(ema={}).student_variables()
-      # A young average would be the random start.
-      decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-      average = jax.tree.map(
-        lambda old, new: decay * old + (1 - decay) * new, state.ema, current
+      # Warmed up: a young average would be the random start.
+      decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
+      ema = jax.tree.map(
+        lambda old, new: decay * old + (1 - decay) * new, ema, params
       )
-      state = state.replace(ema=average)
-    return state, metrics
+    return TrainState(step, params, collections, opt_state, ema), metrics
 
   place = everywhere if state_sharding is None else state_sharding
   return jax.jit(
@@ -222,28 +237,4 @@ def make_train_step(
     donate_argnums=0,
     in_shardings=(place, everywhere, sharding.by_batch(mesh), everywhere),
     out_shardings=(place, everywhere),
-  )
-
-
-@functools.lru_cache
-def make_eval_step(network, num_classes, mesh):
-  """Returns jitted (variables, batch) -> confusion matrix int32 [k, k].
-
-  Cached, so that two stages with the same network share one compilation.
-  """
-
-  def eval_step(variables, batch):
-    image = sharding.split_height(normalise(batch['image']), mesh)
-    out = network.apply(variables, image, train=False)
-    label = sharding.split_height(batch['label'], mesh)
-    # From the coarse scores in one step, whatever the size of the label.
-    logits = resize(out['coarse_logits'], *label.shape[1:])
-    predictions = jnp.argmax(logits, -1)
-    return confusion_matrix(predictions, label, num_classes=num_classes)
-
-  everywhere = sharding.replicated(mesh)
-  return jax.jit(
-    eval_step,
-    in_shardings=(everywhere, sharding.by_batch(mesh)),
-    out_shardings=everywhere,
   )

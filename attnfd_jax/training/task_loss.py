@@ -1,29 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss that compares scores with labels, from the group `loss`."""
+"""The loss that compares logits with labels, from the group `loss`."""
 
 import functools
 import json
-import pathlib
+import math
 
 from attnfd_jax import losses
 from attnfd_jax.data import frequencies
 from attnfd_jax.errors import InputError
+from attnfd_jax.errors import one_of
+from attnfd_jax.errors import within
 from attnfd_jax.progress import progress
+
+NAMES = ('ce', 'ohem', 'focal', 'dice', 'ce+dice')
 
 
 def make_task_loss(options):
-  """(logits, labels) -> scalar of the group `loss` of a config.
+  """(logits, labels) -> {term: Mean}, of the group `loss` of a config.
 
-  `losses.softmax_cross_entropy` itself unless something else is asked for.
+  Raises:
+    InputError: for a loss or a value that does not exist.
   """
+  _check(options)
   weights = tuple(options['class_weights']) or None
-  if options['name'] == 'ce' and weights is None:
-    return losses.softmax_cross_entropy
-  cross_entropy = functools.partial(
-    losses.softmax_cross_entropy, class_weights=weights
-  )
   made = {
-    'ce': cross_entropy,
+    'ce': functools.partial(
+      losses.softmax_cross_entropy, class_weights=weights
+    ),
     'ohem': functools.partial(
       losses.ohem_cross_entropy,
       threshold=options['ohem_threshold'],
@@ -34,11 +37,44 @@ def make_task_loss(options):
       losses.focal_loss, gamma=options['focal_gamma'], class_weights=weights
     ),
     'dice': losses.dice_loss,
-    'ce+dice': lambda logits, labels: (
-      cross_entropy(logits, labels) + losses.dice_loss(logits, labels)
-    ),
   }
-  return made[options['name']]
+  terms = options['name'].split('+')
+  return lambda logits, labels: {
+    term: made[term](logits, labels) for term in terms
+  }
+
+
+def is_plain(options):
+  """Whether the loss is the cross-entropy, which can be taken part by part."""
+  return options['name'] == 'ce' and not options['class_weights']
+
+
+def _check(options):
+  one_of('config.loss.name', options['name'], NAMES)
+  one_of(
+    'config.loss.weighting', options['weighting'], ('none', 'given', 'auto')
+  )
+  within('config.loss.ohem_threshold', options['ohem_threshold'], 1e-30, 1)
+  within('config.loss.ohem_min_kept', options['ohem_min_kept'], 0, 1)
+  within('config.loss.focal_gamma', options['focal_gamma'], 0)
+  given, weighting = tuple(options['class_weights']), options['weighting']
+  for value in given:
+    within('config.loss.class_weights', value, 0, math.inf)
+  if weighting == 'given' and not any(given):
+    raise InputError(
+      "config.loss.weighting='given' needs a number for each class, not all 0, "
+      'such as --config.loss.class_weights="(1.0, 2.5)".'
+    )
+  if given and weighting == 'none':
+    raise InputError(
+      f'config.loss.class_weights={given} needs loss.weighting=given, not '
+      f'{weighting!r}.'
+    )
+  if options['name'] == 'dice' and weighting != 'none':
+    raise InputError(
+      f"config.loss.weighting={weighting!r} does not go with name='dice', in "
+      "which all classes count the same; use 'none', or 'ce+dice'."
+    )
 
 
 def check_class_weights(options, class_names):
@@ -47,17 +83,17 @@ def check_class_weights(options, class_names):
   Raises:
     InputError: if they are not.
   """
-  found, wanted = len(options['class_weights']), len(class_names)
-  if options['weighting'] == 'given' and found != wanted:
+  found, expected = len(options['class_weights']), len(class_names)
+  if options['weighting'] == 'given' and found != expected:
     raise InputError(
-      f'config.loss.class_weights has {found} numbers for the {wanted} classes '
-      f'{", ".join(class_names)}.'
+      f'config.loss.class_weights has {found} numbers for the {expected} '
+      f'classes {", ".join(class_names)}.'
     )
 
 
 def _counted_before(workdir):
   """Weights that another stage, or a part before a restart, wrote down."""
-  for path in sorted(pathlib.Path(workdir).glob('*/config.json')):
+  for path in sorted(workdir.glob('*/config.json')):
     options = json.loads(path.read_text()).get('loss', {})
     if options.get('weighting') == 'auto' and options['class_weights']:
       return tuple(options['class_weights'])

@@ -61,7 +61,6 @@ from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
 from attnfd_jax.reporting import contact_sheet
 from attnfd_jax.training import stage as stage_module
-from attnfd_jax.training import stages
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -715,11 +714,16 @@ _CHOICES = {
   'student.backbone': ('mobilenet_v2', 'resnet34'),
   'teacher.output_stride': (8,),
   'distill.method': ('attnfd', 'kd', 'attnfd+kd', 'attnfd+attnfd', '+'),
-  'distill.match_size': ('to_teacher', 'to_student'),
-  'distill.norm_scope': ('image', 'pixel', 'channel'),
-  'distill.reduction': ('batchmean', 'unitmean', 'mean'),
-  'distill.student_attention': ('learnable', 'parameter_free', 'none'),
-  'distill.teacher_attention': ('checkpoint', 'random', 'in_path', 'none'),
+  'distill.attnfd.match_size': ('to_teacher', 'to_student'),
+  'distill.attnfd.norm_scope': ('image', 'pixel', 'channel'),
+  'distill.attnfd.reduction': ('batchmean', 'unitmean', 'mean'),
+  'distill.attnfd.student_attention': ('learnable', 'parameter_free', 'none'),
+  'distill.attnfd.teacher_attention': (
+    'checkpoint',
+    'random',
+    'in_path',
+    'none',
+  ),
   'loss.name': ('ohem', 'focal', 'dice', 'ce+dice'),
   'loss.weighting': ('given', 'auto'),
   'loss.class_weights': ((1.0,) * 9, (0,) * 9),
@@ -774,8 +778,8 @@ def build(config, workdir):
   config = resolve(config)
   dataset = sources.load_dataset(config.data)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
-  stages._check(config, dataset, mesh)
-  stages._check_files(config, dataset, mesh, workdir)
+  experiment._check(config, dataset, mesh)
+  experiment._check_files(config, dataset, mesh, workdir)
   for name in ('teacher', 'student'):
     if name in config.stages:
       _compute(stage_module.make_stage(name, config, dataset, mesh, workdir))

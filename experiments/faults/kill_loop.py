@@ -49,7 +49,7 @@ SETTINGS = {
   'checkpoint.every_minutes': 1e-4,
   'optim.ema_decay': 0.5,
   'teacher.width_multiplier': 0.125,
-  'distill.connector_schedule': 'first_epoch',
+  'distill.attnfd.connector_schedule': 'first_epoch',
 }
 SETTINGS |= {
   f'{role}.{part}_channels': 8

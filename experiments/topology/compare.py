@@ -78,7 +78,7 @@ def make_config(**mesh):
   epoch = config.data.train_scenes // config.batch_size
   config.num_epochs = (WARM_STEPS + STEPS) / epoch
   config.teacher.backbone = 'resnet18'
-  config.distill.teacher_attention = 'random'
+  config.distill.attnfd.teacher_attention = 'random'
   for network, width in ((config.teacher, 0.25), (config.student, 0.125)):
     network.width_multiplier = width
     network.aspp_channels = network.decoder_channels = 16

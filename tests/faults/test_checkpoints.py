@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that are damaged, gone, timed, or cannot be written."""
 
-import json
-import pathlib
-import re
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from attnfd_jax.errors import InputError
@@ -49,7 +47,8 @@ def largest(folder):
 
 def truncate(folder):
   path = largest(folder / 'state')
-  path.write_bytes(path.read_bytes()[:-100])
+  data = path.read_bytes()
+  path.write_bytes(data[: len(data) // 2])
 
 
 def flip(folder):
@@ -64,13 +63,20 @@ def zero(folder):
   path.write_bytes(bytes(path.stat().st_size))
 
 
+def bend(folder):
+  """One digit of the numbers that say what belongs to the run."""
+  path = folder / 'run' / 'metadata'
+  path.write_text(path.read_text().replace('checksums', 'checksumz'))
+
+
 DAMAGE = {
-  'truncated': (truncate, r'has \d+ bytes of \d+'),
-  'flipped': (flip, 'is damaged'),
-  'zeroed': (zero, 'is damaged'),
-  'removed': (lambda folder: largest(folder / 'state').unlink(), 'is missing'),
-  'run': (lambda folder: (folder / 'run/metadata').unlink(), 'is missing'),
-  'list': (lambda folder: (folder / 'files.json').write_text('{'), 'damaged'),
+  'truncated': truncate,
+  'flipped': flip,
+  'zeroed': zero,
+  'removed': lambda folder: largest(folder / 'state').unlink(),
+  'manifest': lambda folder: (folder / 'state/manifest.ocdbt').unlink(),
+  'run': lambda folder: (folder / 'run/metadata').unlink(),
+  'facts': bend,
 }
 
 
@@ -97,30 +103,18 @@ def test_a_score_can_be_added_later(folder):
 
 @pytest.mark.parametrize('name', DAMAGE)
 def test_a_damaged_one_is_skipped(folder, name):
-  damage, reason = DAMAGE[name]
-  damage(folder / '5')
+  DAMAGE[name](folder / '5')
   lines = []
   assert restore(folder, lines.append) == 4
   (line,) = lines
   assert line.startswith('checkpoint 5 cannot be read (')
-  assert line.endswith('moved to damaged_5; goes on from 4')
-  assert re.search(reason, line)
+  assert line.endswith('moved to damaged_5; resumes from 4')
   # Moved, not deleted; its step can be saved again.
   assert checkpoints.steps(folder) == [1, 4]
   assert (folder.parent / 'damaged_5').is_dir()
   with checkpoints.managed(folder) as manager:
     checkpoints.save(manager, 5, make_state(5), RUN, miou=0.1)
   assert restore(folder) == 5
-
-
-def test_without_its_list_orbax_must_read_it(folder, capfd):
-  """As in folders of older versions."""
-  for step in (4, 5):
-    (folder / str(step) / 'files.json').unlink()
-  assert restore(folder) == 5
-  (folder / '5' / 'state' / 'manifest.ocdbt').unlink()
-  assert restore(folder) == 4
-  assert 'checkpoint 5 cannot be read' in capfd.readouterr().out
 
 
 def test_if_none_can_be_read_nothing_is_touched(folder):
@@ -140,10 +134,10 @@ def test_if_none_can_be_read_nothing_is_touched(folder):
 def test_a_damaged_best_one_is_not_replaced_silently(folder):
   truncate(folder / '1')
   with checkpoints.managed(folder) as manager:
-    with pytest.raises(InputError, match=r'/1: cannot be read .*has \d+ bytes'):
+    with pytest.raises(InputError, match='/1: cannot be read'):
       checkpoints.restore(manager, 1, make_state(0), RUN)
   part = {'params': make_state(0)['params']}
-  with pytest.raises(InputError, match=r'/1: .*has \d+ bytes of'):
+  with pytest.raises(InputError, match='checkpoint 1 cannot be read'):
     checkpoints.restore_parts(folder, part)
   (folder / '1' / 'metrics' / 'metrics').write_text('{"mi')
   with pytest.raises(InputError, match='move the folder 1 away'):
@@ -171,7 +165,7 @@ def test_a_full_disk_loses_nothing(folder, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   with monkeypatch.context() as patch:
-    patch.setattr(pathlib.Path, 'write_text', full)
+    patch.setattr(ocp.CheckpointManager, 'save', full)
     with pytest.raises(
       InputError, match=r'cannot save \(.*No space.*make room'
     ):
@@ -186,14 +180,3 @@ def test_a_deleted_folder_is_told(folder):
     with checkpoints.managed(folder) as manager:
       shutil.rmtree(folder)
       checkpoints.save(manager, 6, make_state(6), RUN)
-
-
-def test_list_has_every_file_of_the_items(folder):
-  files = json.loads((folder / '5' / 'files.json').read_text())
-  found = {
-    str(path.relative_to(folder / '5'))
-    for item in ('state', 'run', 'metrics')
-    for path in (folder / '5' / item).rglob('*')
-    if path.is_file()
-  }
-  assert set(files) == found and len(found) > 5

@@ -23,11 +23,11 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.inference import evaluation
 from attnfd_jax.runs import checkpoints
 from attnfd_jax.runs import lock
+from attnfd_jax.training import experiment
 from attnfd_jax.training import finite
 from attnfd_jax.training import loop
 from attnfd_jax.training import results
 from attnfd_jax.training import stage as stage_room
-from attnfd_jax.training import stages
 
 MOMENTS = (
   'student is built',
@@ -45,7 +45,7 @@ MOMENTS = (
 
 @pytest.fixture(scope='module', autouse=True)
 def small(tmp_path_factory):
-  with small_run.small_networks(tmp_path_factory.mktemp('programs')):
+  with small_run.kept_programs(tmp_path_factory.mktemp('programs')):
     yield
 
 
@@ -93,13 +93,13 @@ def photographed(tmp_path_factory):
 
     calls = iter(('student evaluates 2', 'student evaluates 4', None, None))
     before(stage_room, 'make_state', lambda *_: 'student is built')
-    before(stages, '_train', lambda *_: 'student compiles')
+    before(experiment, '_train', lambda *_: 'student compiles')
     before(finite, 'check_metrics', step_of)
     before(evaluation, 'evaluate', lambda *_: next(calls))
     before(checkpoints, '_seal', sealed)
     before(results, 'write', lambda *_: 'student scores')
     before(pathlib.Path, 'replace', replaced)
-    stages.run(make_config(), workdir)
+    experiment.train(make_config(), workdir)
   return workdir, taken
 
 
@@ -110,7 +110,7 @@ def test_killed_anywhere_it_ends_the_same(photographed, tmp_path, moment):
   shutil.copytree(taken[moment], workdir)
   finished = (workdir / 'student' / 'result.json').exists()
   assert finished == (moment == 'results.json')
-  stages.run(make_config(), workdir)
+  experiment.train(make_config(), workdir)
   small_run.assert_same_run(workdir / 'student', whole / 'student')
   # A timed line of its own would be a step that is there twice.
   steps = [(r['kind'], r['step']) for r in read(workdir / 'student')]
@@ -128,7 +128,7 @@ def read(directory):
 def test_timed_saves_change_no_bit(photographed, tmp_path):
   config = make_config()
   config.checkpoint.every_minutes = 1e-9
-  stages.run(config, tmp_path / 'run')
+  experiment.train(config, tmp_path / 'run')
   ours, whole = tmp_path / 'run' / 'student', photographed[0] / 'student'
   assert small_run.read_result(ours) == small_run.read_result(whole)
   states = small_run.stored_states(ours)
@@ -153,16 +153,16 @@ def test_an_older_config_lacks_keys(photographed, tmp_path):
     del old[group][key]
   del old['mesh']
   path.write_text(json.dumps(old))
-  stages.run(make_config(), workdir)
+  experiment.train(make_config(), workdir)
   assert json.loads(path.read_text())['loss']['focal_gamma'] == 2.0
   path.write_text(json.dumps(old))
   config = make_config()
   config.loss.focal_gamma = 3.0
   with pytest.raises(InputError, match=r'\(loss.focal_gamma: 2.0 -> 3.0\)'):
-    stages.run(config, workdir)
+    experiment.train(config, workdir)
   path.write_text('{"seed"')
   with pytest.raises(InputError, match=r'config.json: damaged'):
-    stages.run(make_config(), workdir)
+    experiment.train(make_config(), workdir)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_harmless_keys_may_change(photographed, tmp_path, key, value):
   shutil.copytree(photographed[0], workdir)
   config = make_config()
   config.update_from_flattened_dict({key: value})
-  assert stages.run(config, workdir)
+  assert experiment.train(config, workdir)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_refused_at_once(tmp_path, key, value, message):
     config.loss.weighting = 'given'
   config.update_from_flattened_dict({key: value})
   with pytest.raises(InputError, match=message):
-    stages.run(config, tmp_path / 'run')
+    experiment.train(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
 
@@ -225,13 +225,13 @@ def test_one_process_a_folder(photographed, tmp_path):
     assert process.stdout.readline() == 'held\n'
     owner = rf'is in use by process {process.pid} on \S+; wait'
     with pytest.raises(InputError, match=owner):
-      stages.run(make_config(), workdir)
+      experiment.train(make_config(), workdir)
     # Reading is free.
     checkpoints.make_manager(
       workdir / 'student' / 'checkpoints', read_only=True
     ).close()
     process.kill()
-  stages.run(make_config(), workdir)
+  experiment.train(make_config(), workdir)
 
 
 def test_disks_without_locks_are_told(tmp_path, monkeypatch, capsys):
@@ -262,12 +262,12 @@ def test_disk_errors_have_a_remedy(
     raise OSError(number, os.strerror(number))
 
   with monkeypatch.context() as patch:
-    patch.setattr(stages.logs.StageLog, 'metrics', refuse)
+    patch.setattr(experiment.logs.StageLog, 'metrics', refuse)
     with pytest.raises(InputError, match=f'{remedy} and start the same') as e:
-      stages.run(make_config(), workdir)
+      experiment.train(make_config(), workdir)
   assert str(workdir) in str(e.value) and '\n' not in str(e.value)
   assert checkpoints.steps(workdir / 'student' / 'checkpoints') == [2]
-  stages.run(make_config(), workdir)
+  experiment.train(make_config(), workdir)
   small_run.assert_same_run(workdir / 'student', whole / 'student')
 
 
@@ -284,7 +284,7 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch, when):
     monkeypatch.setattr(evaluation, 'evaluate', full)
     words = '--config.eval.batch_size=4 would probably fit'
   with pytest.raises(InputError, match=words) as error:
-    stages.run(make_config(), tmp_path / 'run')
+    experiment.train(make_config(), tmp_path / 'run')
   assert '\n' not in str(error.value)
 
 
@@ -298,12 +298,12 @@ def test_a_teacher_that_is_gone_is_told(photographed, tmp_path):
   config.stages = ('teacher', 'distill')
   message = 'teacher: no checkpoints there, .*put them back, move the rest'
   with pytest.raises(InputError, match=message):
-    stages.run(config, workdir)
+    experiment.train(config, workdir)
   shutil.rmtree(workdir / 'teacher')
   config.stages = ('distill',)
   message = r'no config.json and no checkpoints there.*add teacher to --config'
   with pytest.raises(InputError, match=message):
-    stages.run(config, workdir)
+    experiment.train(config, workdir)
   assert before == sorted([*workdir.rglob('*'), *gone(before, workdir)])
 
 

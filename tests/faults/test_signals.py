@@ -19,7 +19,7 @@ DRIVER = """
 import sys
 import runpy
 import small_run
-with small_run.small_networks(sys.argv.pop()):
+with small_run.kept_programs(sys.argv.pop()):
   {prepare}
   runpy.run_module('attnfd_jax.main', run_name='__main__', alter_sys=True)
 """

@@ -46,7 +46,7 @@ def get_config(arg=None):
   config.num_epochs = config.teacher.num_epochs = 2.0
   config.log_every_steps = 1
   config.optim.ema_decay = 0.5
-  config.distill.student_attention = 'none'
+  config.distill.attnfd.student_attention = 'none'
   return config
 
 

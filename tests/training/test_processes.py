@@ -20,7 +20,7 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.runs import checkpoints
 from attnfd_jax.runs import logs
-from attnfd_jax.training import stages
+from attnfd_jax.training import experiment
 
 SCRIPT = pathlib.Path(process_run.__file__)
 TIMES = ('step_seconds', 'images_per_second', 'data_wait', 'train_seconds')
@@ -61,7 +61,7 @@ def folders(tmp_path_factory):
   original = networks.DeepLabV3Plus
   networks.DeepLabV3Plus = process_run.Small
   try:
-    stages.run(process_run.get_config(), base / 'one')
+    experiment.train(process_run.get_config(), base / 'one')
     printed = [worker.communicate(timeout=200)[0] for worker in workers]
   finally:
     networks.DeepLabV3Plus = original

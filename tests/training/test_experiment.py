@@ -13,8 +13,8 @@ import test_loggers
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import evaluation
 from attnfd_jax.runs import logs
+from attnfd_jax.training import experiment
 from attnfd_jax.training import finite
-from attnfd_jax.training import stages
 
 STAGES = small_run.STAGES
 
@@ -22,7 +22,7 @@ STAGES = small_run.STAGES
 @pytest.fixture(scope='module', autouse=True)
 def small(tmp_path_factory):
   """All networks are small, and later runs of this file reuse programs."""
-  with small_run.small_networks(tmp_path_factory.mktemp('programs')):
+  with small_run.kept_programs(tmp_path_factory.mktemp('programs')):
     yield
 
 
@@ -30,7 +30,7 @@ def small(tmp_path_factory):
 def finished(tmp_path_factory):
   """A run of three stages, never interrupted."""
   workdir = tmp_path_factory.mktemp('runs') / 'whole'
-  stages.run(small_run.make_config(), workdir)
+  experiment.train(small_run.make_config(), workdir)
   return workdir
 
 
@@ -128,9 +128,9 @@ def test_student_and_distilled_student_start_alike(finished):
 
 
 def test_again_skips_everything(finished, capsys, monkeypatch):
-  monkeypatch.setattr(stages, 'make_stage', None)
+  monkeypatch.setattr(experiment, 'make_stage', None)
   before = {path: path.stat().st_mtime_ns for path in finished.glob('*/**/*')}
-  table = stages.run(small_run.make_config(), finished)
+  table = experiment.train(small_run.make_config(), finished)
   assert table == json.loads((finished / 'results.json').read_text())
   assert capsys.readouterr().out.count('already finished, skipped') == 3
   after = {path: path.stat().st_mtime_ns for path in finished.glob('*/**/*')}
@@ -156,7 +156,7 @@ def test_an_interrupted_run_ends_as_the_whole_one(
 
   monkeypatch.setattr(evaluation, 'evaluate', interrupt)
   with pytest.raises(KeyboardInterrupt):
-    stages.run(small_run.make_config(), workdir)
+    experiment.train(small_run.make_config(), workdir)
   assert not (workdir / 'distill' / 'result.json').exists()
   assert [r['step'] for r in small_run.read_lines(workdir / 'distill')] == [
     1,
@@ -172,7 +172,7 @@ def test_an_interrupted_run_ends_as_the_whole_one(
   config.data.threads = 1
   config.eval.batch_size = 4
   config.loggers = ('tensorboard',)
-  stages.run(config, workdir)
+  experiment.train(config, workdir)
   shown = test_loggers.shown_by_tensorboard(workdir / 'distill')
   told = test_loggers.told(workdir / 'distill')
   assert shown == pytest.approx(told, rel=1e-6, nan_ok=True)
@@ -196,7 +196,7 @@ def test_another_config_needs_another_folder(finished, key, value, message):
   config = small_run.make_config()
   config.update_from_flattened_dict({key: value})
   with pytest.raises(InputError, match=message):
-    stages.run(config, finished)
+    experiment.train(config, finished)
   assert (finished / 'config.json').read_text() == before
 
 
@@ -207,9 +207,21 @@ def test_another_config_needs_another_folder(finished, key, value, message):
     ('student.backbone', 'resnet8', "Unknown backbone 'resnet8'.*mean 'resn"),
     ('teacher.backbone', 'vgg', "Unknown backbone 'vgg'"),
     ('student.output_stride', 32, 'output_stride=32 must be 8 or 16'),
-    ('distill.norm_scope', 'layer', "norm_scope='layer' must be one of batch"),
-    ('distill.reduction', 'sum', "reduction='sum' must be one of batchmean"),
-    ('distill.student_attention', 'all', "student_attention='all' must be"),
+    (
+      'distill.attnfd.norm_scope',
+      'layer',
+      "norm_scope='layer' must be one of batch",
+    ),
+    (
+      'distill.attnfd.reduction',
+      'sum',
+      "reduction='sum' must be one of batchmean",
+    ),
+    (
+      'distill.attnfd.student_attention',
+      'all',
+      "student_attention='all' must be",
+    ),
     ('distill.teacher_bn', 'eval', "teacher_bn='eval' must be one of"),
     ('loggers', ('wandb', 'mlflow'), r"loggers=\('wandb', 'mlflow'\) must be"),
     ('data.name', 'camvit', "Unknown data set 'camvit'.*mean 'camvid'"),
@@ -227,7 +239,7 @@ def test_refused_before_anything_is_done(tmp_path, key, value, message):
   config.update_from_flattened_dict({key: value})
   workdir = tmp_path / 'new'
   with pytest.raises(InputError, match=message) as error:
-    stages.run(config, workdir)
+    experiment.train(config, workdir)
   assert '\n' not in str(error.value)
   assert not workdir.exists()
 
@@ -236,7 +248,7 @@ def test_distilling_needs_a_teacher(tmp_path):
   config = small_run.make_config()
   config.stages = ('distill',)
   with pytest.raises(InputError, match=r'teacher: no config\.json'):
-    stages.run(config, tmp_path / 'run')
+    experiment.train(config, tmp_path / 'run')
 
 
 def test_a_teacher_of_other_classes_is_refused(finished, tmp_path):
@@ -248,7 +260,7 @@ def test_a_teacher_of_other_classes_is_refused(finished, tmp_path):
   config = small_run.make_config()
   config.stages, config.teacher.checkpoint = ('distill',), str(teacher)
   with pytest.raises(InputError, match="knows 9 classes.*'heaven'"):
-    stages.run(config, tmp_path / 'run')
+    experiment.train(config, tmp_path / 'run')
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path, finished):
@@ -264,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops(tmp_path, finished):
     r'Loss is not finite at step 2: .*ce nan.*Images: scene \d+, .*no che'
   )
   with pytest.raises(finite.NonFiniteLoss, match=message):
-    stages.run(config, workdir)
+    experiment.train(config, workdir)
   assert not (workdir / 'student' / 'result.json').exists()
   # No network with such weights is kept.
   assert not small_run.stored_states(workdir / 'student')

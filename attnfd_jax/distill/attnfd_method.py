@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AttnFD as a method of the registry: any two networks, stored gates, maps."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from attnfd_jax.distill import attnfd
+from attnfd_jax.distill import taps as matching
+from attnfd_jax.distill.attnfd import AttnFD
+
+_FROZEN = ('checkpoint', 'random')
+
+
+class AttnFDMethod(nn.Module):
+  """`AttnFD` between the taps that two networks share.
+
+  Attributes:
+    taps: names of maps; those that both sides have are compared.
+    teacher_attention: see AttnFD. 'in_path' and 'checkpoint' are what is asked
+      for, `adapted` finds out what the teacher has: 'in_path' becomes
+      'parameter_free' for a teacher without trained gates, 'checkpoint' becomes
+      'random' for one without stored gates, as the authors' own training leaves
+      them.
+    student_attention, norm_scope, reduction, teacher_bn, match_size,
+      fan_out_taps: see AttnFD.
+    connector_schedule: see training/optim.py; 'first_epoch' is the authors'.
+  """
+
+  taps: tuple[str, ...] = ('backbone', 'aspp', 'decoder')
+  teacher_attention: str = 'parameter_free'
+  student_attention: str = 'learnable'
+  norm_scope: str = 'batch'
+  reduction: str = 'unitmean'
+  teacher_bn: str = 'running'
+  match_size: str = 'none'
+  fan_out_taps: tuple[str, ...] = ()
+  connector_schedule: str = 'always'
+
+  pictures_note = (
+    'Where the refined features of the teacher and of the student are strong, '
+    'at the taps where they are compared.'
+  )
+
+  def __post_init__(self):
+    attnfd.check_options(self)
+    super().__post_init__()
+
+  @property
+  def divides_by_batch(self):
+    """One unit for the whole batch, and a sum divided by its images."""
+    return self.reduction == 'batchmean' and self.norm_scope == 'batch'
+
+  def adapted(self, student, teacher):
+    """With the attention that this teacher has, and starts by the networks.
+
+    Raises:
+      ValueError: for an attention that does not go with its forward path.
+    """
+    attention = self.teacher_attention
+    if getattr(teacher, 'in_path_attention', False):
+      if attention not in ('in_path', 'checkpoint'):
+        raise ValueError(
+          f'teacher_attention={attention!r}, but the maps of this teacher are '
+          'refined in its forward path; use in_path.'
+        )
+      attention = 'in_path'
+    elif attention == 'in_path':
+      attention = 'parameter_free'  # Gates that nobody trained would be noise.
+    elif attention == 'checkpoint' and getattr(teacher, 'gates', None) is None:
+      attention = 'random'
+    backbones = [
+      getattr(network, 'backbone', '') or ''
+      for network in (student, getattr(teacher, 'network', None))
+    ]
+    # Those of ResNets start as their convolutions, resnet.py of the authors.
+    resnets = all(name.startswith('resnet') for name in backbones)
+    return self.clone(
+      teacher_attention=attention,
+      fan_out_taps=('backbone',) if resnets else self.fan_out_taps,
+    )
+
+  def adopt(self, variables, teacher):
+    """`variables` with the gates of the teacher's checkpoint."""
+    if self.teacher_attention != 'checkpoint' or teacher.gates is None:
+      return variables
+    shapes = jax.tree.map(jnp.shape, variables['teacher'])
+    if jax.tree.map(jnp.shape, teacher.gates) != shapes:
+      raise ValueError(
+        'The gates in the checkpoint of the teacher do not fit its maps; use '
+        'teacher_attention=parameter_free.'
+      )
+    return {**variables, 'teacher': teacher.gates}
+
+  def parameter_groups(self):
+    """As the authors group them; their optimiser never sees the MLP."""
+    groups = [(r'connectors_\w+/.*', 'connectors')]
+    if self.student_attention == 'mlp_frozen':
+      groups += [
+        (r'student_gates_\w+/mlp_.*', 'frozen'),
+        (r'student_gates_backbone/.*', 'backbone'),
+      ]
+    return tuple(groups)
+
+  def student_attention_variables(self, variables):
+    """{'params', 'batch_stats'} of the student's gates by tap, or None."""
+    if self.student_attention not in ('learnable', 'mlp_frozen'):
+      return None
+    prefix = 'student_gates_'
+    return {
+      part: {
+        name.removeprefix(prefix): tree
+        for name, tree in variables[part].items()
+        if name.startswith(prefix)
+      }
+      for part in ('params', 'batch_stats')
+    }
+
+  def __call__(self, student, teacher, labels, *, train, step):
+    """See distill/method.py; one term for each tap."""
+    del labels, step
+    distiller, maps = self._distiller(student, teacher)
+    return distiller(*maps, train=train)
+
+  def pictures(self, student, teacher, *, train):
+    """Length of the refined vector at each pixel of each tap."""
+    distiller, maps = self._distiller(student, teacher)
+    refined = distiller.refined_maps(*maps, train=train)
+    return dict(
+      zip(
+        ('student', 'teacher'),
+        jax.tree.map(lambda x: jnp.linalg.norm(x, axis=-1), refined),
+        strict=True,
+      )
+    )
+
+  def _distiller(self, student, teacher):
+    """The AttnFD, in the scope of this module, and its two sets of maps."""
+    maps = matching.shared(student, teacher, self.taps)
+    channels = [{tap: x.shape[-1] for tap, x in side.items()} for side in maps]
+    reduction = 'unitmean' if self.divides_by_batch else self.reduction
+    distiller = AttnFD(
+      *channels,
+      teacher_attention=self.teacher_attention,
+      student_attention=self.student_attention,
+      norm_scope=self.norm_scope,
+      reduction=reduction,
+      teacher_bn=self.teacher_bn,
+      match_size=self.match_size,
+      fan_out_taps=self.fan_out_taps,
+      parent=self.scope,
+    )
+    return distiller, maps

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders of runs, on a disk or at gs://."""
+
+import contextlib
+import os
+
+from etils import epath
+
+from attnfd_jax.errors import InputError
+
+
+def is_remote(path):
+  """Whether `path` is an address such as gs://bucket/run."""
+  return '://' in str(path)
+
+
+def as_path(path):
+  """An absolute epath.Path.
+
+  Raises:
+    InputError: for an address whose package is missing.
+  """
+  path = os.fspath(path)
+  if not is_remote(path):
+    return epath.Path(os.path.abspath(path))
+  try:
+    path = epath.Path(path)
+    path.exists()
+  except ImportError as error:
+    raise InputError(
+      f'{path}: reading {str(path).partition(":")[0]}:// needs gcsfs; pip '
+      "install 'attnfd_jax[gcs]'."
+    ) from error
+  return path
+
+
+@contextlib.contextmanager
+def replacing(path):
+  """A file, open for bytes, that takes the place of `path` when it is whole."""
+  path = epath.Path(path)
+  if is_remote(path):  # Objects are replaced whole.
+    with path.open('wb') as file:
+      yield file
+    return
+  # One name: what a killed process leaves is overwritten by the next one.
+  temporary = path.with_name(f'.{path.name}.tmp')
+  with temporary.open('wb') as file:
+    yield file
+    file.flush()
+    os.fsync(file.fileno())  # The name must not be there before the bytes.
+  temporary.replace(path)
