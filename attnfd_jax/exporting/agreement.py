@@ -63,21 +63,17 @@ def make_batches(pattern, info, *, short_side, count=NUM_IMAGES):
     except InputError as error:
       text = str(error).replace('--input', '--images')
       raise InputError(text) from error
-    chosen = np.linspace(0, len(paths) - 1, min(count, len(paths)))
-    images = [sources.read_image(paths[round(i)]) for i in chosen]
-    images = [transforms.fit_image(x, short_side) for x in images]
-  elif source := _val_source(info):
-    name = f'images of the val split of {dataset}'
-    records = evaluation.chosen_records(source, count, short_side=short_side)
-    images = [record['image'] for record in records]
+    total, read = len(paths), lambda i: sources.read_image(paths[i])
   else:
-    name = (
-      f'drawn scenes ({dataset} cannot be read here; name real images by '
-      '--images)'
-    )
-    height = max(short_side or 240, SMALLEST)
-    scenes = StreetScenes(count, height=height, width=2 * height, seed=0)
-    images = [scenes[i]['image'] for i in range(count)]
+    name = f'images of the val split of {dataset}'
+    source = _val_source(info)
+    if source is None:
+      name = f'drawn scenes ({dataset} cannot be read here; see --images)'
+      height = max(short_side or 240, SMALLEST)
+      source = StreetScenes(count, height=height, width=2 * height, seed=0)
+    total, read = len(source), lambda i: source[i]['image']
+  chosen = np.linspace(0, total - 1, min(count, total))
+  images = [transforms.fit_image(read(round(i)), short_side) for i in chosen]
   h, w = np.min([x.shape[:2] for x in images], 0)
   if min(h, w) < SMALLEST:
     raise InputError(
