@@ -292,7 +292,7 @@ def test_bad_input_of_the_command_is_one_line(tmp_path):
   process = tiny_run.run_verb('export', '--format=tflite', '--output=a')
   assert (process.returncode, process.stdout) == (2, '')
   (line,) = process.stderr.splitlines()
-  assert line.startswith('error: --format=tflite must be one of stablehlo')
+  assert line.startswith("error: --format='tflite' must be one of stablehlo")
 
 
 @pytest.mark.parametrize('kind', ['pth', 'onnx'])

@@ -25,10 +25,6 @@ class Small(NamedTuple):
   scale: np.ndarray
 
 
-def _is_small(x):
-  return isinstance(x, Small)
-
-
 def shrink(variables, weights):
   """The variables with convolution kernels as `Small`; all else stays as it is.
 
@@ -50,12 +46,16 @@ def shrink(variables, weights):
 def grow(stored):
   """float32 variables of what `shrink` returns."""
 
+  def is_small(x):
+    return isinstance(x, Small)
+
   def load(x):
-    if not _is_small(x):
+    if not is_small(x):
       return x
+    # In the program: as NumPy arrays they would be in it in float32.
     return jnp.asarray(x.values).astype(jnp.float32) * x.scale
 
-  return jax.tree.map(load, stored, is_leaf=_is_small)
+  return jax.tree.map(load, stored, is_leaf=is_small)
 
 
 @functools.lru_cache

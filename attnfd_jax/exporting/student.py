@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from attnfd_jax.errors import InputError
+from attnfd_jax.errors import one_of
 from attnfd_jax.exporting import agreement
 from attnfd_jax.exporting import fresh_process
 from attnfd_jax.exporting import stablehlo
@@ -30,12 +31,8 @@ _PROGRAMS = {
 
 def _check_arguments(output, kind, *, uint8, argmax, weights, overwrite):
   """The path to write; raises InputError for what cannot be done."""
-  for flag, value, choices in (
-    ('format', kind, FORMATS),
-    ('weights', weights, stablehlo.WEIGHTS),
-  ):
-    if value not in choices:
-      raise InputError(f'--{flag}={value} must be one of {", ".join(choices)}.')
+  one_of('--format', kind, FORMATS)
+  one_of('--weights', weights, stablehlo.WEIGHTS)
   if kind not in _PROGRAMS and (uint8 or argmax):
     raise InputError(
       f'--{"uint8" if uint8 else "argmax"} needs a program, and --format={kind}'

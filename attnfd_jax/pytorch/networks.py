@@ -14,6 +14,7 @@ import numpy as np
 
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
+from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.deeplab import TAPS
 from attnfd_jax.pytorch import files
@@ -88,30 +89,35 @@ def _abstract(network):
   return networks.abstract_variables(network)
 
 
-def _split_gates(variables):
-  """The variables without the CBAMs of the taps, and these by tap."""
-  rest = {
-    part: {k: x for k, x in tree.items() if not k.startswith('attention_')}
-    for part, tree in variables.items()
-  }
+@functools.lru_cache
+def abstract_gates(network):
+  """Shapes {'params', 'batch_stats'} of the CBAMs of a network, by tap."""
+  init = functools.partial(CBAM().init, train=False)
+  maps = networks.abstract_outputs(network, (64, 64))['features']
   gates = {
-    part: {tap: tree[f'attention_{tap}'] for tap in TAPS}
-    for part, tree in variables.items()
+    tap: jax.eval_shape(init, jax.random.key(0), x) for tap, x in maps.items()
   }
-  return rest, gates
+  return {
+    part: {tap: gate[part] for tap, gate in gates.items()}
+    for part in ('params', 'batch_stats')
+  }
 
 
 def _with_gates(variables, gates):
-  """As the network has them with in_path_attention."""
+  """As a network has them that refines its maps in the forward path."""
   return {
     part: tree | {f'attention_{tap}': x for tap, x in gates[part].items()}
     for part, tree in variables.items()
   }
 
 
-def abstract_gates(network):
-  """Shapes {'params', 'batch_stats'} of the CBAMs of a network, by tap."""
-  return _split_gates(_abstract(network.clone(in_path_attention=True)))[1]
+def _split_gates(variables):
+  """The arguments of `_with_gates`."""
+  rest, gates = {}, {}
+  for part, tree in variables.items():
+    gates[part] = {tap: tree[f'attention_{tap}'] for tap in TAPS}
+    rest[part] = {k: x for k, x in tree.items() if k[:10] != 'attention_'}
+  return rest, gates
 
 
 def import_network(tensors, network):
@@ -125,17 +131,19 @@ def import_network(tensors, network):
     The variables, None where a tensor is missing; the three CBAMs as
     {'params', 'batch_stats'} or None; and a Report.
   """
-  gated = network.in_path_attention
+  target = _abstract(network)
   # A parameter-free CBAM leaves its unused convolution in the file.
   has_gates = 'backbone.cbam.ChannelGate.mlp.1.weight' in tensors
-  if not has_gates:
-    tensors = {k: x for k, x in tensors.items() if gated or '.cbam.' not in k}
-  target = _abstract(network.clone(in_path_attention=gated or has_gates))
+  apart = has_gates and not network.in_path_attention
+  if apart:
+    target = _with_gates(target, abstract_gates(network))
+  elif not has_gates:
+    tensors = {k: x for k, x in tensors.items() if '.cbam.' not in k}
   name_of = functools.partial(names.network_name, backbone=network.backbone)
   variables, report = names.fill(target, tensors, name_of)
-  if gated or not has_gates:
-    return variables, None, report
-  return *_split_gates(variables), report
+  if apart:
+    return *_split_gates(variables), report
+  return variables, None, report
 
 
 def backbone_only(report):
@@ -213,11 +221,8 @@ def load_pretrained(path, network):
       'config.teacher or config.student right?'
     ) from error
   variables, _, report = import_network(tensors, network)
-  backbone = jax.tree.leaves(
-    [tree.get('backbone') for tree in variables.values()],
-    is_leaf=lambda x: x is None,
-  )
-  if any(leaf is None for leaf in backbone):
+  holes = [*report.missing, *report.reshaped]
+  if any(re.match(r'backbone\.(?!cbam\.)', name) for name in holes):
     raise InputError(
       f'{path}: does not fill the backbone {network.backbone}: {report}.'
     )
