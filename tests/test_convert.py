@@ -448,3 +448,48 @@ def test_files_that_do_not_fit_stop_a_run_before_it_begins(tmp_path, tensors):
   with pytest.raises(InputError, match='not a whole resnet'):
     experiment.train(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+def test_the_distiller_of_the_authors():
+  backbones = {'s_net': 'resnet18', 't_net': 'mobilenet_v2'}
+  found, channels = {}, []
+  for number, (prefix, backbone) in enumerate(backbones.items(), 1):
+    network, variables, gates = shapes(backbone, 7, width_multiplier=1.0)
+    filled = jax.tree.map(
+      lambda x, n=number: np.full(x.shape, n, np.float32), (variables, gates)
+    )
+    tensors = torch_models.export_torch(*filled, backbone=backbone)
+    found |= {f'{prefix}.{name}': value for name, value in tensors.items()}
+    maps = networks.abstract_outputs(network, (64, 64))['features']
+    channels.append({tap: x.shape[-1] for tap, x in maps.items()})
+  student, teacher = channels
+  kernels = {}
+  for number, tap in ((3, 'backbone'), (4, 'aspp'), (5, 'decoder')):
+    size = (teacher[tap], student[tap], 1, 1)
+    kernel = np.random.default_rng(number).normal(size=size)
+    kernels[tap] = found[f'Connectors.{number}.0.weight'] = kernel
+    for leaf in ('weight', 'bias', 'running_mean', 'running_var'):
+      found[f'Connectors.{number}.1.{leaf}'] = np.full(teacher[tap], 3.0)
+  options = {
+    'student_backbone': 'resnet18',
+    'teacher_backbone': 'mobilenet_v2',
+    'num_classes': 7,
+  }
+  pair = attnfd_jax.load_torch_distiller(found, **options)
+  for variables, value in (
+    (pair.student_variables, 1),
+    (pair.teacher_variables, 2),
+    (pair.distiller_variables['teacher'], 2),
+  ):
+    assert {x.flat[0] for x in jax.tree.leaves(variables)} == {value}
+  params = pair.distiller_variables['params']
+  for tap, kernel in kernels.items():
+    (found_kernel,) = [
+      x for x in jax.tree.leaves(params[f'connectors_{tap}']) if x.ndim == 4
+    ]
+    np.testing.assert_allclose(found_kernel, kernel.transpose(2, 3, 1, 0))
+    gates = jax.tree.leaves(params[f'student_gates_{tap}'])
+    assert {x.flat[0] for x in gates} == {1}
+  del found['Connectors.4.0.weight']
+  with pytest.raises(InputError, match=r'missing 1.*Connectors\.4\.0\.weight'):
+    attnfd_jax.load_torch_distiller(found, **options)

@@ -192,20 +192,23 @@ def describe_rounding(exact, found, weights):
   return line
 
 
-def val_mious(network, candidates, info):
-  """mIoU of each of some variables as the stage was scored, if it can be."""
-  source, options = _val_source(info), info['eval']
-  for variables in candidates if source else ():
+def describe_mious(network, candidates, info):
+  """The mIoU on val of each of {name: variables}, or '' if it is not here."""
+  source, scores = _val_source(info), []
+  options = {
+    key: info['eval'][key]
+    for key in ('protocol', 'short_side', 'batch_size', 'size_multiple')
+    if key in info['eval']
+  }
+  for name, variables in candidates.items() if source else ():
     counts = evaluation.evaluate(
       network,
       variables,
       source,
       num_classes=len(info['class_names']),
       mesh=sharding.make_mesh(),
-      protocol=options['protocol'],
-      short_side=options.get('short_side', 0),
-      batch_size=options['batch_size'],
-      size_multiple=options['size_multiple'],
       threads=info['data']['threads'],
+      **options,
     )
-    yield metrics.mean_iou(counts)
+    scores.append(f'{100 * metrics.mean_iou(counts):.2f} with {name}')
+  return f'val mIoU {", ".join(scores)}' if scores else ''

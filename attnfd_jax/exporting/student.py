@@ -29,15 +29,16 @@ _PROGRAMS = {
 }
 
 
-def _check_arguments(output, kind, *, uint8, argmax, weights, overwrite):
+def _check_arguments(output, kind, form, weights, overwrite):
   """The path to write; raises InputError for what cannot be done."""
   one_of('--format', kind, FORMATS)
   one_of('--weights', weights, stablehlo.WEIGHTS)
-  if kind not in _PROGRAMS and (uint8 or argmax):
-    raise InputError(
-      f'--{"uint8" if uint8 else "argmax"} needs a program, and --format={kind}'
-      ' holds weights alone; use stablehlo or onnx.'
-    )
+  for name, value in form.items():
+    if value and kind not in _PROGRAMS:
+      raise InputError(
+        f'--{name} needs a program, and --format={kind} holds weights alone; '
+        'use stablehlo or onnx.'
+      )
   if weights != 'float32' and kind != 'stablehlo':
     raise InputError(f'--weights={weights} is for --format=stablehlo.')
   extra, *modules = _PROGRAMS.get(kind, ('',))
@@ -84,7 +85,7 @@ def export_student(
     kind: of FORMATS; 'onnx' and 'pth' are for DeepLabV3Plus.
     uint8, argmax: see stablehlo.make_forward; of stablehlo and onnx.
     weights: of stablehlo.WEIGHTS; the others than float32 are of stablehlo.
-    images, num_images: what it is compared on; see agreement.find_images.
+    images, num_images: what it is compared on; see agreement.make_batches.
     overwrite: replace a file that exists.
     allow_code: see loading.load_network.
 
@@ -92,14 +93,8 @@ def export_student(
     InputError: whenever the user can fix it, and if the file does not agree;
       nothing is written then.
   """
-  path = _check_arguments(
-    output,
-    kind,
-    uint8=uint8,
-    argmax=argmax,
-    weights=weights,
-    overwrite=overwrite,
-  )
+  form = {'uint8': uint8, 'argmax': argmax}
+  path = _check_arguments(output, kind, form, weights, overwrite)
   if not checkpoint:
     raise InputError('--checkpoint is missing; name the folder of a stage.')
   network, variables, info = loading.load_network(
@@ -111,7 +106,7 @@ def export_student(
   variables = jax.device_get(variables)
   stored = stablehlo.shrink(variables, weights)
   rounded = jax.device_get(stablehlo.grow(stored))
-  forward = stablehlo.make_forward(network, uint8=uint8, argmax=argmax)
+  forward = stablehlo.make_forward(network, **form)
   short_side = loading.seen_short_side(info, info['eval']['protocol'])
   batches, text = agreement.make_batches(
     images, info, short_side=short_side, count=num_images
@@ -133,7 +128,7 @@ def export_student(
 
       metadata = conversion.describe_data(info) | {'short_side': short_side}
       model = onnx_graph.make_model(
-        network, variables, uint8=uint8, argmax=argmax, metadata=metadata
+        network, variables, metadata=metadata, **form
       )
       temporary.write_bytes(model.SerializeToString())
     else:
@@ -162,15 +157,9 @@ def export_student(
     if weights != 'float32':
       exact = [np.asarray(forward(variables, x)) for x in batches]
       lines.append(agreement.describe_rounding(exact, found, weights))
-      scores = [
-        f'{100 * score:.2f}'
-        for score in agreement.val_mious(network, (variables, rounded), info)
-      ]
-      if scores:
-        lines.append(
-          f'val mIoU {scores[0]} with float32 weights, {scores[1]} with '
-          f'{weights}'
-        )
+      kept = {'float32 weights': variables, weights: rounded}
+      if scores := agreement.describe_mious(network, kept, info):
+        lines.append(scores)
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)

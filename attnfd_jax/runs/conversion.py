@@ -36,13 +36,7 @@ _DATASETS = {
 
 
 def convert(source, target, *, allow_code=False, **options):
-  """Converts one way or the other; returns lines to print.
-
-  Args:
-    source: PyTorch file, see `import_stage`, or folder, see `export_stage`.
-    target: folder or file that does not exist.
-    allow_code: of `export_stage`.
-    **options: of `import_stage`.
+  """`import_stage` of a file, with options, or `export_stage` of a folder.
 
   Raises:
     InputError: whenever the user can fix it; nothing is written then.
