@@ -19,7 +19,7 @@ class UNet(nn.Module):
 
     def block(x, features):
       x = nn.Conv(features, (3, 3), use_bias=False, dtype=self.dtype)(x)
-      return nn.relu(nn.BatchNorm(not train, 0.9, dtype=self.dtype)(x))
+      return nn.relu(nn.BatchNorm(not train, momentum=0.9, dtype=self.dtype)(x))
 
     fine = block(image, self.width)
     middle = block(nn.max_pool(fine, (2, 2), (2, 2)), 2 * self.width)

@@ -98,7 +98,8 @@ def untimed(records):
 
 def read_result(directory):
   result = json.loads((directory / 'result.json').read_text())
-  return {k: v for k, v in result.items() if k != 'train_seconds'}
+  clock = ('train_seconds', 'step_seconds')
+  return {k: v for k, v in result.items() if k not in clock}
 
 
 def stored_states(directory):

@@ -121,7 +121,8 @@ def configured_batches(config, dataset, *, step=0):
 class _Selected:
   """Records of `source` by index, prepared and padded to one size.
 
-  Indices of None are padding: ignored everywhere.
+  Images repeat their edges, labels are ignored there. Indices of None are
+  padding: black, and ignored everywhere.
   """
 
   def __init__(self, source, indices, image_size, label_size, prepare):
@@ -140,7 +141,7 @@ class _Selected:
       return {'image': image, 'label': label}
     record = self._prepare(self._source[index])
     return {
-      'image': transforms.pad(record['image'], self._image_size, 0),
+      'image': transforms.pad_edges(record['image'], self._image_size),
       'label': transforms.pad(record['label'], self._label_size, IGNORE_LABEL),
     }
 

@@ -45,6 +45,16 @@ def pad(x, size, value):
   )
 
 
+def pad_edges(image, size):
+  """Pads [h, w, c] right and bottom to `size` by repeating the last pixels.
+
+  A border of another color would be one more object, and its mean would enter
+  the pooled branch.
+  """
+  bottom, right = size[0] - image.shape[0], size[1] - image.shape[1]
+  return cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
+
+
 def distort(image, generator, *, strength):
   """Random brightness, contrast, saturation and hue.
 

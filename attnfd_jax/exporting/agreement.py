@@ -20,7 +20,7 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.exporting import fresh_process
 from attnfd_jax.exporting.stablehlo import SMALLEST
 from attnfd_jax.inference import evaluation
-from attnfd_jax.predict import find_images as list_images
+from attnfd_jax.inference import image_files
 from attnfd_jax.pytorch import files
 from attnfd_jax.pytorch import names
 
@@ -59,7 +59,7 @@ def make_batches(pattern, info, *, short_side, count=NUM_IMAGES):
   if pattern:
     name = f'images of {pattern}'
     try:
-      paths = list_images(pattern)
+      paths = image_files.find_images(pattern)
     except InputError as error:
       text = str(error).replace('--input', '--images')
       raise InputError(text) from error

@@ -15,6 +15,7 @@ from attnfd_jax.errors import one_of
 from attnfd_jax.exporting import agreement
 from attnfd_jax.exporting import fresh_process
 from attnfd_jax.exporting import stablehlo
+from attnfd_jax.inference import predictor
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.runs import conversion
@@ -107,14 +108,16 @@ def export_student(
   stored = stablehlo.shrink(variables, weights)
   rounded = jax.device_get(stablehlo.grow(stored))
   forward = stablehlo.make_forward(network, **form)
-  short_side = loading.seen_short_side(info, info['eval']['protocol'])
+  short_side = predictor.seen_short_side(
+    info['eval']['protocol'], info['eval'].get('short_side', 0)
+  )
   batches, text = agreement.make_batches(
     images, info, short_side=short_side, count=num_images
   )
   if not uint8:
     batches = [np.asarray(normalise(x)) for x in batches]
   lines = [
-    f'{loading.describe(checkpoint, info)}, as {kind}, weights {weights}'
+    f'{predictor.describe(checkpoint, info)}, as {kind}, weights {weights}'
   ]
   remarks = []
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import NotRequired
 from typing import Protocol
 from typing import TypedDict
 
-import flax.linen as nn
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,7 +153,7 @@ def check_outputs(network, num_classes, image_size):
   name = type(network).__name__
   try:
     out = abstract_outputs(network, image_size)
-  except (InputError, nn.FlaxError, TypeError, ValueError) as error:
+  except (InputError, flax.errors.FlaxError, TypeError, ValueError) as error:
     raise InputError(
       f'{name} fails on images {image_size}: {str(error).splitlines()[0]}'
     ) from error

@@ -3,6 +3,7 @@
 
 import collections
 import pathlib
+import warnings
 
 import cv2
 import numpy as np
@@ -17,9 +18,7 @@ from attnfd_jax.errors import DataError
 _CELL, _GAP, _LINE = (240, 180), 8, 14  # Pixels, as the next two.
 _WIDTH = 3 * (_CELL[0] + _GAP) + _GAP
 _LONGEST = 8192  # Much longer sides are read in steps: reach grows with them.
-_ROWS = 3  # Of each split.
-_ROWS_OF_KIND = 2
-_WRONG = (255, 0, 255)
+_ROWS, _ROWS_OF_KIND = 3, 2  # Of each split; of each kind of problem.
 _CODE = np.array([1 << 16, 1 << 8, 1])  # Of red, green, blue.
 
 
@@ -112,10 +111,11 @@ def _read_pixels(name):
   if not path or pathlib.Path(name).exists():
     path, member = name, ''
   try:
-    with masks.open_image(File(path, member).read()) as image:
-      if image.mode in ('1', 'L', 'P', 'I', 'I;16'):
-        return np.asarray(image).astype(np.int64)
-      return np.asarray(image.convert('RGB'))
+    with warnings.catch_warnings(action='ignore'):  # Of large images.
+      with masks.open_image(File(path, member).read()) as image:
+        if image.mode in ('1', 'L', 'P', 'I', 'I;16'):
+          return np.asarray(image).astype(np.int64)
+        return np.asarray(image.convert('RGB'))
   except Exception:  # Pillow raises many types.
     return None
 
@@ -132,7 +132,7 @@ def _mark(mask, values):
   wrong = np.isin(codes, list(values)).astype(np.uint8)
   # Single pixels would be lost when it is made small.
   reach = 2 * (max(mask.shape[:2]) // _CELL[0]) + 1
-  colors[cv2.dilate(wrong, np.ones((reach, reach))) > 0] = _WRONG
+  colors[cv2.dilate(wrong, np.ones((reach, reach))) > 0] = (255, 0, 255)
   return colors
 
 

@@ -42,7 +42,7 @@ def miou_chart(curves):
   lines = {}
   for role, (steps, values) in curves.items():
     marker = ROLES[role].marker if len(steps) <= 40 else None
-    lines[ROLES[role].title] = (steps, 100 * values, _line(role, marker))
+    lines[ROLES[role].title] = (steps, 100 * values, _line(role, marker=marker))
   return _line_chart(lines, ylabel='mIoU val, %')
 
 
@@ -52,13 +52,12 @@ def loss_chart(curves, role):
   terms = [name for name in curves if name != 'loss']
   # The only term of a stage without distillation is its total.
   for name in terms if len(terms) > 1 else ():
-    lines[name] = (*curves[name], {})
+    lines[name] = (*curves[name], {'linewidth': 1.5})
   return _line_chart(lines, ylabel='loss')
 
 
-def _line(role, marker=None):
-  style = {'color': ROLES[role].color, 'linestyle': '-', 'linewidth': 2}
-  return style | {'marker': marker}
+def _line(role, **options):
+  return {'color': ROLES[role].color, 'linestyle': '-', **options}
 
 
 @style.context(pathlib.Path(__file__).with_name('charts.mplstyle'))
@@ -87,8 +86,7 @@ def _line_chart(lines, *, ylabel):
 
 def _thin(values, most=150):
   """Means over neighbors, so that a long run stays a small drawing."""
-  parts = np.array_split(values, min(len(values), most))
-  return [np.mean(part) for part in parts]
+  return [x.mean() for x in np.array_split(values, min(len(values), most))]
 
 
 def _svg(figure):

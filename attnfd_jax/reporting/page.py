@@ -12,6 +12,7 @@ from attnfd_jax.reporting import figures
 from attnfd_jax.reporting import scores
 from attnfd_jax.reporting.run_folder import read_run
 from attnfd_jax.runs import logs
+from attnfd_jax.runs import paths
 
 _SCENES = 4  # Pictures are most of the bytes: fewer of each run of several.
 _FILTERS = (
@@ -49,9 +50,9 @@ def write_report(workdirs, output):
     signed=scores.signed,
     to_json=json.dumps,
   )
-  output = pathlib.Path(output)
+  output = paths.as_path(output)
   output.parent.mkdir(parents=True, exist_ok=True)
-  with logs.replacing(output) as file:
+  with paths.replacing(output) as file:
     file.write(text.encode())
 
 

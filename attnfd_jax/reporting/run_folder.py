@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the report reads of a run's folder."""
 
+import io
 import json
 import math
-import pathlib
 import re
 import shlex
 from typing import NamedTuple
@@ -12,6 +12,7 @@ import zipfile
 import numpy as np
 
 from attnfd_jax.errors import InputError
+from attnfd_jax.runs import paths
 
 STAGES = ('teacher', 'student', 'distill')
 # Every other number of a train line is the loss or one of its terms.
@@ -89,7 +90,7 @@ def read_run(workdir):
   Raises:
     InputError: if that is absent, or a JSON file is damaged.
   """
-  folder = pathlib.Path(workdir)
+  folder = paths.as_path(workdir)
   found = _read_json(folder / 'results.json')
   if found is None:
     again = 'give the --workdir of a run that finished a stage'
@@ -150,7 +151,7 @@ def _read_curves(path):
 
 def _read_pictures(path):
   try:
-    with np.load(path) as arrays:
+    with np.load(io.BytesIO(path.read_bytes())) as arrays:
       return dict(arrays)
   except (OSError, ValueError, EOFError, zipfile.BadZipFile):
     return {}

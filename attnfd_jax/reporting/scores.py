@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of a run, their differences, and how they are printed.
-
-Every function is a filter of the templates.
-"""
+"""Scores of a run as numbers and as text: filters of the templates."""
 
 import statistics
 

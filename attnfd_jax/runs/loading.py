@@ -18,8 +18,6 @@ from attnfd_jax.runs import paths
 # Gates at the taps of a network, outside its forward path: those of an imported
 # file, or the ones a student was distilled with; '<collection>/<tap>/<leaf>'.
 ATTENTION_FILE = 'attention.safetensors'
-# Short side of image and label in protocol `reference`; train_kd.py:281.
-REFERENCE_SHORT_SIDE = 513
 # What a stage's config.json has for sure.
 _DESCRIBED = ('class_names', 'palette', 'data', 'distill', 'eval', 'optim')
 
@@ -128,16 +126,3 @@ def write_attention(directory, gates):
   flat = {key: np.ascontiguousarray(value) for key, value in flat.items()}
   with paths.replacing(directory / ATTENTION_FILE) as file:
     file.write(safetensors.numpy.save(flat))
-
-
-def describe(checkpoint, info):
-  """'runs/quickstart/distill, step 320: resnet18 x0.125'."""
-  name = networks.describe(info[role_of(info)])
-  return f'{checkpoint}, step {info["checkpoint_step"]}: {name}'
-
-
-def seen_short_side(info, protocol):
-  """Short side of the images that the network sees; 0 leaves their size."""
-  if protocol == 'reference':
-    return REFERENCE_SHORT_SIDE
-  return info['eval'].get('short_side', 0)

@@ -36,12 +36,14 @@ def finished(tmp_path_factory):
 
 def test_files_of_a_run(finished):
   names = {path.name for path in finished.iterdir()}
-  assert names == {'.lock', 'config.json', 'results.json', *STAGES}
+  files = {'.lock', 'config.json', 'results.json', 'report.html'}
+  assert names == {*files, *STAGES}
   table = json.loads((finished / 'results.json').read_text())
   assert set(table) == set(STAGES)
   for stage in STAGES:
     directory = finished / stage
-    assert {path.name for path in directory.iterdir()} == {
+    gates = {'attention.safetensors'} if stage == 'distill' else set()
+    assert {path.name for path in directory.iterdir()} == gates | {
       'checkpoints',
       'config.json',
       'environment.json',
@@ -64,10 +66,11 @@ def test_result_keys(finished, stage):
   result = json.loads((finished / stage / 'result.json').read_text())
   wanted = (
     'stage dataset split protocol miou pixel_accuracy class_accuracy fw_iou '
-    'iou_per_class step seed params gflops train_seconds device versions'
+    'iou_per_class step seed params gflops train_seconds step_seconds device '
+    'versions pretrained'
   ).split()
   if stage == 'distill':
-    wanted += ['method', 'teacher', 'teacher_attention']
+    wanted += ['method', 'teacher']
   assert set(wanted) <= set(result)
   assert (result['stage'], result['dataset']) == (stage, 'scenes')
   assert (result['split'], result['protocol']) == ('val', 'native')
@@ -75,8 +78,15 @@ def test_result_keys(finished, stage):
   assert result['step'] in (2, 4)
   assert result['train_seconds'] > 0 and result['gflops'] > 0
   if stage == 'distill':
-    assert result['teacher_attention'] == 'in_path'
-    assert result['teacher'] == 'resnet18 x0.5'
+    teacher = json.loads((finished / 'teacher' / 'result.json').read_text())
+    assert result['teacher'] == {
+      'name': 'resnet18 x0.5',
+      'miou': teacher['miou'],
+      'source': 'this run',
+    }
+    method = result['method']
+    assert (method['name'], method['title']) == ('attnfd', 'AttnFD')
+    assert method['options']['attnfd']['weight'] == 0.3
 
 
 @pytest.mark.parametrize('stage', STAGES)
@@ -115,7 +125,7 @@ def test_pictures_and_attention(finished):
   assert shapes['image'] == (1, 32, 48, 3)
   assert shapes['label'] == shapes['prediction'] == (1, 32, 48)
   for role in ('student', 'teacher'):
-    assert shapes[f'{role}_attention_decoder'] == (1, 8, 12)
+    assert shapes[f'map_{role}_decoder'] == (1, 8, 12)
 
 
 def test_student_and_distilled_student_start_alike(finished):
@@ -177,7 +187,7 @@ def test_an_interrupted_run_ends_as_the_whole_one(
   told = test_loggers.told(workdir / 'distill')
   assert shown == pytest.approx(told, rel=1e-6, nan_ok=True)
   log = (workdir / 'distill' / 'log.txt').read_text()
-  assert 'goes on at step 2' in log
+  assert 'resumed from step 2' in log
   for stage in STAGES:
     small_run.assert_same_run(workdir / stage, finished / stage)
 
