@@ -12,6 +12,7 @@ from flax import traverse_util
 import numpy as np
 
 from attnfd_jax import metrics
+from attnfd_jax.data import masks
 from attnfd_jax.data import sources
 from attnfd_jax.data import transforms
 from attnfd_jax.data.synthetic import StreetScenes
@@ -63,7 +64,7 @@ def make_batches(pattern, info, *, short_side, count=NUM_IMAGES):
     except InputError as error:
       text = str(error).replace('--input', '--images')
       raise InputError(text) from error
-    total, read = len(paths), lambda i: sources.read_image(paths[i])
+    total, read = len(paths), lambda i: masks.read_image(paths[i])
   else:
     name = f'images of the val split of {dataset}'
     source = _val_source(info)

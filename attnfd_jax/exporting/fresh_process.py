@@ -33,22 +33,23 @@ def load_onnx(path):
   return lambda image: session.run(None, {'image': image})[0]
 
 
-def load_torch(path, **options):
+def load_weights(path, **options):
   """Of .pth and .safetensors; this one needs the package."""
   import jax
 
-  import attnfd_jax
+  from attnfd_jax.models.deeplab import DeepLabV3Plus
+  from attnfd_jax.pytorch.networks import load_torch
 
-  variables, _ = attnfd_jax.load_torch(path, **options)
-  network = attnfd_jax.DeepLabV3Plus(**options)
+  variables, _ = load_torch(path, **options)
+  network = DeepLabV3Plus(**options)
   return jax.jit(lambda x: network.apply(variables, x, train=False)['logits'])
 
 
 LOADERS = {
   'stablehlo': load_stablehlo,
   'onnx': load_onnx,
-  'safetensors': load_torch,
-  'pth': load_torch,
+  'safetensors': load_weights,
+  'pth': load_weights,
 }
 
 

@@ -39,26 +39,31 @@ _HEADS = (
   (r'decoder/conv2', 'decoder.last_conv.', '4', '5'),
 )
 _CONNECTOR_NUMBER = {'backbone': 3, 'aspp': 4, 'decoder': 5}
-_NORM = {
+_LEAVES = {
+  'kernel': 'weight',
   'scale': 'weight',
   'bias': 'bias',
   'mean': 'running_mean',
   'var': 'running_var',
+}
+_GATES = {
+  'mlp_reduce': 'ChannelGate.mlp.1',
+  'mlp_expand': 'ChannelGate.mlp.3',
+  'spatial_conv': 'SpatialGate.spatial.conv',
+  'spatial_bn': 'SpatialGate.spatial.bn',
 }
 # Ours is [in, out] or [h, w, in, out], theirs [out, in] or [out, in, h, w].
 _TO_OURS = {2: (1, 0), 4: (2, 3, 1, 0)}
 _TO_THEIRS = {2: (1, 0), 4: (3, 2, 0, 1)}
 
 
-def _conv_norm(rules, module, path, leaf):
-  """Name of a leaf of a ConvNorm at `module`, or None."""
-  for pattern, prefix, conv, norm in rules:
-    match = re.fullmatch(pattern, module)
-    if match:
-      if path == 'conv':
-        return match.expand(prefix + conv) + '.weight'
-      return f'{match.expand(prefix + norm)}.{_NORM[leaf]}'
-  return None
+def _conv_norm(rules, module, part, leaf):
+  """Name of a leaf of the 'conv' or 'bn' of a ConvNorm at `module`."""
+  for pattern, prefix, *parts in rules:
+    if match := re.fullmatch(pattern, module):
+      name = match.expand(prefix + parts[part == 'bn'])
+      return f'{name}.{_LEAVES[leaf]}'
+  raise KeyError(module)
 
 
 def network_name(path, backbone):
@@ -68,41 +73,31 @@ def network_name(path, backbone):
     path: without its collection, e.g. 'aspp/pool/bn/scale'.
     backbone: key of BACKBONES.
   """
-  if path.startswith('classifier/'):
-    kind = 'weight' if path.endswith('kernel') else 'bias'
-    return f'decoder.last_conv.8.{kind}'
-  gate = re.fullmatch(r'attention_(\w+?)/(.*)', path)
-  if gate:
+  module, leaf = path.rsplit('/', 1)
+  if module == 'classifier':
+    return f'decoder.last_conv.8.{_LEAVES[leaf]}'
+  if gate := re.fullmatch(r'attention_(\w+?)/(.*)', path):
     return gate_name(*gate.groups())
-  *module, part, leaf = path.split('/')
-  module = '/'.join(module)
-  if module.startswith('backbone/'):
-    rules = _RESNET if backbone.startswith('resnet') else _MOBILENET
-    module = module.removeprefix('backbone/')
-    return f'backbone.{_conv_norm(rules, module, part, leaf)}'
-  return _conv_norm(_HEADS, module, part, leaf)
+  module, part = module.rsplit('/', 1)
+  if not module.startswith('backbone/'):
+    return _conv_norm(_HEADS, module, part, leaf)
+  rules = _RESNET if backbone.startswith('resnet') else _MOBILENET
+  module = module.removeprefix('backbone/')
+  return f'backbone.{_conv_norm(rules, module, part, leaf)}'
 
 
 def gate_name(tap, path):
   """Name of a leaf of the CBAM at `tap`."""
-  names = {
-    'mlp_reduce_kernel': 'ChannelGate.mlp.1.weight',
-    'mlp_reduce_bias': 'ChannelGate.mlp.1.bias',
-    'mlp_expand_kernel': 'ChannelGate.mlp.3.weight',
-    'mlp_expand_bias': 'ChannelGate.mlp.3.bias',
-    'spatial_conv/kernel': 'SpatialGate.spatial.conv.weight',
-  }
-  if path.startswith('spatial_bn/'):
-    leaf = _NORM[path.removeprefix('spatial_bn/')]
-    return f'{tap}.cbam.SpatialGate.spatial.bn.{leaf}'
-  return f'{tap}.cbam.{names[path]}'
+  # The MLP has its leaves in its own names: mlp_reduce_kernel.
+  module, leaf = re.split('/|_(?=kernel$|bias$)', path)
+  return f'{tap}.cbam.{_GATES[module]}.{_LEAVES[leaf]}'
 
 
 def connector_name(tap, path):
   """Name of a leaf of the Connector at `tap`: the last three of their six."""
-  prefix = f'Connectors.{_CONNECTOR_NUMBER[tap]}'
   *_, part, leaf = path.split('/')
-  return f'{prefix}.0.weight' if part == 'conv' else f'{prefix}.1.{_NORM[leaf]}'
+  index = 0 if part == 'conv' else 1
+  return f'Connectors.{_CONNECTOR_NUMBER[tap]}.{index}.{_LEAVES[leaf]}'
 
 
 def aliases(name):
@@ -137,12 +132,9 @@ class Report(NamedTuple):
   def __str__(self):
     counts = [f'{kind} {len(names)}' for kind, names in self._asdict().items()]
     parts = [', '.join(counts)]
-    for kind, names in (
-      ('missing', self.missing),
-      ('unexpected', self.unexpected),
-    ):
-      more = f' and {len(names) - 5} more' if len(names) > 5 else ''
-      if names:
+    for kind in ('missing', 'unexpected'):
+      if names := getattr(self, kind):
+        more = f' and {len(names) - 5} more' if len(names) > 5 else ''
         parts.append(f'{kind}: {", ".join(names[:5])}{more}')
     for name, (found, fits) in [*self.reshaped.items()][:5]:
       parts.append(f'{name}: has {found}, needs {fits}')
