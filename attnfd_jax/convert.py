@@ -9,18 +9,24 @@ The folder can be evaluated and predicted with, and be a teacher. --target ends
 in .pth, .pth.tar or .safetensors when --source is a folder.
 """
 
+import json
+
 from absl import flags
 
 from attnfd_jax import cli
+from attnfd_jax.config import default_config
+from attnfd_jax.config import resolve
 from attnfd_jax.runs import conversion
 
 
 def main(argv):
   del argv
   options = flags.FLAGS
+  config = json.loads(resolve(default_config()).to_json_best_effort())
   lines = conversion.convert(
     options.source,
     options.target,
+    config=config,
     allow_code=options.allow_code,
     backbone=options.backbone,
     num_classes=options.num_classes,

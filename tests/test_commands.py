@@ -9,6 +9,7 @@ that needs something else fails here until it has it.
 
 import contextlib
 import functools
+import json
 import pathlib
 import re
 import runpy
@@ -27,6 +28,8 @@ import small_run
 
 from attnfd_jax import cli
 from attnfd_jax.benchmarks import train
+from attnfd_jax.config import default_config
+from attnfd_jax.config import resolve
 from attnfd_jax.exporting import agreement
 from attnfd_jax.exporting import fresh_process
 from attnfd_jax.models import deeplab
@@ -219,7 +222,10 @@ def random_files(folder):
   torch_files.write_torch(folder / 'resnet18.pth', trunk)
   with pytest.MonkeyPatch.context() as patch:
     real_networks(patch)
-    conversion.import_stage(folder / 'teacher.pth.tar', folder / 'converted')
+    config = json.loads(resolve(default_config()).to_json_best_effort())
+    conversion.import_stage(
+      folder / 'teacher.pth.tar', folder / 'converted', config=config
+    )
 
 
 def real_networks(patch):

@@ -13,6 +13,8 @@ import pytest
 import tiny_run
 
 import attnfd_jax
+from attnfd_jax.config import default_config
+from attnfd_jax.config import resolve
 from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import deeplab
@@ -35,6 +37,10 @@ TINY = {
   'decoder_channels': 16,
   'low_level_channels': 8,
 }
+
+
+CONFIG = json.loads(resolve(default_config()).to_json_best_effort())
+import_stage = functools.partial(conversion.import_stage, config=CONFIG)
 
 
 @functools.cache
@@ -85,9 +91,7 @@ def assert_same(left, right):
 )
 def test_round_trip_is_bit_exact(tmp_path, tensors, backbone, ending, gates):
   source = tensors(backbone, gates=gates)
-  conversion.import_stage(
-    write(tmp_path / 'a.pth', source), tmp_path / 'new' / 'ours'
-  )
+  import_stage(write(tmp_path / 'a.pth', source), tmp_path / 'new' / 'ours')
   ours = tmp_path / 'new' / 'ours'
   assert sorted(path.name for path in (tmp_path / 'new').iterdir()) == ['ours']
   network, _, info = loading.load_network(ours)
@@ -114,21 +118,21 @@ def test_round_trip_is_bit_exact(tmp_path, tensors, backbone, ending, gates):
 def test_classes_of_a_file_of_ours_come_back(tmp_path, tensors):
   source = write(tmp_path / 'a.pth', tensors(num_classes=3))
   given = ('sky', 'road', 'car')
-  conversion.import_stage(source, tmp_path / 'a', class_names=given)
+  import_stage(source, tmp_path / 'a', class_names=given)
   conversion.export_stage(tmp_path / 'a', tmp_path / 'a.safetensors')
-  conversion.import_stage(tmp_path / 'a.safetensors', tmp_path / 'b')
+  import_stage(tmp_path / 'a.safetensors', tmp_path / 'b')
   info = json.loads((tmp_path / 'b' / 'config.json').read_text())
   assert info['class_names'] == list(given)
-  conversion.import_stage(source, tmp_path / 'c')
+  import_stage(source, tmp_path / 'c')
   info = json.loads((tmp_path / 'c' / 'config.json').read_text())
   assert info['class_names'] == ['class_0', 'class_1', 'class_2']
   with pytest.raises(InputError, match='has 2 names'):
-    conversion.import_stage(source, tmp_path / 'd', class_names=('a', 'b'))
+    import_stage(source, tmp_path / 'd', class_names=('a', 'b'))
 
 
 def test_attention_in_the_forward_path_comes_back(tmp_path, tensors):
   source = write(tmp_path / 'a.pth', tensors())
-  conversion.import_stage(source, tmp_path / 'a', in_path_attention=True)
+  import_stage(source, tmp_path / 'a', in_path_attention=True)
   network, _, _ = loading.load_network(tmp_path / 'a')
   assert network.in_path_attention
   lines = conversion.export_stage(tmp_path / 'a', tmp_path / 'b.safetensors')
@@ -136,7 +140,7 @@ def test_attention_in_the_forward_path_comes_back(tmp_path, tensors):
   assert_same(
     torch_files.read_state_dict(tmp_path / 'b.safetensors'), tensors()
   )
-  conversion.import_stage(tmp_path / 'b.safetensors', tmp_path / 'c')
+  import_stage(tmp_path / 'b.safetensors', tmp_path / 'c')
   network, _, _ = loading.load_network(tmp_path / 'c')
   assert network.in_path_attention
 
@@ -268,7 +272,7 @@ def test_partial_files_are_refused(tmp_path, tensors, change, words):
     found = trunk(found)
   path = write(tmp_path / 'a.pth', found)
   with pytest.raises(InputError) as error:
-    conversion.import_stage(path, tmp_path / 'b', **options)
+    import_stage(path, tmp_path / 'b', **options)
   assert '\n' not in str(error.value)
   for word in words:
     assert word in str(error.value)
@@ -280,10 +284,8 @@ def test_allow_missing_fills_the_rest_at_random(tmp_path, tensors):
   del found['decoder.conv1.weight']
   path = write(tmp_path / 'a.pth', found)
   with pytest.raises(InputError, match='--allow_missing'):
-    conversion.import_stage(path, tmp_path / 'b')
-  lines = conversion.import_stage(
-    path, tmp_path / 'b', num_classes=19, allow_missing=True
-  )
+    import_stage(path, tmp_path / 'b')
+  lines = import_stage(path, tmp_path / 'b', num_classes=19, allow_missing=True)
   assert any('tensors are random' in line for line in lines)
   _, variables, info = loading.load_network(tmp_path / 'b')
   assert info['class_names'] == list(classes.CITYSCAPES)
@@ -309,7 +311,7 @@ def test_the_command(tmp_path, tensors):
   assert_same(torch_files.read_state_dict(back), tensors())
   before = sorted(tmp_path.rglob('*'))
   for convert_stage, source, target in (
-    (conversion.import_stage, path, ours),
+    (import_stage, path, ours),
     (conversion.export_stage, ours, back),
   ):
     with pytest.raises(InputError, match='exists'):

@@ -14,6 +14,8 @@ from PIL import Image
 import pytest
 import tiny_run
 
+from attnfd_jax.config import default_config
+from attnfd_jax.config import resolve
 from attnfd_jax.data import synthetic
 from attnfd_jax.errors import InputError
 from attnfd_jax.exporting import agreement
@@ -92,7 +94,10 @@ def stage(make, tmp_path_factory):
     network, variables = make('resnet18')
     tensors = torch_models.export_torch(variables, backbone='resnet18')
     torch_files.write_safetensors(folder / 'a.safetensors', tensors)
-    conversion.import_stage(folder / 'a.safetensors', folder / 'stage')
+    config = json.loads(resolve(default_config()).to_json_best_effort())
+    conversion.import_stage(
+      folder / 'a.safetensors', folder / 'stage', config=config
+    )
     path = folder / 'stage' / 'config.json'
     info = json.loads(path.read_text())
     info['class_names'] = synthetic.CLASS_NAMES

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
 from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import deeplab
@@ -35,7 +33,7 @@ _DATASETS = {
 }
 
 
-def convert(source, target, *, allow_code=False, **options):
+def convert(source, target, *, config, allow_code=False, **options):
   """`import_stage` of a file, with options, or `export_stage` of a folder.
 
   Raises:
@@ -53,7 +51,7 @@ def convert(source, target, *, allow_code=False, **options):
       f'{", ".join(ENDINGS)}, and a file becomes a folder.'
     )
   if source.is_file():
-    return import_stage(source, target, **options)
+    return import_stage(source, target, config=config, **options)
   for name, value in options.items():
     if value not in (None, [], False):
       raise InputError(f'--{name} is for PyTorch files as --source.')
@@ -123,6 +121,7 @@ def import_stage(
   source,
   target,
   *,
+  config,
   backbone=None,
   num_classes=None,
   class_names=(),
@@ -134,6 +133,8 @@ def import_stage(
   Args:
     source: .pth, .pth.tar or .safetensors file.
     target: folder that does not exist.
+    config: of the stage, as far as the file does not show it: a resolved config
+      as plain values.
     backbone: key of BACKBONES; by default what the names show.
     num_classes: by default that of the classifier in the file.
     class_names: in the order of ids.
@@ -157,13 +158,11 @@ def import_stage(
   num_classes = options.pop('num_classes')
   if in_path_attention is None:
     in_path_attention = metadata.get('in_path_attention') is True
-  config = default_config()
-  config.student.update(options)
-  with config.student.unlocked():
-    config.student.in_path_attention = in_path_attention
-  network = networks.make_network(config.student, num_classes)
+  student = config['student'] | options
+  student['in_path_attention'] = in_path_attention
+  network = networks.make_network(student, num_classes)
   variables, attention, report = torch_networks.import_network(tensors, network)
-  name = networks.describe(config.student)
+  name = networks.describe(student)
   found = f'{source.name} as {name} with {num_classes} classes: {report}'
   if not report.loaded:
     raise InputError(f'{found}; nothing in it fits.')
@@ -172,9 +171,9 @@ def import_stage(
   dataset, class_names, palette = _describe_classes(
     num_classes, class_names, metadata
   )
-  config.data.name = dataset
+  data = config['data'] | {'name': dataset}
   if dataset == 'folder':
-    config.data.class_names = tuple(class_names)
+    data['class_names'] = class_names
   lines = [found]
   if torch_networks.backbone_only(report):
     lines.append('the file holds a backbone and nothing else')
@@ -184,8 +183,10 @@ def import_stage(
   if _holes(attention or {}):
     attention = None
     lines.append('its attention is incomplete and was left out')
-  info = json.loads(resolve(config).to_json_best_effort()) | {
+  info = config | {
     'stage': 'converted',
+    'student': student,
+    'data': data,
     'source': source.name,
     'class_names': class_names,
     'palette': palette,
