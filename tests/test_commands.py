@@ -241,9 +241,9 @@ def two_classes(root):
     Image.fromarray(np.where(ids == 2, 1, ids).astype(np.uint8)).save(path)
 
 
-def run_here(kind, path, images, options):
+def run_here(kind, path, images, options=None):
   """What `export` has a fresh process do."""
-  run = fresh_process.LOADERS[kind](path, **options)
+  run = fresh_process.LOADERS[kind](path, **options or {})
   return fresh_process.measure(run, images)
 
 

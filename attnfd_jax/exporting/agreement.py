@@ -89,7 +89,7 @@ def make_batches(pattern, info, *, short_side, count=NUM_IMAGES):
   return [*(x[None] for x in images), other], f'{len(images)} {name}'
 
 
-def run_fresh(kind, path, images, options):
+def run_fresh(kind, path, images, options=None):
   """What a file makes of images in a process of its own, and the seconds.
 
   Args:
@@ -110,7 +110,7 @@ def run_fresh(kind, path, images, options):
   }
   with tempfile.TemporaryDirectory() as folder:
     np.savez(f'{folder}/images.npz', *images)
-    arguments = [script, kind, path, folder, json.dumps(options)]
+    arguments = [script, kind, path, folder, json.dumps(options or {})]
     process = subprocess.run(
       [sys.executable, '-P', *map(str, arguments)],
       capture_output=True,

@@ -56,19 +56,20 @@ class Graph:
     self.convs = _fold_norms(self.params, stats)
     self.nodes, self.constants = [], []
 
-  def constant(self, array):
+  def op(self, kind, *inputs, output=None, **attributes):
+    """Adds one operation on names or constant arrays; names its result."""
+    names = [x if isinstance(x, str) else self._constant(x) for x in inputs]
+    output = output or f'{kind.lower()}_{len(self.nodes)}'
+    self.nodes.append(
+      onnx.helper.make_node(kind, names, [output], output, **attributes)
+    )
+    return output
+
+  def _constant(self, array):
     name = f'constant_{len(self.constants)}'
     array = onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
     self.constants.append(array)
     return name
-
-  def op(self, kind, *inputs, output=None, **attributes):
-    """Adds one operation; returns the name of its result."""
-    output = output or f'{kind.lower()}_{len(self.nodes)}'
-    self.nodes.append(
-      onnx.helper.make_node(kind, inputs, [output], output, **attributes)
-    )
-    return output
 
   def conv(self, x, path, *, strides=1, dilation=1, padding=None):
     """layers.Conv or layers.ConvNorm at `path`."""
@@ -79,7 +80,7 @@ class Graph:
     return self.op(
       'Conv',
       x,
-      *(self.constant(np.float32(array)) for array in weights),
+      *map(np.float32, weights),
       kernel_shape=[size] * 2,
       strides=[strides] * 2,
       dilations=[dilation] * 2,
@@ -91,8 +92,7 @@ class Graph:
     return self.op('Relu', self.conv(x, path, **options))
 
   def relu6(self, x):
-    bounds = (self.constant(np.float32(bound)) for bound in (0, 6))
-    return self.op('Clip', x, *bounds)
+    return self.op('Clip', x, np.float32(0), np.float32(6))
 
   def resize(self, x, like):
     """resizing.resize to the height and width of another map."""
@@ -133,8 +133,7 @@ def _resnet(g, x, module):
 
 def _inverted_residual(g, x, path, *, strides, dilation):
   # Before the expansion, as in models/mobilenet_v2.py.
-  pads = [0, 0, dilation, dilation] * 2
-  y = g.op('Pad', x, g.constant(np.int64(pads)))
+  y = g.op('Pad', x, np.int64([0, 0, dilation, dilation] * 2))
   if f'{path}/expand' in g.convs:
     y = g.relu6(g.conv(y, f'{path}/expand'))
   options = {'strides': strides, 'dilation': dilation, 'padding': 0}
@@ -145,16 +144,13 @@ def _inverted_residual(g, x, path, *, strides, dilation):
 def _mobilenet_v2(g, x, module):
   """Stride-4 map and last map; both are linear."""
   x = g.relu6(g.conv(x, 'backbone/stem', strides=2))
-  before = 'backbone/stem'
+  features = g.convs['backbone/stem'][0].shape[-1]
   rows = enumerate(mobilenet_v2.block_table(module.output_stride), start=1)
   for index, (_, _, strides, dilation) in rows:
     path = f'backbone/block{index}'
     y = _inverted_residual(g, x, path, strides=strides, dilation=dilation)
-    channels = [
-      g.convs[name][0].shape[-1] for name in (before, f'{path}/project')
-    ]
-    before = f'{path}/project'
-    x = g.op('Add', x, y) if strides == 1 and len({*channels}) == 1 else y
+    inputs, features = features, g.convs[f'{path}/project'][0].shape[-1]
+    x = g.op('Add', x, y) if strides == 1 and inputs == features else y
     if index == 3:
       low_level = x
   return low_level, x
@@ -165,8 +161,7 @@ def _cbam(g, x, path):
 
   def dense(x, name):
     kernel, bias = (g.params[f'{path}/{name}_{k}'] for k in ('kernel', 'bias'))
-    kernel = kernel.T[..., None, None]
-    return g.op('Conv', x, g.constant(kernel), g.constant(bias))
+    return g.op('Conv', x, kernel.T[..., None, None], bias)
 
   gates = [
     dense(g.op('Relu', dense(g.op(kind, x), 'mlp_reduce')), 'mlp_expand')
@@ -231,9 +226,9 @@ def make_model(network, variables, *, uint8, argmax, metadata):
   if uint8:
     # The operations of models.deeplab.normalise.
     x = g.op('Cast', x, to=types.FLOAT)
-    x = g.op('Div', x, g.constant(np.float32(255)))
-    x = g.op('Sub', x, g.constant(np.float32(deeplab.IMAGE_MEAN)))
-    x = g.op('Div', x, g.constant(np.float32(deeplab.IMAGE_STD)))
+    x = g.op('Div', x, np.float32(255))
+    x = g.op('Sub', x, np.float32(deeplab.IMAGE_MEAN))
+    x = g.op('Div', x, np.float32(deeplab.IMAGE_STD))
   logits = _network(g, g.op('Transpose', x, perm=_TO_NCHW), network)
   if argmax:
     ids = g.op('ArgMax', logits, axis=1, keepdims=0)

@@ -119,7 +119,7 @@ def export_student(
   lines = [
     f'{predictor.describe(checkpoint, info)}, as {kind}, weights {weights}'
   ]
-  remarks = []
+  where, remarks = 'In a fresh process', []
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.{kind}')
   try:
@@ -141,9 +141,10 @@ def export_student(
     expected, ours = fresh_process.measure(
       functools.partial(forward, rounded), batches
     )
-    if kind in _PROGRAMS or networks.is_ours(network):
-      where = 'In a fresh process'
-      options = {} if kind in _PROGRAMS else _options(network)
+    if kind in _PROGRAMS:
+      found, theirs = agreement.run_fresh(kind, temporary, batches)
+    elif networks.is_ours(network):
+      options = _options(network)
       found, theirs = agreement.run_fresh(kind, temporary, batches, options)
     else:
       where = 'Read back array by array, no other process having its code'
