@@ -403,7 +403,7 @@ def own_stage(fill, stage, tmp_path, monkeypatch):
   network = Own(len(synthetic.CLASS_NAMES))
   variables = fill(networks.abstract_variables(network))
   info = json.loads((stage / 'config.json').read_text())
-  info['student'] |= {'network': 'own.py:Own', 'options': {'width': 4}}
+  info['student'] |= {'network': '/here/own.py:Own', 'options': {'width': 4}}
   info |= {'checkpoint_step': 0, 'palette': np.array(info['palette'], np.uint8)}
 
   def load_network(directory, *, allow_code=False):

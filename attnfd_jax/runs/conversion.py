@@ -284,7 +284,9 @@ def write_weights(path, directory, network, variables, info):
   else:
     tensors = torch_names.flatten(jax.device_get(variables))
     group = info[loading.role_of(info)]
-    spec = {key: group[key] for key in ('network', 'options')}
+    # Where its file lay on this machine says nothing elsewhere.
+    name = pathlib.Path(group['network']).name
+    spec = {'network': name, 'options': group['options']}
   path.parent.mkdir(parents=True, exist_ok=True)
   if is_safetensors:
     metadata = (describe_data(info) | spec).items()
