@@ -29,7 +29,9 @@ class MaskedMemory(nn.Module):
     seen = jax.random.bernoulli(
       self.make_rng('distill'), 1 - self.hidden, (*x.shape[:3], 1)
     )
-    x = nn.Conv(target.shape[-1], (3, 3), name='restore')(x * seen)
+    x = nn.Conv(target.shape[-1], (3, 3), name='restore')(
+      x * seen.astype(x.dtype)
+    )
     x, target = x.astype(jnp.float32), target.astype(jnp.float32)
     masked = jnp.mean((x - target) ** 2)
 

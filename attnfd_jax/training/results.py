@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a finished stage leaves for people: result.json and pictures.npz."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,8 +69,9 @@ def write(stage, state, directory, *, step, log):
 
 def _distilled(stage):
   """What a result says of its teacher and of its method."""
-  teacher, options = stage.teacher, stage.config.distill
-  names = distill.split_names(options.method)
+  teacher = stage.teacher
+  options = json.loads(stage.config.distill.to_json_best_effort())
+  method = options['method']
   return {
     'teacher': {
       'name': teacher.name,
@@ -76,11 +79,11 @@ def _distilled(stage):
       'source': getattr(teacher, 'source', stage.config.teacher.factory),
     },
     'method': {
-      'name': options.method,
-      'title': distill.title(options.method),
+      'name': method,
+      'title': distill.title(method),
       'options': {
-        name: (options[name] if name in options else options.options).to_dict()
-        for name in names
+        name: options.get(name, options['options'])
+        for name in distill.split_names(method)
       },
       'pictures': stage.distiller.pictures_note,
     },

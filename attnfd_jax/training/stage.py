@@ -81,10 +81,12 @@ def make_stage_distiller(config, student, teacher, *, num_steps=1):
     jax.eval_shape(functools.partial(init_distiller, distiller, shapes))
   except InputError:
     raise
-  except ValueError as error:
+  except Exception as error:  # Of a method of the user's, anything.
+    kind = '' if isinstance(error, ValueError) else f'{type(error).__name__} '
+    first = next(iter(str(error).splitlines()), '')
     raise InputError(
-      f'config.distill.method={options.method!r}: {error}'
-    ) from (error)
+      f'config.distill.method={options.method!r}: {kind}{first}'
+    ) from error
   return distiller, shapes
 
 
