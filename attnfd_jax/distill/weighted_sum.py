@@ -89,7 +89,7 @@ class WeightedSum(nn.Module):
         continue
       own = self.variables_of(name, variables)
       for collection, tree in method.adopt(own, teacher).items():
-        if tree is not own[collection]:
+        if tree is not own.get(collection):
           whole = variables[collection] | {f'methods_{name}': tree}
           variables = {**variables, collection: whole}
     return variables
