@@ -4,7 +4,7 @@ r"""Measures speed on this machine.
   python -m attnfd_jax.benchmark train [--config=configs/camvid.py] \
     [--student=resnet18] [--teacher=resnet101] [--batch=16] [--json]
   python -m attnfd_jax.benchmark data --config=configs/camvid.py \
-    [--config.data.root=PATH] [--compare] [--json]
+    [--config.data.root=PATH] [--json]
 
 train: seconds of a training step, its memory, its compilation and the share of
 what the device can do. data: how many images a second the training pipeline
@@ -46,27 +46,21 @@ if __name__ == '__main__':
     'config', None, 'configs/NAME.py or configs/NAME.py:VARIANT.'
   )
   flags.DEFINE_bool('json', False, 'Print one JSON object as the last line.')
-  for name, text in (
-    ('student', 'backbone'),
-    ('teacher', 'backbone'),
-    ('teacher_checkpoint', 'folder of a stage or PyTorch file; else random'),
-    ('method', 'as config.distill.method; none trains without a teacher'),
-    ('dtype', 'float32 or bfloat16'),
-    ('recipe', 'clean or reference'),
-    ('trace', 'folder for a profile of the steps'),
-  ):
+  for name, text in {
+    'student': 'backbone',
+    'teacher': 'backbone',
+    'teacher_checkpoint': 'folder of a stage or PyTorch file; else random',
+    'method': 'as config.distill.method; none trains without a teacher',
+    'dtype': 'float32 or bfloat16',
+    'recipe': 'clean or reference',
+    'trace': 'folder for a profile of the steps',
+  }.items():
     flags.DEFINE_string(name, '', f'train: {text}.')
-  for name, text in (
-    ('batch', 'images a step'),
-    ('height', 'of the images'),
-    ('width', 'of the images'),
-  ):
-    flags.DEFINE_integer(name, 0, f'train: {text}; 0 is as the config.')
+  for name in ('batch', 'height', 'width'):
+    text = f'train: {name} of the images; 0 is as the config.'
+    flags.DEFINE_integer(name, 0, text)
   flags.DEFINE_integer('num_classes', 21, 'train: of both networks.')
   flags.DEFINE_integer('steps', 10, 'train: the result is their median.')
-  flags.DEFINE_bool(
-    'compare', False, "data: against PIL and NumPy, by the authors' recipe."
-  )
   flags.DEFINE_integer('rounds', 5, 'data: the result is their median.')
   flags.DEFINE_float('seconds', 2.0, 'data: of a round, at least.')
   cli.run(main, positional=True)

@@ -13,6 +13,7 @@ from absl import logging
 import jax
 
 from attnfd_jax import user_cache
+from attnfd_jax.data import tuning
 from attnfd_jax.errors import InputError
 from attnfd_jax.training.stopping import Stopped
 
@@ -100,17 +101,23 @@ def _without_afterthoughts(unraisable):
     sys.__unraisablehook__(unraisable)
 
 
+def prepare_process():
+  """Settings of the whole process, which only a command may change."""
+  tuning.tune_process()
+  # Orbax tells every step it takes, and an error that is raised, too.
+  logging.set_verbosity(logging.INFO if DEBUG.value else logging.FATAL)
+  if not DEBUG.value:
+    sys.unraisablehook = _without_afterthoughts
+  # Names of files are bytes, and not always text.
+  sys.stdout.reconfigure(errors='backslashreplace')
+
+
 def run(main, *, positional=False):
   """Parses flags, calls main(argv) and makes its bad input readable."""
 
   def guarded(argv):
     with _readable((InputError, OSError), lambda: DEBUG.value):
-      # Orbax tells every step it takes, and an error that is raised, too.
-      logging.set_verbosity(logging.INFO if DEBUG.value else logging.FATAL)
-      if not DEBUG.value:
-        sys.unraisablehook = _without_afterthoughts
-      # Names of files are bytes, and not always text.
-      sys.stdout.reconfigure(errors='backslashreplace')
+      prepare_process()
       if len(argv) > 1 and not positional:
         raise InputError(f'Unknown argument {argv[1]!r}; flags start with --.')
       main(argv)

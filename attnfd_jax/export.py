@@ -28,14 +28,15 @@ import numpy as np
 
 from attnfd_jax import cli
 from attnfd_jax import convert
-from attnfd_jax import evaluate
 from attnfd_jax.errors import InputError
 from attnfd_jax.exporting import agreement
 from attnfd_jax.exporting import fresh_process as exported
+from attnfd_jax.inference import predictor
 from attnfd_jax.models import layers
 from attnfd_jax.models.deeplab import IMAGE_MEAN
 from attnfd_jax.models.deeplab import IMAGE_STD
 from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.runs import loading
 
 # Format -> how its files end.
 FORMATS = {
@@ -228,7 +229,12 @@ def export_student(
     weights=weights,
     overwrite=overwrite,
   )
-  network, variables, info = evaluate.load_network(checkpoint)
+  if not checkpoint:
+    raise InputError(
+      '--checkpoint is missing; name the folder of a stage, such as '
+      '--checkpoint=runs/quickstart/distill.'
+    )
+  network, variables, info = loading.load_network(checkpoint)
   network, variables = network.clone(dtype=None), jax.device_get(variables)
   stored = shrink(variables, weights)
   shown, text = agreement.find_images(images, info, num_images)
@@ -255,7 +261,7 @@ def export_student(
     rounded = jax.device_get(grow(stored))
     expected, ours = exported.measure(lambda x: forward(rounded, x), batches)
     lines = [
-      f'{evaluate.describe(checkpoint, info)}, as {kind}, weights {weights}',
+      f'{predictor.describe(checkpoint, info)}, as {kind}, weights {weights}',
       agreement.check(expected, found, f'In a fresh process, on {text}'),
       # The last batch has two images of another size.
       f'{1e3 * np.median(theirs[:-1]):.1f} ms an image on this CPU, '

@@ -4,14 +4,11 @@ r"""Packs a data set into ArrayRecord shards that train the same way.
   python -m attnfd_jax.prepare_data --config=configs/cityscapes.py \
     --target=DIR [--workers=N]
 
-Every pair is checked on the way. Interrupted, the same command goes on with the
-first unfinished shard. Train from it with --config.data.prepared=DIR.
+Every pair is checked on the way. After an interruption the same command resumes
+with the first unfinished shard. Train from it with --config.data.prepared=DIR.
 """
 
-import concurrent.futures
 import pathlib
-import shutil
-import threading
 
 from absl import flags
 from ml_collections import config_flags
@@ -21,78 +18,6 @@ from attnfd_jax.config import resolve
 from attnfd_jax.data import prepared
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.errors import InputError
-from attnfd_jax.progress import progress
-
-
-def prepare(dataset, target, *, workers):
-  """Writes a TFDS data set below `target`.
-
-  Args:
-    dataset: Dataset of files.
-    target: folder.
-    workers: threads; decoding and encoding release the interpreter lock.
-
-  Returns:
-    Its folder, and {split: number of records}.
-
-  Raises:
-    DataError: names the first file that cannot be used. Finished shards stay.
-    InputError: if the data set cannot be prepared or is there already.
-  """
-  for source in dataset.splits.values():
-    if not hasattr(source, 'encoded'):
-      raise InputError(
-        f'{dataset.name} is not a data set of files: nothing to prepare.'
-      )
-  done = target / dataset.name / prepared.VERSION
-  if done.exists():
-    raise InputError(f'{done} exists; remove it, or give another --target.')
-  staged = target / f'.{dataset.name}.shards'
-  staged.mkdir(parents=True, exist_ok=True)
-  total = sum(len(source) for source in dataset.splits.values())
-  lock = threading.Lock()
-  with (
-    progress(total, dataset.name) as bar,
-    concurrent.futures.ThreadPoolExecutor(workers) as pool,
-  ):
-
-    def advance(count):
-      with lock:
-        bar.update(count)
-
-    futures = {}
-    for split, source in dataset.splits.items():
-      bounds = prepared.shards(source)
-      paths = [
-        staged / f'{split}-{i:05d}.array_record' for i in range(len(bounds))
-      ]
-      futures[split] = [
-        (
-          path,
-          pool.submit(
-            prepared.write_shard,
-            source,
-            part,
-            path,
-            advance,
-          ),
-        )
-        for path, part in zip(paths, bounds, strict=True)
-      ]
-    try:
-      splits = {
-        split: [(path, future.result()) for path, future in parts]
-        for split, parts in futures.items()
-      }
-    except BaseException:
-      pool.shutdown(wait=False, cancel_futures=True)
-      raise
-  folder = prepared.finish(dataset, splits, staged, target)
-  shutil.rmtree(staged)
-  return folder, {
-    split: sum(note['count'] for _, note in parts)
-    for split, parts in splits.items()
-  }
 
 
 def main(argv):
@@ -108,7 +33,7 @@ def main(argv):
   with config.unlocked():
     config.data.cache = False  # Every pair is read once.
   dataset = load_dataset(config.data)
-  folder, counts = prepare(
+  folder, counts = prepared.prepare(
     dataset, pathlib.Path(options.target), workers=options.workers
   )
   found = ', '.join(f'{split} {count}' for split, count in counts.items())

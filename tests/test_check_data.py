@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every broken file is named with what to do; sound sets are counted."""
 
+import collections
 import concurrent.futures
 import json
 import pathlib
@@ -12,8 +13,8 @@ from PIL import Image
 import pytest
 import tiny_run
 
-from attnfd_jax import check_data
 from attnfd_jax.config import default_config
+from attnfd_jax.data import checking
 from attnfd_jax.data import frequencies
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.data.sources import load_dataset
@@ -40,8 +41,8 @@ def load(root, name='camvid', **keys):
 def report(root, **keys):
   """Found, and the lines of the report."""
   dataset = load(root, **keys)
-  found = check_data.check(dataset, 2)
-  return found, check_data.as_text(dataset, found).splitlines()
+  found = checking.check(dataset, 2)
+  return found, checking.as_text(found).splitlines()
 
 
 # Each breaks `image` or `mask` and returns the one to be named.
@@ -141,7 +142,7 @@ def test_every_broken_file_is_named(tmp_path, how):
   found, lines = report(tmp_path)
   ((_, problem),) = found.problems
   assert (problem.kind, problem.file) == (kind, str(path))
-  heading = lines.index(f'problem: {check_data.KINDS[kind]} (1)')
+  heading = lines.index(f'problem: {checking.KINDS[kind]} (1)')
   (line,) = [x for x in lines[heading:] if words in x and x[:2] == '  ']
   assert path.name in line
   assert lines[-1].startswith('not usable: 1 problem, ')
@@ -184,7 +185,7 @@ def test_five_files_of_a_kind_are_listed(tmp_path):
   paths = [break_pair(tmp_path, rgb, 'train', i) for i in range(6)]
   paths.append(break_pair(tmp_path, rgb, 'val'))
   found, lines = report(tmp_path)
-  start = lines.index(f'problem: {check_data.KINDS["mode"]} (7)')
+  start = lines.index(f'problem: {checking.KINDS["mode"]} (7)')
   listed = lines[start + 1 : start + 6]
   for path, line in zip(paths, listed, strict=False):
     assert line.startswith(f'  {path}: ')
@@ -202,7 +203,7 @@ def test_problems_come_in_a_fixed_order():
     ('', DataError('a', 'split', 'a')),
     ('train', DataError('d', 'exif', 'd')),
   ]
-  groups = check_data.group(problems)
+  groups = checking.group(problems)
   assert [(k, [str(x) for x in v]) for k, v in groups.items()] == [
     ('split', ['a']),
     ('exif', ['b', 'd']),
@@ -227,9 +228,9 @@ def test_a_split_without_files(tmp_path, empty):
 def test_a_split_that_the_layout_does_not_miss(tmp_path):
   fixtures.make_folder(tmp_path, 'index')
   dataset = load(tmp_path, **fixtures.folder_config('index'))
-  assert not check_data.check(dataset, 1).problems
+  assert not checking.check(dataset, 1).problems
   del dataset.splits['test']
-  found = check_data.check(dataset, 1, wanted=('train', 'val', 'test'))
+  found = checking.check(dataset, 1, required=('train', 'val', 'test'))
   ((_, problem),) = found.problems
   assert (problem.kind, str(problem)) == (
     'split',
@@ -256,18 +257,12 @@ def test_images_in_two_splits_are_a_warning(tmp_path):
 
 def test_shape_is_part_of_an_image():
   a, b = np.zeros((2, 6, 3), np.uint8), np.zeros((3, 4, 3), np.uint8)
-  digests = {'train': {0: check_data._digest(a)}}
-  assert (
-    check_data.find_duplicates(digests | {'val': {5: check_data._digest(b)}})
-    == []
-  )
+  assert checking.digest(a) != checking.digest(b)
   c = a.copy()
   c[-1, -1, -1] = 1
-  assert check_data._digest(c) != check_data._digest(a)
+  assert checking.digest(c) != checking.digest(a)
   view = np.zeros((2, 12, 3), np.uint8)[:, ::2]  # Not contiguous.
-  assert check_data.find_duplicates(
-    digests | {'val': {5: check_data._digest(view)}}
-  ) == [(('train', 0), ('val', 5))]
+  assert checking.digest(view) == checking.digest(a)
 
 
 def test_classes_that_train_never_shows(tmp_path):
@@ -318,24 +313,23 @@ def test_the_line_to_paste_is_a_tuple_of_the_weights(tmp_path):
 
 def test_no_weight_is_rounded_to_nothing():
   counts = frequencies.sum_counts([[1, 1, 0]], 2)
-  split = check_data.Split(['x'], {}, {}, {}, counts)
+  split = checking.Split(['x'], {}, {}, [], counts)
   weights = np.array([2.34567e-5, 12.34567])
-  found = check_data.Found({'train': split}, [], {}, weights)
-  lines = check_data.class_lines(('a', 'b'), found)
+  lines = checking.class_lines(('a', 'b'), {'train': split}, weights)
   assert lines[-1].endswith('class_weights="(2.35e-05, 12.3457)"')
 
 
 def test_sizes_are_ordered_by_area():
   sizes = {(10, 90): 3, (50, 20): 1, (30, 20): 1}
   rows = [[h * w, 0] for (h, w), n in sizes.items() for _ in range(n)]
-  split = check_data.Split(
+  split = checking.Split(
     ['x'] * 5,
     {},
-    check_data.collections.Counter(sizes),
-    {},
+    collections.Counter(sizes),
+    [],
     frequencies.sum_counts(rows, 1),
   )
-  (line,) = check_data.split_lines({'train': split})
+  (line,) = checking.split_lines({'train': split})
   assert line == (
     'train: 5 pairs, 3 sizes from 20x30 to 20x50, median 90x10, 0.00 % ignored'
   )
@@ -372,7 +366,7 @@ def test_every_pair_is_opened_once(threads):
   palette = np.zeros((4, 3), np.uint8)
   dataset = Dataset('x', tuple('abcd'), palette, splits)
   seen = []
-  check_data.check(dataset, threads, on_record=lambda: seen.append(1))
+  checking.check(dataset, threads, on_record=lambda: seen.append(1))
   for source in splits.values():
     assert sorted(source.read) == list(range(len(source)))
   assert len(seen) == 33
@@ -456,7 +450,7 @@ def test_the_reading_ends_early(inside):
 
 
 def _sheet(dataset):
-  found = check_data.check(dataset, 1)
+  found = checking.check(dataset, 1)
   problems = {name: split.problems for name, split in found.splits.items()}
   return np.asarray(contact_sheet.draw_sheet(dataset, problems))
 
@@ -589,7 +583,7 @@ def test_a_broken_set_ends_with_2_and_a_line_for_each_file(done):
   lines = process.stdout.splitlines()
   assert 'limit=6' in lines[0]
   headings = [line for line in lines if line.startswith('problem: ')]
-  assert len(headings) == len(check_data.KINDS) - 1  # No annotations here.
+  assert len(headings) == len(checking.KINDS) - 1  # No annotations here.
   found = [line for line in lines if line.startswith(f'  {folder}')]
   # Two in 'mode', three in 'unreadable', and the masks of val lack images.
   assert len(found) == len({*found}) == 12

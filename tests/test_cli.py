@@ -17,7 +17,8 @@ import sys
 import attnfd_jax
 found = {'cv2', 'grain', 'orbax', 'matplotlib', 'absl.app'} & {*sys.modules}
 assert not found, found
-import attnfd_jax.main, attnfd_jax.predict, attnfd_jax.evaluate
+import attnfd_jax.main
+from attnfd_jax.inference import image_files, scoring
 from attnfd_jax.config import default_config, resolve
 from attnfd_jax.data.sources import load_dataset
 config = resolve(default_config())

@@ -7,7 +7,6 @@ import pytest
 import tensorflow_datasets as tfds
 import tiny_run
 
-from attnfd_jax import prepare_data
 from attnfd_jax.config import default_config
 from attnfd_jax.data import classes
 from attnfd_jax.data import pipeline
@@ -61,7 +60,7 @@ def test_both_ways_give_the_same_batches(tmp_path, name):
   MAKERS[name](tmp_path / 'files')
   files = load(name, root=str(tmp_path / 'files'))
   target = tmp_path / 'shards'
-  folder, counts = prepare_data.prepare(files, target, workers=2)
+  folder, counts = prepared.prepare(files, target, workers=2)
   assert counts == {split: len(x) for split, x in files.splits.items()}
   # Nothing but the data set is left.
   assert [path.name for path in target.iterdir()] == [name]
@@ -92,11 +91,11 @@ def test_goes_on_with_the_first_unfinished_shard(tmp_path, monkeypatch):
   content = bad.read_bytes()
   bad.write_bytes(content[:40])
   with pytest.raises(DataError, match=bad.name):
-    prepare_data.prepare(files, tmp_path / 'shards', workers=1)
+    prepared.prepare(files, tmp_path / 'shards', workers=1)
   staged = tmp_path / 'shards' / '.camvid.shards'
-  assert (staged / 'train-00000.array_record').exists()
-  assert not (staged / 'train-00001.array_record').exists()
-  assert not list(staged.glob('*.part'))
+  names = {path.name for path in staged.glob('camvid-train*')}
+  first = 'camvid-train.array_record-00000-of-00002'
+  assert names == {first, f'{first}.json'}
   # What is finished is not read again, unless its files have changed.
   bad.write_bytes(content)
   changed = root / 'val' / f'{files.splits["val"].key(0)}.png'
@@ -109,10 +108,30 @@ def test_goes_on_with_the_first_unfinished_shard(tmp_path, monkeypatch):
     return encoded(self, index)
 
   monkeypatch.setattr(source, 'encoded', recorded)
-  prepare_data.prepare(files, tmp_path / 'shards', workers=1)
+  prepared.prepare(files, tmp_path / 'shards', workers=1)
   train, val = files.splits['train'], files.splits['val']
   assert not {train.name(i) for i in range(4)} & set(read)
   assert {train.name(4), train.name(5), val.name(0)} <= set(read)
+
+
+def test_shards_of_an_attempt_with_other_data_are_not_kept(tmp_path):
+  root, target = tmp_path / 'files', tmp_path / 'shards'
+  fixtures.make_camvid(root)
+  bad = sorted((root / 'testannot').iterdir())[-1]
+  content = bad.read_bytes()
+  bad.write_bytes(content[:40])
+  with pytest.raises(DataError, match=bad.name):
+    prepared.prepare(load('camvid', root=str(root)), target, workers=1)
+  bad.write_bytes(content)
+  fewer = load('camvid', root=str(root), limit=2)
+  folder, _ = prepared.prepare(fewer, target, workers=1)
+  names = {path.name for path in folder.glob('camvid-*')}
+  assert names == {
+    f'camvid-{split}.array_record-00000-of-00001'
+    for split in ('train', 'val', 'test')
+  }
+  splits = load('camvid', prepared=str(target)).splits
+  assert [len(source) for source in splits.values()] == [2, 2, 2]
 
 
 def test_the_command(tmp_path):
@@ -136,10 +155,10 @@ def test_what_cannot_be_read_is_refused(tmp_path):
   fixtures.make_camvid(tmp_path / 'files')
   files = load('camvid', root=str(tmp_path / 'files'))
   with pytest.raises(InputError, match='not a data set of files'):
-    prepare_data.prepare(load('scenes'), tmp_path / 'shards', workers=1)
+    prepared.prepare(load('scenes'), tmp_path / 'shards', workers=1)
   with pytest.raises(InputError, match='no data set of prepare_data in it'):
     load('camvid', prepared=str(tmp_path / 'files'))
-  folder, _ = prepare_data.prepare(files, tmp_path / 'shards', workers=1)
+  folder, _ = prepared.prepare(files, tmp_path / 'shards', workers=1)
   with pytest.raises(InputError, match='holds camvid'):
     load('cityscapes', prepared=str(folder))
   info = folder / 'dataset_info.json'

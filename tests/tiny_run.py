@@ -54,9 +54,9 @@ def make_stage(tmp_path_factory):
   return session / 'tiny_run' / 'student'
 
 
-def run_verb(verb, *arguments):
-  """`python -m attnfd_jax.<verb>` on one CPU device, as a user has it."""
-  environment = os.environ | {
+def environment():
+  """Of a process on one CPU device, as a user has it."""
+  return os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': xla_flags.quick(),
     'PYTHONPATH': str(ROOT),
@@ -64,10 +64,14 @@ def run_verb(verb, *arguments):
     'PYTHONWARNINGS': 'error,ignore:the load_module():DeprecationWarning',
     'XDG_CACHE_HOME': _CACHE.name,
   }
+
+
+def run_verb(verb, *arguments):
+  """`python -m attnfd_jax.<verb>` in such a process."""
   return subprocess.run(
     [sys.executable, '-m', f'attnfd_jax.{verb}', *map(str, arguments)],
     capture_output=True,
     text=True,
-    env=environment,
+    env=environment(),
     check=False,
   )

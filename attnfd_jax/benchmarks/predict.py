@@ -37,11 +37,10 @@ def run(options):
   image = np.random.default_rng(config.seed).integers(
     0, 256, (1, height, width, 3), np.uint8
   )
-  step, times = predictor.make_step(network), []
-  ratio = np.ones(2, np.float32)
+  times = []
   for _ in range(2 + options.steps):
     begun = time.perf_counter()
-    found = step(variables, image, ratio, size=(height, width))
+    found = predictor.classify(network, variables, image, size=(height, width))
     jax.device_get(found)
     times.append(time.perf_counter() - begun)
   seconds = statistics.median(times[2:])

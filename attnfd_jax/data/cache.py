@@ -9,6 +9,7 @@ cache (config.data.cache is for sets that fit).
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import os
 import pathlib
@@ -20,26 +21,20 @@ from attnfd_jax.data import frequencies
 from attnfd_jax.errors import InputError
 from attnfd_jax.progress import progress
 
-# Records between the moments from which an interrupted build goes on.
-_GROUP = 64
-_HELD = ('train', 'val')  # Read every epoch; test is read once.
+_GROUP = 64  # Records that an interrupted build may have to read again.
 
 
 def digest(files, *facts):
-  """Hex digest that changes with a file's name, size or time, or a fact.
+  """Hex digest that changes with name, size or time of a File, or with a fact.
 
-  Args:
-    files: of files.File.
-    *facts: bytes that decide what is read from the files.
+  Facts are bytes that decide what is read from the files.
   """
   found = hashlib.sha256()
-  stats = {}
+  stat = functools.cache(os.stat)  # Thousands of members lie in one zip.
   for file in files:
-    if file.path not in stats:  # Thousands of members lie in one zip.
-      stat = os.stat(file.path)
-      stats[file.path] = f'{stat.st_size} {stat.st_mtime_ns}'
+    size, time = stat(file.path).st_size, stat(file.path).st_mtime_ns
     # Names of files are bytes, and not always text.
-    found.update(os.fsencode(f'{file} {stats[file.path]}\n'))
+    found.update(os.fsencode(f'{file} {size} {time}\n'))
   for fact in facts:
     found.update(hashlib.sha256(fact).digest())
   return found.hexdigest()[:32]
@@ -52,7 +47,9 @@ class DecodedSource:
   """
 
   def __init__(self, source, folder):
-    self._source, self._folder = source, pathlib.Path(folder)
+    self._folder = pathlib.Path(folder)
+    self.name, self.key = source.name, source.key
+    self.fingerprint = source.fingerprint
     self._sizes = np.load(self._folder / 'sizes.npy')
     self._starts = _starts(self._sizes)
     self._pixels = None
@@ -79,15 +76,6 @@ class DecodedSource:
   def size(self, index):
     return tuple(self._sizes[index].tolist())
 
-  def name(self, index):
-    return self._source.name(index)
-
-  def key(self, index):
-    return self._source.key(index)
-
-  def fingerprint(self):
-    return self._source.fingerprint()
-
 
 def _starts(sizes):
   """First byte of every record, and one past the last; sizes are [n, 2]."""
@@ -98,14 +86,8 @@ def open_decoded(source, directory, *, threads=4, text='decoding'):
   """The DecodedSource of `source`, built below `directory` if it is absent.
 
   Its folder is named by the fingerprint of the source: pixels of other or older
-  files are never used. An interrupted build goes on where it was, and the file
-  gets its name when it is complete. Processes of one host build it once.
-
-  Args:
-    source: see sources.py; `fingerprint()` changes with its files.
-    directory: on a disk of this host.
-    threads: that decode.
-    text: of the progress bar.
+  files are never used. An interrupted build is resumed, and the file gets its
+  name when it is complete. Processes of one host build it once.
 
   Raises:
     InputError: for a source without files, a full disk or a broken record.
@@ -127,14 +109,13 @@ def open_decoded(source, directory, *, threads=4, text='decoding'):
 
 def with_decoded(dataset, directory, *, threads=4):
   """`dataset` with the splits that every epoch reads as DecodedSources."""
-  splits = {
-    name: open_decoded(
-      source, directory, threads=threads, text=f'decoding {name}'
-    )
-    for name, source in dataset.splits.items()
-    if name in _HELD
-  }
-  return dataclasses.replace(dataset, splits=dataset.splits | splits)
+  splits = dict(dataset.splits)
+  for name in ('train', 'val'):  # test is read once.
+    if name in splits:
+      splits[name] = open_decoded(
+        splits[name], directory, threads=threads, text=f'decoding {name}'
+      )
+  return dataclasses.replace(dataset, splits=splits)
 
 
 @contextlib.contextmanager
@@ -149,12 +130,13 @@ def _locked(folder):
 
 
 def _build(source, folder, threads, text):
-  partial, finished = folder / 'pixels.part', folder / 'finished'
-  if not (partial.exists() and finished.exists()):
+  partial, marks = folder / 'pixels.part', folder / 'finished'
+  if not (partial.exists() and marks.exists()):
     _begin(source, folder, threads, text)
   sizes = np.load(folder / 'sizes.npy')
   starts = _starts(sizes) + np.load(partial, mmap_mode='r').offset
-  left = np.flatnonzero(np.fromfile(finished, np.uint8) == 0)
+  finished = np.memmap(marks, np.uint8, 'r+')
+  left = np.flatnonzero(finished == 0)
 
   def write(index):
     record = source[index]
@@ -165,38 +147,29 @@ def _build(source, folder, threads, text):
       )
     data = record['image'].tobytes() + record['label'].tobytes()
     # Not through a map of the file: there, a full disk is a fatal signal.
-    if os.pwrite(file, data, starts[index]) < len(data):
+    if os.pwrite(file.fileno(), data, starts[index]) < len(data):
       raise _full(folder, len(data))
 
-  file = os.open(partial, os.O_WRONLY)
-  try:
-    with progress(len(sizes), text, initial=len(sizes) - len(left)) as bar:
-      for first in range(0, len(left), _GROUP):
-        group = left[first : first + _GROUP].tolist()
-        frequencies.map_records(
-          lambda i, group=group: write(group[i]),
-          group,
-          threads,
-          on_record=bar.update,
-        )
-        os.fsync(file)  # Pixels are on the disk before they count.
-        with finished.open('r+b') as marks:
-          for index in group:
-            marks.seek(index)
-            marks.write(b'\1')
-  finally:
-    os.close(file)
+  bar = progress(len(sizes), text, initial=len(sizes) - len(left))
+  with bar, partial.open('r+b') as file:
+    for first in range(0, len(left), _GROUP):
+      group = left[first : first + _GROUP].tolist()
+      frequencies.map_records(write, group, threads, on_record=bar.update)
+      os.fsync(file)  # Pixels are on the disk before they count.
+      finished[group] = 1
+      finished.flush()
   partial.rename(folder / 'pixels.npy')
-  finished.unlink()
+  marks.unlink()
 
 
 def _begin(source, folder, threads, text):
   with progress(len(source), f'{text}: sizes') as bar:
     sizes = frequencies.map_records(
-      source.size, source, threads, on_record=bar.update
+      source.size, range(len(source)), threads, on_record=bar.update
     )
-  np.save(folder / 'sizes.npy', np.array(sizes, np.int64).reshape(-1, 2))
-  total = int(_starts(np.array(sizes))[-1])
+  sizes = np.array(sizes, np.int64)
+  np.save(folder / 'sizes.npy', sizes)
+  total = int(_starts(sizes)[-1])
   if shutil.disk_usage(folder).free < total:
     raise _full(folder, total)
   # Sparse: the disk fills as records come.
@@ -204,8 +177,8 @@ def _begin(source, folder, threads, text):
   (folder / 'finished').write_bytes(bytes(len(sizes)))
 
 
-def _full(folder, wanted):
+def _full(folder, size):
   return InputError(
-    f'{folder.parent}: no space for {wanted / 1e9:.1f} GB of decoded pixels; '
+    f'{folder.parent}: no space for {size / 1e9:.1f} GB of decoded pixels; '
     'make room, or name another disk by --config.data.decoded_cache.'
   )

@@ -3,13 +3,8 @@
 
 from attnfd_jax.data import classes
 from attnfd_jax.data import files
-from attnfd_jax.data.masks import IndexLabels
-from attnfd_jax.data.pairs import absent
-from attnfd_jax.data.pairs import check_root
-from attnfd_jax.data.pairs import Dataset
-from attnfd_jax.data.pairs import empty
-from attnfd_jax.data.pairs import make_source
-from attnfd_jax.data.pairs import match
+from attnfd_jax.data import masks
+from attnfd_jax.data import pairs
 
 # Folders or archives that may hold each kind of file, the first one wins;
 # `images` is where the authors' code looks.
@@ -17,11 +12,10 @@ _IMAGES = ('leftImg8bit', 'images', 'leftImg8bit_trainvaltest.zip')
 _MASKS = ('gtFine', 'gtFine_trainvaltest.zip')
 
 
-def _find(root, split, places, ending):
+def _find(root, split, places, ending, problems):
   """Folder of a split and {city_sequence_frame: File} of its files.
 
-  Returns:
-    The folder and None, if there is no such folder.
+  A folder that is absent is a problem.
   """
   place = next((p for p in places if (root / p).exists()), places[0])
   if place.endswith('.zip'):
@@ -31,7 +25,7 @@ def _find(root, split, places, ending):
   else:
     folder = root / place / split
     if not folder.is_dir():
-      return folder, None
+      problems.append(pairs.absent(folder))
     found = files.list_tree(folder, ('.png',)).values()
   found = {f.stem: f for f in found}
   # Beside the label ids lie instance ids and colours.
@@ -42,30 +36,25 @@ def _find(root, split, places, ending):
   }
 
 
+def _find_pairs(root, split, problems):
+  known = len(problems)
+  left, images = _find(root, split, _IMAGES, '_leftImg8bit', problems)
+  right, labels = _find(root, split, _MASKS, '_gtFine_labelIds', problems)
+  if len(problems) > known:
+    return []
+  if not images:
+    problems.append(pairs.empty(left, '*_leftImg8bit.png files'))
+    return []
+  return pairs.match(images, labels, (left, right), problems)
+
+
 def cityscapes(config):
   """Splits train and val; the classes of test are not public."""
-  root, problems, splits = check_root(config), [], {}
-  read_label = IndexLabels(
-    classes.CITYSCAPES_IDS,
-    ignored=tuple(
-      i
-      for i in range(classes.CITYSCAPES_NUM_IDS)
-      if i not in classes.CITYSCAPES_IDS
-    ),
+  root, problems = pairs.check_root(config), []
+  found = {s: _find_pairs(root, s, problems) for s in ('train', 'val')}
+  ids = classes.CITYSCAPES_IDS
+  ignored = {*range(classes.CITYSCAPES_NUM_IDS)} - {*ids}
+  read_label = masks.IndexLabels(ids, tuple(sorted(ignored)))
+  return pairs.make_dataset(
+    config, classes.CITYSCAPES, found, read_label, problems, upright=False
   )
-  for split in ('train', 'val'):
-    left, images = _find(root, split, _IMAGES, '_leftImg8bit')
-    right, masks = _find(root, split, _MASKS, '_gtFine_labelIds')
-    for folder, found in ((left, images), (right, masks)):
-      if found is None:
-        problems.append(absent(folder))
-    if images is None or masks is None:
-      continue
-    if not images:
-      problems.append(empty(left, '*_leftImg8bit.png files'))
-      continue
-    pairs = match(images, masks, (left, right), problems)
-    if pairs:
-      splits[split] = make_source(config, pairs, read_label, upright=False)
-  names, palette = classes.names_and_palette(classes.CITYSCAPES)
-  return Dataset('cityscapes', names, palette, splits, tuple(problems))

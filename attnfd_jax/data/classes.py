@@ -3,8 +3,6 @@
 
 import numpy as np
 
-IGNORE_LABEL = 255
-
 
 def names_and_palette(table):
   """Names and uint8 [k, 3] of one of the tables below."""
@@ -74,27 +72,8 @@ VOC = {
   for name, colour in zip(_VOC_NAMES, voc_palette(21), strict=True)
 }
 
-# Categories of COCO 2017 (instances_*.json) that are the VOC classes 1 to 20,
-# in their order.
-COCO_CATEGORIES = {
-  'airplane': 5,
-  'bicycle': 2,
-  'bird': 16,
-  'boat': 9,
-  'bottle': 44,
-  'bus': 6,
-  'car': 3,
-  'cat': 17,
-  'chair': 62,
-  'cow': 21,
-  'dining table': 67,
-  'dog': 18,
-  'horse': 19,
-  'motorcycle': 4,
-  'person': 1,
-  'potted plant': 64,
-  'sheep': 20,
-  'couch': 63,
-  'train': 7,
-  'tv': 72,
-}
+# Categories of COCO 2017 that are the VOC classes 1 to 20, in their order.
+COCO_NAMES = (
+  'airplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,dining table,dog,'
+  'horse,motorcycle,person,potted plant,sheep,couch,train,tv'
+).split(',')

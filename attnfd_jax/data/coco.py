@@ -22,48 +22,31 @@ import numpy as np
 from attnfd_jax import user_cache
 from attnfd_jax.data import classes
 from attnfd_jax.data import files
-from attnfd_jax.data.classes import IGNORE_LABEL
-from attnfd_jax.data.masks import IndexLabels
-from attnfd_jax.data.masks import MAX_PIXELS
-from attnfd_jax.data.pairs import absent
-from attnfd_jax.data.pairs import check_root
-from attnfd_jax.data.pairs import Dataset
-from attnfd_jax.data.pairs import empty
-from attnfd_jax.data.pairs import IMAGE_ENDINGS
-from attnfd_jax.data.pairs import make_source
-from attnfd_jax.data.pairs import Pair
+from attnfd_jax.data import masks
+from attnfd_jax.data import pairs
 from attnfd_jax.errors import DataError
 from attnfd_jax.errors import InputError
+from attnfd_jax.losses import IGNORE_LABEL
 from attnfd_jax.progress import progress
 
 _VERSION = 1  # Of the archives; another one makes them anew.
 _BACKGROUND = 'background'
-# What is read of images, annotations and categories.
-_FIELDS = (
-  {'id': int, 'file_name': str, 'height': int, 'width': int},
-  {'image_id': int, 'category_id': int},
-  {'id': int, 'name': str},
-)
+# What is read of the lists of a JSON file.
+_FIELDS = {
+  'images': {'id': int, 'file_name': str, 'height': int, 'width': int},
+  'annotations': {'image_id': int, 'category_id': int},
+  'categories': {'id': int, 'name': str},
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class DrawnLabels:
-  """Masks that were drawn from one JSON file.
+  """Masks that were drawn from one JSON file."""
 
-  Attributes:
-    class_names: in the order of train ids; the first one is background.
-    image_names: paths of the images that were kept, sorted.
-    archive: zip with the PNG of each of them.
-    problems: of the annotations.
-  """
-
-  class_names: tuple[str, ...]
-  image_names: tuple[str, ...]
-  archive: str
-  problems: tuple[DataError, ...]
-
-  def mask(self, image_name):
-    return files.File(self.archive, f'{image_name}.png')
+  class_names: tuple[str, ...]  # By train id; the first one is background.
+  image_names: tuple[str, ...]  # Paths of the images that were kept, sorted.
+  archive: str  # A zip with the PNG of each of them.
+  problems: tuple[DataError, ...]  # Of the annotations.
 
 
 def _hash(*values):
@@ -80,8 +63,9 @@ def _pycocotools():
   return pycocotools.mask
 
 
-def _wrong(path, what):
-  return DataError(f'{path}: {what}.', 'annotation', path)
+def unsound(path, what):
+  """The DataError of a file that says what masks mean."""
+  return files.fault(path, 'annotation', what)
 
 
 def _is_name(text):
@@ -92,50 +76,35 @@ def _is_name(text):
 
 
 def _read_json(path):
-  """The lists images, annotations and categories.
-
-  Raises:
-    DataError: 'annotation'.
-  """
+  """The lists images, annotations and categories, whose fields are sound."""
   try:
     content = json.loads(path.read_bytes())
   except (ValueError, RecursionError) as error:
-    raise _wrong(path, f'not JSON ({error})') from error
+    raise unsound(path, f'not JSON ({error})') from error
   try:
     # Of dicts only: else AttributeError.
-    lists = [
-      [entry for entry in content[key] if entry.keys()]
-      for key in ('images', 'annotations', 'categories')
-    ]
+    lists = [[x for x in content[key] if x.keys()] for key in _FIELDS]
   except (AttributeError, KeyError, TypeError) as error:
-    raise _wrong(
-      path, 'not COCO annotations: needs images, annotations and categories'
-    ) from error
-  for entries, fields in zip(lists, _FIELDS, strict=True):
+    what = 'not COCO annotations: needs images, annotations and categories'
+    raise unsound(path, what) from error
+  for entries, fields in zip(lists, _FIELDS.values(), strict=True):
     for entry in entries:
       for field, kind in fields.items():
         value = entry.get(field)
         if type(value) is not kind:  # True would be a height.
-          raise _wrong(path, f'{field} is absent or no {kind.__name__}')
+          raise unsound(path, f'{field} is absent or no {kind.__name__}')
         if kind is str and not _is_name(value):
-          raise _wrong(path, f'{field} {value[:40]!r} cannot be a name')
+          raise unsound(path, f'{field} {value[:40]!r} cannot be a name')
   for image in lists[0]:
     height, width = image['height'], image['width']
-    if min(height, width) < 1:
-      raise _wrong(path, 'an image has no height or width')
-    if height * width > MAX_PIXELS:
-      raise _wrong(path, f'an image has more than {MAX_PIXELS} pixels')
+    if min(height, width) < 1 or height * width > masks.MAX_PIXELS:
+      limit = f'or more than {masks.MAX_PIXELS} pixels'
+      raise unsound(path, f'an image has no height or width, {limit}')
   return lists
 
 
 def _numbers(path, categories, class_names):
-  """Class names and {category id: train id}; those not named are 0.
-
-  Args:
-    path: for messages.
-    categories: of the JSON file.
-    class_names: background and those to keep, or () for all.
-  """
+  """Class names, () meaning all, and {category id: train id}; others are 0."""
   categories = sorted(categories, key=lambda category: category['id'])
   known = list(dict.fromkeys(category['name'] for category in categories))
   if not class_names:
@@ -143,16 +112,11 @@ def _numbers(path, categories, class_names):
     class_names = (_BACKGROUND, *foreground)
   lacking = [name for name in class_names[1:] if name not in known]
   if lacking:
-    raise _wrong(
-      path,
-      f'no category {lacking[0]!r}; it has {", ".join(map(str, known[:90]))}',
-    )
+    what = f'no category {lacking[0]!r}; it has {", ".join(known[:90])}'
+    raise unsound(path, what)
   if len(class_names) > IGNORE_LABEL:
-    raise _wrong(
-      path,
-      f'{len(class_names)} classes, more than {IGNORE_LABEL}; choose by '
-      'config.data.class_names',
-    )
+    what = f'{len(class_names)} classes, more than {IGNORE_LABEL}'
+    raise unsound(path, f'{what}; choose by config.data.class_names')
   numbers = {
     category['id']: class_names.index(category['name'])
     for category in categories
@@ -164,10 +128,8 @@ def _numbers(path, categories, class_names):
 def _runs_of_text(text):
   """Runs of a compressed RLE: 5 bits a character from '0' on, low ones first;
   32 says that more follow, and from the fourth on runs are differences.
-
-  Raises:
-    ValueError: pycocotools itself would write past the end of its memory.
   """
+  # On damage pycocotools itself would write past the end of its memory.
   runs, value, shift = [], 0, 0
   for character in text:
     code = ord(character) - ord('0')
@@ -185,13 +147,9 @@ def _runs_of_text(text):
 
 
 def _area(segmentation, size):
-  """uint8 [h, w], 1 inside of polygons or of an RLE of lists or text.
-
-  Raises:
-    ValueError: says what is wrong with it.
-  """
-  masks = _pycocotools()
+  """uint8 [h, w], 1 inside of polygons or an RLE; ValueError if it is wrong."""
   if isinstance(segmentation, list):
+    coco_masks = _pycocotools()
     # Two corners would be taken for a box.
     if not segmentation or any(
       len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation
@@ -201,21 +159,20 @@ def _area(segmentation, size):
     far = 10 * max(size)
     if not all(abs(x) <= far for polygon in segmentation for x in polygon):
       raise ValueError('has a corner far outside of the image')
-    rle = masks.merge(masks.frPyObjects(segmentation, *size))
-  else:
-    if tuple(segmentation['size']) != size:
-      raise ValueError(f'its RLE is of size {segmentation["size"]}')
-    runs = segmentation['counts']
-    if isinstance(runs, str):
-      runs = _runs_of_text(runs)
-    whole = all(type(n) is int and n >= 0 for n in runs)
-    if not whole or sum(runs) != size[0] * size[1]:
-      raise ValueError('its RLE does not fill the image')
-    rle = masks.frPyObjects({'size': size, 'counts': runs}, *size)
-  with warnings.catch_warnings():
-    # pycocotools 2.0.11 with NumPy 2.
-    warnings.filterwarnings('ignore', '__array__', DeprecationWarning)
-    return masks.decode(rle)
+    rle = coco_masks.merge(coco_masks.frPyObjects(segmentation, *size))
+    with warnings.catch_warnings():
+      # pycocotools 2.0.11 with NumPy 2.
+      warnings.filterwarnings('ignore', '__array__', DeprecationWarning)
+      return coco_masks.decode(rle)
+  if tuple(segmentation['size']) != size:
+    raise ValueError(f'its RLE is of size {segmentation["size"]}')
+  runs = segmentation['counts']
+  runs = _runs_of_text(runs) if isinstance(runs, str) else runs
+  whole = all(type(n) is int and n >= 0 for n in runs)
+  if not whole or sum(runs) != size[0] * size[1]:
+    raise ValueError('its RLE does not fill the image')
+  # Runs go down the columns; every second one is inside.
+  return np.repeat(np.arange(len(runs)) % 2, runs).reshape(size, order='F')
 
 
 def draw_label(annotations, size, numbers):
@@ -227,8 +184,7 @@ def draw_label(annotations, size, numbers):
     numbers: {category id: train id}; others are background.
 
   Returns:
-    The label and [(annotation, what is wrong with it), ...]; those are left
-    out.
+    The label; and what was left out, as [(annotation, its ValueError), ...].
   """
   # By columns, as pycocotools decodes; the last one first.
   label, wrong = np.zeros(size, np.uint8, order='F'), []
@@ -273,9 +229,8 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
         f'annotation {a.get("id", "")} of {name}: {error}' for a, error in wrong
       ]
       if np.count_nonzero(label) > min_pixels:
-        archive.writestr(
-          f'{name}.png', cv2.imencode('.png', label)[1].tobytes()
-        )
+        png = cv2.imencode('.png', label)[1].tobytes()
+        archive.writestr(f'{name}.png', png)
         kept.append(name)
       if limit and len(kept) == limit:
         break
@@ -318,51 +273,54 @@ def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
     tuple(index['class_names']),
     tuple(index['images']),
     str(target),
-    tuple(_wrong(path, problem) for problem in index['problems']),
+    tuple(unsound(path, problem) for problem in index['problems']),
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Described:
-  """Name of a drawn mask in messages."""
-
-  path: str
-
-  def __call__(self, mask):
-    return f'{self.path} ({mask.member.removesuffix(".png")})'
-
-
-def pairs_of(labels, folder, problems):
-  """[Pair, ...] of DrawnLabels and the folder of their images."""
-  images = files.list_tree(folder, IMAGE_ENDINGS)
+def _match(path, labels, folder, problems):
+  """[Pair, ...] of the DrawnLabels of `path` and the folder of their images."""
+  images = files.list_tree(folder, pairs.IMAGE_ENDINGS)
   if not images:
-    problems.append(empty(folder, f'{", ".join(IMAGE_ENDINGS)} files'))
+    what = f'{", ".join(pairs.IMAGE_ENDINGS)} files'
+    problems.append(pairs.empty(folder, what))
     return []
-  pairs = []
+  found = []
   for name in labels.image_names:
-    if name in images:
-      key = str(pathlib.PurePosixPath(name).with_suffix('')).replace('/', '_')
-      pairs.append(Pair(key, images[name], labels.mask(name)))
-    else:
-      problems.append(
-        DataError(
-          f'{folder}: no partner for {name}, which has annotations.',
-          'partner',
-          folder / name,
-        )
+    if name not in images:
+      what = f'{folder}: no partner for {name}, which has annotations.'
+      problems.append(DataError(what, 'partner', folder / name))
+      continue
+    key = str(pathlib.PurePosixPath(name).with_suffix('')).replace('/', '_')
+    mask = files.File(labels.archive, f'{name}.png')
+    found.append(pairs.Pair(key, images[name], mask, f'{path} ({name})'))
+  return found
+
+
+def find_pairs(places, problems, *, class_names=(), min_pixels=-1, limit=0):
+  """Class names and {split: [Pair, ...]}; see `draw_labels` for the options.
+
+  Args:
+    places: {split: (path of its JSON file, folder of its images)}; the names
+      of the first split hold for all.
+    problems: what is missing or wrong is appended.
+  """
+  found = {}
+  for split, (path, folder) in places.items():
+    gone = [place for place in (path, folder) if not place.exists()]
+    if gone:
+      problems.append(pairs.absent(gone[0]))
+      continue
+    try:
+      labels = draw_labels(
+        path, class_names=class_names, min_pixels=min_pixels, limit=limit
       )
-  return pairs
-
-
-def make_coco_source(config, path, labels, folder, problems, **options):
-  """The source of one split, or None without any pair."""
-  problems += labels.problems
-  pairs = pairs_of(labels, folder, problems)
-  if not pairs:
-    return None
-  ids = IndexLabels(tuple(range(len(labels.class_names))))
-  describe = _Described(str(path))
-  return make_source(config, pairs, ids, describe=describe, **options)
+    except DataError as error:
+      problems.append(error)
+      continue
+    class_names = labels.class_names
+    problems += labels.problems
+    found[split] = _match(path, labels, folder, problems)
+  return class_names, found
 
 
 def coco(config):
@@ -372,28 +330,20 @@ def coco(config):
   background, crowds count, and images with 1000 labelled pixels or fewer are
   left out, of val too.
   """
-  root, problems, splits = check_root(config), [], {}
-  wanted = ('background', *classes.COCO_CATEGORIES)
+  root, problems, places = pairs.check_root(config), [], {}
   for split in ('train', 'val'):
     path = root / 'annotations' / f'instances_{split}2017.json'
-    folder = root / f'{split}2017'
-    if not folder.is_dir() and (root / 'images' / folder.name).is_dir():
-      folder = root / 'images' / folder.name
-    gone = [p for p in (path, folder) if not p.exists()]
-    if gone:
-      problems.append(absent(gone[0]))
-      continue
-    try:
-      labels = draw_labels(
-        path, class_names=wanted, min_pixels=1000, limit=config['limit']
-      )
-    except DataError as error:
-      problems.append(error)
-      continue
-    source = make_coco_source(
-      config, path, labels, folder, problems, upright=False
-    )
-    if source:
-      splits[split] = source
-  names, palette = classes.names_and_palette(classes.VOC)
-  return Dataset('coco', names, palette, splits, tuple(problems))
+    folders = (root / f'{split}2017', root / 'images' / f'{split}2017')
+    there = [folder for folder in folders if folder.is_dir()]
+    places[split] = path, (*there, folders[0])[0]
+  names, found = find_pairs(
+    places,
+    problems,
+    class_names=('background', *classes.COCO_NAMES),
+    min_pixels=1000,
+    limit=config['limit'],
+  )
+  ids = masks.IndexLabels(tuple(range(len(names))))
+  return pairs.make_dataset(
+    config, classes.VOC, found, ids, problems, upright=False
+  )

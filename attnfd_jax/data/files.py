@@ -15,6 +15,11 @@ from attnfd_jax.errors import DataError
 _LARGEST_MEMBER = 1 << 29
 
 
+def fault(file, kind, what, values=None):
+  """The DataError '<file>: <what>.'; see there for kind and values."""
+  return DataError(f'{file}: {what}.', kind, file, values)
+
+
 class _Archive:
   """Members of a zip by position: no seek, so threads and forks share it."""
 
@@ -26,11 +31,8 @@ class _Archive:
       self._handle = os.open(path, os.O_RDONLY)
       self._size = os.fstat(self._handle).st_size
     except Exception as error:  # zipfile has many types for damaged headers.
-      raise DataError(
-        f'{path}: not a readable zip ({error}); copy it again.',
-        'unreadable',
-        path,
-      ) from error
+      what = f'not a readable zip ({error}); copy it again'
+      raise fault(path, 'unreadable', what) from error
 
   def read(self, member, limit=None):
     """The first `limit` bytes of a member, or all; OSError if damaged."""
@@ -101,15 +103,28 @@ class File:
       with open(self.path, 'rb') as file:
         return file.read(-1 if limit is None else limit)
     except OSError as error:
-      reason = error.strerror or error
-      raise DataError(
-        f'{self}: cannot be read ({reason}).', 'unreadable', self
-      ) from error
+      what = f'cannot be read ({error.strerror or error})'
+      raise fault(self, 'unreadable', what) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+  """What is read as a File, but was already."""
+
+  name: str
+  data: bytes
+
+  def __str__(self):
+    return self.name
+
+  def read(self, limit=None):
+    """The first `limit` bytes, or all."""
+    return self.data[:limit]
 
 
 def as_file(path):
-  """A File as it is, a path as a File."""
-  return path if isinstance(path, File) else File(str(path))
+  """A path as a File; a File as it is."""
+  return File(str(path)) if isinstance(path, (str, os.PathLike)) else path
 
 
 def read_lines(path):
@@ -122,8 +137,7 @@ def list_folder(folder, endings):
   """Files in `folder` with one of the endings, sorted; hidden ones are not."""
   with os.scandir(folder) as entries:
     names = sorted(e.name for e in entries if e.is_file())
-  files = [File(os.path.join(folder, n)) for n in names if n[0] != '.']
-  return [file for file in files if file.suffix.lower() in endings]
+  return _with_ending([File(os.path.join(folder, n)) for n in names], endings)
 
 
 def list_tree(folder, endings):
@@ -146,8 +160,11 @@ def without_ending(found):
 
 def list_zip(path, prefix, endings):
   """Members whose names start with `prefix`, sorted."""
-  names = sorted(n for n in _archive(str(path)).members if n.startswith(prefix))
-  files = [File(str(path), name) for name in names]
+  names = [n for n in _archive(str(path)).members if n.startswith(prefix)]
+  return _with_ending([File(str(path), n) for n in sorted(names)], endings)
+
+
+def _with_ending(files, endings):
   return [
     file
     for file in files

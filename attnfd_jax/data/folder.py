@@ -12,25 +12,15 @@ coco      annotations/instances_<split>.json or <split>/_annotations.coco.json
 import csv
 import re
 
-import numpy as np
-
 from attnfd_jax.data import classes
 from attnfd_jax.data import coco
 from attnfd_jax.data import files
+from attnfd_jax.data import masks
+from attnfd_jax.data import pairs
 from attnfd_jax.data import voc
-from attnfd_jax.data.masks import ColourLabels
-from attnfd_jax.data.masks import IndexLabels
-from attnfd_jax.data.pairs import absent
-from attnfd_jax.data.pairs import by_stem
-from attnfd_jax.data.pairs import check_root
-from attnfd_jax.data.pairs import Dataset
-from attnfd_jax.data.pairs import empty
-from attnfd_jax.data.pairs import IMAGE_ENDINGS
-from attnfd_jax.data.pairs import make_source
-from attnfd_jax.data.pairs import match
-from attnfd_jax.data.pairs import match_folders
 from attnfd_jax.errors import DataError
 from attnfd_jax.errors import InputError
+from attnfd_jax.losses import IGNORE_LABEL
 
 # What a folder of each split may be called; a set without test is fine.
 SPLITS = {
@@ -56,13 +46,9 @@ def _places(root, patterns, *, half_a_test=False):
   """{split: (path, path)} of the first pattern of which train is there.
 
   Without train it is the first pattern of which a part is there, and a split
-  that is absent has the first of its names: what is missing is told by path.
-
-  Args:
-    root: of the data set.
-    patterns: pairs of paths with {} for the split.
-    half_a_test: whether a test split of one path is a mistake to tell; else it
-      is an absent one, such as images without annotations.
+  that is absent has the first of its names: what is missing is told by path. A
+  test split of one path, such as images without annotations, is an absent one
+  unless half_a_test says that it is a mistake to tell.
   """
 
   def there(count, pattern, name):
@@ -83,59 +69,47 @@ def _places(root, patterns, *, half_a_test=False):
   return found
 
 
-def _is_colour(colour):
-  return len(colour) == 3 and all(
-    isinstance(x, int) and 0 <= x <= 255 for x in colour
-  )
+def _is_byte(x):
+  return isinstance(x, int) and 0 <= x <= 255
+
+
+def _is_colour(x):
+  return isinstance(x, (tuple, list)) and len(x) == 3 and all(map(_is_byte, x))
+
+
+def _with_voc_colours(names):
+  return dict(zip(names, classes.voc_palette(len(names)), strict=True))
 
 
 def _given_labels(config, names):
-  """Palette of Dataset and read_label of masks that the config describes."""
-  palette = tuple(
-    tuple(colour) if isinstance(colour, (tuple, list)) else (colour,)
-    for colour in config['palette']
-  )
-  id_map = tuple(config['id_map'])
+  """{name: colour} and read_label of masks that the config describes."""
+  palette, id_map = tuple(config['palette']), tuple(config['id_map'])
+  k = len(names)
   if palette and id_map:
     raise InputError(
       'config.data.palette is for masks of colours, config.data.id_map for '
       'masks of ids; give one of them.'
     )
   if palette:
-    if (
-      not all(map(_is_colour, palette))
-      or len(set(palette)) != len(palette)
-      or len(palette) < len(names)
-    ):
+    sound = all(map(_is_colour, palette))
+    colours = tuple(map(tuple, palette)) if sound else ()
+    if not len({*colours}) == len(colours) >= k:
       raise InputError(
         f'config.data.palette has {len(palette)} entries; needs a different '
-        f'(r, g, b) of 0 to 255 for each of the {len(names)} class_names, then '
-        'those to ignore.'
+        f'(r, g, b) of 0 to 255 for each of the {k} class_names, then those to '
+        'ignore.'
       )
-    colours, ignored = palette[: len(names)], palette[len(names) :]
-    return np.array(colours, np.uint8), ColourLabels(colours, ignored)
+    table = dict(zip(names, colours, strict=False))
+    return table, masks.ColourLabels(colours[:k], colours[k:])
+  ids, ignored = id_map or tuple(range(k)), ()
   if id_map:
-    good = all(isinstance(i, int) and 0 <= i < 255 for i in id_map)
-    if not good or len(set(id_map)) != len(id_map) or len(id_map) != len(names):
+    ignored = tuple(i for i in range(256) if i not in ids)
+    if not all(map(_is_byte, ids)) or not len({*ids} - {255}) == len(ids) == k:
       raise InputError(
-        f'config.data.id_map={id_map} must have a different id of 0 to 254 for '
-        f'each of the {len(names)} class_names.'
+        f'config.data.id_map={ids} must have a different id of 0 to 254 for '
+        f'each of the {k} class_names.'
       )
-    ignored = tuple(set(range(256)) - set(id_map))
-    return classes.voc_palette(len(names)), IndexLabels(id_map, ignored)
-  ids = tuple(range(len(names)))
-  return classes.voc_palette(len(names)), IndexLabels(ids)
-
-
-def _check_names(names):
-  if not (
-    all(isinstance(name, str) and name.strip() for name in names)
-    and len(set(names)) == len(names) <= classes.IGNORE_LABEL
-  ):
-    raise InputError(
-      'config.data.class_names must be different names, at most '
-      f"{classes.IGNORE_LABEL}, such as \"('background', 'road')\"."
-    )
+  return _with_voc_colours(names), masks.IndexLabels(ids, ignored)
 
 
 def _given_names(config):
@@ -148,7 +122,7 @@ def _given_names(config):
   return names
 
 
-def _no_tables(config, layout):
+def _refuse_tables(config, layout):
   for key in ('palette', 'id_map'):
     if config[key]:
       raise InputError(
@@ -158,212 +132,176 @@ def _no_tables(config, layout):
 
 
 def _chosen(config, path, table):
-  """Names and values of {name: value} in the order of config.data.class_names.
-
-  Returns:
-    names, their values, and the values of classes that were not chosen.
-  """
+  """{name: value} in the order of config.data.class_names, and other values."""
   names = tuple(config['class_names']) or tuple(table)
-  if len(names) > classes.IGNORE_LABEL:
-    raise _annotation(
-      path, f'{len(names)} classes, more than {classes.IGNORE_LABEL}'
-    )
+  if len(names) > IGNORE_LABEL:
+    what = f'{len(names)} classes, more than {IGNORE_LABEL}'
+    raise coco.unsound(path, what)
   lacking = [name for name in names if name not in table]
   if lacking:
-    raise DataError(
-      f'{path}: no class {lacking[0]!r} of config.data.class_names; it has '
-      f'{", ".join(table)}.',
-      'annotation',
-      path,
-    )
+    what = f'no class {lacking[0]!r} of config.data.class_names; it has '
+    raise coco.unsound(path, what + ', '.join(table))
   rest = tuple(v for name, v in table.items() if name not in names)
-  return names, tuple(table[name] for name in names), rest
+  return {name: table[name] for name in names}, rest
 
 
-def _annotation(path, what):
-  return DataError(f'{path}: {what}.', 'annotation', path)
+def _make_table(path, rows):
+  """{name: value} of (text, name, value), none of which may come twice."""
+  table = {}
+  for text, name, value in rows:
+    if name in table or value in table.values():
+      what = f'{text[:90]!r} has a name, colour or id a second time'
+      raise coco.unsound(path, what)
+    table[name] = value
+  if not table:
+    raise coco.unsound(path, 'no classes in it')
+  return table
 
 
 def read_labelmap(path):
-  """{name: (r, g, b)} of CVAT's labelmap.txt, lines name:r,g,b:parts:actions.
-
-  Raises:
-    DataError: 'annotation'.
-  """
-  table = {}
+  """{name: (r, g, b)} of CVAT's labelmap.txt, lines name:r,g,b:x:y."""
+  rows, number = [], r'(\d{1,3})'
   for line in files.read_lines(path):
     if not line or line.startswith('#'):
       continue
-    number = r'(\d{1,3})'
     found = re.fullmatch(
       f'(.+?):{number},{number},{number}(:[^:]*){{0,2}}', line
     )
     colour = tuple(map(int, found.group(2, 3, 4))) if found else ()
-    if not found or max(colour) > 255:
-      raise _annotation(path, f'{line[:90]!r} is not name:red,green,blue::')
-    if found[1] in table or colour in table.values():
-      raise _annotation(
-        path, f'{line[:90]!r} has a name or colour a second time'
-      )
-    table[found[1]] = colour
-  if not table:
-    raise _annotation(path, 'no classes in it')
-  return table
+    if not _is_colour(colour):
+      raise coco.unsound(path, f'{line[:90]!r} is not name:red,green,blue::')
+    rows.append((line, found[1], colour))
+  return _make_table(path, rows)
 
 
 def read_classes_csv(path):
-  """{name: id} of Roboflow's _classes.csv, in the order of ids.
-
-  Raises:
-    DataError: 'annotation'.
-  """
+  """{name: id} of Roboflow's _classes.csv, in the order of ids."""
+  rows = []
   try:
-    rows = list(csv.reader(files.read_lines(path)))[1:]
+    for row in list(csv.reader(files.read_lines(path)))[1:]:
+      text, cells = ','.join(row), [cell.strip() for cell in row]
+      number = len(cells) > 1 and re.fullmatch(r'\d{1,3}', cells[0])
+      if not number or int(cells[0]) >= IGNORE_LABEL:
+        raise coco.unsound(path, f'{text[:90]!r} is not id, name')
+      rows.append((text, cells[1], int(cells[0])))
   except csv.Error as error:
-    raise _annotation(path, f'not a table of id, name ({error})') from error
-  table = {}
-  for row in rows:
-    cells = [cell.strip() for cell in row]
-    good = len(cells) > 1 and re.fullmatch(r'\d{1,3}', cells[0])
-    if not good or int(cells[0]) > 254:
-      raise _annotation(path, f'{",".join(row)[:90]!r} is not id, name')
-    value, name = int(cells[0]), cells[1]
-    if name in table or value in table.values():
-      raise _annotation(path, f'{",".join(row)[:90]!r} has a name or id twice')
-    table[name] = value
-  if not table:
-    raise _annotation(path, 'no classes in it')
+    raise coco.unsound(path, f'not a table of id, name ({error})') from error
+  table = _make_table(path, rows)
   return dict(sorted(table.items(), key=lambda item: item[1]))
 
 
 def _read_pairs(config, root):
-  names, problems, splits = _given_names(config), [], {}
-  palette, read_label = _given_labels(config, names)
-  for split, where in _places(root, _PAIRS, half_a_test=True).items():
-    pairs = match_folders(*where, problems)
-    if pairs:
-      splits[split] = make_source(config, pairs, read_label)
-  return Dataset('folder', names, palette, splits, tuple(problems))
+  names, problems = _given_names(config), []
+  table, read_label = _given_labels(config, names)
+  places = _places(root, _PAIRS, half_a_test=True)
+  found = {
+    split: pairs.match_folders(*where, problems)
+    for split, where in places.items()
+  }
+  return pairs.make_dataset(config, table, found, read_label, problems)
 
 
 def _read_voc(config, root):
   labelmap = root / 'labelmap.txt'
   if labelmap.is_file():
-    _no_tables(config, 'voc with labelmap.txt')
-    names, colours, rest = _chosen(config, labelmap, read_labelmap(labelmap))
-    palette = np.array(colours, np.uint8)
-    read_label = ColourLabels(colours, rest)
+    _refuse_tables(config, 'voc with labelmap.txt')
+    table, rest = _chosen(config, labelmap, read_labelmap(labelmap))
+    read_label = masks.ColourLabels(tuple(table.values()), rest)
   else:
-    names = _given_names(config)
-    palette, read_label = _given_labels(config, names)
+    table, read_label = _given_labels(config, _given_names(config))
   where = (root / 'JPEGImages', root / 'SegmentationClass')
-  images, masks = (
-    files.without_ending(files.list_tree(folder, IMAGE_ENDINGS))
-    for folder in where
-  )
-  problems, splits = [], {}
+  endings = (pairs.IMAGE_ENDINGS, pairs.IMAGE_ENDINGS)
+  problems, found = [], {}
   for split in SPLITS:
     path = root / 'ImageSets' / 'Segmentation' / f'{split}.txt'
-    if split == 'test' and not path.exists():
-      continue
-    ids = voc.read_list(path, problems)
-    pairs = voc.pair_listed(ids, images, masks, where, problems)
-    if pairs:
-      splits[split] = make_source(config, pairs, read_label)
-  return Dataset('folder', names, palette, splits, tuple(problems))
+    if split != 'test' or path.exists():
+      ids = voc.read_list(path, problems)
+      found[split] = voc.pair_listed(ids, where, endings, problems)
+  return pairs.make_dataset(config, table, found, read_label, problems)
+
+
+def _pair_roboflow(folder, problems):
+  """[Pair, ...] of images and their <stem>_mask in one folder."""
+  found = files.list_folder(folder, pairs.IMAGE_ENDINGS)
+  images, labels = {}, {}
+  for stem, file in pairs.by_stem(found, problems).items():
+    group = labels if stem.endswith('_mask') else images
+    group[stem.removesuffix('_mask')] = file
+  if not images:
+    problems.append(pairs.empty(folder, 'images'))
+    return []
+  return pairs.match(images, labels, (folder, folder), problems)
 
 
 def _read_roboflow(config, root):
-  _no_tables(config, 'roboflow')
-  problems, splits, known = [], {}, None
+  _refuse_tables(config, 'roboflow')
+  problems, found, known = [], {}, None
   places = _places(root, [('{}', '{}/_classes.csv')])
   for split, (folder, path) in places.items():
     if not path.is_file():
-      problems.append(absent(path))
+      problems.append(pairs.absent(path))
       continue
     try:
       table = read_classes_csv(path)
     except DataError as error:
       problems.append(error)
       continue
-    if known is not None and table != known:
-      problems.append(_annotation(path, 'other classes than those of train'))
-      continue
-    known = table
-    found = by_stem(files.list_folder(folder, IMAGE_ENDINGS), problems)
-    images, masks = {}, {}
-    for stem, file in found.items():
-      if stem.endswith('_mask'):
-        masks[stem.removesuffix('_mask')] = file
-      else:
-        images[stem] = file
-    if not images:
-      problems.append(empty(folder, 'images'))
-      continue
-    splits[split] = match(images, masks, (folder, folder), problems)
+    known = known or table
+    if table != known:
+      problems.append(coco.unsound(path, 'other classes than those of train'))
+    else:
+      found[split] = _pair_roboflow(folder, problems)
   if known is None:
     raise problems[0]
-  names, ids, rest = _chosen(config, path, known)
-  read_label = IndexLabels(ids, rest)
-  splits = {
-    split: make_source(config, pairs, read_label)
-    for split, pairs in splits.items()
-    if pairs
-  }
-  palette = classes.voc_palette(len(names))
-  return Dataset('folder', names, palette, splits, tuple(problems))
+  ids, rest = _chosen(config, path, known)
+  read_label = masks.IndexLabels(tuple(ids.values()), rest)
+  table = _with_voc_colours(tuple(ids))
+  return pairs.make_dataset(config, table, found, read_label, problems)
 
 
 def _read_coco(config, root):
-  _no_tables(config, 'coco')
-  problems, splits, names = [], {}, tuple(config['class_names'])
-  for split, (path, images) in _places(root, _COCO).items():
-    gone = [place for place in (path, images) if not place.exists()]
-    if gone:
-      problems.append(absent(gone[0]))
-      continue
-    try:
-      # The categories of train hold for all.
-      labels = coco.draw_labels(path, class_names=names, limit=config['limit'])
-    except DataError as error:
-      problems.append(error)
-      continue
-    names = labels.class_names
-    source = coco.make_coco_source(config, path, labels, images, problems)
-    if source:
-      splits[split] = source
+  _refuse_tables(config, 'coco')
+  problems, names = [], config['class_names']
+  names, found = coco.find_pairs(
+    _places(root, _COCO), problems, class_names=names, limit=config['limit']
+  )
   if not names:
     raise problems[0]
-  palette = classes.voc_palette(len(names))
-  return Dataset('folder', names, palette, splits, tuple(problems))
+  read_label = masks.IndexLabels(tuple(range(len(names))))
+  table = _with_voc_colours(names)
+  return pairs.make_dataset(config, table, found, read_label, problems)
 
 
-def _has(*patterns):
-  """root -> whether one of the glob patterns is there."""
-  return lambda root: any(True for p in patterns for _ in root.glob(p))
-
-
-# Name -> (is it there, reader).
+# Name -> (reader, *glob patterns, one of which is there).
 LAYOUTS = {
-  'pairs': (
-    _has('masks/train', 'train/masks', 'train/labels'),
-    _read_pairs,
-  ),
-  'voc': (_has('SegmentationClass'), _read_voc),
-  'roboflow': (_has('*/_classes.csv'), _read_roboflow),
+  'pairs': (_read_pairs, 'masks/train', 'train/masks', 'train/labels'),
+  'voc': (_read_voc, 'SegmentationClass'),
+  'roboflow': (_read_roboflow, '*/_classes.csv'),
   'coco': (
-    _has('annotations/instances_*.json', '*/_annotations.coco.json'),
     _read_coco,
+    'annotations/instances_*.json',
+    '*/_annotations.coco.json',
   ),
 }
 
 
 def folder(config):
   """The layout config.data.layout, or the only one that is there."""
-  root, layout = check_root(config), config['layout']
-  _check_names(config['class_names'])
+  root, layout = pairs.check_root(config), config['layout']
+  names = config['class_names']
+  if not all(isinstance(name, str) and name.strip() for name in names) or not (
+    len({*names}) == len(names) <= IGNORE_LABEL
+  ):
+    raise InputError(
+      'config.data.class_names must be different names, at most '
+      f"{IGNORE_LABEL}, such as \"('background', 'road')\"."
+    )
   if layout == 'auto':
-    found = [name for name, (is_there, _) in LAYOUTS.items() if is_there(root)]
+    found = [
+      name
+      for name, (_, *patterns) in LAYOUTS.items()
+      if any(next(root.glob(p), None) for p in patterns)
+    ]
     if len(found) > 1:
       raise InputError(
         f'{root}: could be {" or ".join(found)}; say --config.data.layout='
@@ -374,4 +312,4 @@ def folder(config):
     raise InputError(
       f'config.data.layout={layout!r} must be auto, {", ".join(LAYOUTS)}.'
     )
-  return LAYOUTS[layout][1](config, root)
+  return LAYOUTS[layout][0](config, root)

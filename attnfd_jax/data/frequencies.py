@@ -10,39 +10,20 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class ClassCounts:
-  """What some labels hold, all int64 [k], or int.
+  """What some labels hold; arrays are int64 [k]."""
 
-  Attributes:
-    pixels: of each class.
-    present_images: images in which the class occurs.
-    present_pixels: of those images, ignored ones included.
-    num_images, num_pixels: of all images; pixels include ignored ones.
-  """
-
-  pixels: np.ndarray
-  present_images: np.ndarray
-  present_pixels: np.ndarray
+  pixels: np.ndarray  # Of each class.
+  present_images: np.ndarray  # In which the class occurs.
+  present_pixels: np.ndarray  # Of those images, ignored ones included.
   num_images: int
-  num_pixels: int
+  num_pixels: int  # Ignored ones included.
 
 
 def count_label(label, num_classes):
-  """Pixels of each class and, last, of everything else, int64 [k + 1].
-
-  Args:
-    label: uint8 [h, w] of train ids, 255 = ignored.
-    num_classes: k.
-  """
+  """Pixels of each class and, last, of all others in [h, w], int64 [k + 1]."""
   counts = np.bincount(label.ravel(), minlength=num_classes)
   rest = counts[num_classes:].sum()
   return np.append(counts[:num_classes], rest).astype(np.int64)
-
-
-def read_label(source, index):
-  """uint8 [h, w] of a record; without its image where the source can."""
-  if hasattr(source, 'label'):  # Several times as fast.
-    return source.label(index)
-  return source[index]['label']
 
 
 def sum_counts(rows, num_classes):
@@ -58,14 +39,11 @@ def sum_counts(rows, num_classes):
   )
 
 
-def map_records(function, source, threads, *, on_record=None):
-  """[function(0), ...] for each index of a source, in parallel and in order.
+def map_records(function, indices, threads, *, on_record=None):
+  """[function(index), ...] by some threads and in order.
 
-  Args:
-    function: of an index; its results are all kept, so they should be small.
-    source: anything with a length.
-    threads: number of them; decoders release the GIL.
-    on_record: called without arguments after each, in the caller's thread.
+  All results are kept, so they should be small. `on_record` is called without
+  arguments after each, in the caller's thread.
   """
   results, pending = [], collections.deque()
 
@@ -78,7 +56,7 @@ def map_records(function, source, threads, *, on_record=None):
   try:
     # Few at a time: an error or Ctrl-C leaves little behind, and Executor.map
     # would make an object for each record of the data set first.
-    for index in range(len(source)):
+    for index in indices:
       if len(pending) == 4 * threads:
         take()
       pending.append(pool.submit(function, index))
@@ -89,32 +67,31 @@ def map_records(function, source, threads, *, on_record=None):
   return results
 
 
+def count_labels(source, num_classes, threads, *, on_record=None):
+  """`count_label` of all records, int64 [n, k + 1]; each label is read once."""
+  # Without their images where the source can: several times as fast.
+  read = getattr(source, 'label', None) or (lambda i: source[i]['label'])
+  rows = map_records(
+    lambda index: count_label(read(index), num_classes),
+    range(len(source)),
+    threads,
+    on_record=on_record,
+  )
+  return np.reshape(rows, (-1, num_classes + 1))
+
+
 def count_classes(source, num_classes, threads, *, on_record=None):
-  """ClassCounts of all labels of a source; each is read once.
-
-  Args:
-    source: see `read_label`; 255 is ignored.
-    num_classes: k.
-    threads, on_record: see `map_records`.
-  """
-
-  def count(index):
-    return count_label(read_label(source, index), num_classes)
-
-  rows = map_records(count, source, threads, on_record=on_record)
+  """ClassCounts of all labels of a source; see `count_labels`."""
+  rows = count_labels(source, num_classes, threads, on_record=on_record)
   return sum_counts(rows, num_classes)
 
 
 def median_frequency_weights(pixels, present_pixels):
-  """Weights median(f) / f of the classes, float64 [k].
+  """Weights median(f) / f of the classes, float64 [k], of [k] of ClassCounts.
 
   f is the share of a class in the images in which it occurs (Eigen and Fergus
   2015, arXiv 1411.4734), with ignored pixels in the whole. Absent classes take
   no part in the median and get weight 1.
-
-  Args:
-    pixels: [k], of each class.
-    present_pixels: [k], of the images with the class, as in ClassCounts.
   """
   pixels = np.asarray(pixels, np.float64)
   present_pixels = np.asarray(present_pixels, np.float64)

@@ -6,16 +6,14 @@ import dataclasses
 import functools
 import io
 import struct
-import warnings
 
 import cv2
 import numpy as np
 from PIL import Image
 from PIL import UnidentifiedImageError
 
-from attnfd_jax.data.classes import IGNORE_LABEL
-from attnfd_jax.data.files import as_file
-from attnfd_jax.errors import DataError
+from attnfd_jax.data import files
+from attnfd_jax.losses import IGNORE_LABEL
 
 MAX_PIXELS = 178_956_970  # Of an image: Pillow opens none that declares more.
 # Pillow knows more, and starts programs for some of them.
@@ -39,11 +37,8 @@ def _unreadable(file, error):
   """The DataError of an image from the exception of a decoder, or None."""
   what = 'not a readable image; replace or remove it'
   if isinstance(error, Image.DecompressionBombError):
-    what = (
-      f'declares more than the {MAX_PIXELS} pixels that are read; cut it into '
-      'parts'
-    )
-  return DataError(f'{file}: {what}.', 'unreadable', file)
+    what = f'declares more than the {MAX_PIXELS} pixels allowed; cut it up'
+  return files.fault(file, 'unreadable', what)
 
 
 def _chunks_fit(data):
@@ -57,33 +52,33 @@ def _chunks_fit(data):
 
 
 def _jpeg_pixels(data):
-  """What the frame of a JPEG declares, or None: Pillow takes ten times as long.
+  """What the frame of a JPEG declares: Pillow takes ten times as long.
 
-  Segments are followed up to the first frame, as decoders do; where they are
-  not one after the other, nothing is said.
+  Segments are followed up to the first frame, as decoders do; 0 where they are
+  not one after the other.
   """
   at = 2
   while data[at : at + 1] == b'\xff' and at + 9 <= len(data):
     kind = data[at + 1]
     if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
       height, width = struct.unpack_from('>HH', data, at + 5)
-      return height * width or None
+      return height * width
     if kind < 0xC0 or 0xD0 <= kind <= 0xDA:  # No segment, or pixels.
-      return None
+      return 0
     at += 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
-  return None
+  return 0
 
 
-def _fits(data):
-  """Whether OpenCV may decode it: it takes the memory that headers declare,
-  before it sees the pixels.
+def _decode(data, how):
+  """What OpenCV makes of the bytes of a file, None or an exception if nothing.
 
-  Raises:
-    Exception: see `open_image`.
+  It takes the memory that headers declare before it sees the pixels, so that
+  they are looked at first.
   """
-  if data[:2] == b'\xff\xd8' and (_jpeg_pixels(data) or np.inf) <= MAX_PIXELS:
-    return True
-  return open_image(data).format != 'PNG' or _chunks_fit(data)
+  small = data[:2] == b'\xff\xd8' and 0 < _jpeg_pixels(data) <= MAX_PIXELS
+  if not small and open_image(data).format == 'PNG' and not _chunks_fit(data):
+    return None
+  return cv2.imdecode(np.frombuffer(data, np.uint8), how)
 
 
 def decode_image(file, data):
@@ -95,8 +90,7 @@ def decode_image(file, data):
   # EXIF rotation would turn the image and not its mask.
   how = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
   try:
-    pixels = np.frombuffer(data, np.uint8)
-    image = cv2.imdecode(pixels, how) if _fits(data) else None
+    image = _decode(data, how)
   except Exception as error:
     raise _unreadable(file, error) from error
   if image is None:
@@ -106,17 +100,13 @@ def decode_image(file, data):
 
 def read_image(path):
   """Pixels of a path or File as they are stored, uint8 [h, w, 3] RGB."""
-  file = as_file(path)
+  file = files.as_file(path)
   return decode_image(file, file.read())
-
-
-# Large images are large on purpose; twice that limit is still refused.
-warnings.simplefilter('ignore', Image.DecompressionBombWarning)
 
 
 def read_size(path):
   """(height, width) as stored, from the header alone."""
-  file = as_file(path)
+  file = files.as_file(path)
   for limit in (_SIZE_KNOWN, None):
     data = file.read(limit)
     try:
@@ -140,11 +130,11 @@ def check_upright(file, data):
   except Exception:
     return  # Damaged tags turn nothing; damaged pixels are told elsewhere.
   if turned != 1:
-    raise DataError(
-      f'{file}: the camera rotated it by EXIF orientation {turned}, its mask '
-      'is stored as drawn; save the image upright, without the tag.',
-      'exif',
+    raise files.fault(
       file,
+      'exif',
+      f'the camera rotated it by EXIF orientation {turned}, its mask is stored '
+      'as drawn; save the image upright, without the tag',
     )
 
 
@@ -157,8 +147,7 @@ def _grey_ids(data):
   if data[:8] != b'\x89PNG\r\n\x1a\n' or data[24:26] != b'\x08\0':
     return None
   try:
-    pixels = np.frombuffer(data, np.uint8)
-    ids = cv2.imdecode(pixels, cv2.IMREAD_UNCHANGED) if _fits(data) else None
+    ids = _decode(data, cv2.IMREAD_UNCHANGED)
   except Exception:
     return None
   # A transparent grey makes OpenCV return four channels.
@@ -175,30 +164,21 @@ def open_mask(file, data):
     image = open_image(data)
     image.load()
   except Exception as error:
-    reason = error
-    if isinstance(error, UnidentifiedImageError):
-      reason = 'empty, or no image'  # Pillow's names an object in memory.
-    raise DataError(
-      f'{file}: not a readable mask ({reason}).', 'unreadable', file
-    ) from error
+    # Pillow's message names an object in memory.
+    unknown = isinstance(error, UnidentifiedImageError)
+    what = f'not a readable mask ({"empty, or no image" if unknown else error})'
+    raise files.fault(file, 'unreadable', what) from error
   if image.format in ('JPEG', 'MPO'):
-    raise DataError(
-      f'{file}: a JPEG mask; compression changes its values. Export the masks '
-      'as PNG.',
-      'lossy',
-      file,
-    )
+    what = 'a JPEG mask; compression changes ids. Export the masks as PNG'
+    raise files.fault(file, 'lossy', what)
   depth = None
   if image.mode in ('I', 'F') or ';16' in image.mode:
     depth = 16 if ';16' in image.mode else 32
   elif image.format == 'PNG' and data[25] == 0 and data[24] in (2, 4):
     depth = data[24]  # Grey of few bits: Pillow spreads it over 0 to 255.
   if depth:
-    raise DataError(
-      f'{file}: mask has {depth} bits a pixel; save ids as an 8-bit PNG.',
-      'depth',
-      file,
-    )
+    what = f'mask has {depth} bits a pixel; save ids as an 8-bit PNG'
+    raise files.fault(file, 'depth', what)
   return image
 
 
@@ -208,45 +188,36 @@ def read_mask(path):
   Raises:
     DataError: as `open_mask`, or 'mode'.
   """
-  file = as_file(path)
+  file = files.as_file(path)
   data = file.read()
   ids = _grey_ids(data)
   if ids is not None:
     return ids
   image = open_mask(file, data)
   if image.mode not in ('L', 'P'):
-    raise DataError(
-      f'{file}: mask has mode {image.mode}; expected an 8-bit PNG of class ids '
-      '(L or P). Convert colours to ids, or pass their table: data set folder '
-      'with --config.data.palette="((r,g,b), ...)".',
-      'mode',
+    raise files.fault(
       file,
+      'mode',
+      f'mask has mode {image.mode}; expected an 8-bit PNG of class ids (L or '
+      'P). Convert colours to ids, or pass their table: data set folder with '
+      '--config.data.palette="((r,g,b), ...)"',
     )
   return np.asarray(image)
 
 
-def id_table(ids):
-  """Table [256] from file ids to train ids; `ids` are in the order of train
-  ids, all others become 255.
-  """
-  table = np.full(256, IGNORE_LABEL, np.uint8)
-  table[list(ids)] = np.arange(len(ids))
-  return table
+def _counted(values):
+  """{value: how often it occurs}."""
+  values, counts = np.unique(values, return_counts=True)
+  return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
-def _refuse(file, counts, expected):
-  """Raises 'values'; names five of {value: pixels}, the most frequent."""
-  most = sorted(counts, key=counts.get, reverse=True)[:5]
-  found = ', '.join(
-    f'{value} ({counts[value]} pixels)' for value in sorted(most)
-  )
+def _no_class(file, counts, expected):
+  """The DataError of {value: pixels}; names the five most frequent values."""
+  most = sorted(sorted(counts, key=counts.get, reverse=True)[:5])
+  found = ', '.join(f'{value} ({counts[value]} pixels)' for value in most)
   more = f' and {len(counts) - 5} more' if len(counts) > 5 else ''
-  raise DataError(
-    f'{file}: values {found}{more} are no class; {expected}.',
-    'values',
-    file,
-    counts,
-  )
+  what = f'values {found}{more} are no class; {expected}'
+  return files.fault(file, 'values', what, counts)
 
 
 def _ranges(ids):
@@ -266,44 +237,33 @@ def _index_tables(ids, ignored):
 
   The train id of those that must not is the number of classes.
   """
-  forbidden = np.ones(256, bool)
-  forbidden[[*ids, *ignored]] = False
-  table = np.where(forbidden, len(ids), id_table(ids))
-  return table.astype(np.uint8), forbidden
+  # Of 255 classes nothing is forbidden, and their number is what is ignored.
+  table = np.full(256, len(ids), np.uint8)
+  table[[*ignored, *ids]] = [IGNORE_LABEL] * len(ignored) + [*range(len(ids))]
+  forbidden = ~np.isin(np.arange(256), [*ids, *ignored])
+  return table, forbidden
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexLabels:
-  """Masks of ids to train ids.
+  """Masks of ids to train ids."""
 
-  Attributes:
-    ids: the file's id of each class, in the order of train ids.
-    ignored: further ids, which become 255; it itself may always occur.
-  """
-
-  ids: tuple[int, ...]
-  ignored: tuple[int, ...] = ()
+  ids: tuple[
+    int, ...
+  ]  # The file's id of each class, in the order of train ids.
+  ignored: tuple[int, ...] = ()  # Become 255, which itself may always occur.
 
   def __call__(self, file):
     return self.from_ids(file, read_mask(file))
 
   def from_ids(self, file, ids):
-    """uint8 [h, w] of the file's ids to train ids.
-
-    Raises:
-      DataError: 'values'.
-    """
+    """Train ids, uint8 [h, w], of the file's ids; DataError if none fits."""
     ignored = (*self.ignored, IGNORE_LABEL)
     table, forbidden = _index_tables(self.ids, ignored)
     label = cv2.LUT(ids, table)  # Several times as fast as NumPy's indexing.
-    # Of 255 classes nothing is forbidden, and their number is what is ignored.
     if forbidden.any() and (label == len(self.ids)).any():
-      values, counts = np.unique(ids[forbidden[ids]], return_counts=True)
-      _refuse(
-        file,
-        dict(zip(values.tolist(), counts.tolist(), strict=True)),
-        f'classes are {_ranges(self.ids)}, ignored {_ranges(ignored)}',
-      )
+      expected = f'classes are {_ranges(self.ids)}, ignored {_ranges(ignored)}'
+      raise _no_class(file, _counted(ids[forbidden[ids]]), expected)
     return label
 
 
@@ -317,34 +277,25 @@ def _codes(colours):
 def _colour_tables(colours, ignored):
   """Codes of all colours, sorted, and their train ids."""
   codes = _codes(np.array([*colours, *ignored], np.uint8))
-  ids = np.full(len(codes), IGNORE_LABEL, np.uint8)
-  ids[: len(colours)] = np.arange(len(colours))
+  ids = [*range(len(colours))] + [IGNORE_LABEL] * len(ignored)
   order = np.argsort(codes)
-  return codes[order], ids[order]
+  return codes[order], np.array(ids, np.uint8)[order]
 
 
 @dataclasses.dataclass(frozen=True)
 class ColourLabels:
-  """Masks of colours to train ids; grey and palette files have colours, too.
+  """Masks of colours to train ids; grey and palette files have colours, too."""
 
-  Attributes:
-    colours: ((r, g, b), ...) in the order of train ids; all differ.
-    ignored: further colours, which become 255.
-  """
-
-  colours: tuple[tuple[int, int, int], ...]
-  ignored: tuple[tuple[int, int, int], ...] = ()
+  colours: tuple[tuple[int, int, int], ...]  # In the order of train ids.
+  ignored: tuple[tuple[int, int, int], ...] = ()  # Further ones; become 255.
 
   def __call__(self, file):
     image = open_mask(file, file.read())
     try:
       pixels = np.asarray(image.convert('RGB'))
     except ValueError as error:
-      raise DataError(
-        f'{file}: mask has mode {image.mode}; save its colours as an RGB PNG.',
-        'mode',
-        file,
-      ) from error
+      what = f'mask has mode {image.mode}; save its colours as an RGB PNG'
+      raise files.fault(file, 'mode', what) from error
     known, ids = _colour_tables(self.colours, self.ignored)
     label = np.empty(pixels.shape[:2], np.uint8)
     wrong = collections.Counter()
@@ -355,18 +306,15 @@ class ColourLabels:
       found = np.searchsorted(known, codes)
       found[found == len(known)] = 0
       label[top : top + rows] = ids[found]
-      bad = codes[known[found] != codes]
-      if bad.size:
-        values, counts = np.unique(bad, return_counts=True)
-        wrong.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+      wrong.update(_counted(codes[known[found] != codes]))
     if wrong:
-      _refuse(
-        file,
-        {
-          f'{code >> 16},{code >> 8 & 255},{code & 255}': count
-          for code, count in sorted(wrong.items())
-        },
+      counts = {
+        f'{code >> 16},{code >> 8 & 255},{code & 255}': count
+        for code, count in sorted(wrong.items())
+      }
+      expected = (
         f'the {len(known)} colours are those of config.data.palette or of '
-        'labelmap.txt',
+        'labelmap.txt'
       )
+      raise _no_class(file, counts, expected)
     return label

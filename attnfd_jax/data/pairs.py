@@ -9,6 +9,7 @@ import pathlib
 import numpy as np
 
 from attnfd_jax.data import cache
+from attnfd_jax.data import classes
 from attnfd_jax.data import files
 from attnfd_jax.data import masks
 from attnfd_jax.errors import DataError
@@ -38,6 +39,7 @@ class Pair:
   key: str
   image: files.File
   mask: files.File
+  mask_name: str = ''  # In messages, where it is not the name of its file.
 
 
 class Decoded:
@@ -63,27 +65,25 @@ class PairSource(Decoded):
   """Random access to pairs; what cannot be used raises DataError when read.
 
   Args:
-    pairs: list of Pair; keys differ.
+    pairs: sequence of Pair; keys differ.
     read_label: mask -> uint8 [h, w] of train ids; it must pickle.
+    limit: the first so many, 0 for all.
     cache: keep decoded pairs in memory.
     upright: refuse images with an EXIF rotation. Where annotations are known
       to belong to the stored pixels there is nothing to refuse.
-    describe: mask -> its name in messages; it must pickle.
   """
 
-  def __init__(
-    self, pairs, read_label, *, cache=False, upright=True, describe=str
-  ):
+  def __init__(self, pairs, read_label, *, limit=0, cache=False, upright=True):
     super().__init__(cache=cache)
-    self._pairs, self.read_label = pairs, read_label
-    self._upright, self._describe = upright, describe
+    self._pairs, self.read_label, self._upright = pairs, read_label, upright
+    self._length = min(limit or len(pairs), len(pairs))
 
   def __len__(self):
-    return len(self._pairs)
+    return self._length
 
   def encoded(self, index):
     """{'image': bytes as stored, 'label': as in [index]}; checked as well."""
-    data = self._pairs[index].image.read()
+    data = self.image_bytes(index)
     return {'image': data, 'label': self._read(index, data)['label']}
 
   def image_bytes(self, index):
@@ -100,7 +100,7 @@ class PairSource(Decoded):
 
   def fingerprint(self, start=0, stop=None):
     """Hex digest that changes with the files and with what is read of them."""
-    pairs = self._pairs[start:stop]
+    pairs = self._pairs[: len(self)][start:stop]
     found = [file for pair in pairs for file in (pair.image, pair.mask)]
     return cache.digest(found, repr(self.read_label).encode())
 
@@ -117,34 +117,43 @@ class PairSource(Decoded):
 
   def _read(self, index, data=None):
     pair = self._pairs[index]
-    data = pair.image.read() if data is None else data
+    data = self.image_bytes(index) if data is None else data
     image = masks.decode_image(pair.image, data)
     if self._upright:
       masks.check_upright(pair.image, data)
     label = self.read_label(pair.mask)
-    if image.shape[:2] != label.shape:
-      mask = self._describe(pair.mask)
-      raise DataError(
-        f'{mask}: mask is {label.shape[1]}x{label.shape[0]}, its image '
-        f'{image.shape[1]}x{image.shape[0]} (width x height).',
+    (h, w), (rows, columns) = image.shape[:2], label.shape
+    if (h, w) != (rows, columns):
+      raise files.fault(
+        pair.mask_name or pair.mask,
         'size',
-        mask,
+        f'mask is {columns}x{rows}, its image {w}x{h} (width x height)',
       )
     return {'image': image, 'label': label}
 
 
-def make_source(config, pairs, read_label, **options):
-  """A PairSource as the group `data` of a config asks for."""
-  pairs = pairs[: config['limit'] or None]
-  return PairSource(pairs, read_label, cache=config['cache'], **options)
+def make_dataset(config, table, pairs, read_label, problems, *, upright=True):
+  """The Dataset of some pairs as the group `data` of a config asks for.
+
+  Args:
+    config: with name, limit and cache.
+    table: {class: (r, g, b)} in the order of train ids.
+    pairs: {split: [Pair, ...]}; a split without any is left out.
+    read_label, upright: see PairSource.
+    problems: of the layout.
+  """
+  options = {k: config[k] for k in ('limit', 'cache')} | {'upright': upright}
+  splits = {
+    split: PairSource(found, read_label, **options)
+    for split, found in pairs.items()
+    if found
+  }
+  names, palette = classes.names_and_palette(table)
+  return Dataset(config['name'], names, palette, splits, tuple(problems))
 
 
 def check_root(config):
-  """config.data.root as a path.
-
-  Raises:
-    DataError: 'split', if there is no such folder.
-  """
+  """config.data.root as a path; DataError if there is no such folder."""
   root = pathlib.Path(config['root'])
   if not config['root'] or not root.is_dir():
     raise DataError(
@@ -158,58 +167,41 @@ def check_root(config):
 
 def absent(path):
   """The DataError of a folder or list that a split needs."""
-  return DataError(
-    f'{path}: not found; is config.data.root right? (--config.data.root=PATH)',
-    'split',
-    path,
-  )
+  what = 'not found; is config.data.root right? (--config.data.root=PATH)'
+  return DataError(f'{path}: {what}', 'split', path)
 
 
 def empty(path, what):
-  return DataError(f'{path}: no {what} in it.', 'split', path)
-
-
-def _no_partner(file, folder):
-  return DataError(
-    f'{folder}: no partner for {file.name}.', 'partner', str(file)
-  )
+  return files.fault(path, 'split', f'no {what} in it')
 
 
 def by_stem(found, problems):
-  """{stem: File}; a PNG is preferred, other equal stems are a problem."""
+  """{stem: File}; of files with the same stem the first, and a problem."""
   groups = collections.defaultdict(list)
   for file in found:
     groups[file.stem].append(file)
-  for stem, group in groups.items():
+  for group in groups.values():
     if len(group) > 1:
       names = ', '.join(file.name for file in group)
-      problems.append(
-        DataError(
-          f'{os.path.dirname(str(group[0]))}: {names} have the same stem; '
-          'keep one of them.',
-          'partner',
-          group[1],
-        )
-      )
-    groups[stem] = group[0]
-  return dict(groups)
+      folder = os.path.dirname(str(group[0]))
+      what = f'{folder}: {names} have the same stem; keep one of them.'
+      problems.append(DataError(what, 'partner', group[1]))
+  return {stem: group[0] for stem, group in groups.items()}
 
 
 def match(images, labels, where, problems):
   """[Pair, ...] of two {key: File}, sorted; the rest become problems.
 
-  Args:
-    images, labels: {key: File}.
-    where: the folders of both, for messages.
-    problems: list that is appended to.
+  `where` has the folders of both, for messages.
   """
   for ours, theirs, folder in (
     (images, labels, where[1]),
     (labels, images, where[0]),
   ):
-    alone = sorted(set(ours) - set(theirs))
-    problems += [_no_partner(ours[key], folder) for key in alone]
-  both = sorted(set(images) & set(labels))
+    for key in sorted(ours.keys() - theirs.keys()):
+      what = f'{folder}: no partner for {ours[key].name}.'
+      problems.append(DataError(what, 'partner', ours[key]))
+  both = sorted(images.keys() & labels.keys())
   return [Pair(key, images[key], labels[key]) for key in both]
 
 

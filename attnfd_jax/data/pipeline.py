@@ -5,6 +5,7 @@ So a run resumes by its step alone, without iterator state.
 """
 
 import collections
+import functools
 import itertools
 
 from absl import flags
@@ -14,7 +15,10 @@ import numpy as np
 
 from attnfd_jax.data import sampling
 from attnfd_jax.data import transforms
-from attnfd_jax.data.sources import IGNORE_LABEL
+from attnfd_jax.data import tuning
+from attnfd_jax.losses import IGNORE_LABEL
+
+_FILLER = -1  # Index of a record that completes a batch, ignored everywhere.
 
 
 def _iterate(dataset, threads, workers):
@@ -26,12 +30,16 @@ def _iterate(dataset, threads, workers):
   if workers:
     if not flags.FLAGS.is_parsed():  # Grain reads a flag; grain issue 1355.
       flags.FLAGS.mark_as_parsed()
-    dataset = dataset.mp_prefetch(
-      grain.MultiprocessingOptions(
-        num_workers=workers, per_worker_buffer_size=2
-      )
+    options = grain.MultiprocessingOptions(
+      num_workers=workers, per_worker_buffer_size=2
     )
+    dataset = dataset.mp_prefetch(options, _tune_worker)
   return dataset
+
+
+def _tune_worker(worker, num_workers):
+  del worker, num_workers
+  tuning.tune_process()
 
 
 def _local(batch_size):
@@ -81,15 +89,12 @@ def train_batches(
 def make_augment(config):
   """The Augment of a resolved config."""
   data = config.data
+  same = ('base_size', 'flip', 'blur', 'photometric', 'rotation')
   return transforms.Augment(
-    base_size=data.base_size,
     crop_size=tuple(data.crop_size),
     scale_range=tuple(data.scale_range),
     label_fill=0 if data.label_pad == 'background' else IGNORE_LABEL,
-    flip=data.flip,
-    blur=data.blur,
-    photometric=data.photometric,
-    rotation=data.rotation,
+    **{key: data[key] for key in same},
   )
 
 
@@ -118,33 +123,6 @@ def configured_batches(config, dataset, *, step=0):
   )
 
 
-class _Selected:
-  """Records of `source` by index, prepared and padded to one size.
-
-  Indices of None are padding: ignored everywhere.
-  """
-
-  def __init__(self, source, indices, image_size, label_size, prepare):
-    self._source, self._indices = source, indices
-    self._image_size, self._label_size = image_size, label_size
-    self._prepare = prepare
-
-  def __len__(self):
-    return len(self._indices)
-
-  def __getitem__(self, i):
-    index = self._indices[i]
-    if index is None:
-      image = np.zeros((*self._image_size, 3), np.uint8)
-      label = np.full(self._label_size, IGNORE_LABEL, np.uint8)
-      return {'image': image, 'label': label}
-    record = self._prepare(self._source[index])
-    return {
-      'image': transforms.pad(record['image'], self._image_size, 0),
-      'label': transforms.pad(record['label'], self._label_size, IGNORE_LABEL),
-    }
-
-
 def eval_batches(
   source,
   *,
@@ -165,19 +143,28 @@ def eval_batches(
       images whose labels are all ignored.
     short_side: resize images to it; 0 leaves them.
     resize_labels: and the labels too, as protocol `reference` does.
-    size_multiple: pad right and bottom to multiples, to have fewer sizes.
+    size_multiple: pad right and bottom to multiples, to have fewer sizes;
+      images repeat their edges, labels are ignored there.
     threads: of this process, or of each worker.
     workers: processes.
   """
   process, count, share = _local(batch_size)
 
-  def prepare(record):
-    return transforms.fit_record(
-      record, short_side, resize_labels=resize_labels
-    )
-
   def padded(size):
     return transforms.next_multiple(size, size_multiple)
+
+  def read(index, *, image_size, label_size):
+    if index == _FILLER:
+      image = np.zeros((*image_size, 3), np.uint8)
+      label = np.full(label_size, IGNORE_LABEL, np.uint8)
+      return {'image': image, 'label': label}
+    record = transforms.fit_record(
+      source[index], short_side, resize_labels=resize_labels
+    )
+    return {
+      'image': transforms.pad_edges(record['image'], image_size),
+      'label': transforms.pad(record['label'], label_size, IGNORE_LABEL),
+    }
 
   groups = collections.defaultdict(list)
   for index in range(len(source)):
@@ -186,11 +173,12 @@ def eval_batches(
     label_size = image_size if resize_labels else padded(size)
     groups[image_size, label_size].append(index)
   datasets = []
-  for sizes, indices in sorted(groups.items()):
-    indices = indices + [None] * (-len(indices) % batch_size)
-    selected = _Selected(source, indices[process::count], *sizes, prepare)
-    dataset = grain.MapDataset.source(selected).batch(share)
-    datasets.append(_iterate(dataset, threads, workers))
+  for (image_size, label_size), indices in sorted(groups.items()):
+    indices += [_FILLER] * (-len(indices) % batch_size)
+    dataset = grain.MapDataset.source(indices[process::count]).map(
+      functools.partial(read, image_size=image_size, label_size=label_size)
+    )
+    datasets.append(_iterate(dataset.batch(share), threads, workers))
   return itertools.chain.from_iterable(datasets)
 
 

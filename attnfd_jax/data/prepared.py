@@ -6,24 +6,25 @@ the order of the files. So training from shards gives the batches that training
 from the files gives. TensorFlow is needed on neither side.
 """
 
-import contextlib
+from concurrent import futures
 import functools
 import hashlib
 import json
 import os
 import pathlib
-import shutil
+import threading
 
 import cv2
 import numpy as np
 
 from attnfd_jax.data import cache
 from attnfd_jax.data import classes
+from attnfd_jax.data import files
 from attnfd_jax.data import masks
-from attnfd_jax.data.pairs import Dataset
-from attnfd_jax.data.pairs import Decoded
-from attnfd_jax.errors import DataError
+from attnfd_jax.data import pairs
 from attnfd_jax.errors import InputError
+from attnfd_jax.losses import IGNORE_LABEL
+from attnfd_jax.progress import progress
 
 VERSION = '1.0.0'
 SHARD_SIZE = 128  # Examples; small enough to lose little by an interruption.
@@ -52,227 +53,173 @@ def _features():
   )
 
 
-def shards(source):
-  """[(first, last + 1), ...] of the records of a source."""
-  return [
-    (start, min(start + SHARD_SIZE, len(source)))
-    for start in range(0, len(source), SHARD_SIZE)
-  ]
-
-
 def _sha256(path):
   with open(path, 'rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def write_shard(source, bounds, path, advance):
-  """Writes records [first, last) to `path`, unless they are there already.
+def _write_shard(source, records, path, advance):
+  """Writes a range of records of a PairSource, unless `path` has them already.
 
-  Args:
-    source: a PairSource.
-    bounds: (first, last + 1).
-    path: of the shard; a note of what it holds lies beside it.
-    advance: called after each record.
-
-  Returns:
-    {'count', 'sha256'}.
-
-  Raises:
-    DataError: names the file that cannot be used; nothing is left of the shard.
+  A note of what the shard holds lies beside it, and is returned; `advance` is
+  called with the number of records done. After an error nothing is left of it.
   """
   from array_record.python.array_record_module import ArrayRecordWriter
 
-  note = path.with_suffix('.json')
+  note = path.with_name(f'{path.name}.json')
+  bounds = records.start, records.stop
   content = [VERSION, source.fingerprint(*bounds), *bounds]
   if note.exists() and path.exists():
     found = json.loads(note.read_text())
     if found['content'] == content and found['sha256'] == _sha256(path):
-      advance(bounds[1] - bounds[0])
+      advance(len(records))
       return found
-  tfds, features = _tfds(), _features()
-  serializer = tfds.core.example_serializer.ExampleSerializer(
+  features = _features()
+  serializer = _tfds().core.example_serializer.ExampleSerializer(
     features.get_serialized_info()
   )
-  temporary = path.with_suffix('.part')
+  temporary = path.with_name(f'{path.name}.part')
   # group_size 1 is what random access is fast with.
   writer = ArrayRecordWriter(str(temporary), 'group_size:1')
   try:
-    for i in range(*bounds):
-      record = source.encoded(i)
-      label = cv2.imencode('.png', record['label'])[1].tobytes()
-      example = {
-        'id': source.key(i),
-        'image': record['image'],
-        'label': label,
-      }
+    for i in records:
+      example = {'id': source.key(i), **source.encoded(i)}
+      example['label'] = cv2.imencode('.png', example['label'])[1].tobytes()
       example = features.encode_example(example)
       writer.write(serializer.serialize_example(example))
       advance(1)
+    writer.close()
   except BaseException:
     writer.close()
     temporary.unlink(missing_ok=True)
     raise
-  writer.close()
   os.replace(temporary, path)
   found = {
     'content': content,
-    'count': bounds[1] - bounds[0],
+    'shard': path.name,
+    'count': len(records),
+    'bytes': path.stat().st_size,
     'sha256': _sha256(path),
   }
   note.write_text(json.dumps(found))
   return found
 
 
-def _place(staged, path):
-  """The same file under another name; a copy where links cannot be."""
-  try:
-    os.link(staged, path)
-  except OSError:
-    shutil.copyfile(staged, path)
+def _write_shards(dataset, folder, workers):
+  """{split: [note of a shard, ...]}; names are those of TFDS."""
+  total = sum(len(source) for source in dataset.splits.values())
+  lock, pending = threading.Lock(), {}
+  with (
+    progress(total, dataset.name) as bar,
+    futures.ThreadPoolExecutor(workers) as pool,
+  ):
+
+    def advance(count):
+      with lock:
+        bar.update(count)
+
+    for split, source in dataset.splits.items():
+      records = range(len(source))
+      parts = [records[i:][:SHARD_SIZE] for i in records[::SHARD_SIZE]]
+      for i, part in enumerate(parts):
+        name = (
+          f'{dataset.name}-{split}.array_record-{i:05d}-of-{len(parts):05d}'
+        )
+        job = pool.submit(_write_shard, source, part, folder / name, advance)
+        pending.setdefault(split, []).append(job)
+    try:
+      return {
+        split: [future.result() for future in parts]
+        for split, parts in pending.items()
+      }
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
 
 
-def finish(dataset, splits, staged, target):
-  """Makes a TFDS data set of finished shards.
+def prepare(dataset, target, *, workers):
+  """Writes a TFDS data set of files below the folder `target`.
 
   Args:
-    dataset: Dataset.
-    splits: {name: [(path of the shard, its note), ...]} in order.
-    staged: folder of the shards; TFDS wants one for downloads.
-    target: folder; the data set is <target>/<name>/<version>.
+    workers: threads; decoding and encoding release the interpreter lock.
 
   Returns:
-    The folder of the data set.
+    Its folder, and {split: number of records}.
+
+  Raises:
+    DataError: names the first file that cannot be used. Finished shards stay.
+    InputError: if the data set cannot be prepared or is there already.
   """
-  tfds = _tfds()
-
-  class Writer(tfds.core.writer.ExampleWriter):
-    def __init__(self, file_format, order):
-      super().__init__(file_format)
-      self._order = iter(order)
-
-    def write(self, path, examples):
-      del examples  # Written already, in parallel.
-      _place(next(self._order), os.fspath(path))
-
-  class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
-    name = dataset.name
-    VERSION = tfds.core.Version(VERSION)
-
-    def _info(self):
-      return tfds.core.DatasetInfo(
-        builder=self,
-        features=_features(),
-        metadata=tfds.core.MetadataDict(
-          {
-            'class_names': list(dataset.class_names),
-            'palette': dataset.palette.tolist(),
-            'ignore_label': classes.IGNORE_LABEL,
-            'sha256': {
-              split: [note['sha256'] for _, note in parts]
-              for split, parts in splits.items()
-            },
-          }
-        ),
-      )
-
-    def _shard_iterators_per_split(self, dl_manager):
-      del dl_manager
-
-      def counted(note):
-        # TFDS counts them and nothing else.
-        return lambda: ((i, None) for i in range(note['count']))
-
-      return {
-        split: [counted(note) for _, note in parts]
-        for split, parts in splits.items()
-      }
-
-    def _example_writer(self):
-      order = [path for parts in splits.values() for path, _ in parts]
-      return Writer(self.info.file_format, order)
-
-  builder = Builder(data_dir=str(target), file_format='array_record')
-  with contextlib.redirect_stdout(None):  # It speaks of downloads.
-    builder.download_and_prepare(download_dir=str(staged))
-  return pathlib.Path(builder.data_dir)
+  if not all(hasattr(x, 'encoded') for x in dataset.splits.values()):
+    raise InputError(
+      f'{dataset.name} is not a data set of files: nothing to prepare.'
+    )
+  folder = target / dataset.name / VERSION
+  if folder.exists():
+    raise InputError(f'{folder} exists; remove it, or give another --target.')
+  staged = target / f'.{dataset.name}.shards'
+  staged.mkdir(parents=True, exist_ok=True)
+  splits, core = _write_shards(dataset, staged, workers), _tfds().core
+  shards = {note['shard'] for notes in splits.values() for note in notes}
+  for path in staged.iterdir():
+    if path.name not in shards:  # A note, or of an attempt with other data.
+      path.unlink()
+  metadata = {
+    'class_names': list(dataset.class_names),
+    'palette': dataset.palette.tolist(),
+    'ignore_label': IGNORE_LABEL,
+    'sha256': {
+      split: [note['sha256'] for note in notes]
+      for split, notes in splits.items()
+    },
+  }
+  infos = [
+    core.SplitInfo(
+      name=split,
+      shard_lengths=[note['count'] for note in notes],
+      num_bytes=sum(note['bytes'] for note in notes),
+    )
+    for split, notes in splits.items()
+  ]
+  _tfds().folder_dataset.write_metadata(
+    data_dir=staged,
+    features=_features(),
+    split_infos=infos,
+    version=VERSION,
+    check_data=False,
+    metadata=core.MetadataDict(metadata),
+  )
+  folder.parent.mkdir(exist_ok=True)
+  staged.rename(folder)
+  return folder, {info.name: sum(info.shard_lengths) for info in infos}
 
 
-class PreparedSource(Decoded):
-  """Records of a TFDS data source, decoded as PairSource decodes files.
+class _Pairs:
+  """The pairs of a TFDS data source; keys name id, image, label in a record."""
 
-  Args:
-    records: of `as_data_source`, not decoded.
-    folder: of the data set, for messages.
-    keys: names of id, image and label in a record.
-    table: uint8 [256] from stored labels to train ids, or None.
-    limit: only so many, 0 for all.
-    cache: keep decoded records in memory.
-  """
-
-  def __init__(
-    self,
-    records,
-    folder,
-    *,
-    keys=('id', 'image', 'label'),
-    table=None,
-    limit=0,
-    cache=False,
-  ):
-    super().__init__(cache=cache)
-    self._records, self._folder, self._keys = records, folder, keys
-    self._table = table
-    self._length = min(limit or len(records), len(records))
+  def __init__(self, records, folder, keys):
+    self._records, self.folder, self._keys = records, folder, keys
 
   def __len__(self):
-    return self._length
+    return len(self._records)
 
-  def key(self, index):
-    """Unique in the split."""
-    return _text(self._records[index][self._keys[0]])
+  def __getitem__(self, index):
+    record = self._records[index]
+    key, image, label = (record[name] for name in self._keys)
+    key = key.decode() if isinstance(key, bytes) else str(key)
+    name = f'{self.folder}, record {key}'
+    return pairs.Pair(
+      key, files.InMemory(name, image), files.InMemory(name, label)
+    )
 
-  def name(self, index):
-    return self._where(self._records[index])
 
-  def size(self, index):
-    """(height, width) from the header of the image."""
-    data = self._records[index][self._keys[1]]
-    width, height = masks.open_image(data).size
-    return height, width
+class PreparedSource(pairs.PairSource):
+  """A PairSource of shards."""
 
   def fingerprint(self):
-    """Hex digest that changes with the shards."""
-    info = pathlib.Path(self._folder) / 'dataset_info.json'
-    table = b'' if self._table is None else self._table.tobytes()
-    return cache.digest([], info.read_bytes() + table)
-
-  def label(self, index):
-    """As in [index], without its image."""
-    return self._label(self._records[index])
-
-  def _label(self, record):
-    data = np.frombuffer(record[self._keys[2]], np.uint8)
-    label = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
-    if label is None:
-      where = self._where(record)
-      raise DataError(
-        f'{where}: its label cannot be read; prepare the data set again.',
-        'unreadable',
-        where,
-      )
-    return label if self._table is None else cv2.LUT(label, self._table)
-
-  def _where(self, record):
-    return f'{self._folder}, record {_text(record[self._keys[0]])}'
-
-  def _read(self, index):
-    record = self._records[index]
-    image = masks.decode_image(self._where(record), record[self._keys[1]])
-    return {'image': image, 'label': self._label(record)}
-
-
-def _text(value):
-  return value.decode() if isinstance(value, bytes) else str(value)
+    """Hex digest that changes with the shards and with what is read of them."""
+    info = self._pairs.folder / 'dataset_info.json'
+    return cache.digest([], info.read_bytes() + repr(self.read_label).encode())
 
 
 def _find(folder):
@@ -309,25 +256,29 @@ def load(config):
       f'{folder}: stored as {builder.info.file_format.value}, which needs '
       "TensorFlow; prepare it with file_format='array_record'."
     )
-  options = {'limit': config['limit'], 'cache': config['cache']}
   if stock:
     names, palette = classes.names_and_palette(classes.CITYSCAPES)
-    options['keys'] = ('image_id', 'image_left', 'segmentation_label')
-    options['table'] = masks.id_table(classes.CITYSCAPES_IDS)
-    splits = _STOCK_SPLITS
+    keys = ('image_id', 'image_left', 'segmentation_label')
+    ids, splits = classes.CITYSCAPES_IDS, _STOCK_SPLITS
   else:
     metadata = builder.info.metadata
     if not metadata or 'class_names' not in metadata:
       raise InputError(f'{folder}: not written by prepare_data.')
     names = tuple(metadata['class_names'])
     palette = np.array(metadata['palette'], np.uint8)
-    splits = {split: split for split in builder.info.splits}
-  _, image, label = options.get('keys', (None, 'image', 'label'))
-  skip = {key: tfds.decode.SkipDecoding() for key in (image, label)}
+    keys = ('id', 'image', 'label')
+    ids, splits = range(len(names)), {x: x for x in builder.info.splits}
+  ignored = {*range(256)} - {*ids} if stock else ()
+  read_label = masks.IndexLabels(tuple(ids), tuple(sorted(ignored)))
+  skip = dict.fromkeys(keys[1:], tfds.decode.SkipDecoding())
   sources = {
     split: PreparedSource(
-      builder.as_data_source(stored, decoders=skip), str(folder), **options
+      _Pairs(builder.as_data_source(stored, decoders=skip), folder, keys),
+      read_label,
+      limit=config['limit'],
+      cache=config['cache'],
+      upright=False,
     )
     for split, stored in splits.items()
   }
-  return Dataset(config['name'], names, palette, sources)
+  return pairs.Dataset(config['name'], names, palette, sources)

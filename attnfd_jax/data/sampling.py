@@ -34,36 +34,24 @@ class Balance(grain.transforms.RandomMap):
 
 
 def class_presence(source, num_classes, *, threads=4):
-  """Whether record n shows class k, bool [n, k]; counted once per data set.
+  """Whether record n shows class k, bool [n, k].
 
-  Sources with a fingerprint are counted into the user's cache folder.
-
-  Args:
-    source: see sources.py.
-    num_classes: k.
-    threads: that read.
+  Sources with a fingerprint are counted once, into the user's cache folder.
   """
-  if not hasattr(source, 'fingerprint'):
-    return _count(source, num_classes, threads)
-  folder = user_cache.folder('presence')
-  path = folder / f'{source.fingerprint()}-{num_classes}.npy'
-  if path.exists():
-    return np.load(path)
-  presence = _count(source, num_classes, threads)
-  folder.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{os.getpid()}-{path.name}')
-  np.save(temporary, presence)
-  temporary.replace(path)
-  return presence
-
-
-def _count(source, num_classes, threads):
-  def present(index):
-    label = frequencies.read_label(source, index)
-    return frequencies.count_label(label, num_classes)[:-1] > 0
-
+  path = None
+  if hasattr(source, 'fingerprint'):
+    folder = user_cache.folder('presence')
+    path = folder / f'{source.fingerprint()}-{num_classes}.npy'
+    if path.exists():
+      return np.load(path)
   with progress(len(source), 'counting classes') as bar:
-    rows = frequencies.map_records(
-      present, source, threads, on_record=bar.update
+    rows = frequencies.count_labels(
+      source, num_classes, threads, on_record=bar.update
     )
-  return np.array(rows).reshape(-1, num_classes)
+  presence = rows[:, :-1] > 0
+  if path:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{os.getpid()}-{path.name}')
+    np.save(temporary, presence)
+    temporary.replace(path)
+  return presence

@@ -9,68 +9,19 @@ function from the group `data` of a config to a Dataset, and a row in DATASETS.
 
 import difflib
 
-from attnfd_jax.config import default_config
 from attnfd_jax.data import prepared
-from attnfd_jax.data import synthetic
 from attnfd_jax.data.camvid import camvid
 from attnfd_jax.data.cityscapes import cityscapes
-from attnfd_jax.data.classes import IGNORE_LABEL as IGNORE_LABEL
 from attnfd_jax.data.coco import coco
 from attnfd_jax.data.folder import folder
 from attnfd_jax.data.masks import read_image as read_image
 from attnfd_jax.data.masks import read_mask as read_mask
 from attnfd_jax.data.pairs import Dataset as Dataset
-from attnfd_jax.data.pairs import Decoded
 from attnfd_jax.data.pairs import IMAGE_ENDINGS as IMAGE_ENDINGS
-from attnfd_jax.data.pairs import PairSource as PairSource
+from attnfd_jax.data.synthetic import scenes
 from attnfd_jax.data.voc import pascal_voc
 from attnfd_jax.errors import DataError
 from attnfd_jax.errors import InputError
-
-
-class SceneSource(Decoded):
-  """Drawn street scenes; drawn once and kept, they are small."""
-
-  def __init__(self, num_scenes, *, height, width, seed):
-    super().__init__(cache=True)
-    self._size = (height, width)
-    self._scenes = synthetic.StreetScenes(
-      num_scenes, height=height, width=width, seed=seed
-    )
-
-  def __len__(self):
-    return len(self._scenes)
-
-  def _read(self, index):
-    return self._scenes[index]
-
-  def size(self, index):
-    del index
-    return self._size
-
-  def name(self, index):
-    return f'scene {index}'
-
-  def key(self, index):
-    return f'scene_{index}'
-
-
-def _scenes(config):
-  """Drawn scenes; val is drawn from another seed than train."""
-  height, width = config['image_size']
-  splits = {
-    split: SceneSource(
-      config[f'{split}_scenes'],
-      height=height,
-      width=width,
-      # Far apart, so that no scene of val is one of another run's train.
-      seed=2 * config['scenes_seed'] + i,
-    )
-    for i, split in enumerate(('train', 'val'))
-  }
-  names, palette = synthetic.CLASS_NAMES, synthetic.PALETTE
-  return Dataset('scenes', names, palette, splits)
-
 
 DATASETS = {
   'camvid': camvid,
@@ -78,7 +29,7 @@ DATASETS = {
   'coco': coco,
   'folder': folder,
   'pascal_voc': pascal_voc,
-  'scenes': _scenes,
+  'scenes': scenes,
 }
 
 
@@ -86,7 +37,7 @@ def load_dataset(config, *, strict=True):
   """The Dataset that the group `data` of a config names.
 
   Args:
-    config: the group, or a dict of it.
+    config: the group, or a dict with all of its keys.
     strict: a problem of the layout is raised; else all are in `problems`, and
       the rest can be used.
 
@@ -94,8 +45,6 @@ def load_dataset(config, *, strict=True):
     DataError: missing folder; if strict, the first problem.
     InputError: unknown name, keys that do not go together.
   """
-  # Runs of older versions do not have all keys.
-  config = {**default_config().data, **config}
   name = config['name']
   if name not in DATASETS:
     near = difflib.get_close_matches(name, DATASETS, 1)
@@ -106,12 +55,12 @@ def load_dataset(config, *, strict=True):
   read = prepared.load if config['prepared'] else DATASETS[name]
   dataset = read(config)
   if strict and dataset.problems:
-    first = dataset.problems[0]
-    if len(dataset.problems) == 1:
+    first, *others = dataset.problems
+    if not others:
       raise first
     raise DataError(
-      f'{first} (And {len(dataset.problems) - 1} more; python -m '
-      'attnfd_jax.check_data lists all.)',
+      f'{first} (And {len(others)} more; python -m attnfd_jax.check_data lists '
+      'all.)',
       first.kind,
       first.file,
     )

@@ -15,11 +15,13 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from attnfd_jax.data import pairs
+from attnfd_jax.losses import IGNORE_LABEL
+
 CLASS_NAMES = tuple(
   'sky building road marking pavement tree pole car person'.split()
 )
 SKY, BUILDING, ROAD, MARKING, PAVEMENT, TREE, POLE, CAR, PERSON = range(9)
-IGNORED = 255  # The bonnet of the car that carries the camera.
 
 
 class Lighting(NamedTuple):
@@ -490,11 +492,6 @@ def photograph(p):
 def render_scene(generator, *, height, width):
   """Draws one scene; the same state of the generator, the same scene.
 
-  Args:
-    generator: a np.random.Generator.
-    height: rows; all things scale with the image.
-    width: columns.
-
   Returns:
     RGB image, uint8 [h, w, 3], and label, uint8 [h, w]: an index of
     CLASS_NAMES or 255 (ignored).
@@ -507,15 +504,15 @@ def render_scene(generator, *, height, width):
   draw_skyline(p)
   for _, draw in sorted(things, key=lambda thing: -thing[0]):
     draw()
-  if p.rng.random() < 0.25:
+  if p.rng.random() < 0.25:  # Of the car that carries the camera.
     bonnet = (width, 2 * height), (width, int(0.14 * height))
     cv2.ellipse(p.image, *bonnet, 0, 0, 360, p.pick(PAINTS), -1)
-    cv2.ellipse(p.label, *bonnet, 0, 0, 360, IGNORED, -1)
+    cv2.ellipse(p.label, *bonnet, 0, 0, 360, IGNORE_LABEL, -1)
   return photograph(p), p.label[::2, ::2].copy()
 
 
-class StreetScenes:
-  """Scenes 0 to num_scenes - 1, drawn when asked for, never stored.
+class StreetScenes(pairs.Decoded):
+  """A source of scenes 0 to num_scenes - 1, drawn when asked for, then kept.
 
   A scene is a pure function of (seed, index): sets with other seeds do not
   overlap, and any reader may read in any order or process.
@@ -525,23 +522,47 @@ class StreetScenes:
   """
 
   def __init__(self, num_scenes, *, height, width, seed):
+    super().__init__(cache=True)
     if num_scenes < 1:
       raise ValueError(f'{num_scenes=} leaves nothing to draw; use 1 or more.')
     for name, value in (('height', height), ('width', width)):
       if value < 32:
         raise ValueError(f'{name}={value} is too small; use 32 or more.')
-    self.num_scenes = num_scenes
-    self.height = height
-    self.width = width
-    self.seed = seed
+    self._num_scenes, self._size, self._seed = num_scenes, (height, width), seed
 
   def __len__(self):
-    return self.num_scenes
+    return self._num_scenes
 
-  def __getitem__(self, index):
-    """{'image': uint8 [h, w, 3], 'label': uint8 [h, w]}; no negative index."""
-    if not 0 <= index < self.num_scenes:
-      raise IndexError(f'{index=} is outside [0, {self.num_scenes}).')
-    generator = np.random.default_rng([self.seed, index])
-    image, label = render_scene(generator, height=self.height, width=self.width)
+  def _read(self, index):
+    if not 0 <= index < self._num_scenes:
+      raise IndexError(f'{index=} is outside [0, {self._num_scenes}).')
+    generator = np.random.default_rng([self._seed, index])
+    height, width = self._size
+    image, label = render_scene(generator, height=height, width=width)
     return {'image': image, 'label': label}
+
+  def size(self, index):
+    del index
+    return self._size
+
+  def name(self, index):
+    return f'scene {index}'
+
+  def key(self, index):
+    return f'scene_{index}'
+
+
+def scenes(config):
+  """Drawn scenes; val is drawn from another seed than train."""
+  height, width = config['image_size']
+  splits = {
+    split: StreetScenes(
+      config[f'{split}_scenes'],
+      height=height,
+      width=width,
+      # Far apart, so that no scene of val is one of another run's train.
+      seed=2 * config['scenes_seed'] + i,
+    )
+    for i, split in enumerate(('train', 'val'))
+  }
+  return pairs.Dataset('scenes', CLASS_NAMES, PALETTE, splits)

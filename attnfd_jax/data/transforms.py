@@ -7,7 +7,6 @@ times as fast and the same up to a common shift of under one pixel. Rotation and
 photometric distortion are additions, off by default.
 """
 
-import ctypes
 import dataclasses
 import math
 
@@ -16,22 +15,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from attnfd_jax.data.sources import IGNORE_LABEL
-
-
-def _keep_freed_memory():
-  """Images are allocated and freed all the time; glibc would give the pages
-  back and fault them in again, a seventh of the time of the pipeline.
-  """
-  libc = ctypes.CDLL(None)
-  if hasattr(libc, 'mallopt'):
-    libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, in bytes: the most allowed.
-    libc.mallopt(-1, 1 << 27)  # M_TRIM_THRESHOLD: kept by each arena.
-
-
-# Workers import this module, too.
-_keep_freed_memory()
-cv2.setNumThreads(0)  # Grain's threads are the parallelism.
+from attnfd_jax.losses import IGNORE_LABEL
 
 
 def pad(x, size, value):
@@ -45,14 +29,21 @@ def pad(x, size, value):
   )
 
 
-def distort(image, generator, *, strength):
-  """Random brightness, contrast, saturation and hue.
+def pad_edges(image, size):
+  """Pads [h, w, c] right and bottom to `size` by repeating the last pixels.
 
-  Args:
-    image: uint8 [h, w, 3] RGB.
-    generator: np.random.Generator.
-    strength: 1 is brightness +-25 %, contrast and saturation 0.5 to 1.5, hue
-      +-18 degrees; smaller values shrink the ranges in proportion.
+  A border of another color would be one more object, and its mean would enter
+  the pooled branch.
+  """
+  bottom, right = size[0] - image.shape[0], size[1] - image.shape[1]
+  return cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
+
+
+def distort(image, generator, *, strength):
+  """Random brightness, contrast, saturation and hue of uint8 [h, w, 3] RGB.
+
+  Strength 1 is brightness +-25 %, contrast and saturation 0.5 to 1.5, hue +-18
+  degrees; smaller values shrink the ranges in proportion.
   """
   brightness, contrast, saturation, hue = strength * generator.uniform(-1, 1, 4)
   grey = np.arange(256, dtype=np.float32)
@@ -95,13 +86,10 @@ def _shrunk(image, size, scale):
 def _resized_window(record, *, full, start, size):
   """The window of `size` at `start` of the record resized to `full`."""
   image, label = record['image'], record['label']
-  window = []
-  for n, new, first, cut in zip(label.shape, full, start, size, strict=True):
-    scale = n / new
-    window.append(
-      slice(int(first * scale), int(np.ceil((first + cut) * scale)))
-    )
-  window = tuple(window)
+  window = tuple(
+    slice(int(first * (n / new)), math.ceil((first + cut) * (n / new)))
+    for n, new, first, cut in zip(label.shape, full, start, size, strict=True)
+  )
   image, scale = image[window], min(label.shape) / min(full)
   if scale > 1:
     image = _shrunk(image, size, scale)
@@ -120,64 +108,41 @@ def _rotated_window(record, *, full, start, size, degrees):
   """
   cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
   h, w = size
-  centre = [
-    first + (cut - 1) / 2 for first, cut in zip(start, size, strict=True)
-  ]
-  reach = (abs(cos) * h + abs(sin) * w) / 2, (abs(sin) * h + abs(cos) * w) / 2
+  centre = np.array(start) + (h / 2 - 0.5, w / 2 - 0.5)
+  along, across = abs(cos), abs(sin)
+  reach = np.array([along * h + across * w, across * h + along * w]) / 2
   # What the turned window touches, and a pixel more to interpolate with.
-  low = [
-    max(math.floor(c - r) - 1, 0) for c, r in zip(centre, reach, strict=True)
-  ]
-  high = [
-    min(math.ceil(c + r) + 2, n)
-    for c, r, n in zip(centre, reach, full, strict=True)
-  ]
+  low = np.maximum(np.floor(centre - reach).astype(int) - 1, 0)
+  high = np.minimum(np.ceil(centre + reach).astype(int) + 2, full)
   image, label = _resized_window(
-    record,
-    full=full,
-    start=low,
-    size=[b - a for a, b in zip(low, high, strict=True)],
+    record, full=full, start=low.tolist(), size=(high - low).tolist()
   )
-  middle = (w - 1) / 2, (h - 1) / 2
-  to_source = np.array([[cos, -sin, 0], [sin, cos, 0]])
-  to_source[:, 2] = (centre[1] - low[1], centre[0] - low[0]) - (
-    to_source[:, :2] @ middle
-  )
-  options = {
-    'M': to_source,
-    'dsize': (w, h),
-    'borderMode': cv2.BORDER_CONSTANT,
-  }
-  linear, nearest = (
-    how | cv2.WARP_INVERSE_MAP for how in (cv2.INTER_LINEAR, cv2.INTER_NEAREST)
-  )
-  return (
-    cv2.warpAffine(image, flags=linear, borderValue=0, **options),
-    cv2.warpAffine(label, flags=nearest, borderValue=IGNORE_LABEL, **options),
-  )
+  turned = np.array([[cos, -sin], [sin, cos]])
+  shift = (centre - low)[::-1] - turned @ ((w - 1) / 2, (h - 1) / 2)
+  to_source = np.column_stack([turned, shift])
+
+  def turn(x, how, border):
+    how |= cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(
+      x, to_source, (w, h), None, how, cv2.BORDER_CONSTANT, border
+    )
+
+  image = turn(image, cv2.INTER_LINEAR, 0)
+  return image, turn(label, cv2.INTER_NEAREST, IGNORE_LABEL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Augment(grain.transforms.RandomMap):
-  """Random scale, rotation, crop, flip, blur and distortion of a record.
+  """Random scale, rotation, crop, flip, blur and distortion of a record."""
 
-  Attributes:
-    base_size: the short side becomes an integer in base times scale_range.
-    crop_size: (height, width) of the result.
-    label_fill: label of padded pixels; the reference pads VOC with background.
-    flip, blur: probabilities.
-    photometric: strength, 0 is off; see `distort`.
-    rotation: the most degrees, either way; 0 is off.
-  """
-
-  base_size: int
-  crop_size: tuple[int, int]
+  base_size: int  # The short side is an integer in this times scale_range.
+  crop_size: tuple[int, int]  # (height, width) of the result.
   scale_range: tuple[float, float] = (0.5, 2.0)
-  label_fill: int = IGNORE_LABEL
-  flip: float = 0.5
-  blur: float = 0.5
-  photometric: float = 0.0
-  rotation: float = 0.0
+  label_fill: int = IGNORE_LABEL  # The reference pads VOC with background.
+  flip: float = 0.5  # Probability.
+  blur: float = 0.5  # Probability.
+  photometric: float = 0.0  # Strength, see `distort`; 0 is off.
+  rotation: float = 0.0  # At most so many degrees, either way; 0 is off.
 
   def random_map(self, record, rng):
     h, w = record['label'].shape
@@ -223,36 +188,24 @@ def next_multiple(size, multiple):
 
 def fit_image(image, short_side):
   """An image at the size of `fit_short_side`."""
-  return resize_image(image, fit_short_side(image.shape[:2], short_side))
+  return resize(image, fit_short_side(image.shape[:2], short_side))
 
 
 def fit_record(record, short_side, *, resize_labels):
   """A record at the size that the network sees in evaluation.
 
-  Args:
-    record: {'image', 'label'}.
-    short_side: see `fit_short_side`.
-    resize_labels: the label, too; else it stays untouched.
+  The label stays untouched without resize_labels; see `fit_short_side`.
   """
-  image, label = record['image'], record['label']
-  size = fit_short_side(label.shape, short_side)
-  return {
-    'image': resize_image(image, size),
-    'label': resize_label(label, size if resize_labels else label.shape),
-  }
+  image, label = fit_image(record['image'], short_side), record['label']
+  if resize_labels:
+    label = resize(label, image.shape[:2], Image.Resampling.NEAREST)
+  return {'image': image, 'label': label}
 
 
-def resize_image(image, size):
-  """Pillow's antialiased bilinear, as the reference evaluates."""
-  return _resize(image, size, Image.Resampling.BILINEAR)
-
-
-def resize_label(label, size):
-  """Nearest neighbour."""
-  return _resize(label, size, Image.Resampling.NEAREST)
-
-
-def _resize(x, size, how):
+def resize(x, size, how=Image.Resampling.BILINEAR):
+  """uint8 [h, w] or [h, w, 3] at (height, width) by Pillow, as the reference
+  evaluates; its bilinear form is antialiased.
+  """
   if x.shape[:2] == tuple(size):
     return x
   return np.asarray(Image.fromarray(x).resize(size[::-1], how))

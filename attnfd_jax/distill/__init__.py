@@ -6,6 +6,7 @@ method.py has the contract; to add a method, write its file and a line here.
 
 import dataclasses
 import difflib
+import functools
 
 import jax
 
@@ -66,27 +67,34 @@ def make_method(name, student_outputs, teacher_outputs, **options):
     **options: fields of the method.
 
   Raises:
-    ValueError: for an unknown method or option, and for outputs that the method
+    InputError: for an unknown method or option, and for outputs that the method
       cannot compare.
   """
   method = _build(_find(name), options, name)
-  shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-    (student_outputs, teacher_outputs),
-  )
-  abstract_variables(method, *shapes)
+  abstract_variables(method, student_outputs, teacher_outputs)
   return method
 
 
 def abstract_variables(method, student, teacher):
-  """Shapes of a method's variables for Outputs, or their shapes."""
+  """Shapes of the variables of a method, or of a sum, for two Outputs.
+
+  Args:
+    method: Method or WeightedSum.
+    student, teacher: Outputs, arrays or their shapes.
+
+  Raises:
+    InputError: if it cannot compare these outputs; one line.
+  """
+  rngs = {name: jax.random.key(0) for name in ('params', 'distill')}
   labels = jax.ShapeDtypeStruct(student['logits'].shape[:-1], 'uint8')
-
-  def init(*outputs):
-    rngs = {name: jax.random.key(0) for name in ('params', 'distill')}
-    return method.init(rngs, *outputs, train=True, step=0)
-
-  return jax.eval_shape(init, student, teacher, labels)
+  init = functools.partial(method.init, rngs, train=True, step=0)
+  try:
+    return jax.eval_shape(init, student, teacher, labels)
+  except Exception as error:  # Of a method of the user's, anything.
+    kind = '' if isinstance(error, ValueError) else f'{type(error).__name__} '
+    # JAX adds lines of its own.
+    first = next(iter(str(error).splitlines()), '')
+    raise InputError(f'config.distill.method: {kind}{first}') from error
 
 
 def _find(name):

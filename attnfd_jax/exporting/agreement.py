@@ -10,9 +10,7 @@ import tempfile
 
 import numpy as np
 
-from attnfd_jax import evaluate
 from attnfd_jax import metrics
-from attnfd_jax import predict
 from attnfd_jax.data import sources
 from attnfd_jax.data import transforms
 from attnfd_jax.data.synthetic import StreetScenes
@@ -20,6 +18,8 @@ from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.exporting import fresh_process as exported
 from attnfd_jax.inference import evaluation
+from attnfd_jax.inference import image_files
+from attnfd_jax.inference import predictor
 
 # Smaller images have maps of single pixels.
 SMALLEST = 32
@@ -30,7 +30,9 @@ AGREEMENT = 0.9999
 
 
 def short_side_of(info):
-  return evaluate.seen_short_side(info, info['eval']['protocol'])
+  return predictor.seen_short_side(
+    info['eval']['protocol'], info['eval'].get('short_side', 0)
+  )
 
 
 def val_source(info):
@@ -56,7 +58,7 @@ def find_images(pattern, info, count=NUM_IMAGES):
   short_side = short_side_of(info)
   if pattern:
     try:
-      paths = predict.find_images(pattern)
+      paths = image_files.find_images(pattern)
     except InputError as error:
       text = str(error).replace('--input', '--images')
       raise InputError(text) from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stage's network on images of any size, whole or in tiles."""
+"""Class ids of images of any size, whole or in tiles."""
 
 import functools
 
@@ -7,69 +7,128 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnfd_jax import evaluate
 from attnfd_jax.data import transforms
-from attnfd_jax.inference import evaluation
+from attnfd_jax.errors import InputError
 from attnfd_jax.inference import tiling
+from attnfd_jax.inference.averaging import Averaged
+from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.models.resizing import resize
+from attnfd_jax.runs import loading
 
-# Padding to multiples of it bounds the number of compilations.
+# Short side of image and label in protocol `reference`; train_kd.py:281.
+REFERENCE_SHORT_SIDE = 513
+# A Predictor pads to multiples of it, to compile for few sizes.
 SIZE_MULTIPLE = 64
 
 
-@functools.lru_cache
-def make_step(network):
-  """Returns jitted (variables, uint8 image, ratio, size) -> ids, confidence.
+def seen_short_side(protocol, short_side=0):
+  """Short side of the images that a network sees; 0 leaves their size."""
+  return REFERENCE_SHORT_SIDE if protocol == 'reference' else short_side
 
-  `ratio` is (result - 1) / (image - 1) of height and width before padding, an
-  array, and `size` that of the padded result: one program serves many sizes.
+
+def describe(checkpoint, info):
+  """'runs/quickstart/distill, step 320: resnet18 x0.125'."""
+  name = networks.describe(info[loading.role_of(info)])
+  return f'{checkpoint}, step {info["checkpoint_step"]}: {name}'
+
+
+def scores_at(outputs, height, width, *, ratio=None):
+  """Logits [b, height, width, k] in one bilinear step, corners aligned.
+
+  Args:
+    outputs: of a network: `logits` [b, H, W, k] at the size of the image, and
+      perhaps the `coarse_logits` that they are a resize of.
+    height, width: of the result.
+    ratio: float32 [2], distance of two pixels of the image in the result. By
+      default the result ends where the image ends.
   """
-
-  @functools.partial(jax.jit, static_argnames='size')
-  def step(variables, image, ratio, *, size):
-    out = network.apply(variables, normalise(image), train=False)
-    coarse = out['coarse_logits']
-    h, w = (
-      (n - 1) / (m - 1)
-      for n, m in zip(image.shape[1:3], coarse.shape[1:3], strict=True)
-    )
-    # As models.resizing: corners of pixels stay where they are.
-    scale = ratio * jnp.array([h, w], jnp.float32)
-    logits = jax.image.scale_and_translate(
-      coarse,
-      (1, *size, coarse.shape[-1]),
-      (1, 2),
-      scale,
-      0.5 * (1 - scale),
-      'linear',
-      antialias=False,
-    )
-    ids = jnp.argmax(logits, -1).astype(jnp.uint8)
-    confidence = jnp.max(jax.nn.softmax(logits), -1)
-    return ids, jnp.round(255 * confidence).astype(jnp.uint8)
-
-  return step
+  logits = outputs['logits']
+  maps = outputs.get('coarse_logits', logits)
+  if ratio is None:
+    return resize(maps, height, width)
+  if 1 in maps.shape[1:3]:
+    maps = logits  # A single pixel has no distance to scale.
+  b, h, w, k = maps.shape
+  steps = [
+    (n - 1) / (m - 1) for n, m in zip(logits.shape[1:3], (h, w), strict=True)
+  ]
+  scale = ratio * jnp.array(steps, jnp.float32)
+  return jax.image.scale_and_translate(
+    maps,
+    (b, height, width, k),
+    (1, 2),
+    scale,
+    0.5 * (1 - scale),
+    'linear',
+    antialias=False,
+  )
 
 
-def _decide(scores):
-  """As the end of `make_step`, of scores [h, w, k] on the host."""
-  ids = np.argmax(scores, -1).astype(np.uint8)
-  odds = np.exp(scores - np.max(scores, -1, keepdims=True))
-  return ids, np.round(255 / np.sum(odds, -1)).astype(np.uint8)
+@functools.partial(jax.jit, static_argnames=('network', 'size'))
+def compute_scores(network, variables, image, ratio=None, *, size):
+  """`scores_at` of uint8 images [b, h, w, 3], compiled once for a size."""
+  outputs = network.apply(variables, normalise(image), train=False)
+  return scores_at(outputs, *size, ratio=ratio)
 
 
-def _padded(size):
-  return transforms.next_multiple(size, SIZE_MULTIPLE)
+def _decide(logits, xp):
+  """Class ids and probabilities times 255, uint8; `xp` is NumPy or JAX's."""
+  largest = xp.max(logits, -1, keepdims=True)
+  odds = xp.sum(xp.exp(logits - largest), -1)
+  ids = xp.argmax(logits, -1)
+  return ids.astype(xp.uint8), xp.round(255 / odds).astype(xp.uint8)
 
 
-def _pad(image, size):
-  """Pads right and bottom by repeating the last column and row.
+@functools.partial(jax.jit, static_argnames=('network', 'size'))
+def classify(network, variables, image, ratio=None, *, size):
+  """Class ids and confidence, uint8 [b, *size] each; see `segment`."""
+  logits = compute_scores(network, variables, image, ratio, size=size)
+  return _decide(logits, jnp)
 
-  A border of another colour would be one more object, and its mean would enter
-  the pooled branch.
+
+def segment(
+  network, variables, image, size, *, tile=None, overlap=0.25, size_multiple=1
+):
+  """Class ids and confidence of one image, uint8 NumPy arrays of `size`.
+
+  Confidence is the probability of the id times 255.
+
+  Args:
+    network, variables: see evaluation.evaluate.
+    image: uint8 [h, w, 3], as the network sees it.
+    size: (height, width) of the result.
+    tile: (height, width) that the network sees at a time; logits of
+      overlapping tiles are averaged. None, or a tile that covers the image,
+      is the whole image.
+    overlap: least share of a tile that the next one covers again, in [0, 1).
+    size_multiple: pad to multiples by repeating the edge; fewer compilations.
   """
-  bottom, right = (n - m for n, m in zip(size, image.shape[:2], strict=True))
-  return np.pad(image, ((0, bottom), (0, right), (0, 0)), mode='edge')
+  seen = image.shape[:2]
+
+  def padded(size):
+    return transforms.next_multiple(size, size_multiple)
+
+  def score_tile(part):
+    h, w = part.shape[:2]
+    # Where the image is smaller than a tile, few sizes are compiled, too.
+    size = tuple(map(min, padded((h, w)), tile))
+    part = transforms.pad_edges(part, size)[None]
+    logits = compute_scores(network, variables, part, size=size)
+    return np.asarray(logits)[0, :h, :w]
+
+  if tile is None or tiling.covers(tile, seen):
+    ratio = None
+    if size_multiple > 1 and tuple(size) != seen:
+      # Both are padded, but not in proportion.
+      last, last_seen = np.maximum((size, seen), 2) - 1
+      ratio = np.float32(last / last_seen)
+    image = transforms.pad_edges(image, padded(seen))[None]
+    found = classify(network, variables, image, ratio, size=padded(size))
+    return tuple(np.asarray(x)[0, : size[0], : size[1]] for x in found)
+  bands = tiling.scores(score_tile, image, size, tile=tile, overlap=overlap)
+  found = [_decide(band, np) for band in bands]
+  return tuple(np.concatenate(x) for x in zip(*found, strict=True))
 
 
 class Predictor:
@@ -77,14 +136,13 @@ class Predictor:
 
   Args:
     checkpoint: folder of a stage.
-    scales, flip: averages over them; see evaluate.Averaged.
+    scales, flip: averages over them; see averaging.Averaged.
+    tile, overlap: see `segment`.
     step: which checkpoint; the best by default.
-    tile: (height, width) that the network sees at a time, or None. Scores of
-      overlapping tiles are averaged; see training/tiling.py.
-    overlap: least share of a tile that the next one covers again, in [0, 1);
-      0.25 by default.
+    allow_code: run Python files of the folder, where its network is one.
 
   Attributes:
+    network, variables, info: as of loading.load_network; averaged if asked.
     class_names: in the order of the ids.
     palette: uint8 [k, 3].
     description: one line about the network.
@@ -102,89 +160,53 @@ class Predictor:
     *,
     scales=(1.0,),
     flip=False,
-    step=None,
     tile=None,
-    overlap=None,
+    overlap=0.25,
+    step=None,
+    allow_code=False,
   ):
-    self._tile, self._overlap = tile, evaluate.overlap_of(tile, overlap)
-    network, self._variables, info = evaluate.load_network(
-      checkpoint, scales=scales, flip=flip, step=step
+    if not 0 <= overlap < 1:
+      raise InputError(f'--overlap={overlap} must be from 0 to below 1.')
+    self._tiles = {'tile': tile, 'overlap': overlap}
+    self.network, self.variables, info = loading.load_network(
+      checkpoint, step=step, allow_code=allow_code
     )
-    self._step = make_step(network)
-    self._scores = evaluation.make_scores(network)
+    if tuple(scales) != (1.0,) or flip:
+      self.network = Averaged(self.network, tuple(scales), flip)
+    self.info, self.description = info, describe(checkpoint, info)
     self.class_names, self.palette = info['class_names'], info['palette']
-    self.description = evaluate.describe(checkpoint, info)
-    self.short_side = evaluate.seen_short_side(info, info['eval']['protocol'])
+    self.short_side = seen_short_side(
+      info['eval']['protocol'], info['eval'].get('short_side', 0)
+    )
 
   def __call__(self, image):
-    """Class ids and confidence, uint8 [h, w] each.
+    """Class ids and confidence, uint8 [h, w], of uint8 RGB [h, w, 3].
 
-    Confidence is the probability of the id times 255. An image that is no
-    larger than a tile is seen whole, padded to multiples of 64.
-
-    Args:
-      image: uint8 RGB [h, w, 3], of any size.
+    An image that is no larger than a tile is seen whole, padded to multiples
+    of 64; see `segment`.
     """
-    if (
-      image.dtype != np.uint8
-      or image.ndim != 3
-      or image.shape[2] != 3
-      or not image.size
-    ):
+    if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
       raise ValueError(
         f'image is {image.dtype} {image.shape}; it must be uint8 [h, w, 3].'
       )
-    h, w = image.shape[:2]
-    seen = transforms.fit_image(image, self.short_side)
-    covered = not self._tile or tiling.covers(self._tile, seen.shape[:2])
-    return (self._whole if covered else self._tiled)(seen, (h, w))
-
-  def _whole(self, image, size):
-    ratio = [
-      max(n - 1, 1) / max(m - 1, 1)
-      for n, m in zip(size, image.shape[:2], strict=True)
-    ]
-    image = _pad(image, _padded(image.shape[:2]))
-    found = self._step(
-      self._variables,
-      image[None],
-      np.array(ratio, np.float32),
-      size=_padded(size),
+    return segment(
+      self.network,
+      self.variables,
+      transforms.fit_image(image, self.short_side),
+      image.shape[:2],
+      size_multiple=SIZE_MULTIPLE,
+      **self._tiles,
     )
-    h, w = size
-    return tuple(np.asarray(x)[0, :h, :w] for x in found)
-
-  def _tiled(self, image, size):
-    def apply(part):
-      h, w = part.shape[:2]
-      # Where the image is smaller than a tile, few sizes are compiled, too.
-      seen = tuple(map(min, _padded((h, w)), self._tile))
-      scores = self._scores(self._variables, _pad(part, seen)[None], size=seen)
-      return np.asarray(scores)[:h, :w]
-
-    found = [
-      _decide(scores)
-      for scores in tiling.scores(
-        apply, image, size, tile=self._tile, overlap=self._overlap
-      )
-    ]
-    return tuple(np.concatenate(x) for x in zip(*found, strict=True))
 
 
 def predict(images, checkpoint, **options):
   """Class ids of images, a list of uint8 [h, w].
 
-  Reads the checkpoint at each call; for images that come one by one keep a
-  `Predictor`.
-
   Args:
     images: list of uint8 RGB [h, w, 3], each of its own size.
-    checkpoint: folder of a stage, e.g. runs/camvid/distill.
-    **options: scales, flip, step, tile, overlap; see `Predictor`.
-
-  Raises:
-    InputError: as `Predictor`.
-    ValueError: if an image is of another type or shape.
+    checkpoint: folder of a stage, e.g. runs/camvid/distill. It is read at each
+      call; for images that come one by one keep a `Predictor`.
+    **options: scales, flip, tile, overlap, step, allow_code; see `Predictor`.
   """
   predictor = Predictor(checkpoint, **options)
   return [predictor(image)[0] for image in images]

@@ -20,20 +20,14 @@ def _all_ignored(file):
 
 
 def test_images(root):
-  """A source of the test split, whose classes are not public: all ignored.
+  """A source of the test split, whose labels are not public: all ignored.
 
-  Args:
-    root: has leftImg8bit/test, images/test or leftImg8bit_trainvaltest.zip.
-
-  Raises:
-    InputError: if there are no images.
+  `root` has leftImg8bit/test, images/test or leftImg8bit_trainvaltest.zip.
   """
-  root = pathlib.Path(root)
-  found = []
+  root, found = pathlib.Path(root), {}
   for name in ('leftImg8bit', 'images'):
-    found = found or list(
-      files.list_tree(root / name / 'test', ('.png',)).values()
-    )
+    found = found or files.list_tree(root / name / 'test', ('.png',))
+  found = list(found.values())
   archive = root / 'leftImg8bit_trainvaltest.zip'
   if not found and archive.is_file():
     found = files.list_zip(archive, 'leftImg8bit/test/', ('.png',))
@@ -46,44 +40,38 @@ def test_images(root):
   return PairSource(pairs, _all_ignored, upright=False)
 
 
-class Writer:
-  """Writes one file for each image.
+def make_writer(directory, *, dataset, protocol):
+  """A function that writes one file, from (name of the image, train ids).
 
-  A file has the name of its image and starts so with city, sequence and frame,
-  by which the server finds it.
-
-  Args:
-    directory: made if absent.
-    dataset: its name.
-    protocol: of the evaluation.
+  A file has the name of its image and so starts with city, sequence and frame,
+  by which the server finds it. Ids are uint8 [h, w].
 
   Raises:
     InputError: for other data sets, resized labels, and a folder that is not
       empty.
   """
+  if dataset != 'cityscapes':
+    raise InputError(
+      f'--submission is for the data set cityscapes, this one is {dataset}; '
+      'python -m attnfd_jax.predict writes the class ids of any image.'
+    )
+  if protocol != 'native':
+    raise InputError(
+      f'--submission needs results at full size, which protocol {protocol} '
+      'does not give; add --protocol=native.'
+    )
+  directory = pathlib.Path(directory)
+  if directory.exists() and (
+    not directory.is_dir() or any(directory.iterdir())
+  ):
+    raise InputError(
+      f'--submission={directory} exists and is not an empty folder.'
+    )
+  directory.mkdir(parents=True, exist_ok=True)
+  label_ids = np.array(classes.CITYSCAPES_IDS, np.uint8)
 
-  def __init__(self, directory, *, dataset, protocol):
-    if dataset != 'cityscapes':
-      raise InputError(
-        f'--submission is for the data set cityscapes, this one is {dataset}; '
-        'python -m attnfd_jax.predict writes the class ids of any image.'
-      )
-    if protocol != 'native':
-      raise InputError(
-        f'--submission needs results at full size, which protocol {protocol} '
-        'does not give; add --protocol=native.'
-      )
-    self._directory = pathlib.Path(directory)
-    if self._directory.exists() and (
-      not self._directory.is_dir() or any(self._directory.iterdir())
-    ):
-      raise InputError(
-        f'--submission={directory} exists and is not an empty folder.'
-      )
-    self._directory.mkdir(parents=True, exist_ok=True)
-    self._ids = np.array(classes.CITYSCAPES_IDS, np.uint8)
+  def write(name, ids):
+    path = directory / f'{pathlib.PurePath(name).stem}.png'
+    Image.fromarray(label_ids[ids]).save(path)
 
-  def write(self, name, ids):
-    """`name` is the file of the image, `ids` uint8 [h, w] of train ids."""
-    path = self._directory / f'{pathlib.PurePath(name).stem}.png'
-    Image.fromarray(self._ids[ids]).save(path)
+  return write

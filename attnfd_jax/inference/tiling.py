@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of images that do not fit the device, from overlapping tiles."""
+"""Logits of images that do not fit the device, from overlapping tiles."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ def covers(tile, size):
 def starts(length, tile, overlap):
   """First pixels of the tiles along one side: the least number, evenly spread.
 
-  Neighbours share at least `overlap` of a tile, up to rounding.
+  Neighbors share at least `overlap` of a tile, up to rounding.
   """
   if tile >= length:
     return [0]
@@ -24,19 +24,15 @@ def starts(length, tile, overlap):
 
 
 def falling_weights(length):
-  """Weight of each pixel of a tile's side: 1 in the middle, least at its ends.
-
-  Linear, and never 0: the corner of an image has one tile alone.
+  """Weight of each pixel along a tile: 1 in the middle, never 0 at the ends,
+  for the corner of an image has one tile alone.
   """
   pixels = np.arange(length) + 0.5
   return (np.minimum(pixels, length - pixels) * 2 / length).astype(np.float32)
 
 
 def shares(firsts, tile, length):
-  """Share of each tile in its pixels along one side, float32 [tiles, tile].
-
-  Those of a pixel sum to 1; one tile alone has exactly 1.
-  """
+  """Share of each tile in its pixels along one side, float32 [tiles, tile]."""
   weight, total = falling_weights(tile), np.zeros(length, np.float32)
   for first in firsts:
     total[first : first + tile] += weight
@@ -44,16 +40,15 @@ def shares(firsts, tile, length):
 
 
 def bands(apply, image, *, tile, overlap=0.25):
-  """Yields scores of a whole image from its top, float32 [rows, w, k].
+  """Yields logits of a whole image from its top, float32 [rows, w, k].
 
-  The scores of an image are many times its size; only those that one row of
-  tiles touches are held at a time. Tiles have one shape, cut to the image where
-  that is smaller, so `apply` compiles once per shape. Where they overlap,
-  scores are averaged with weights that fall to the tile's edge, where the
-  network sees least around a pixel.
+  Where tiles overlap, logits are averaged with weights that fall to the tile's
+  edge, where the network sees least around a pixel. Only what one row of tiles
+  touches is held: all logits are many times the image.
 
   Args:
-    apply: part of the image [th, tw, c] -> scores [th, tw, k].
+    apply: part of the image [th, tw, c] -> logits [th, tw, k]. All parts have
+      one shape, the tile's, cut to the image where that is smaller.
     image: [h, w, c].
     tile: (height, width). If it covers the image the only band is apply(image).
     overlap: least share of a tile that the next one covers again, in [0, 1).
@@ -62,19 +57,18 @@ def bands(apply, image, *, tile, overlap=0.25):
   th, tw = (min(n, m) for n, m in zip(tile, (h, w), strict=True))
   rows, columns = starts(h, th, overlap), starts(w, tw, overlap)
   across = shares(columns, tw, w)
-  unfinished = None
+  unfinished = np.zeros((0, w, 1), np.float32)
   for y, following, down in zip(
     rows, [*rows[1:], h], shares(rows, th, h), strict=True
   ):
     total = None
     for x, share in zip(columns, across, strict=True):
-      scores = np.asarray(apply(image[y : y + th, x : x + tw]))
+      logits = np.asarray(apply(image[y : y + th, x : x + tw]))
       if total is None:
-        total = np.zeros((th, w, scores.shape[-1]), np.float32)
-        if unfinished is not None:
-          total[: len(unfinished)] = unfinished
-          unfinished = None  # Its memory.
-      total[:, x : x + tw] += scores * np.outer(down, share)[..., None]
+        total = np.zeros((th, w, logits.shape[-1]), np.float32)
+        total[: len(unfinished)] = unfinished
+        unfinished = None  # Its memory.
+      total[:, x : x + tw] += logits * np.outer(down, share)[..., None]
     yield total[: following - y]
     unfinished = total[following - y :]
 
@@ -89,9 +83,7 @@ def _between(x, at, axis):
 
 
 def resized(x, size):
-  """Yields bands of one [h, w, k], resized as models.resizing does it:
-  bilinear with align_corners.
-  """
+  """Yields bands of one [h, w, k], resized as models.resizing does it."""
   at_rows, at_columns = (
     np.linspace(0, m - 1, n) for m, n in zip(x.shape[:2], size, strict=True)
   )
@@ -101,12 +93,10 @@ def resized(x, size):
 
 
 def scores(apply, image, size, **options):
-  """Yields scores at `size` in bands from the top, float32 [rows, width, k].
+  """Yields logits at `size` in bands from the top, float32 [rows, width, k].
 
-  Args:
-    apply, image, **options: see `bands`.
-    size: of the result. Where it is not that of the image, scores are resized,
-      and all those of the image are held.
+  As `bands`; where `size` is not that of the image, they are resized, and all
+  logits at the size of the image are held.
   """
   found = bands(apply, image, **options)
   if tuple(size) != image.shape[:2]:

@@ -9,8 +9,6 @@ import cv2
 from attnfd_jax.errors import InputError
 
 CODECS = {'.avi': 'MJPG', '.mp4': 'mp4v'}
-# FFmpeg's codecs refuse others, or write another rate.
-_RATES = (1, 1000)
 
 
 def check(path, fps):
@@ -23,8 +21,9 @@ def check(path, fps):
     str(path).encode()
   except UnicodeEncodeError as error:  # It would end OpenCV, and Python.
     raise InputError('--video: its name is no text.') from error
-  if not _RATES[0] <= fps <= _RATES[1]:
-    raise InputError(f'--fps={fps:g} must be from {_RATES[0]} to {_RATES[1]}.')
+  # FFmpeg's codecs refuse others, or write another rate.
+  if not 1 <= fps <= 1000:
+    raise InputError(f'--fps={fps:g} must be from 1 to 1000.')
 
 
 def _count(path):
@@ -42,15 +41,12 @@ def writer(path, size, fps):
 
   The file gets its name when the block ends and all frames are in it; else,
   and without a frame, nothing is left but what was there before. FFmpeg cuts
-  odd sides by a pixel.
+  odd sides by a pixel. InputError if OpenCV cannot write it, or not all of it.
 
   Args:
     path: see `check`; replaced if it exists.
     size: (height, width) of all frames.
     fps: frames a second.
-
-  Raises:
-    InputError: if OpenCV cannot write such a file, or could not go on.
   """
   if path.is_dir():
     raise InputError(f'--video={path} is a folder; name a file.')

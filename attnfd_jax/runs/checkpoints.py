@@ -171,9 +171,22 @@ def _check_metrics(folder):
     ) from None
 
 
-def _read(folder, state_args, **options):
-  """{'state', 'run'}; raises ValueError for arrays that have changed."""
-  handler = ocp.CompositeCheckpointHandler(**options)
+def _read(folder, state_args, *, alone=False):
+  """{'state', 'run'}; raises ValueError for arrays that have changed.
+
+  Args:
+    folder: of the checkpoint.
+    state_args: of Orbax, for its item 'state'.
+    alone: the first process reads; others do not take part.
+  """
+  options = {}
+  if alone:
+    options['multiprocessing_options'] = ocp.options.MultiprocessingOptions(
+      primary_host=0, active_processes={0}, barrier_sync_key_prefix='first'
+    )
+  handler = ocp.CompositeCheckpointHandler(
+    composite_options=ocp.CompositeOptions(**options)
+  )
   with ocp.Checkpointer(handler, **options) as checkpointer:
     found = checkpointer.restore(
       folder,
@@ -186,11 +199,12 @@ def _read(folder, state_args, **options):
   return found
 
 
-def _read_whole(folder, state, **options):
+def _read_whole(folder, state, *, alone=False):
   """What `_read` returns of a TrainState and '', or None and why not."""
   shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
   try:
-    return _read(folder, ocp.args.StandardRestore(shapes), **options), ''
+    args = ocp.args.StandardRestore(shapes)
+    return _read(folder, args, alone=alone), ''
   except jax.errors.JaxRuntimeError:
     raise  # Out of memory says nothing about the files.
   except Exception as error:
@@ -279,14 +293,10 @@ def restore_latest(directory, state, run, *, log=print):
 
 def _newest_readable(directory, state, *, alone=False):
   """(what `_read` returns, its step, {newer step: why it cannot be read})."""
-  options = {}
-  if alone:  # The other processes do not take part in this reading.
-    options['multiprocessing_options'] = ocp.options.MultiprocessingOptions(
-      primary_host=0, active_processes={0}, barrier_sync_key_prefix='first'
-    )
   reasons = {}
   for step in reversed(steps(directory)):
-    found, reason = _read_whole(directory / str(step), state, **options)
+    folder = directory / str(step)
+    found, reason = _read_whole(folder, state, alone=alone)
     if not reason:
       return found, step, reasons
     reasons[step] = reason

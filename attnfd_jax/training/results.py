@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnfd_jax import distill
-from attnfd_jax.data import transforms
 from attnfd_jax.devices import processes
 from attnfd_jax.devices import sharding
+from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.runs import loading
@@ -21,7 +21,7 @@ from attnfd_jax.runs import paths
 def write(stage, state, directory, *, step, log):
   """Scores `state`, draws pictures, writes both; returns the result."""
   config, variables = stage.config, state.variables('student')
-  records = chosen_records(
+  records = evaluation.chosen_records(
     stage.dataset.splits['val'],
     config.eval.num_pictures,
     short_side=config.eval.short_side,
@@ -88,18 +88,6 @@ def _distilled(stage):
       'pictures': stage.distiller.pictures_note,
     },
   }
-
-
-def chosen_records(source, count, *, short_side=0):
-  """`count` records spread over the source, all of the size of the first."""
-  same = [i for i in range(len(source)) if source.size(i) == source.size(0)]
-  indices = np.linspace(0, len(same) - 1, min(count, len(same)))
-  return [
-    transforms.fit_record(
-      source[same[round(i)]], short_side, resize_labels=True
-    )
-    for i in indices
-  ]
 
 
 def make_pictures(stage, state, records):

@@ -68,27 +68,19 @@ def make_stage_distiller(config, student, teacher, *, num_steps=1):
       go with these networks.
   """
   options = config.distill
+  distiller = distill.make_distiller(
+    options.method, options, options=options.options, num_steps=num_steps
+  )
   try:
-    distiller = distill.make_distiller(
-      options.method,
-      options,
-      options=options.options,
-      num_steps=num_steps,
-    ).adapted(student, teacher)
-    size = tuple(config.data.crop_size)
-    shapes = [
-      networks.abstract_outputs(student, size),
-      abstract_outputs(teacher, size),
-    ]
-    jax.eval_shape(functools.partial(init_distiller, distiller, shapes))
-  except InputError:
-    raise
-  except Exception as error:  # Of a method of the user's, anything.
-    kind = '' if isinstance(error, ValueError) else f'{type(error).__name__} '
-    first = next(iter(str(error).splitlines()), '')
-    raise InputError(
-      f'config.distill.method={options.method!r}: {kind}{first}'
-    ) from error
+    distiller = distiller.adapted(student, teacher)
+  except ValueError as error:
+    raise InputError(f'config.distill.method: {error}') from error
+  size = tuple(config.data.crop_size)
+  shapes = [
+    networks.abstract_outputs(student, size),
+    abstract_outputs(teacher, size),
+  ]
+  distill.abstract_variables(distiller, *shapes)
   return distiller, shapes
 
 

@@ -45,11 +45,11 @@ from ml_collections import config_dict
 import numpy as np
 from PIL import Image
 
-from attnfd_jax import check_data
 from attnfd_jax import cli
 from attnfd_jax.config import debug
 from attnfd_jax.config import default_config
 from attnfd_jax.config import resolve
+from attnfd_jax.data import checking
 from attnfd_jax.data import files
 from attnfd_jax.data import masks
 from attnfd_jax.data import pairs
@@ -323,12 +323,12 @@ def refused(call, *arguments, **options):
 
 def check_dataset(dataset):
   """check_data, as the command does it; whether it found a problem."""
-  found = check_data.check(dataset, 1)
+  found = checking.check(dataset, 1)
   for _, problem in found.problems:
     tell(problem)
-  text = check_data.as_text(dataset, found)
+  text = checking.as_text(found)
   text.encode(errors='backslashreplace')
-  json.dumps(check_data.as_json(dataset, found))
+  json.dumps(checking.as_json(found))
   problems = {name: split.problems for name, split in found.splits.items()}
   contact_sheet.draw_sheet(dataset, problems)
   return bool(found.problems)
@@ -417,7 +417,8 @@ def run_archive(rng, folder):
     if rng.random() < 0.8:
       data = mutate_zip(rng, data)
     (folder / f'{top}_trainvaltest.zip').write_bytes(data)
-  config = {'name': 'cityscapes', 'root': str(folder)}
+  config = default_config().data.to_dict()
+  config |= {'name': 'cityscapes', 'root': str(folder)}
   try:
     dataset = sources.load_dataset(config, strict=False)
   except InputError as error:
@@ -634,7 +635,8 @@ def _coco():
 def run_table(rng, folder):
   """Lists, tables of classes and COCO's JSON, hostile or damaged."""
   kind = rng.choice(('voc', 'cvat', 'roboflow', 'coco', 'coco', 'names'))
-  config = {'name': 'folder', 'root': str(folder), 'class_names': ()}
+  config = default_config().data.to_dict()
+  config |= {'name': 'folder', 'root': str(folder)}
   image, mask = _SEEDS['png'], _SEEDS['ids']
 
   def write(path, data):

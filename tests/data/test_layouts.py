@@ -284,7 +284,7 @@ def test_coco_leaves_out_images_of_few_pixels(coco_root):
   for pixels in (1000, 999, 239):
     labels = coco.draw_labels(
       path,
-      class_names=('background', *classes.COCO_CATEGORIES),
+      class_names=('background', *classes.COCO_NAMES),
       min_pixels=pixels,
     )
     sizes[pixels] = len(labels.image_names)
@@ -553,7 +553,7 @@ def test_two_layouts_need_a_choice(tmp_path):
     ('cvat', 'labelmap.txt', 'a:1,2,3::\nb:1,2,3::', 'a second time'),
     ('cvat', 'labelmap.txt', '# nothing', 'no classes in it'),
     ('roboflow', 'train/_classes.csv', 'x\nroad, 1', 'is not id, name'),
-    ('roboflow', 'train/_classes.csv', 'x\n1, a\n1, b', 'a name or id twice'),
+    ('roboflow', 'train/_classes.csv', 'x\n1, a\n1, b', 'a second time'),
     ('roboflow', 'train/_classes.csv', 'x', 'no classes in it'),
     ('roboflow', 'valid/_classes.csv', 'x\n1, a', 'other classes than those'),
   ],
@@ -825,33 +825,26 @@ def test_an_empty_list_is_an_empty_split(tmp_path):
   assert error.value.kind == 'split'
 
 
-def test_runs_of_older_versions_lack_keys(tmp_path):
-  drawn, keys = make(tmp_path, 'folder index')
-  config = {'root': str(tmp_path), **keys, 'limit': 0, 'cache': False}
-  config['class_names'] = list(keys['class_names'])  # As in config.json.
-  assert_drawn(load_dataset(config), drawn)
-
-
 def test_tables_of_ids():
   assert classes.CITYSCAPES_IDS == fixtures.CITY_IDS
-  table = masks.id_table(classes.CITYSCAPES_IDS)
-  assert table.dtype == np.uint8 and table.shape == (256,)
+  others = sorted({*range(256)} - {*classes.CITYSCAPES_IDS})
+  read = masks.IndexLabels(classes.CITYSCAPES_IDS, tuple(others))
+  (table,) = read.from_ids('ids', np.arange(256, dtype=np.uint8)[None])
   ids = list(classes.CITYSCAPES_IDS)
   assert table[ids].tolist() == list(range(len(classes.CITYSCAPES)))
-  others = np.delete(table, ids)
-  assert len(others) == 256 - 19 and np.all(others == 255)
+  assert len(others) == 256 - 19 and np.all(table[others] == 255)
   # A road, a person and a bicycle.
   assert (table[7], table[24], table[33]) == (0, 11, 18)
 
 
 def test_categories_of_coco():
-  found = [(number, name) for name, number in classes.COCO_CATEGORIES.items()]
-  assert found == fixtures.COCO
+  found = classes.COCO_NAMES
+  assert found == [name for _, name in fixtures.COCO]
   assert len(found) == len(classes.VOC) - 1
   # Seven have other names in VOC, the others must be in the same place.
   other = {'aeroplane', 'diningtable', 'motorbike', 'pottedplant', 'sofa'}
   other.add('tvmonitor')
-  for voc, (_, name) in zip(list(classes.VOC)[1:], found, strict=True):
+  for voc, name in zip(list(classes.VOC)[1:], found, strict=True):
     assert (voc == name) == (voc not in other)
 
 

@@ -78,7 +78,7 @@ def test_shrinking_is_about_that_of_pillow(scale):
   image, _ = transforms._resized_window(
     record, full=size, start=(0, 0), size=size
   )
-  expected = transforms.resize_image(noise, size).astype(float)
+  expected = transforms.resize(noise, size).astype(float)
   error = np.abs(image - expected)[2:-2, 2:-2].mean()
   # INTER_AREA alone is up to 15 levels off, plain interpolation up to 44.
   assert error < 8
@@ -363,8 +363,8 @@ def test_fit_short_side(size, short, expected):
 def test_resizing_is_that_of_pillow(size):
   record = blobs(40, 57, 0)
   record['image'] = generator(1).integers(0, 256, (40, 57, 3), np.uint8)
-  image = transforms.resize_image(record['image'], size)
-  label = transforms.resize_label(record['label'], size)
+  image = transforms.resize(record['image'], size)
+  label = transforms.resize(record['label'], size, Image.Resampling.NEAREST)
   width_height = size[::-1]
   expected = Image.fromarray(record['image'])
   expected = expected.resize(width_height, Image.Resampling.BILINEAR)

@@ -24,7 +24,6 @@ from PIL import Image
 import pytest
 import xla_flags
 
-from attnfd_jax import predict
 from attnfd_jax.config import default_config
 from attnfd_jax.config import resolve
 from attnfd_jax.data import cache
@@ -34,6 +33,7 @@ from attnfd_jax.data import folder as folders
 from attnfd_jax.data import masks
 from attnfd_jax.errors import DataError
 from attnfd_jax.errors import InputError
+from attnfd_jax.inference import image_files
 from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
@@ -121,7 +121,7 @@ def test_declared_pixels_of_a_jpeg_take_no_memory(progressive):
     assert ('declares more' in str(error.value)) == (height > 0)
   # Cut anywhere, it is no frame, or the same one.
   for end in range(size):
-    assert masks._jpeg_pixels(data[:end]) is None
+    assert masks._jpeg_pixels(data[:end]) == 0
 
 
 def test_declared_chunk_takes_no_memory():
@@ -407,10 +407,10 @@ def test_names_that_are_no_text(tmp_path, monkeypatch, capsys):
       assert image.shape == (33, 40, 3)
       return ids, ids
 
-  monkeypatch.setattr(predict, 'Predictor', Fake)
+  monkeypatch.setattr(image_files, 'Predictor', Fake)
   output = tmp_path / 'output'
   with pytest.raises(InputError, match='1 of 2 images were skipped'):
-    predict.predict_files('x', str(tmp_path), output)
+    image_files.predict_files('x', str(tmp_path), output)
   # JPEG has no longer sides; the overlay would be an empty file.
   assert '65501x1, a side is longer than 65500' in capsys.readouterr().err
   assert not list(output.glob('long*'))

@@ -12,6 +12,7 @@ import pytest
 
 from attnfd_jax.devices import sharding
 from attnfd_jax.distill import make_distiller
+from attnfd_jax.inference import evaluation
 from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.models import layers
 from attnfd_jax.models import resizing
@@ -448,8 +449,8 @@ def test_eval_step_counts_pixels():
   batch = make_batch(size=4)
   # Labels larger than what the network sees.
   batch['label'] = np.repeat(batch['label'], 2, 1)
-  count = steps.make_eval_step(network, NUM_CLASSES, mesh)
-  assert steps.make_eval_step(Small(), NUM_CLASSES, mesh) is count
+  count = evaluation.make_eval_step(network, NUM_CLASSES, mesh)
+  assert evaluation.make_eval_step(Small(), NUM_CLASSES, mesh) is count
   counts = np.asarray(
     count(variables, jax.device_put(batch, sharding.by_batch(mesh)))
   )

@@ -19,7 +19,6 @@ from attnfd_jax.inference import evaluation
 from attnfd_jax.models import deeplab
 from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.runs import checkpoints
-from attnfd_jax.training import step as steps
 from attnfd_jax.training.state import make_state
 
 PATH = tiny_run.ROOT / 'experiments' / 'topology' / 'compare.py'
@@ -130,7 +129,7 @@ def memory(small, *shape):
     'image': jax.ShapeDtypeStruct((2, 512, 64, 3), jnp.uint8),
     'label': jax.ShapeDtypeStruct((2, 512, 64), jnp.uint8),
   }
-  program = steps.make_eval_step(network, 5, mesh).lower(variables, batch)
+  program = evaluation.make_eval_step(network, 5, mesh).lower(variables, batch)
   return program.compile().memory_analysis().temp_size_in_bytes
 
 

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from attnfd_jax import evaluate
 from attnfd_jax.data import classes
 from attnfd_jax.data.pairs import Dataset
 from attnfd_jax.errors import InputError
+from attnfd_jax.inference import scoring
 from attnfd_jax.inference import submission
 from attnfd_jax.runs import loading
 
@@ -27,16 +27,16 @@ class Brightest:
     assert not train and not variables
     red = np.float32(0.485) + np.float32(0.229) * image[..., :1]
     centres = np.arange(19, dtype=np.float32).reshape(1, 1, 1, 19) * 10 / 255
-    return {'coarse_logits': -abs(red - centres)}
+    return {'logits': -abs(red - centres)}
 
 
 def test_the_writer_gives_label_ids_at_full_size(tmp_path):
   ids = np.arange(19, dtype=np.uint8)[None].repeat(3, 0)
-  writer = submission.Writer(
+  write = submission.make_writer(
     tmp_path / 'new' / 'out', dataset='cityscapes', protocol='native'
   )
   name = 'zips/x.zip!leftImg8bit/test/bonn/bonn_000003_000019_leftImg8bit.png'
-  writer.write(name, ids)
+  write(name, ids)
   (path,) = (tmp_path / 'new' / 'out').iterdir()
   assert path.name == 'bonn_000003_000019_leftImg8bit.png'
   with Image.open(path) as file:
@@ -59,7 +59,7 @@ def test_refusals(tmp_path, options, message):
   options = {'dataset': 'cityscapes', 'protocol': 'native'} | options
   directory = tmp_path / options.pop('directory', 'new')
   with pytest.raises(InputError, match=f'^--submission.*{message}'):
-    submission.Writer(directory, **options)
+    submission.make_writer(directory, **options)
   assert [path.name for path in tmp_path.iterdir()] == ['a_file']
 
 
@@ -90,12 +90,17 @@ def test_the_test_split_without_classes(tmp_path, monkeypatch, zipped):
   drawn = draw_test_split(root, zipped=zipped)
   names, palette = tuple(classes.CITYSCAPES), np.zeros((19, 3), np.uint8)
   dataset = Dataset('cityscapes', names, palette, {'val': []})
-  monkeypatch.setattr(evaluate, 'load_dataset', lambda config: dataset)
+  monkeypatch.setattr(scoring, 'load_dataset', lambda config: dataset)
   info = {
     'stage': 'student',
-    'student': {'backbone': 'none', 'width_multiplier': 1},
+    'student': {
+      'network': 'deeplabv3plus',
+      'backbone': 'none',
+      'width_multiplier': 1,
+    },
     'checkpoint_step': 1,
     'class_names': list(names),
+    'palette': palette,
     'data': {'root': 'gone', 'threads': 2},
     'eval': {'protocol': 'native', 'size_multiple': 16, 'batch_size': 2},
     'optim': {'dtype': 'float32'},
@@ -106,12 +111,12 @@ def test_the_test_split_without_classes(tmp_path, monkeypatch, zipped):
 
   def run(**options):
     options = {'split': 'test', 'submission': output} | options
-    return evaluate.evaluate_checkpoint('run', data_root=root, **options)
+    return scoring.evaluate_checkpoint('run', data_root=root, **options)
 
   counts, result = run()
   assert counts.sum() == 0 and result['images'] == 2
   assert json.loads(json.dumps(result, allow_nan=False))['miou'] is None
-  assert 'mIoU             absent %' in evaluate.as_text(counts, result)
+  assert 'mIoU             absent %' in scoring.as_text(counts, result)
   assert {path.stem for path in output.iterdir()} == set(drawn)
   for stem, ids in drawn.items():
     written = np.asarray(Image.open(output / f'{stem}.png'))

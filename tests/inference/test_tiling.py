@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from attnfd_jax.devices import sharding
-from attnfd_jax.evaluate import Averaged
 from attnfd_jax.inference import evaluation
+from attnfd_jax.inference import predictor
 from attnfd_jax.inference import tiling
+from attnfd_jax.inference.averaging import Averaged
 from attnfd_jax.models import resizing
 
 
@@ -243,7 +244,7 @@ def count(found):
 )
 @pytest.mark.parametrize('tile', [None, (999, 999)], ids=['whole', 'tile'])
 def test_one_by_one_counts_what_batches_count(monkeypatch, options, tile):
-  monkeypatch.setattr(evaluation, 'REFERENCE_SHORT_SIDE', 45)
+  monkeypatch.setattr(predictor, 'REFERENCE_SHORT_SIDE', 45)
   network, source = Blurred(), Source(SIZES)
   expected = evaluation.evaluate(
     network,
@@ -279,6 +280,46 @@ def test_tiles_score_every_size(short_side):
     agree.append(np.mean(ours == theirs))
   # Blocks of other tiles begin elsewhere.
   assert 0.5 < min(agree) and max(agree) < 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+  """Not a Linen module, and without coarse logits."""
+
+  def apply(self, variables, image, *, train):
+    outputs = Blurred().apply(variables, image, train=train)
+    return {'logits': outputs['logits']}
+
+
+def test_a_network_needs_logits_alone():
+  source, mesh = Source(SIZES), sharding.make_mesh(1)
+  foreign, ours = (
+    evaluation.evaluate(network, {}, source, num_classes=3, mesh=mesh)
+    for network in (Foreign(), Blurred())
+  )
+  np.testing.assert_array_equal(foreign, ours)
+  found = list(evaluation.predictions(Foreign(), {}, source))
+  np.testing.assert_array_equal(count(found), ours)
+
+
+@pytest.mark.parametrize('coarse', [(5, 9), (1, 1)], ids=str)
+def test_logits_at_another_size(coarse):
+  """A ratio is what sizes say, where nothing is padded."""
+  generator = np.random.default_rng(0)
+  maps = jnp.asarray(generator.normal(size=(1, *coarse, 3)), jnp.float32)
+  outputs = {
+    'coarse_logits': maps,
+    'logits': resizing.resize(maps, 17, 33),
+  }
+  expected = predictor.scores_at(outputs, 40, 50)
+  ratio = np.float32([39 / 16, 49 / 32])
+  # Positions are rounded otherwise.
+  np.testing.assert_allclose(
+    predictor.scores_at(outputs, 40, 50, ratio=ratio),
+    expected,
+    rtol=1e-4,
+    atol=1e-5,
+  )
 
 
 def test_tiles_with_scales_and_mirror_images():

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import tiny_run
 
-from attnfd_jax import evaluate
 from attnfd_jax.config import default_config
 from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
+from attnfd_jax.inference import options as flag_options
+from attnfd_jax.inference import scoring
+from attnfd_jax.inference.averaging import Averaged
 
 
 @pytest.fixture(scope='session')
@@ -24,7 +26,7 @@ def stage(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def plain(stage):
-  return evaluate.evaluate_checkpoint(stage)
+  return scoring.evaluate_checkpoint(stage)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Shifted:
   def apply(self, variables, image, *, train):
     assert not train
     logits = jnp.roll(image, 1, axis=2)
-    return {'logits': logits, 'coarse_logits': logits}
+    return {'logits': logits}
 
 
 def test_scores_are_those_of_training(stage, plain):
@@ -52,7 +54,7 @@ def test_scores_are_those_of_training(stage, plain):
 
 def test_a_kept_step_can_be_chosen(stage, plain):
   other = {1: 2, 2: 1}[plain[1]['step']]
-  counts, result = evaluate.evaluate_checkpoint(stage, step=other)
+  counts, result = scoring.evaluate_checkpoint(stage, step=other)
   assert result['step'] == other
   assert np.any(counts != plain[0])
   assert counts.sum() == plain[0].sum()
@@ -62,7 +64,7 @@ def test_a_kept_step_can_be_chosen(stage, plain):
   'options', [{'flip': True}, {'scales': (0.5, 1.0)}], ids=['flip', 'scales']
 )
 def test_averages_score_the_same_pixels_otherwise(stage, plain, options):
-  counts, result = evaluate.evaluate_checkpoint(stage, **options)
+  counts, result = scoring.evaluate_checkpoint(stage, **options)
   np.testing.assert_array_equal(counts.sum(1), plain[0].sum(1))
   assert np.any(counts != plain[0])
   assert result['flip'] == options.get('flip', False)
@@ -70,9 +72,9 @@ def test_averages_score_the_same_pixels_otherwise(stage, plain, options):
 
 
 def test_other_split_and_protocol(stage, plain):
-  _, train = evaluate.evaluate_checkpoint(stage, split='train')
+  _, train = scoring.evaluate_checkpoint(stage, split='train')
   assert (train['split'], train['images']) == ('train', 8)
-  counts, result = evaluate.evaluate_checkpoint(stage, protocol='reference')
+  counts, result = scoring.evaluate_checkpoint(stage, protocol='reference')
   assert (result['protocol'], result['short_side']) == ('reference', 513)
   # 32 x 48 becomes 513 x 769.
   assert counts.sum() > 200 * plain[0].sum()
@@ -81,7 +83,7 @@ def test_other_split_and_protocol(stage, plain):
 def test_averaged_without_anything_to_average_is_the_network():
   image = jax.random.normal(jax.random.key(0), (2, 8, 6, 3))
   logits = Shifted().apply({}, image, train=False)['logits']
-  out = evaluate.Averaged(Shifted()).apply({}, image, train=False)
+  out = Averaged(Shifted()).apply({}, image, train=False)
   # One softmax and its logarithm.
   np.testing.assert_allclose(
     out['logits'], jax.nn.log_softmax(logits), rtol=1e-5, atol=1e-6
@@ -89,7 +91,7 @@ def test_averaged_without_anything_to_average_is_the_network():
 
 
 def test_averaged_over_mirror_images_mirrors():
-  network = evaluate.Averaged(Shifted(), (1.0, 0.5), True)
+  network = Averaged(Shifted(), (1.0, 0.5), True)
   image = jax.random.normal(jax.random.key(0), (1, 8, 12, 3))
 
   def apply(x):
@@ -99,14 +101,14 @@ def test_averaged_over_mirror_images_mirrors():
   np.testing.assert_allclose(
     apply(image[:, :, ::-1])[:, :, ::-1], apply(image), rtol=1e-5, atol=1e-5
   )
-  one_way = evaluate.Averaged(Shifted(), (1.0, 0.5))
+  one_way = Averaged(Shifted(), (1.0, 0.5))
   assert np.any(
     np.abs(one_way.apply({}, image, train=False)['logits'] - apply(image)) > 0.1
   )
 
 
 def test_averaged_is_a_mean_of_probabilities():
-  averaged = evaluate.Averaged(Shifted(), (0.5, 1.0, 2.0), True)
+  averaged = Averaged(Shifted(), (0.5, 1.0, 2.0), True)
   image = jnp.broadcast_to(jnp.array([0.3, -0.7, 0.0]), (2, 16, 12, 3))
   out = averaged.apply({}, image, train=False)
   # All views of a constant image agree.
@@ -116,9 +118,7 @@ def test_averaged_is_a_mean_of_probabilities():
   )
   assert out['logits'].dtype == jnp.float32
   # Compiled evaluation is cached by the network.
-  assert hash(averaged) == hash(
-    evaluate.Averaged(Shifted(), (0.5, 1.0, 2.0), True)
-  )
+  assert hash(averaged) == hash(Averaged(Shifted(), (0.5, 1.0, 2.0), True))
 
 
 @pytest.mark.parametrize('scale', [0.5, 1.5, 2.0, 3.0], ids=str)
@@ -131,9 +131,9 @@ def test_averaged_scales_keep_places(scale):
   class Identity(Shifted):
     def apply(self, variables, image, *, train):
       seen.append(image.shape)
-      return {'logits': image, 'coarse_logits': image}
+      return {'logits': image}
 
-  averaged = evaluate.Averaged(Identity(), (scale,), True)
+  averaged = Averaged(Identity(), (scale,), True)
   image = jnp.asarray(image, jnp.float32)
   out = averaged.apply({}, image, train=False)['logits']
   assert seen == [(1, int(16 * scale), int(24 * scale), 3)] * 2
@@ -146,24 +146,24 @@ def test_averaged_scales_keep_places(scale):
 
 def test_a_tile_that_covers_the_images_changes_nothing(stage, plain):
   for tile in ((32, 48), (64, 999)):
-    counts, result = evaluate.evaluate_checkpoint(stage, tile=tile)
+    counts, result = scoring.evaluate_checkpoint(stage, tile=tile)
     np.testing.assert_array_equal(counts, plain[0])
     assert result == plain[1] | {'tile': list(tile), 'overlap': 0.25}
 
 
 def test_tiles_score_all_pixels(stage, plain):
-  counts, result = evaluate.evaluate_checkpoint(
+  counts, result = scoring.evaluate_checkpoint(
     stage, tile=(32, 32), overlap=0.5
   )
   np.testing.assert_array_equal(counts.sum(1), plain[0].sum(1))
   assert np.any(counts != plain[0])
   assert (result['tile'], result['overlap']) == ([32, 32], 0.5)
-  text = evaluate.as_text(counts, result)
+  text = scoring.as_text(counts, result)
   assert text.splitlines()[0].endswith('; tiles of 32x32, overlap 0.5')
 
 
 def test_boundary_scores(stage, plain):
-  counts, result = evaluate.evaluate_checkpoint(stage, boundary=True)
+  counts, result = scoring.evaluate_checkpoint(stage, boundary=True)
   np.testing.assert_array_equal(counts, plain[0])
   per_class = result['boundary_iou_per_class']
   assert list(per_class) == list(result['iou_per_class'])
@@ -172,15 +172,15 @@ def test_boundary_scores(stage, plain):
   assert result['boundary_miou'] != result['miou']
   rest = {k: v for k, v in result.items() if not k.startswith('boundary')}
   assert rest == plain[1]
-  text = evaluate.as_text(counts, result)
+  text = scoring.as_text(counts, result)
   assert 'boundary mIoU   ' in text
   assert len({len(line) for line in text.splitlines()[-10:]}) == 1
-  assert 'boundary' not in evaluate.as_text(*plain)
+  assert 'boundary' not in scoring.as_text(*plain)
 
 
 def test_text_has_all_scores_in_percent(plain):
   counts, result = plain
-  text = evaluate.as_text(counts, result)
+  text = scoring.as_text(counts, result)
   assert text.startswith('val split, protocol native: scored at the size of')
   assert f'mIoU            {100 * result["miou"]:7.2f} %' in text
   for word in ('class accuracy', 'pixel accuracy', 'fwIoU', 'pavement'):
@@ -203,7 +203,7 @@ def test_text_of_absent_classes():
     'iou_per_class': {'a': 0.75, 'b': 0.8, 'c': None},
     'accuracy_per_class': {'a': 0.75, 'b': 1.0, 'c': None},
   }
-  lines = evaluate.as_text(counts, result).splitlines()
+  lines = scoring.as_text(counts, result).splitlines()
   assert lines[0].endswith('over scales 0.75, 1; mean with the mirror image')
   header = ['class', 'IoU', '%', 'accuracy', '%', 'share', '%']
   assert lines[-4].split() == header
@@ -216,7 +216,7 @@ def test_text_of_absent_classes():
 @pytest.mark.parametrize('text', ['', 'a', '1,,2', '0', '1,-1', 'nan', 'inf'])
 def test_scales_must_be_numbers(text):
   with pytest.raises(InputError, match=r'--scales=.*: expected positive num'):
-    evaluate.parse_scales(text)
+    flag_options.parse_scales(text)
 
 
 @pytest.mark.parametrize(
@@ -224,17 +224,17 @@ def test_scales_must_be_numbers(text):
 )
 def test_tiles_must_be_two_sizes(text):
   with pytest.raises(InputError, match=r'--tile=.*: expected HEIGHTxWIDTH'):
-    evaluate.parse_tile(text)
+    flag_options.parse_tile(text)
 
 
 def test_tiles_are_read():
-  assert evaluate.parse_tile('512x1024') == (512, 1024)
-  assert evaluate.parse_tile('32X48') == (32, 48)
-  assert evaluate.parse_tile(None) is None
+  assert flag_options.parse_tile('512x1024') == (512, 1024)
+  assert flag_options.parse_tile('32X48') == (32, 48)
+  assert flag_options.parse_tile(None) is None
 
 
 def test_scales_are_read():
-  assert evaluate.parse_scales('0.75, 1') == (0.75, 1.0)
+  assert flag_options.parse_scales('0.75, 1') == (0.75, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -250,16 +250,14 @@ def test_scales_are_read():
 )
 def test_wrong_values_are_named(stage, options, message):
   with pytest.raises(InputError, match=message):
-    evaluate.evaluate_checkpoint(stage, **options)
+    scoring.evaluate_checkpoint(stage, **options)
 
 
 def test_wrong_folders_are_named(stage, tmp_path):
-  with pytest.raises(InputError, match='--checkpoint is missing'):
-    evaluate.evaluate_checkpoint(None)
   with pytest.raises(InputError, match='no config.json'):
-    evaluate.evaluate_checkpoint(tmp_path)
+    scoring.evaluate_checkpoint(tmp_path)
   with pytest.raises(InputError, match='is a run; name one of its stages'):
-    evaluate.evaluate_checkpoint(stage.parent)
+    scoring.evaluate_checkpoint(stage.parent)
 
 
 def _as_camvid(stage, directory, **changes):
@@ -273,9 +271,9 @@ def _as_camvid(stage, directory, **changes):
 def test_a_missing_data_set_names_the_flag(stage, tmp_path):
   _as_camvid(stage, tmp_path)
   with pytest.raises(InputError, match=r'^gone: .*\(--data_root=PATH\)'):
-    evaluate.evaluate_checkpoint(tmp_path)
+    scoring.evaluate_checkpoint(tmp_path)
   with pytest.raises(InputError, match='^elsewhere: '):
-    evaluate.evaluate_checkpoint(tmp_path, data_root='elsewhere')
+    scoring.evaluate_checkpoint(tmp_path, data_root='elsewhere')
 
 
 def test_the_command_prints_and_writes(stage, plain, tmp_path):
@@ -314,5 +312,5 @@ def test_data_root_is_read_in_place_of_shards(tmp_path):
   data = default_config().data.to_dict()
   data |= {'name': 'camvid', 'root': 'gone', 'prepared': str(tmp_path / 'gone')}
   info = {'data': data, 'class_names': list(classes.CAMVID)}
-  _, source = evaluate._load_split(info, str(tmp_path), 'val')
+  _, source = scoring.load_split(info, str(tmp_path), 'val')
   assert source.name(0).startswith(str(tmp_path))

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predictions of files of any size, what is written, and what is refused."""
 
-from concurrent import futures
 import csv
 import dataclasses
 import json
 import types
 
-from absl import flags
 import cv2
 import jax
 import jax.numpy as jnp
@@ -17,14 +15,18 @@ import pytest
 import tiny_run
 
 import attnfd_jax
-from attnfd_jax import evaluate
-from attnfd_jax import predict
 from attnfd_jax.data import sources
+from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import evaluation
+from attnfd_jax.inference import image_files
+from attnfd_jax.inference import options as flag_options
+from attnfd_jax.inference import predictor as predictors
 from attnfd_jax.inference import tiling
+from attnfd_jax.inference.predictor import Predictor
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.models.resizing import resize
+from attnfd_jax.runs import loading
 
 SIZES = ((33, 47), (64, 64), (20, 130), (1, 1))
 
@@ -68,7 +70,7 @@ def test_ids_are_those_of_the_padded_image(stage, size):
     np.minimum(np.arange(-(-h // 64) * 64), h - 1)[:, None],
     np.minimum(np.arange(-(-w // 64) * 64), w - 1),
   ]
-  network, variables, _ = evaluate.load_network(stage)
+  network, variables, _ = loading.load_network(stage)
   logits = jax.jit(
     lambda x: network.apply(variables, normalise(x), train=False)['logits']
   )(padded[None])
@@ -76,9 +78,46 @@ def test_ids_are_those_of_the_padded_image(stage, size):
   np.testing.assert_array_equal(ids, expected)
 
 
+class OneRecord:
+  """A source of one image."""
+
+  def __init__(self, image, label):
+    self._record = {'image': image, 'label': label}
+
+  def __len__(self):
+    return 1
+
+  def __getitem__(self, index):
+    return self._record
+
+  def size(self, index):
+    return self._record['label'].shape
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_one_image_has_one_answer(stage, size):
+  """Padding is the same wherever an image is padded to multiples."""
+  predictor = Predictor(stage)
+  network, variables = predictor.network, predictor.variables
+  image = _image(*size)
+  expected, _ = predictor(image)
+  options = {'size_multiple': 64}
+  source = OneRecord(image, expected)
+  ((ids, _),) = evaluation.predictions(network, variables, source, **options)
+  np.testing.assert_array_equal(ids, expected)
+  options |= {'num_classes': len(predictor.class_names), 'batch_size': 1}
+  counts = evaluation.evaluate(
+    network, variables, source, mesh=sharding.make_mesh(1), **options
+  )
+  # Every pixel is predicted as it was by the predictor.
+  np.testing.assert_array_equal(
+    counts, np.diag(np.bincount(expected.ravel(), minlength=len(counts)))
+  )
+
+
 def test_several_classes_are_predicted(stage):
   # Otherwise the comparisons of this file would be empty.
-  (ids,) = predict.predict([_image(64, 96)], stage)
+  (ids,) = attnfd_jax.predict([_image(64, 96)], stage)
   assert len(np.unique(ids)) > 1
 
 
@@ -93,8 +132,8 @@ def _stage_seen_at(stage, directory, **changes):
 def test_the_network_sees_the_short_side_of_its_score(stage, tmp_path):
   seen = _stage_seen_at(stage, tmp_path, short_side=64)
   image = _image(100, 200)
-  (ids,) = predict.predict([image], seen)
-  network, variables, _ = evaluate.load_network(stage)
+  (ids,) = attnfd_jax.predict([image], seen)
+  network, variables, _ = loading.load_network(stage)
   small = np.asarray(
     Image.fromarray(image).resize((128, 64), Image.Resampling.BILINEAR)
   )
@@ -109,29 +148,29 @@ def test_the_network_sees_the_short_side_of_its_score(stage, tmp_path):
   # Positions are rounded otherwise; ties at borders.
   assert np.mean(ids != expected) < 1e-3
   # Padding moves little but the context.
-  (narrow,) = predict.predict([image[:, :190]], seen)
+  (narrow,) = attnfd_jax.predict([image[:, :190]], seen)
   assert narrow.shape == (100, 190)
   assert np.mean(narrow[:, :150] != expected[:, :150]) < 0.3
 
 
 def test_the_reference_protocol_is_seen_at_513(stage, tmp_path):
   seen = _stage_seen_at(stage, tmp_path, protocol='reference')
-  assert predict.Predictor(seen).short_side == 513
+  assert Predictor(seen).short_side == 513
 
 
 def test_sizes_share_programs(stage):
-  predictor = predict.Predictor(stage)
+  predictor = Predictor(stage)
   predictor(_image(64, 64))
-  before = predictor._step._cache_size()
+  before = predictors.classify._cache_size()
   for size in ((50, 60), (1, 64), (64, 33)):
     predictor(_image(*size))
-  assert predictor._step._cache_size() == before
+  assert predictors.classify._cache_size() == before
 
 
 def test_averages_differ(stage):
   image = _image(64, 96)
-  (ids,) = predict.predict([image], stage)
-  (averaged,) = predict.predict([image], stage, scales=(1.0, 0.5))
+  (ids,) = attnfd_jax.predict([image], stage)
+  (averaged,) = attnfd_jax.predict([image], stage, scales=(1.0, 0.5))
   assert averaged.shape == ids.shape
   assert np.any(averaged != ids)
 
@@ -155,15 +194,20 @@ class Local:
 
 def _local(monkeypatch, reach, *, short_side=0, **options):
   info = {
+    'stage': 'student',
+    'student': {
+      'network': 'deeplabv3plus',
+      'backbone': 'none',
+      'width_multiplier': 1,
+    },
     'class_names': ['a', 'b', 'c'],
     'palette': np.zeros((3, 3), np.uint8),
     'checkpoint_step': 1,
     'eval': {'protocol': 'native', 'short_side': short_side},
   }
   loaded = Local(reach), {}, info
-  monkeypatch.setattr(evaluate, 'load_network', lambda *_, **__: loaded)
-  monkeypatch.setattr(evaluate, 'describe', lambda *_: 'local')
-  return predict.Predictor('x', **options)
+  monkeypatch.setattr(loading, 'load_network', lambda *_, **__: loaded)
+  return Predictor('x', **options)
 
 
 def _near_tile_edges(size, tile, overlap, reach):
@@ -211,8 +255,8 @@ def test_tiles_of_images_at_another_scale(monkeypatch, size):
 
 def test_an_image_that_a_tile_covers_is_seen_whole(stage):
   image = _image(60, 64)
-  whole = predict.Predictor(stage)(image)
-  tiles = predict.Predictor(stage, tile=(60, 64), overlap=0.5)(image)
+  whole = Predictor(stage)(image)
+  tiles = Predictor(stage, tile=(60, 64), overlap=0.5)(image)
   for ours, theirs in zip(tiles, whole, strict=True):
     np.testing.assert_array_equal(ours, theirs)
 
@@ -226,11 +270,12 @@ def test_tiles_of_a_network_differ_smoothly(stage):
   # One row of tiles; each pixel away from the ends is in two.
   width, tile = 192, (64, 64)
   image = _image(64, width)
-  network, variables, _ = evaluate.load_network(stage)
-  scores = evaluation.make_scores(network)
+  network, variables, _ = loading.load_network(stage)
 
   def apply(part):
-    return np.asarray(scores(variables, part[None], size=part.shape[:2]))
+    size = part.shape[:2]
+    scores = predictors.compute_scores
+    return np.asarray(scores(network, variables, part[None], size=size)[0])
 
   def blended(overlap):
     options = {'tile': tile, 'overlap': overlap}
@@ -283,14 +328,14 @@ def test_tiles_of_a_network_differ_smoothly(stage):
 )
 def test_other_arrays_are_refused(stage, image):
   with pytest.raises(ValueError, match=r'it must be uint8 \[h, w, 3\]'):
-    predict.predict([image], stage)
+    attnfd_jax.predict([image], stage)
 
 
 def test_palette_png_is_exactly_the_ids(tmp_path):
   ids = np.arange(6, dtype=np.uint8).reshape(2, 3)
   palette = np.random.default_rng(0).integers(0, 256, (6, 3), np.uint8)
   path = tmp_path / 'ids.png'
-  predict.write_ids(path, ids, palette)
+  image_files.write_ids(path, ids, palette)
   np.testing.assert_array_equal(sources.read_mask(path), ids)
   with Image.open(path) as file:
     assert file.mode == 'P'
@@ -301,14 +346,14 @@ def test_palette_png_is_exactly_the_ids(tmp_path):
 
 def test_all_files_of_a_folder(stage, folder, tmp_path):
   output = tmp_path / 'new' / 'out'
-  count = predict.predict_files(stage, str(folder), output, confidence=True)
+  count = image_files.predict_files(stage, str(folder), output, confidence=True)
   assert count == 3
   names = {path.name for path in output.iterdir()}
   endings = ('.png', '_colour.png', '_overlay.jpg', '_confidence.png')
   assert names == {'areas.csv'} | {
     stem + ending for stem in ('a', 'b', 'c d') for ending in endings
   }
-  predictor = predict.Predictor(stage)
+  predictor = Predictor(stage)
   header, *rows = _rows(output / 'areas.csv')
   assert header == ['image', *predictor.class_names]
   assert [row[0] for row in rows] == ['a.png', 'b.PNG', 'c d.jpg']
@@ -332,7 +377,7 @@ def test_all_files_of_a_folder(stage, folder, tmp_path):
 
 def test_images_are_found(folder):
   def names(pattern):
-    return [path.name for path in predict.find_images(str(pattern))]
+    return [path.name for path in image_files.find_images(str(pattern))]
 
   assert names(folder) == ['a.png', 'b.PNG', 'c d.jpg']
   assert names(folder / 'a.png') == ['a.png']
@@ -351,18 +396,16 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path):
   expected = ['7.png', '30.png', *names[:13]]
   expected += ['g01.png', 'g1.png', 'g01_2.png', 'g1_10.png', 'g1b.png']
   for pattern in (tmp_path, tmp_path / '*.png'):
-    found = predict.find_images(str(pattern))
+    found = image_files.find_images(str(pattern))
     assert [path.name for path in found] == expected
 
 
 def test_no_images(folder):
   with pytest.raises(InputError, match=r'nothing matches it as a pattern\.$'):
-    predict.find_images(str(folder / '*.tif'))
+    image_files.find_images(str(folder / '*.tif'))
   (folder / 'empty').mkdir()
   with pytest.raises(InputError, match=r'empty: no \.jpg, .* files in it\.$'):
-    predict.find_images(str(folder / 'empty'))
-  with pytest.raises(InputError, match='^--input is missing'):
-    predict.find_images(None)
+    image_files.find_images(str(folder / 'empty'))
 
 
 def test_nothing_is_overwritten_unasked(stage, folder, tmp_path):
@@ -371,20 +414,22 @@ def test_nothing_is_overwritten_unasked(stage, folder, tmp_path):
   old = output / 'b_colour.png'
   old.write_text('mine')
   with pytest.raises(InputError, match=r'b_colour\.png exists; add --overwri'):
-    predict.predict_files(stage, str(folder), output)
+    image_files.predict_files(stage, str(folder), output)
   assert [path.name for path in output.iterdir()] == ['b_colour.png']
   assert old.read_text() == 'mine'
-  assert predict.predict_files(stage, str(folder), output, overwrite=True) == 3
+  assert (
+    image_files.predict_files(stage, str(folder), output, overwrite=True) == 3
+  )
   assert sources.read_image(old).shape == (40, 56, 3)
   (output / 'a.png').unlink()
   with pytest.raises(InputError, match=r'a_colour\.png exists'):
-    predict.predict_files(stage, str(folder), output)
+    image_files.predict_files(stage, str(folder), output)
 
 
 def test_inputs_are_never_overwritten(stage, folder):
   before = (folder / 'a.png').read_bytes()
   with pytest.raises(InputError, match=r'a\.png is an input'):
-    predict.predict_files(stage, str(folder), folder, overwrite=True)
+    image_files.predict_files(stage, str(folder), folder, overwrite=True)
   assert (folder / 'a.png').read_bytes() == before
 
 
@@ -392,7 +437,7 @@ def test_inputs_are_never_overwritten(stage, folder):
 def test_two_results_of_one_name_are_refused(stage, folder, twin, tmp_path):
   Image.fromarray(_image(8, 8)).save(folder / twin)
   with pytest.raises(InputError, match='would both be written to') as caught:
-    predict.predict_files(stage, str(folder), tmp_path / 'out')
+    image_files.predict_files(stage, str(folder), tmp_path / 'out')
   assert str(folder / 'a.png') in str(caught.value)
   assert str(folder / twin) in str(caught.value)
   assert not (tmp_path / 'out').exists()
@@ -400,27 +445,25 @@ def test_two_results_of_one_name_are_refused(stage, folder, twin, tmp_path):
 
 def test_output_must_be_a_folder(stage, folder, tmp_path):
   with pytest.raises(InputError, match='is a file; name a folder'):
-    predict.predict_files(stage, str(folder), folder / 'notes.txt')
-  with pytest.raises(InputError, match='--output is missing'):
-    predict.predict_files(stage, str(folder), None)
+    image_files.predict_files(stage, str(folder), folder / 'notes.txt')
   with pytest.raises(InputError, match='no config.json'):
-    predict.predict_files(tmp_path, str(folder), tmp_path / 'out')
+    image_files.predict_files(tmp_path, str(folder), tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
 
 
 def test_images_that_are_too_large_are_skipped(
   stage, folder, tmp_path, monkeypatch, capsys
 ):
-  call = predict.Predictor.__call__
+  call = Predictor.__call__
 
   def limited(self, image):
     if len(image) > 40:
       raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
     return call(self, image)
 
-  monkeypatch.setattr(predict.Predictor, '__call__', limited)
+  monkeypatch.setattr(Predictor, '__call__', limited)
   with pytest.raises(InputError, match='1 of 3 images were skipped'):
-    predict.predict_files(stage, str(folder), tmp_path / 'out')
+    image_files.predict_files(stage, str(folder), tmp_path / 'out')
   message = 'c d.jpg: 56x41 needs more memory than the device has; use --tile'
   assert message in capsys.readouterr().err
   assert len(_rows(tmp_path / 'out' / 'areas.csv')) == 3
@@ -452,7 +495,7 @@ def test_a_video_of_the_overlays(stage, frames, tmp_path, capsys):
   with pytest.raises(
     InputError, match='1 of 12 .* the others are in'
   ) as caught:
-    predict.predict_files(stage, str(frames), output, video=video, fps=10)
+    image_files.predict_files(stage, str(frames), output, video=video, fps=10)
   assert str(caught.value).endswith(f'{output} and {video}.')
   assert 'skipped' in capsys.readouterr().err
   assert [path.name for path in video.parent.iterdir()] == ['all.mp4']
@@ -475,7 +518,9 @@ def test_frames_of_a_video_have_one_size(stage, folder, tmp_path):
   (folder / 'a.png').write_bytes(b'no image, no size')
   output = tmp_path / 'out'
   with pytest.raises(InputError) as caught:
-    predict.predict_files(stage, str(folder), output, video=output / 'a.mp4')
+    image_files.predict_files(
+      stage, str(folder), output, video=output / 'a.mp4'
+    )
   assert str(caught.value) == (
     f'--video: {folder / "b.PNG"} is 56x40, {folder / "c d.jpg"} is 56x41; '
     'frames must have one size.'
@@ -487,13 +532,13 @@ def test_a_video_is_not_overwritten_unasked(stage, frames, tmp_path):
   video, output = tmp_path / 'old.avi', tmp_path / 'out'
   video.write_bytes(b'mine')
   with pytest.raises(InputError, match=r'old\.avi exists; add --overwrite'):
-    predict.predict_files(stage, str(frames), output, video=video)
+    image_files.predict_files(stage, str(frames), output, video=video)
   assert not output.exists() and video.read_bytes() == b'mine'
   one = str(frames / 'frame_0.png')
-  predict.predict_files(stage, one, output, video=video, overwrite=True)
+  image_files.predict_files(stage, one, output, video=video, overwrite=True)
   assert len(_read_video(video)) == 1
   with pytest.raises(InputError, match=r'old\.avi is an input'):
-    predict.predict_files(
+    image_files.predict_files(
       stage, str(video), tmp_path / 'b', video=video, overwrite=True
     )
 
@@ -501,7 +546,7 @@ def test_a_video_is_not_overwritten_unasked(stage, frames, tmp_path):
 def test_an_interrupted_video_is_not_there(
   stage, frames, tmp_path, monkeypatch
 ):
-  call, left = predict.Predictor.__call__, list(range(7))
+  call, left = Predictor.__call__, list(range(7))
 
   def interrupted(self, image):
     if not left:
@@ -509,22 +554,15 @@ def test_an_interrupted_video_is_not_there(
     left.pop()
     return call(self, image)
 
-  monkeypatch.setattr(predict.Predictor, '__call__', interrupted)
+  monkeypatch.setattr(Predictor, '__call__', interrupted)
   output = tmp_path / 'out'
   with pytest.raises(KeyboardInterrupt):
-    predict.predict_files(stage, str(frames), output, video=output / 'all.mp4')
+    image_files.predict_files(
+      stage, str(frames), output, video=output / 'all.mp4'
+    )
   names = {path.name for path in output.iterdir()}
   assert 'frame_0_overlay.jpg' in names
   assert not any('.mp4' in name for name in names)
-
-
-def test_frames_do_not_wait_in_numbers():
-  begun, pool = [], futures.ThreadPoolExecutor(2)
-  for i, found in enumerate(predict._in_order(pool, begun.append, range(50))):
-    assert found is None
-    assert len(begun) <= i + 1 + predict._THREADS
-  assert sorted(begun) == list(range(50))
-  pool.shutdown()
 
 
 def test_an_unreadable_file_does_not_stop_the_others(stage, folder, tmp_path):
@@ -568,34 +606,44 @@ def test_the_command_refuses_scales_that_are_no_numbers(stage, folder):
   assert done.stderr.count('\n') == 1
 
 
-def _main(monkeypatch, **changes):
-  """The command in this process; returns what predict_files was given."""
-  options = dict.fromkeys(
-    ('checkpoint', 'input', 'output', 'tile', 'overlap', 'video', 'fps', 'step')
-  )
-  options |= {'overwrite': False, 'confidence': False, 'flip': False}
-  options |= {'scales': '1', **changes}
-  given = {}
-  monkeypatch.setattr(flags, 'FLAGS', types.SimpleNamespace(**options))
-  monkeypatch.setattr(predict, 'predict_files', lambda *_, **x: given.update(x))
-  predict.main(['predict'])
-  return given
+def _values(**changes):
+  """Values of the shared flags."""
+  options = dict.fromkeys(('tile', 'overlap', 'step'))
+  options |= {'checkpoint': 'x', 'allow_code': False, 'flip': False}
+  return types.SimpleNamespace(**options | {'scales': '1', **changes})
 
 
-def test_flags_of_tiles_and_videos(monkeypatch):
-  given = _main(monkeypatch, tile='64x96', overlap=0.5, video='a.mp4')
+def test_flags_of_tiles():
+  given = flag_options.read(_values(tile='64x96', overlap=0.5))
   assert (given['tile'], given['overlap']) == ((64, 96), 0.5)
-  assert (given['video'], given['fps']) == ('a.mp4', 25)
-  given = _main(monkeypatch, video='a.mp4', fps=12.5)
-  assert (given['tile'], given['overlap'], given['fps']) == (None, None, 12.5)
+  given = flag_options.read(_values(allow_code=True))
+  assert (given['tile'], given['overlap']) == (None, 0.25)
+  assert given['allow_code']
 
 
-def test_flags_that_do_not_go_together(monkeypatch, stage):
+def test_flags_that_do_not_go_together(stage):
   with pytest.raises(InputError, match='--tile=64: expected HEIGHTxWIDTH'):
-    _main(monkeypatch, tile='64')
-  with pytest.raises(InputError, match='--fps is of a video; add --video='):
-    _main(monkeypatch, fps=25.0)
+    flag_options.read(_values(tile='64'))
   with pytest.raises(InputError, match='--overlap is of tiles; add --tile='):
-    predict.Predictor(stage, overlap=0.5)
+    flag_options.read(_values(overlap=0.5))
   with pytest.raises(InputError, match=r'--overlap=1\.0 must be from 0 to bel'):
-    predict.Predictor(stage, overlap=1.0, tile=(64, 64))
+    Predictor(stage, overlap=1.0, tile=(64, 64))
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ((), '--checkpoint is missing; name the folder of a stage'),
+    (('--checkpoint=x',), '--input is missing; name an image'),
+    (('--checkpoint=x', '--input=y'), '--output is missing; name a folder'),
+    (
+      ('--checkpoint=x', '--input=y', '--output=z', '--fps=9'),
+      '--fps is of a video; add --video=FILE.mp4.',
+    ),
+  ],
+  ids=['checkpoint', 'input', 'output', 'fps'],
+)
+def test_the_command_says_what_is_missing(arguments, message):
+  done = tiny_run.run_verb('predict', *arguments)
+  assert done.returncode == 2
+  assert done.stderr.startswith(f'error: {message}')

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with a machine, and the remedy: what `doctor` prints."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+import tomllib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LEAST_FREE = 2e9  # Bytes; three checkpoints of the largest network are 2 GB.
+_PIP = 'pip install -U'
+_PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
+# Packages that bring a backend, and what they are for.
+_PLUGINS = {'jax-cuda': ('cuda', 'NVIDIA GPU'), 'libtpu': ('tpu', 'TPU')}
+
+
+class Finding(NamedTuple):
+  """One line; with a remedy it is a problem."""
+
+  text: str
+  remedy: str = ''
+
+
+def _numbers(version):
+  """(0, 12, 4) of '0.12.4.dev1'; letters end it."""
+  found = re.match(r'\d+(\.\d+)*', version)
+  return tuple(map(int, found[0].split('.'))) if found else ()
+
+
+def _reason(error):
+  """The first line of an exception, cut."""
+  text = str(error).strip() or type(error).__name__
+  return text.splitlines()[0][:160]
+
+
+def check_versions(requirements, find_version):
+  """Findings about packages against bounds such as 'orbax-checkpoint>=0.12,<1'.
+
+  find_version returns the version of a name, or raises PackageNotFoundError.
+  """
+  for line in sorted(requirements):
+    if ';' in line:
+      continue  # Of an extra.
+    name = re.match(r'[\w.-]+', line)[0]
+    remedy = f"{_PIP} '{line}'"
+    if name == 'jax':  # Without it pip leaves jax and its plugin apart.
+      remedy += ', with jax[cuda12] or jax[tpu] for jax on such a device'
+    try:
+      version = find_version(name)
+    except importlib.metadata.PackageNotFoundError:
+      yield Finding(f'{name} is not installed', remedy)
+      continue
+    broken = ','.join(
+      f'{sign}{bound}'
+      for sign, bound in re.findall(r'(>=|<)\s*([\w.]+)', line)
+      if (_numbers(version) >= _numbers(bound)) != (sign == '>=')
+    )
+    if broken:
+      yield Finding(f'{name} {version}, but {broken} is needed', remedy)
+    else:
+      yield Finding(f'{name} {version}')
+
+
+def _requirements():
+  """Of the installed package, or of pyproject.toml beside it."""
+  try:
+    return importlib.metadata.requires('attnfd_jax') or []
+  except importlib.metadata.PackageNotFoundError:
+    path = pathlib.Path(__file__).parents[2] / 'pyproject.toml'
+    text = path.read_text() if path.is_file() else '[project]'
+    return tomllib.loads(text)['project'].get('dependencies', [])
+
+
+def _has_nvidia_gpu():
+  """What the driver lists, without jax."""
+  try:
+    done = subprocess.run(
+      ['nvidia-smi', '-L'], capture_output=True, text=True, timeout=20
+    )
+  except (OSError, subprocess.TimeoutExpired):
+    return False
+  return done.returncode == 0 and 'GPU' in done.stdout
+
+
+def check_backend(backend, *, platforms, installed, has_gpu):
+  """A Finding about the backend that jax chose.
+
+  `platforms` is JAX_PLATFORMS, `installed` are names of packages, and `has_gpu`
+  is what the driver says.
+  """
+  if backend != 'cpu':
+    return Finding(f'backend {backend}')
+  if platforms:
+    return Finding(f'backend cpu, as JAX_PLATFORMS={platforms} asks for')
+  for start, (extra, kind) in _PLUGINS.items():
+    if any(name.startswith(start) for name in installed):
+      return Finding(
+        f'backend cpu, although support for {kind} is installed',
+        f'versions of jax and its plugin must be the same: {_PIP} '
+        f"'jax[{extra}]'; then look at the messages of python -c 'import jax; "
+        "jax.devices()'",
+      )
+  if has_gpu:
+    text = 'backend cpu, although there is an NVIDIA GPU'
+    return Finding(text, f"{_PIP} 'jax[cuda12]'")
+  return Finding('backend cpu: no GPU or TPU and no plugin for one')
+
+
+def check_pages(mode, environment, *, libc):
+  """A Finding about the size of the pages in which a CPU's memory comes.
+
+  `mode` is the text of Linux' file, the mode that is on in brackets; `libc`
+  is what platform.libc_ver tells.
+  """
+  library, version = libc
+  tunable = library == 'glibc' and _numbers(version) >= (2, 35)
+  tunables = environment.get('GLIBC_TUNABLES', '')
+  if '[always]' in mode:
+    return Finding('memory in huge pages')
+  if '[madvise]' not in mode or not tunable:
+    return Finding('memory in small pages')
+  if re.search(r'glibc\.malloc\.hugetlb=[1-9]', tunables):
+    return Finding(f'memory in huge pages, by GLIBC_TUNABLES={tunables}')
+  return Finding(
+    'memory in small pages; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 makes steps '
+    'on a CPU a tenth faster (docs/speed.md)'
+  )
+
+
+def check_memory(backend, environment):
+  """A Finding about what jax takes of a device's memory."""
+  if backend != 'gpu':
+    return Finding(f'memory preallocation: none on {backend}')
+  if environment.get('XLA_PYTHON_CLIENT_PREALLOCATE', '').lower() == 'false':
+    return Finding('memory preallocation off: grows as needed')
+  share = environment.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.75')
+  return Finding(
+    f'memory preallocation: {float(share):.0%} of each GPU, which looks like a '
+    'leak and is none; XLA_PYTHON_CLIENT_PREALLOCATE=false turns it off'
+  )
+
+
+def check_folder(folder, what, option, *, least_free=LEAST_FREE):
+  """A Finding: whether `folder` can be written and has so many bytes free."""
+  folder = pathlib.Path(folder).absolute()
+  there = next(x for x in (folder, *folder.parents) if x.exists())
+  try:
+    with tempfile.TemporaryFile(dir=there) as file:
+      file.write(b'x')
+      file.flush()
+  except OSError as error:
+    return Finding(
+      f'{what} {folder} cannot be written ({error.strerror})',
+      f'make it writable, or name another by {option}',
+    )
+  free = shutil.disk_usage(there).free
+  text = f'{what} {folder}: writable, {free / 1e9:.1f} GB free'
+  remedy = f'make room, or name another disk by {option}'
+  return Finding(text, remedy if free < least_free else '')
+
+
+@jax.jit
+def convolve(image, kernel):
+  """Mean square of a dilated convolution, and its gradient by the kernel."""
+
+  def loss(kernel):
+    layout = ('NHWC', 'HWIO', 'NHWC')
+    out = jax.lax.conv_general_dilated(
+      image, kernel, (1, 1), 'SAME', None, (2, 2), layout
+    )
+    return jnp.mean(jnp.square(out))
+
+  return jax.value_and_grad(loss)(kernel)
+
+
+def check_device(device, convolve=convolve):
+  """A Finding: one convolution, forward and backward, with its time.
+
+  Image and kernel are ones, so that the right numbers can be counted.
+  """
+  name = f'{device.platform}:{device.id} {device.device_kind}'
+  try:
+    with jax.default_device(device):
+      image = jax.device_put(jnp.ones((2, 32, 32, 16)), device)
+      kernel = jax.device_put(jnp.ones((3, 3, 16, 16)), device)
+      jax.block_until_ready(convolve(image, kernel))
+      start = time.perf_counter()
+      value, gradient = jax.device_get(convolve(image, kernel))
+      seconds = time.perf_counter() - start
+  except Exception as error:  # Whatever a driver may raise.
+    return Finding(
+      f'{name}: a convolution fails ({_reason(error)})',
+      'check the driver and that jax, jaxlib and the plugin are of one '
+      'version; end other programs on the device',
+    )
+  # Rows see 3 taps, the 2 at either border only 2; columns alike.
+  taps = np.concatenate([np.full(28, 3.0), np.full(4, 2.0)])
+  expected = np.mean(np.square(16 * taps)) * np.mean(np.square(taps))
+  # The gradient sums to twice the value: it is quadratic in a kernel of ones.
+  if not np.allclose([value, np.sum(gradient) / 2], expected, rtol=0.02):
+    return Finding(
+      f'{name}: a convolution gives {float(value):.6g}, not {expected:.6g}',
+      'update the driver, jaxlib and the plugin; do not train on this device',
+    )
+  return Finding(f'{name}: convolution and gradient in {1e3 * seconds:.2f} ms')
+
+
+def find_all(workdir):
+  """All findings, in the order in which they are worth reading."""
+  yield Finding(f'python {platform.python_version()}, {platform.platform()}')
+  yield from check_versions(_requirements(), importlib.metadata.version)
+  platforms = os.environ.get('JAX_PLATFORMS', '')
+  try:
+    devices = jax.local_devices()
+  except Exception as error:  # RuntimeError, or jax's own AssertionError.
+    text = f'no backend starts with JAX_PLATFORMS={platforms!r}'
+    yield Finding(
+      f'{text} ({_reason(error)})',
+      'unset JAX_PLATFORMS to use what there is, or install the plugin of '
+      f"the device: {_PIP} 'jax[cuda12]' or 'jax[tpu]'",
+    )
+    return
+  backend = jax.default_backend()
+  names = (x.metadata['Name'] or '' for x in importlib.metadata.distributions())
+  yield check_backend(
+    backend,
+    platforms=platforms,
+    installed=[name.lower().replace('_', '-') for name in names],
+    has_gpu=backend == 'cpu' and _has_nvidia_gpu(),
+  )
+  yield check_memory(backend, os.environ)
+  if backend == 'cpu':
+    mode = _PAGES.read_text() if _PAGES.is_file() else ''
+    yield check_pages(mode, os.environ, libc=platform.libc_ver())
+  for device in devices:
+    yield check_device(device)
+  yield check_folder(workdir, 'workdir', '--workdir')
+  cache = jax.config.jax_compilation_cache_dir
+  yield check_folder(cache, 'compiled programs', 'JAX_COMPILATION_CACHE_DIR')

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags that `evaluate` and `predict` share."""
+
+import math
+
+from absl import flags
+
+from attnfd_jax.errors import InputError
+
+
+def define():
+  """Defines the shared flags."""
+  flags.DEFINE_string('checkpoint', None, 'Folder of a stage.')
+  flags.DEFINE_integer('step', None, 'Checkpoint; the best by default.')
+  flags.DEFINE_bool(
+    'allow_code', False, 'Run the Python files that this folder brings.'
+  )
+  flags.DEFINE_string('scales', '1', 'Mean over these, e.g. 0.75,1,1.25.')
+  flags.DEFINE_bool('flip', False, 'Mean with the mirror image.')
+  flags.DEFINE_string('tile', None, 'HEIGHTxWIDTH seen at a time.')
+  flags.DEFINE_float('overlap', None, 'Share of a tile; 0.25 by default.')
+
+
+def read(values):
+  """Keyword arguments of `Predictor`, from the values of the flags.
+
+  Raises:
+    InputError: if one is missing, or has a value that cannot be used.
+  """
+  if not values.checkpoint:
+    raise InputError(
+      '--checkpoint is missing; name the folder of a stage, such as '
+      '--checkpoint=runs/quickstart/distill.'
+    )
+  if values.overlap is not None and values.tile is None:
+    raise InputError('--overlap is of tiles; add --tile=HEIGHTxWIDTH.')
+  return {
+    'checkpoint': values.checkpoint,
+    'step': values.step,
+    'allow_code': values.allow_code,
+    'scales': parse_scales(values.scales),
+    'flip': values.flip,
+    'tile': parse_tile(values.tile),
+    'overlap': 0.25 if values.overlap is None else values.overlap,
+  }
+
+
+def _numbers(kind, text, separator):
+  try:
+    return tuple(map(kind, text.split(separator)))
+  except ValueError:
+    return ()
+
+
+def parse_scales(text):
+  """(0.75, 1.0) from '0.75,1'."""
+  scales = _numbers(float, text, ',')
+  if not scales or not all(0 < scale < math.inf for scale in scales):
+    raise InputError(
+      f'--scales={text}: expected positive numbers between commas, such as '
+      '--scales=0.75,1,1.25.'
+    )
+  return scales
+
+
+def parse_tile(text):
+  """(512, 1024) from '512x1024', height first; None from None."""
+  if text is None:
+    return None
+  tile = _numbers(int, text.lower(), 'x')
+  if len(tile) != 2 or min(tile) < 32:
+    raise InputError(
+      f'--tile={text}: expected HEIGHTxWIDTH, both at least 32, such as '
+      '--tile=512x1024.'
+    )
+  return tile
