@@ -313,9 +313,14 @@ def _check(config):
   for key in ('batch_size', 'log_every_steps'):
     within(f'config.{key}', config[key], 1)
   within('config.seed', config.seed, 0)
-  for role in ('teacher', 'student'):
+  for key in ('num_epochs', 'teacher.num_epochs', 'student.num_epochs'):
     # A step is a number of 32 bits.
-    within(f'config.{role}.num_epochs', config[role].num_epochs, 1e-9, 1e4)
+    within(f'config.{key}', _at(config, key), 1e-9, 1e4)
+  for key, choices in (
+    ('optim.dtype', ('float32', 'bfloat16')),
+    ('distill.teacher_bn', ('batch', 'running')),
+  ):
+    one_of(f'config.{key}', _at(config, key), choices)
   for key, allowed in (('stages', STAGES), ('loggers', LOGGERS)):
     chosen = {*config[key]}
     if not chosen <= {*allowed} or (key == 'stages' and not chosen):

@@ -195,10 +195,10 @@ def test_layers_and_blocks(name):
     init = functools.partial(module.init, train=False, **options)
     target = jax.eval_shape(init, jax.random.key(0), *maps)
     tensors = draw_state(name, expected['state'])
-    filled, used, reshaped = torch_names.fill(target, tensors, name_of)
-    assert not reshaped
-    left = {x for x in tensors if not x.endswith('num_batches_tracked')}
-    assert used == left
+    filled, report = torch_names.fill(target, tensors, name_of)
+    assert not report.missing and not report.reshaped
+    left = [x for x in report.unexpected if 'num_batches_tracked' not in x]
+    assert not left
     variables = as_float64(filled)
 
   def apply(variables, *maps, train):
@@ -349,10 +349,10 @@ def load_connectors(distiller, tensors):
     target = jax.eval_shape(
       functools.partial(module.init, train=False), jax.random.key(0), x
     )
-    filled, _, reshaped = torch_names.fill(
+    filled, report = torch_names.fill(
       target, tensors, functools.partial(torch_names.connector_name, tap)
     )
-    assert not reshaped
+    assert not report.missing and not report.reshaped
     for part in found:
       found[part][tap] = filled[part]
   return as_float64(found)

@@ -11,15 +11,23 @@ from jax.test_util import check_grads
 import numpy as np
 import pytest
 
-from attnfd_jax.losses import dice_loss
-from attnfd_jax.losses import focal_loss
-from attnfd_jax.losses import ohem_cross_entropy
-from attnfd_jax.losses import softmax_cross_entropy
-from attnfd_jax.losses import upsampled_cross_entropy
+from attnfd_jax import losses
 from attnfd_jax.models import resizing
 
 # Means of some hundred float32 logarithms.
 CLOSE = {'rtol': 2e-6, 'atol': 1e-7}
+
+
+def value_of(loss):
+  """`loss`, divided by what counts."""
+  return lambda *args, **options: loss(*args, **options).value
+
+
+softmax_cross_entropy = value_of(losses.softmax_cross_entropy)
+upsampled_cross_entropy = value_of(losses.upsampled_cross_entropy)
+ohem_cross_entropy = value_of(losses.ohem_cross_entropy)
+focal_loss = value_of(losses.focal_loss)
+dice_loss = value_of(losses.dice_loss)
 
 
 def make(num_classes=5, dtype=np.uint8):
@@ -126,6 +134,31 @@ def test_large_logits_stay_finite():
   np.testing.assert_array_equal(grads, [[[[1, -1, 0]]]])
 
 
+def test_a_mean_adds_up_over_parts():
+  """However many pixels are ignored in each."""
+  logits, labels = make()
+  labels[0, :5] = 255
+  options = {'class_weights': WEIGHTS}
+  for loss, sums in (
+    (losses.softmax_cross_entropy, {}),
+    (losses.softmax_cross_entropy, options),
+    (losses.focal_loss, options),
+  ):
+    whole = loss(logits, labels, **sums)
+    parts = [loss(logits[i], labels[i], **sums) for i in range(2)]
+    total, count = map(sum, zip(*parts, strict=True))
+    # Float32 sums in another order.
+    np.testing.assert_allclose(
+      losses.Mean(total, count).value, whole.value, rtol=1e-6
+    )
+    counted = labels[labels != 255]
+    expected = np.array(WEIGHTS)[counted].sum() if sums else len(counted)
+    np.testing.assert_allclose(whole.count, expected, rtol=1e-6)
+    mean = sum(part.value for part in parts) / 2
+    assert abs(mean - whole.value) > 1e-3
+  assert losses.Mean(jnp.zeros(()), 0.0).value == 0
+
+
 def test_shapes_must_fit():
   logits, labels = make()
   with pytest.raises(ValueError, match=r'\(2, 6, 7, 5\).*\(2, 6, 6\)'):
@@ -215,9 +248,9 @@ def test_sure_and_right_or_wrong_stays_finite(loss):
 def test_class_weights():
   logits, labels = make()
   labels[0, :3] = 255
-  losses, _, known = pixels(logits, labels)
+  each, _, known = pixels(logits, labels)
   weights = np.array(WEIGHTS)[known]
-  expected = (weights * losses).sum() / weights.sum()
+  expected = (weights * each).sum() / weights.sum()
   loss = LOSSES['weighted']
   np.testing.assert_allclose(loss(logits, labels), expected, **CLOSE)
   for factor in (0.001, 1000):  # Also if they sum to less than 1.
@@ -226,7 +259,7 @@ def test_class_weights():
     )
     np.testing.assert_allclose(scaled, expected, **CLOSE)
   equal = softmax_cross_entropy(logits, labels, class_weights=[2] * 5)
-  np.testing.assert_allclose(equal, losses.mean(), **CLOSE)
+  np.testing.assert_allclose(equal, each.mean(), **CLOSE)
   # All that is left has weight 0.
   labels = np.where(labels == 3, labels, 255)
   value, grads = jax.value_and_grad(loss)(logits, labels)
@@ -246,11 +279,11 @@ def test_class_weights_must_be_as_many_as_classes():
 def test_ohem_keeps_the_hard_pixels(threshold, min_kept):
   logits, labels = make()
   labels[0, :3] = 255
-  losses, p, known = pixels(logits, labels)
+  each, p, known = pixels(logits, labels)
   right = p[np.arange(len(known)), known]
-  count = max(int(np.ceil(min_kept * len(losses))), np.sum(right <= threshold))
-  expected = np.sort(losses)[::-1][:count].mean()
-  assert 0 < count < len(losses)
+  count = max(int(np.ceil(min_kept * len(each))), np.sum(right <= threshold))
+  expected = np.sort(each)[::-1][:count].mean()
+  assert 0 < count < len(each)
   value = ohem_cross_entropy(
     logits, labels, threshold=threshold, min_kept=min_kept
   )
@@ -262,9 +295,9 @@ def test_ohem_keeps_the_hard_pixels(threshold, min_kept):
     min_kept=min_kept,
     class_weights=WEIGHTS,
   )
-  kept = np.argsort(losses)[::-1][:count]
+  kept = np.argsort(each)[::-1][:count]
   weights = np.array(WEIGHTS)[known[kept]]
-  expected = (losses[kept] * weights).sum() / weights.sum()
+  expected = (each[kept] * weights).sum() / weights.sum()
   np.testing.assert_allclose(weighted, expected, **CLOSE)
   grads = jax.grad(ohem_cross_entropy)(
     logits, labels, threshold=threshold, min_kept=min_kept
@@ -291,14 +324,14 @@ def test_ohem_of_all_pixels_is_cross_entropy(options):
 def test_focal(gamma):
   logits, labels = make()
   labels[0, :3] = 255
-  losses, p, known = pixels(logits, labels)
+  each, p, known = pixels(logits, labels)
   right = p[np.arange(len(known)), known]
-  expected = ((1 - right) ** gamma * losses).mean()
+  expected = ((1 - right) ** gamma * each).mean()
   np.testing.assert_allclose(
     focal_loss(logits, labels, gamma=gamma), expected, **CLOSE
   )
   weights = np.array(WEIGHTS)[known]
-  expected = (weights * (1 - right) ** gamma * losses).sum() / weights.sum()
+  expected = (weights * (1 - right) ** gamma * each).sum() / weights.sum()
   np.testing.assert_allclose(
     focal_loss(logits, labels, gamma=gamma, class_weights=WEIGHTS),
     expected,

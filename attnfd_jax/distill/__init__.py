@@ -13,8 +13,11 @@ import jax
 from attnfd_jax import user_code
 from attnfd_jax.distill.attnfd_method import AttnFDMethod
 from attnfd_jax.distill.kd import LogitKD
+from attnfd_jax.distill.weighted_sum import SCHEDULES
 from attnfd_jax.distill.weighted_sum import WeightedSum
 from attnfd_jax.errors import InputError
+from attnfd_jax.errors import one_of
+from attnfd_jax.errors import within
 
 METHODS = {}  # Name -> class.
 WEIGHTS = {}  # Name -> default weight.
@@ -129,9 +132,10 @@ def make_distiller(method, groups, *, options=None, num_steps=1):
     num_steps: of the stage, for schedules of weights.
 
   Raises:
-    InputError: for a method or an option that does not exist.
+    InputError: for a method, an option or a value that does not exist.
   """
-  if user_code.is_code(method):
+  own = user_code.is_code(method)
+  if own:
     name = method.rpartition(':')[2].lower()
     chosen = {name: (_find(method), dict(options or {}))}
   else:
@@ -140,5 +144,8 @@ def make_distiller(method, groups, *, options=None, num_steps=1):
   for name, (method_class, fields) in chosen.items():
     weights[name] = fields.pop('weight', 1.0)
     schedules[name] = fields.pop('weight_schedule', 'constant')
+    group = 'config.distill.options' if own else f'config.distill.{name}'
+    within(f'{group}.weight', weights[name], 0, 1e30)
+    one_of(f'{group}.weight_schedule', schedules[name], SCHEDULES)
     methods[name] = _build(method_class, fields, name)
   return WeightedSum(methods, weights, schedules, num_steps)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from attnfd_jax.distill import attnfd
 from attnfd_jax.distill import taps as matching
 from attnfd_jax.distill.attnfd import AttnFD
+from attnfd_jax.distill.method import CONNECTOR_SCHEDULES
+from attnfd_jax.errors import one_of
 
 _FROZEN = ('checkpoint', 'random')
 
@@ -44,6 +46,8 @@ class AttnFDMethod(nn.Module):
 
   def __post_init__(self):
     attnfd.check_options(self)
+    schedule = self.connector_schedule
+    one_of('connector_schedule', schedule, CONNECTOR_SCHEDULES)
     super().__post_init__()
 
   @property

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnfd_jax.distill import taps
+from attnfd_jax.errors import within
 from attnfd_jax.losses import Mean
 from attnfd_jax.models import layers
 
@@ -42,6 +43,10 @@ class LogitKD(nn.Module):
   """KD of the logits before the last resize, where both networks have them."""
 
   temperature: float = 1.0
+
+  def __post_init__(self):
+    within('temperature', self.temperature, 1e-3, 1e6)
+    super().__post_init__()
 
   def __call__(self, student, teacher, labels, *, train, step):
     """See distill/method.py."""

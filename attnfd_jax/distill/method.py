@@ -16,6 +16,8 @@ import jax
 from attnfd_jax.losses import Mean
 from attnfd_jax.models.network import Outputs
 
+CONNECTOR_SCHEDULES = ('always', 'first_epoch', 'warmup')
+
 
 class Method(Protocol):
   """What the training step calls, in `init` and in `apply`.
@@ -35,8 +37,7 @@ class Method(Protocol):
       (no tenfold rate), 'connectors' (see connector_schedule), 'frozen', or a
       key of optimizers().
     optimizers() -> {group: optax.GradientTransformation}: of its own.
-    connector_schedule: 'always', 'first_epoch' or 'warmup', see
-      training/optim.py.
+    connector_schedule: one of CONNECTOR_SCHEDULES, see training/optim.py.
     divides_by_batch: whether the loss is divided by the number of images of the
       whole batch, though it is no sum over images.
     pictures(student, teacher, *, train) -> {'student', 'teacher'}: each

@@ -85,9 +85,11 @@ class WeightedSum(nn.Module):
   def adopt(self, variables, teacher):
     """Variables with what the teacher has stored for the methods."""
     for name, method in self.methods.items():
-      if hasattr(method, 'adopt'):
-        adopted = method.adopt(self.variables_of(name, variables), teacher)
-        for collection, tree in adopted.items():
+      if not hasattr(method, 'adopt'):
+        continue
+      own = self.variables_of(name, variables)
+      for collection, tree in method.adopt(own, teacher).items():
+        if tree is not own.get(collection):
           whole = variables[collection] | {f'methods_{name}': tree}
           variables = {**variables, collection: whole}
     return variables

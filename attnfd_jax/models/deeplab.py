@@ -7,6 +7,7 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 
+from attnfd_jax.errors import within
 from attnfd_jax.models import layers
 from attnfd_jax.models import resizing
 from attnfd_jax.models.attention import CBAM
@@ -131,6 +132,13 @@ class DeepLabV3Plus(nn.Module):
       raise ValueError(f'output_stride={self.output_stride} must be 8 or 16.')
     if self.num_classes < 1:
       raise ValueError(f'num_classes={self.num_classes} must be at least 1.')
+    within('width_multiplier', self.width_multiplier, 1e-3, 64)
+    for part in ('aspp', 'decoder', 'low_level'):
+      name = f'{part}_channels'
+      within(name, getattr(self, name), 1, 2**16)
+    for part in ('aspp', 'decoder', 'head'):
+      name = f'{part}_dropout'
+      within(name, getattr(self, name), 0, 1)
     super().__post_init__()
 
   @nn.compact

@@ -112,7 +112,7 @@ def make_network(config, num_classes, *, dtype='float32', **changes):
       num_classes=num_classes, dtype=compute_dtype(dtype), **options
     )
   except (ValueError, TypeError) as error:
-    raise InputError(f'{name}: {error}') from error
+    raise InputError(f'network={name!r}: {error}') from error
 
 
 def is_ours(network):

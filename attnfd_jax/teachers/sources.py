@@ -11,7 +11,6 @@ import json
 from attnfd_jax import user_code
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
-from attnfd_jax.errors import one_of
 from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import files
 from attnfd_jax.pytorch import networks as torch_networks
@@ -76,7 +75,6 @@ def make_network(config, num_classes):
 
 def _behavior(options):
   """While a student learns, from the group `distill`."""
-  one_of('config.distill.teacher_bn', options.teacher_bn, ('batch', 'running'))
   return {
     'batch_statistics': options.teacher_bn == 'batch',
     'dropout': options.teacher_dropout,

@@ -10,6 +10,7 @@ import math
 
 import jax
 
+from attnfd_jax import distill
 from attnfd_jax import user_code
 from attnfd_jax.config import leaves
 from attnfd_jax.config import resolve
@@ -102,8 +103,7 @@ def run_stages(config, workdir, *, stop):
   config = resolve(config)
   dataset = load_dataset(config.data)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
-  _check(config, dataset, mesh)
-  _check_files(config, dataset, mesh, workdir)
+  check(config, dataset, mesh, workdir)
   loggers.check(config.loggers)
   with contextlib.ExitStack() as stack:
     stack.enter_context(_disk_errors(workdir))
@@ -148,8 +148,17 @@ def _disk_errors(workdir):
     ) from error
 
 
-def _check(config, dataset, mesh):
-  """What is wrong with a later stage is wrong before the first one."""
+def check(config, dataset, mesh, workdir):
+  """Refuses what is wrong with any stage before the first one begins.
+
+  Args:
+    config: resolved.
+    dataset, mesh: what it trains on.
+    workdir: of the run, a Path; nothing is written.
+
+  Raises:
+    InputError: names the key, or the file, and what is possible.
+  """
   parts = mesh.shape['data']
   if config.batch_size % (parts * config.optim.accumulate):
     raise InputError(
@@ -167,21 +176,31 @@ def _check(config, dataset, mesh):
     )
   task_loss.check_class_weights(config.loss, dataset.class_names)
   task_loss.make_task_loss(config.loss)
-  size = tuple(config.data.crop_size)
-  networks_of = {
-    'teacher': teachers.make_network(config, dataset.num_classes),
-    'student': make_student(config, dataset.num_classes, distilled=True),
-  }
-  for role, network in networks_of.items():
-    if user_code.is_code(config[role].network):
-      networks.check_outputs(network, dataset.num_classes, size)
-    name = 'teacher' if role == 'teacher' else 'student'
-    _ = Stage(name, config, dataset, mesh, network).tx  # Checks its values.
-  if 'distill' in config.stages and not config.teacher.factory:
-    stage = Stage('distill', config, dataset, mesh, networks_of['student'])
+  known = [name for name in distill.METHODS if name in config.distill]
+  distill.make_distiller('+'.join(known), config.distill)  # Chosen or not.
+  for role in ('teacher', 'student'):
+    network = _checked_network(role, config, dataset)
+    _ = Stage(role, config, dataset, mesh, network).tx  # Checks its values.
+  student = make_student(config, dataset.num_classes, distilled=True)
+  given = config.teacher.checkpoint or config.teacher.factory
+  if 'distill' in config.stages and not given:
+    stage = Stage('distill', config, dataset, mesh, student)
     teacher = teachers.abstract(config, dataset.class_names)
-    if not config.teacher.checkpoint:
-      with_teacher(stage, teacher)
+    _ = with_teacher(stage, teacher).tx
+  _check_files(config, dataset, mesh, workdir)
+
+
+def _checked_network(role, config, dataset):
+  """Of a group of the config; errors name the group."""
+  options, dtype = config[role], config.optim.dtype
+  try:
+    network = networks.make_network(options, dataset.num_classes, dtype=dtype)
+  except InputError as error:
+    raise InputError(f'config.{role}.{error}') from error
+  if user_code.is_code(options.network):
+    size = tuple(config.data.crop_size)
+    networks.check_outputs(network, dataset.num_classes, size)
+  return network
 
 
 def _check_files(config, dataset, mesh, workdir):
@@ -197,10 +216,11 @@ def _check_files(config, dataset, mesh, workdir):
       torch_networks.load_pretrained(pretrained, network)
     if name == 'distill' and given:
       network = make_student(config, dataset.num_classes, distilled=True)
-      with_teacher(
+      stage = with_teacher(
         Stage('distill', config, dataset, mesh, network),
         teachers.from_config(config, workdir, dataset.class_names, mesh),
       )
+      _ = stage.tx
   if 'distill' in config.stages and not given:
     _check_own_teacher(config, workdir)
 

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from attnfd_jax.distill.method import CONNECTOR_SCHEDULES
 from attnfd_jax.errors import one_of
 from attnfd_jax.errors import within
-
-CONNECTOR_SCHEDULES = ('always', 'first_epoch', 'warmup')
 
 
 def poly_schedule(lr, *, num_steps, power, warmup_steps=0):
@@ -139,13 +138,13 @@ def make_optimizer(
   Raises:
     InputError: for a value that does not exist or is out of range.
   """
-  one_of('optim.name', name, ('sgd', 'adamw'))
+  one_of('config.optim.name', name, ('sgd', 'adamw'))
   one_of('connector_schedule', connector_schedule, CONNECTOR_SCHEDULES)
-  within('optim.head_lr_scale', head_lr_scale, 0)
-  within('optim.weight_decay', weight_decay, 0)
-  within('optim.momentum', momentum, 0, 1)
+  within('config.optim.head_lr_scale', head_lr_scale, 0)
+  within('config.optim.weight_decay', weight_decay, 0)
+  within('config.optim.momentum', momentum, 0, 1)
   if clip_norm is not None:
-    within('optim.clip_norm', clip_norm, 0)
+    within('config.optim.clip_norm', clip_norm, 0)
   if name == 'adamw':
     core = optax.chain(
       optax.scale_by_adam(), optax.add_decayed_weights(weight_decay)

@@ -34,8 +34,10 @@ def make_student(config, num_classes, *, distilled):
   """The student's network; the reference distils it without ASPP dropout."""
   changes = {}
   if distilled:
+    dropped = config.distill.aspp_dropout
+    within('config.distill.aspp_dropout', dropped, 0, 1)
     changes = {
-      'aspp_dropout': config.distill.aspp_dropout,
+      'aspp_dropout': dropped,
       'update_norms_twice': config.distill.update_norms_twice,
     }
   return networks.make_network(

@@ -3,7 +3,6 @@
 
 import functools
 import json
-import math
 
 from attnfd_jax import losses
 from attnfd_jax.data import frequencies
@@ -59,7 +58,7 @@ def _check(options):
   within('config.loss.focal_gamma', options['focal_gamma'], 0)
   given, weighting = tuple(options['class_weights']), options['weighting']
   for value in given:
-    within('config.loss.class_weights', value, 0, math.inf)
+    within('config.loss.class_weights', value, 0, 1e30)
   if weighting == 'given' and not any(given):
     raise InputError(
       "config.loss.weighting='given' needs a number for each class, not all 0, "
@@ -78,11 +77,16 @@ def _check(options):
 
 
 def check_class_weights(options, class_names):
-  """Given weights must be as many as classes.
+  """What the user gives must be one weight for each class, or none.
 
   Raises:
-    InputError: if they are not.
+    InputError: if it is not.
   """
+  if options['weighting'] == 'auto' and options['class_weights']:
+    raise InputError(
+      f'config.loss.class_weights={tuple(options["class_weights"])} needs '
+      "loss.weighting=given, not 'auto'."
+    )
   found, expected = len(options['class_weights']), len(class_names)
   if options['weighting'] == 'given' and found != expected:
     raise InputError(

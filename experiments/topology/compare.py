@@ -39,10 +39,10 @@ from attnfd_jax.config import resolve
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import processes
 from attnfd_jax.devices import sharding
-from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import IMAGE_MEAN
 from attnfd_jax.models.deeplab import IMAGE_STD
 from attnfd_jax.runs import logs
+from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.training import stage as stages
 
 FOLDER = pathlib.Path(__file__).parent
@@ -92,23 +92,16 @@ def make_stage(config):
   dataset = load_dataset(config.data)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
   stage = stages.make_stage('student', config, dataset, mesh, FOLDER)
-  network = networks.make_network(config.teacher, dataset.num_classes)
-  image = jnp.zeros((1, 64, 64, 3))
+  stage = dataclasses.replace(stage, name='distill')
+  teacher = teachers.abstract(config, dataset.class_names)
   init = jax.jit(
-    functools.partial(network.init, train=False),
+    functools.partial(teacher.network.init, train=False),
     out_shardings=sharding.replicated(mesh),
   )
+  image = jnp.zeros((1, 64, 64, 3))
   variables = init(jax.random.key(1, impl='rbg'), image)
-  distiller, shapes = stages.make_stage_distiller(
-    config, stage.network, network
-  )
-  return dataclasses.replace(
-    stage,
-    name='distill',
-    teacher=stages.Teacher(network, variables, 'resnet18 x0.25', None),
-    distiller=distiller,
-    output_shapes=shapes,
-  )
+  teacher = dataclasses.replace(teacher, variables=variables)
+  return stages.with_teacher(stage, teacher)
 
 
 def normalised(image):

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnfd_jax.distill.kd import logit_distance
-from attnfd_jax.distill.kd import LogitKD
+from attnfd_jax.distill import kd
 
 # Means of some hundred float32 logarithms.
 CLOSE = {'rtol': 1e-5, 'atol': 1e-6}
@@ -16,6 +15,10 @@ SHAPE = (2, 4, 5, 6)
 
 def normal(seed, *shape):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def logit_distance(student, teacher, *, temperature):
+  return kd.logit_distance(student, teacher, temperature=temperature).value
 
 
 def softmax(x):
@@ -78,9 +81,26 @@ def test_shapes_must_be_equal():
 
 def test_the_method_takes_the_scores_before_the_last_resize():
   s, t = normal(0, *SHAPE), normal(1, *SHAPE)
-  outputs = [{'coarse_logits': x, 'logits': None} for x in (s, t)]
-  loss, terms = LogitKD(3.0).apply(
-    {}, *outputs, None, train=True, method='from_outputs'
-  )
-  assert terms == {}
-  np.testing.assert_array_equal(loss, logit_distance(s, t, temperature=3.0))
+  whole = {'logits': normal(2, 2, 8, 10, 6), 'features': {}}
+  student, teacher = whole | {'coarse_logits': s}, whole | {'coarse_logits': t}
+
+  def loss(*outputs):
+    labels = np.full((2, 8, 10), 255, np.uint8)  # Unlabeled images, too.
+    return kd.LogitKD(3.0).apply({}, *outputs, labels, train=True, step=0)
+
+  (total, count), terms = loss(student, teacher)
+  assert terms == {} and count == s[..., 0].size
+  expected = logit_distance(s, t, temperature=3.0)
+  np.testing.assert_array_equal(total / count, expected)
+  # One side has none, or of another size: those of the image.
+  other = whole | {'logits': normal(3, 2, 8, 10, 6)}
+  expected = logit_distance(other['logits'], whole['logits'], temperature=3.0)
+  for teacher in (whole, whole | {'coarse_logits': normal(4, 2, 2, 3, 6)}):
+    found, _ = loss(other | {'coarse_logits': s}, teacher)
+    np.testing.assert_array_equal(found.value, expected)
+
+
+@pytest.mark.parametrize('temperature', [0.0, -1.0, float('nan'), '4'])
+def test_the_temperature_is_positive(temperature):
+  with pytest.raises(ValueError, match=rf'temperature={temperature} must be'):
+    kd.LogitKD(temperature)

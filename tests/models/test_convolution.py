@@ -12,6 +12,7 @@ from plain import plain_convolution
 import pytest
 
 from attnfd_jax.models import convolution
+from attnfd_jax.models import cpu_forms
 
 # Sums of at most some hundred products, in another order than NumPy's.
 CLOSE = {'rtol': 1e-5, 'atol': 1e-5}
@@ -110,7 +111,7 @@ def test_the_form_for_a_gpu_has_the_plain_gradients(dilation):
 
 def test_a_depthwise_convolution_keeps_one_map_for_its_gradient():
   x, kernel = normal(0, 2, 8, 11, 6), normal(1, 3, 3, 1, 6)
-  _, vjp = jax.vjp(lambda *x: convolution._shifted(*x, 1, 1), x, kernel)
+  _, vjp = jax.vjp(lambda *x: cpu_forms.shifted(*x, 1, 1), x, kernel)
   kept = sum(leaf.size for leaf in jax.tree.leaves(vjp))
   assert kept == x.size + kernel.size
 
@@ -118,7 +119,7 @@ def test_a_depthwise_convolution_keeps_one_map_for_its_gradient():
 def test_a_depthwise_kernel_sums_its_gradient_in_float32():
   x = jnp.ones((1, 5, 603, 3), jnp.bfloat16)
   kernel = jnp.ones((3, 3, 1, 3), jnp.bfloat16)
-  y, vjp = jax.vjp(lambda *x: convolution._shifted(*x, 1, 1), x, kernel)
+  y, vjp = jax.vjp(lambda *x: cpu_forms.shifted(*x, 1, 1), x, kernel)
   of_x, of_kernel = vjp(jnp.ones_like(y))
   assert of_x.dtype == of_kernel.dtype == jnp.bfloat16
   # Sums of bfloat16 would end at 256, where one more is lost.

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from attnfd_jax.distill import make_distiller
+from attnfd_jax.errors import InputError
 from attnfd_jax.models.deeplab import DeepLabV3Plus
+from attnfd_jax.models.network import abstract_outputs
 from attnfd_jax.models.network import abstract_variables
 from attnfd_jax.training import optim
+from attnfd_jax.training.stage import init_distiller
 
 SHAPES = {
   'student': {
@@ -66,9 +69,19 @@ def schedule(step):
   return jnp.array(RATES)[step]
 
 
-def run(grads=GRADS, **options):
+def make_attnfd(**options):
+  return make_distiller('attnfd', {'attnfd': options})
+
+
+FROZEN = make_attnfd(student_attention='mlp_frozen').parameter_groups()
+LEARNABLE = make_attnfd(student_attention='learnable').parameter_groups()
+
+
+def run(grads=GRADS, *, groups=LEARNABLE, **options):
   """Flat parameters after each step."""
-  tx = optim.make_optimizer(schedule, weight_decay=DECAY, **options)
+  tx = optim.make_optimizer(
+    schedule, weight_decay=DECAY, groups=groups, **options
+  )
 
   @jax.jit
   def update(params, state, grads):
@@ -182,15 +195,13 @@ def warm_connectors(step):
 )
 def test_phases(connector_schedule, connectors, main_from):
   history = run(
-    connector_schedule=connector_schedule, epoch_steps=2, mlp_frozen=True
+    connector_schedule=connector_schedule, epoch_steps=2, groups=FROZEN
   )
   assert_history(history, reference_rates(connectors, main_from))
 
 
 def test_what_rests_is_bit_identical():
-  history = run(
-    connector_schedule='first_epoch', epoch_steps=2, mlp_frozen=True
-  )
+  history = run(connector_schedule='first_epoch', epoch_steps=2, groups=FROZEN)
   start = flat(PARAMS)
   moved = [
     {kind(path) for path in start if np.any(now[path] != before[path])}
@@ -254,14 +265,32 @@ def test_warmup_is_linear_and_ends():
   )
 
 
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'name': 'adam'}, "optim.name='adam' must be one of sgd, adamw"),
+    ({'momentum': 1.5}, 'optim.momentum=1.5 must be from 0 to 1'),
+    ({'momentum': -0.5}, 'optim.momentum=-0.5 must be from 0 to 1'),
+    ({'weight_decay': -1.0}, 'optim.weight_decay=-1.0 must be 0 or more'),
+    ({'clip_norm': -1.0}, 'optim.clip_norm=-1.0 must be 0 or more'),
+    ({'head_lr_scale': float('nan')}, 'optim.head_lr_scale=nan must be 0 or'),
+    (
+      {'connector_schedule': 'never'},
+      "connector_schedule='never' must be one of always, first_epoch, warmup",
+    ),
+  ],
+  ids=str,
+)
+def test_wrong_values_are_named(options, message):
+  with pytest.raises(InputError, match=message):
+    optim.make_optimizer(schedule, **options)
+
+
 @functools.cache
 def network_shapes(backbone):
   """Variables and outputs for VOC."""
   network = DeepLabV3Plus(backbone, 21)
-  image = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
-  variables = abstract_variables(network)
-  apply = functools.partial(network.apply, train=False)
-  return variables, jax.eval_shape(apply, variables, image)
+  return abstract_variables(network), abstract_outputs(network, (64, 64))
 
 
 @functools.cache
@@ -269,21 +298,16 @@ def trained_shapes(backbone, student_attention):
   """Parameters of a whole stage 'distill', as shapes."""
   variables, student = network_shapes(backbone)
   outputs = student, network_shapes('resnet101')[1]
-  options = {
-    'method': 'attnfd',
-    'attn_lambda': 2.0,
-    'student_attention': student_attention,
-    'teacher_attention': 'random',
-  }
-  distiller = make_distiller(options, *outputs)
-  init = functools.partial(distiller.init, train=False)
-  parts = jax.eval_shape(init, jax.random.key(0), *outputs, None)
-  return {'student': variables['params'], 'distiller': parts['params']}
+  distiller = make_attnfd(
+    student_attention=student_attention, teacher_attention='random'
+  )
+  init = functools.partial(init_distiller, distiller, outputs)
+  params = jax.eval_shape(init)['params']
+  return {'student': variables['params'], 'distiller': params}
 
 
-def count_groups(params, *, mlp_frozen):
-  rules = optim.group_rules(mlp_frozen=mlp_frozen)
-  labels = flat_labels(optim.label_parameters(params, rules))
+def count_groups(params, groups):
+  labels = flat_labels(optim.make_labels(groups)(params))
   tensors, values = collections.Counter(), collections.Counter()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     group = labels['/'.join(key.key for key in path)]
@@ -322,7 +346,7 @@ COUNTS = {
 @pytest.mark.parametrize('backbone', sorted(COUNTS))
 def test_groups_of_the_reference(backbone):
   params = trained_shapes(backbone, 'mlp_frozen')
-  counts = count_groups(params, mlp_frozen=True)
+  counts = count_groups(params, FROZEN)
   connectors = counts.pop('connectors')
   assert counts == COUNTS[backbone]
   # Three 1x1 convolutions to the teacher's channels, each with its norm.
@@ -333,7 +357,7 @@ def test_groups_of_the_reference(backbone):
 
 def test_clean_trains_everything():
   params = trained_shapes('resnet18', 'learnable')
-  counts = count_groups(params, mlp_frozen=False)
+  counts = count_groups(params, LEARNABLE)
   assert set(counts) == {'backbone', 'head', 'connectors'}
   student = params['student']['backbone']
   trunk = sum(leaf.size for leaf in jax.tree.leaves(student))
@@ -345,13 +369,13 @@ def test_clean_trains_everything():
     assert counts['backbone'][i] + counts['head'][i] == total
 
 
-def test_the_rules_name_every_parameter_once():
+def test_every_rule_names_parameters():
   """A renamed module would fall to another rule without a word."""
   params = trained_shapes('resnet18', 'mlp_frozen')
-  rules = optim.group_rules(mlp_frozen=True)
   paths = [
     '/'.join(key.key for key in path)
     for path, _ in jax.tree_util.tree_leaves_with_path(params)
   ]
-  for rule, _ in rules:
+  for rule, _ in FROZEN:
+    rule = f'distiller/{rule}'
     assert any(re.fullmatch(rule, path) for path in paths), rule

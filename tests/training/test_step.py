@@ -15,19 +15,17 @@ from attnfd_jax.distill import make_distiller
 from attnfd_jax.inference import evaluation
 from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.models import layers
+from attnfd_jax.models import network as networks
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.teachers.teacher import FrozenNetwork
 from attnfd_jax.training import optim
 from attnfd_jax.training import step as steps
+from attnfd_jax.training.stage import init_distiller
 from attnfd_jax.training.state import make_state
 
 NUM_CLASSES = 3
-DISTILL = {
-  'method': 'attnfd',
-  'attn_lambda': 2.0,
-  'norm_scope': 'batch',
-  'reduction': 'unitmean',
-}
+DISTILL = {'weight': 2.0, 'norm_scope': 'batch', 'reduction': 'unitmean'}
 # Without gates: they take as long to compile as all the rest.
 CLEAN = DISTILL | {'teacher_attention': 'none', 'student_attention': 'none'}
 REFERENCE = DISTILL | {
@@ -35,11 +33,7 @@ REFERENCE = DISTILL | {
   'student_attention': 'mlp_frozen',
   'teacher_bn': 'batch',
 }
-REFERENCE_STEP = {
-  'teacher_bn': 'batch',
-  'teacher_dropout': True,
-  'ce_batch_division': True,
-}
+REFERENCE_TEACHER = {'batch_statistics': True, 'dropout': True}
 
 
 class Small(nn.Module):
@@ -91,6 +85,10 @@ def make_batch(seed=0, size=8):
   return {'image': image, 'label': label}
 
 
+def cross_entropy(logits, labels):
+  return {'ce': softmax_cross_entropy(logits, labels)}
+
+
 def draw(tree, seed):
   generator = np.random.default_rng(seed)
 
@@ -106,33 +104,41 @@ class Setting:
   """A step with a fresh state; `run` gives states and metrics on the host."""
 
   def __init__(
-    self, *, student=None, distill=None, devices=1, ema_decay=0.0, **options
+    self,
+    *,
+    student=None,
+    distill=None,
+    teacher_options=None,
+    devices=1,
+    task_loss=cross_entropy,
+    ema_decay=0.0,
+    **options,
   ):
     student = student or Small()
     self.mesh = sharding.make_mesh(devices)
-    image = jax.ShapeDtypeStruct((2, 16, 12, 3), jnp.float32)
-
-    def shapes(network):
-      init = functools.partial(network.init, train=False)
-      variables = jax.eval_shape(init, jax.random.key(0), image)
-      apply = functools.partial(network.apply, train=False)
-      return variables, jax.eval_shape(apply, variables, image)
-
-    variables, output = shapes(student)
-    variables = {'student': draw(variables, 0)}
+    variables = {'student': draw(networks.abstract_variables(student), 0)}
     self.teacher_variables, teacher, distiller = {}, None, None
     if distill:
-      teacher = Small(6)
-      parts, target = shapes(teacher)
-      distiller = make_distiller(distill, output, target)
-      init = functools.partial(distiller.init, train=False)
-      found = jax.eval_shape(init, jax.random.key(0), output, target, None)
-      variables['distiller'] = draw(found, 1)
-      self.teacher_variables = draw(parts, 2)
+      network = Small(6)
+      self.teacher_variables = draw(networks.abstract_variables(network), 2)
+      teacher = FrozenNetwork(
+        network,
+        self.teacher_variables,
+        name='small',
+        class_names=('a', 'b', 'c'),
+        **(teacher_options or {}),
+      )
+      distiller = make_distiller('attnfd', {'attnfd': distill})
+      outputs = [
+        networks.abstract_outputs(x, (16, 12)) for x in (student, network)
+      ]
+      init = functools.partial(init_distiller, distiller, outputs)
+      variables['distiller'] = draw(jax.eval_shape(init), 1)
     tx = optim.make_optimizer(schedule, weight_decay=0.0, nesterov=False)
     self.step = steps.make_train_step(
       student,
       tx,
+      task_loss=task_loss,
       teacher=teacher,
       distiller=distiller,
       schedule=schedule,
@@ -170,7 +176,16 @@ def clean():
 
 @pytest.fixture(scope='module')
 def reference():
-  return Setting(distill=REFERENCE, **REFERENCE_STEP)
+  return make_reference()
+
+
+def make_reference(**options):
+  return Setting(
+    distill=REFERENCE,
+    teacher_options=REFERENCE_TEACHER,
+    ce_batch_division=True,
+    **options,
+  )
 
 
 def assert_close(ours, theirs, *, rtol, atol):
@@ -193,7 +208,7 @@ def any_differs(ours, theirs):
 @pytest.mark.slow
 def test_one_device_equals_four(reference):
   """Statistics, norms and noise are those of the global batch."""
-  four = Setting(distill=REFERENCE, devices=4, **REFERENCE_STEP)
+  four = make_reference(devices=4)
   assert len(four.rng.sharding.device_set) == 4
   batches = make_batch(0), make_batch(1)
   for (ours, our_metrics), (theirs, their_metrics) in zip(
@@ -265,14 +280,17 @@ def test_ema(alone):
   decay, batches = 0.26, [make_batch(seed) for seed in range(4)]
   setting = Setting(ema_decay=decay)
   start = jax.device_get(setting.state)
-  average = start.student_variables()
+  average = start.variables('student')['params']
   decays = []
   for n, (state, _) in enumerate(setting.run(*batches), 1):
     d = min(decay, (1 + n) / (10 + n))
     decays.append(d)
-    now = {'params': state.params['student'], **state.collections['student']}
-    average = jax.tree.map(lambda a, w, d=d: d * a + (1 - d) * w, average, now)
-    assert_close(state.student_variables(), average, rtol=1e-5, atol=1e-6)
+    average = jax.tree.map(
+      lambda a, w, d=d: d * a + (1 - d) * w, average, state.params['student']
+    )
+    # Statistics are averages already.
+    expected = {'params': average, **state.collections['student']}
+    assert_close(state.variables('student'), expected, rtol=1e-5, atol=1e-6)
   assert decays[0] < decays[1] < decays[-1] == decay
   # Training does not see it.
   (*_, (plain, _)) = alone.run(*batches)
@@ -327,18 +345,18 @@ def test_statistics_of_the_teacher(request, mode):
 
 
 def test_another_task_loss_takes_the_place_of_cross_entropy(alone):
-  def twice(logits, labels):
-    return 2 * softmax_cross_entropy(logits, labels)
+  def terms(logits, labels):
+    loss = softmax_cross_entropy(logits, labels)
+    return {'once': loss, 'thrice': loss._replace(total=3 * loss.total)}
 
-  ((state, metrics),) = Setting(task_loss=twice).run(make_batch())
+  ((state, metrics),) = Setting(task_loss=terms).run(make_batch())
   ((plain_state, plain),) = alone.run(make_batch())
   assert 'ce' in plain and 'ce' not in metrics
-  # A factor of two is exact; the step of SGD without decay is linear in it.
-  np.testing.assert_allclose(metrics['task'], 2 * plain['ce'], rtol=1e-6)
-  np.testing.assert_allclose(
-    metrics['grad_norm'], 2 * plain['grad_norm'], rtol=1e-5
-  )
-  assert metrics['loss'] == metrics['task']
+  np.testing.assert_allclose(metrics['once'], plain['ce'], rtol=1e-6)
+  np.testing.assert_allclose(metrics['thrice'], 3 * plain['ce'], rtol=1e-6)
+  # The step of SGD without decay is linear in the loss.
+  for name in ('loss', 'grad_norm'):
+    np.testing.assert_allclose(metrics[name], 4 * plain[name], rtol=1e-5)
   assert any_differs(state.params, plain_state.params)
 
 
@@ -444,7 +462,7 @@ def test_a_batch_without_labels_is_harmless(reference, alone):
 
 def test_eval_step_counts_pixels():
   mesh, network = sharding.make_mesh(4), Small()
-  variables = Setting().state.student_variables()
+  variables = Setting().state.variables('student')
   variables = jax.device_put(variables, sharding.replicated(mesh))
   batch = make_batch(size=4)
   # Labels larger than what the network sees.

@@ -3,6 +3,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -55,9 +56,18 @@ def draw():
   return logits, labels
 
 
+def assert_terms(options, expected):
+  """The terms of a group `loss` for drawn pixels, bit by bit."""
+  found = task_loss.make_task_loss(options)(*draw())
+  assert list(found) == options.name.split('+')
+  for ours, theirs in zip(found.values(), expected, strict=True):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
 def test_the_default_is_the_cross_entropy_itself():
-  found = task_loss.make_task_loss(make_config().loss)
-  assert found is losses.softmax_cross_entropy
+  options = make_config().loss
+  assert_terms(options, [losses.softmax_cross_entropy(*draw())])
+  assert task_loss.is_plain(options)
 
 
 WEIGHTS = {'weighting': 'given', 'class_weights': (1.0, 2.5, 0.0)}
@@ -68,37 +78,38 @@ WEIGHTS = {'weighting': 'given', 'class_weights': (1.0, 2.5, 0.0)}
   [
     (
       WEIGHTS,
-      lambda *x: losses.softmax_cross_entropy(*x, class_weights=(1, 2.5, 0)),
+      [lambda *x: losses.softmax_cross_entropy(*x, class_weights=(1, 2.5, 0))],
     ),
     (
       {'name': 'ohem', 'ohem_threshold': 0.3, 'ohem_min_kept': 0.4},
-      lambda *x: losses.ohem_cross_entropy(*x, threshold=0.3, min_kept=0.4),
+      [lambda *x: losses.ohem_cross_entropy(*x, threshold=0.3, min_kept=0.4)],
     ),
     (
       WEIGHTS | {'name': 'ohem'},
-      lambda *x: losses.ohem_cross_entropy(*x, class_weights=(1, 2.5, 0)),
+      [lambda *x: losses.ohem_cross_entropy(*x, class_weights=(1, 2.5, 0))],
     ),
     (
       WEIGHTS | {'name': 'focal', 'focal_gamma': 1.5},
-      lambda *x: losses.focal_loss(*x, gamma=1.5, class_weights=(1, 2.5, 0)),
+      [lambda *x: losses.focal_loss(*x, gamma=1.5, class_weights=(1, 2.5, 0))],
     ),
-    ({'name': 'dice'}, losses.dice_loss),
+    ({'name': 'dice'}, [losses.dice_loss]),
     (
       WEIGHTS | {'name': 'ce+dice'},
-      lambda *x: (
-        losses.softmax_cross_entropy(*x, class_weights=(1, 2.5, 0))
-        + losses.dice_loss(*x)
-      ),
+      [
+        lambda *x: losses.softmax_cross_entropy(*x, class_weights=(1, 2.5, 0)),
+        losses.dice_loss,
+      ],
     ),
   ],
   ids=['weights', 'ohem', 'ohem_weights', 'focal', 'dice', 'ce+dice'],
 )
 def test_each_name_and_its_parameters(options, expected):
-  found = task_loss.make_task_loss(make_config(**options).loss)
-  assert found is not losses.softmax_cross_entropy
-  value = found(*draw())
-  np.testing.assert_array_equal(value, expected(*draw()))
-  assert value != losses.softmax_cross_entropy(*draw())
+  options = make_config(**options).loss
+  terms = [loss(*draw()) for loss in expected]
+  assert_terms(options, terms)
+  assert not task_loss.is_plain(options)
+  plain = losses.softmax_cross_entropy(*draw()).value
+  assert sum(term.value for term in terms) != plain
 
 
 @pytest.mark.parametrize(
@@ -111,23 +122,32 @@ def test_each_name_and_its_parameters(options, expected):
       {'class_weights': (1.0, 2.0)},
       r"class_weights=\(1.0, 2.0\) needs .*not 'none'",
     ),
-    (WEIGHTS | {'class_weights': (1, -1)}, r'\(1, -1\) must be numbers from 0'),
-    (WEIGHTS | {'class_weights': ('a',)}, r"\('a',\) must be numbers from 0"),
-    (WEIGHTS | {'class_weights': (float('nan'),)}, r'\(nan,\) must be numbers'),
-    (WEIGHTS | {'class_weights': (0, 0.0)}, ' are all 0'),
+    (WEIGHTS | {'class_weights': (1, -1)}, 'class_weights=-1 must be from 0'),
+    (WEIGHTS | {'class_weights': ('a',)}, 'class_weights=a must be from 0'),
+    (WEIGHTS | {'class_weights': (float('nan'),)}, 'weights=nan must be from'),
+    (WEIGHTS | {'class_weights': (float('inf'),)}, 'weights=inf must be from'),
+    (WEIGHTS | {'class_weights': (0, 0.0)}, 'a number for each class, not all'),
     (
       WEIGHTS | {'name': 'dice'},
       "weighting='given' does not go with name",
     ),
-    ({'ohem_threshold': 0.0}, 'ohem_threshold=0.0 must be above 0 and at most'),
+    ({'ohem_threshold': 0.0}, 'ohem_threshold=0.0 must be from 1e-30 to 1'),
     ({'ohem_min_kept': 1.5}, 'ohem_min_kept=1.5 must be from 0 to 1'),
     ({'focal_gamma': -1.0}, 'focal_gamma=-1.0 must be 0 or more'),
   ],
   ids=str,
 )
 def test_wrong_values_are_named(options, message):
-  with pytest.raises(InputError, match=rf'^config\.\S*{message}'):
-    make_config(**options)
+  options = make_config(**options).loss
+  with pytest.raises(InputError, match=rf'^config\..*{message}'):
+    task_loss.make_task_loss(options)
+
+
+def test_counted_weights_are_not_given(dataset, tmp_path):
+  config = make_config(weighting='auto', class_weights=(1.0, 2.0, 3.0))
+  with pytest.raises(InputError, match="needs loss.weighting=given, not 'auto"):
+    task_loss.with_class_weights(config, dataset, tmp_path)
+  assert dataset.splits['train'].reads == 0
 
 
 def test_given_weights_must_be_as_many_as_classes(dataset, tmp_path):
@@ -171,11 +191,10 @@ def test_auto_weights_are_counted_once_in_a_run(dataset, tmp_path, capfd):
   again = task_loss.with_class_weights(config, dataset, tmp_path)
   assert again.loss.class_weights == first.loss.class_weights
   assert source.reads == len(source)
-  made = task_loss.make_task_loss(again.loss)
   expected = losses.softmax_cross_entropy(
     *draw(), class_weights=first.loss.class_weights
   )
-  np.testing.assert_array_equal(made(*draw()), expected)
+  assert_terms(again.loss, [expected])
 
 
 def test_auto_weights_equal_those_of_the_frequencies(dataset, tmp_path):

@@ -168,7 +168,7 @@ def test_large_arrays_are_split():
   }
   for tree in (
     places.params['student'],
-    places.ema['params'],
+    places.ema['student'],
     places.opt_state.trace['student'],
   ):
     assert {name: place.spec for name, place in tree.items()} == params
