@@ -95,7 +95,7 @@ def photographed(tmp_path_factory):
 
     calls = iter(('student evaluates 2', 'student evaluates 4', None, None))
     before(stage_room, 'make_state', lambda *_: 'student is built')
-    before(experiment, '_train', lambda *_: 'student compiles')
+    before(loop, 'train', lambda *_: 'student compiles')
     before(finite, 'check_metrics', step_of)
     before(evaluation, 'evaluate', lambda *_: next(calls))
     before(os, 'rename', finished)
