@@ -23,6 +23,7 @@ from attnfd_jax.config import resolve
 from attnfd_jax.devices import sharding
 from attnfd_jax.distill import make_distiller
 from attnfd_jax.distill.attnfd import Connector
+from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.models import layers
 from attnfd_jax.models import resizing
 from attnfd_jax.models.attention import CBAM
@@ -340,12 +341,15 @@ def test_statistics_of_a_bottleneck_network():
   assert_same_state(of_network(updated, 'resnet50'), own)
 
 
-def load_connectors(distiller, tensors):
-  """{'params', 'batch_stats'} of the connectors by tap."""
+def load_connectors(student, teacher, tensors):
+  """{'params', 'batch_stats'} of the connectors by tap, for two Outputs."""
   found = {'params': {}, 'batch_stats': {}}
   for tap in TAPS:
-    module = Connector(distiller.teacher_channels[tap])
-    x = jnp.zeros((1, 1, 1, distiller.student_channels[tap]), jnp.float32)
+    inputs, features = (
+      x['features'][tap].shape[-1] for x in (student, teacher)
+    )
+    module = Connector(features)
+    x = jnp.zeros((1, 1, 1, inputs), jnp.float32)
     target = jax.eval_shape(
       functools.partial(module.init, train=False), jax.random.key(0), x
     )
@@ -370,8 +374,8 @@ def split_distiller(tree):
 class Given:
   """A teacher whose outputs are its variables: nothing to compile again."""
 
-  def apply(self, variables, image, **options):
-    assert options['train']  # METHOD 4.3: the teacher is in train mode.
+  def apply(self, variables, image, *, rng=None):
+    assert rng is not None  # METHOD 4.3: the teacher is in train mode.
     return variables
 
 
@@ -382,10 +386,13 @@ class Shown:
     self._distiller = distiller
 
   def apply(self, variables, student, *inputs, **options):
-    (loss, terms), updated = self._distiller.apply(
+    (losses, terms), updated = self._distiller.apply(
       variables, student, *inputs, **options
     )
-    return (loss, terms | {'outputs': student}), updated
+    return (losses, terms | {'outputs': student}), updated
+
+  def weight(self, name, step):
+    return self._distiller.weight(name, step)
 
 
 @functools.cache
@@ -397,8 +404,8 @@ def run_step(backbone):
   student, variables, gates, tensors = load(backbone)
   teacher_gates = load('resnet50')[2]
   target, _ = run_teacher()
-  distiller = make_distiller(distill, run_eval(backbone), target)
-  connectors = load_connectors(distiller.methods['attnfd'], tensors)
+  distiller = make_distiller('attnfd', distill)
+  connectors = load_connectors(run_eval(backbone), target, tensors)
   frozen = {'methods_attnfd': teacher_gates}
   wanted = {'student': variables, 'distiller': {'teacher': frozen}}
   for part in ('params', 'batch_stats'):
@@ -411,12 +418,11 @@ def run_step(backbone):
   train_step = make_train_step(
     student,
     tx,
+    task_loss=lambda *x: {'ce': softmax_cross_entropy(*x)},
     teacher=Given(),
     distiller=Shown(distiller),
     schedule=lambda step: 0.0,
     mesh=sharding.make_mesh(1),
-    teacher_bn=distill.teacher_bn,
-    teacher_dropout=distill.teacher_dropout,
     ce_batch_division=distill.ce_batch_division,
   )
   label = drawn.labels('label', (IMAGE[0], *IMAGE[2:]), CLASSES)

@@ -96,12 +96,15 @@ from attnfd_jax.data.sources import Dataset
 from attnfd_jax.data.transforms import Augment
 from attnfd_jax.devices import sharding
 from attnfd_jax.inference import evaluation
+from attnfd_jax.losses import Mean
+from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.models import layers
 from attnfd_jax.models import network as networks
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.teachers.teacher import FrozenNetwork
 from attnfd_jax.training import stage as stages
 from attnfd_jax.training.step import make_train_step
 
@@ -174,11 +177,11 @@ def make_dataset(length=RECORDS):
 
 @pytest.fixture(scope='module', autouse=True)
 def small():
-  networks.DeepLabV3Plus = Small
+  networks.NETWORKS['reference'] = Small
   # Programs that run a few times are not worth optimising.
   jax.config.update('jax_disable_most_optimizations', True)
   yield
-  networks.DeepLabV3Plus = DeepLabV3Plus
+  del networks.NETWORKS['reference']
   jax.config.update('jax_disable_most_optimizations', False)
 
 
@@ -210,6 +213,7 @@ def make_stage(checkpoint, name='distill', **changes):
   config.teacher.checkpoint = str(checkpoint)
   config.teacher.backbone = 'resnet18'
   for role, (aspp, decoder) in (('teacher', (6, 5)), ('student', (4, 3))):
+    config[role].network = 'reference'
     config[role].aspp_channels, config[role].decoder_channels = aspp, decoder
   config.update_from_flattened_dict(changes)
   mesh = sharding.make_mesh(1)
@@ -418,17 +422,26 @@ def test_the_teacher_drops(checkpoint, distilled):
 
 
 class Noise:
-  """A network whose map is its own noise; also a distiller of two of them."""
+  """A network whose map is its own noise."""
 
-  def apply(self, variables, *inputs, rngs=None, mutable=(), **options):
+  def apply(self, variables, image, *, train, rngs, mutable=None, **options):
     del variables, options
-    if rngs is None:
-      student, teacher, _ = inputs
-      difference = jnp.abs(student['map'] - teacher['map'])
-      return (jnp.mean(difference), {}), {}
+    assert train
     noise = jax.random.uniform(rngs['dropout'], (64,))
-    out = {'logits': jnp.zeros((*inputs[0].shape[:3], 21)), 'map': noise}
-    return (out, {}) if mutable else out
+    out = {'logits': jnp.zeros((*image.shape[:3], 21)), 'map': noise}
+    return out if mutable is None else (out, {})
+
+
+class Difference:
+  """A distiller of two noises."""
+
+  def apply(self, variables, student, teacher, labels, **options):
+    del variables, labels, options
+    mean = jnp.mean(jnp.abs(student['map'] - teacher['map']))
+    return ({'noise': Mean(mean, jnp.ones(()))}, {}), {}
+
+  def weight(self, name, step):
+    return 1.0
 
 
 def test_student_and_teacher_drop_apart(distilled):
@@ -436,11 +449,11 @@ def test_student_and_teacher_drop_apart(distilled):
   train_step = make_train_step(
     noise,
     distilled.stage.tx,
-    teacher=noise,
-    distiller=noise,
+    task_loss=lambda *x: {'ce': softmax_cross_entropy(*x)},
+    teacher=FrozenNetwork(noise, {}, 'noise', (), True, True),
+    distiller=Difference(),
     schedule=lambda step: 0.0,
     mesh=sharding.make_mesh(1),
-    teacher_dropout=True,
   )
   state = distilled.start.replace(collections={'student': {}, 'distiller': {}})
   _, metrics = train_step(
@@ -484,6 +497,7 @@ def test_switches():
     'distill.attnfd.reduction': 'batchmean',
     'distill.attnfd.student_attention': 'mlp_frozen',
     'distill.attnfd.teacher_attention': 'checkpoint',
+    'distill.attnfd.teacher_bn': 'batch',
     'distill.teacher_bn': 'batch',
     'distill.teacher_dropout': True,
     'distill.update_norms_twice': True,
@@ -493,7 +507,7 @@ def test_switches():
 
 def test_switches_reach_the_loss(distilled):
   method = distilled.stage.distiller.methods['attnfd']
-  assert set(method.student_channels) == {'backbone', 'aspp', 'decoder'}
+  assert set(method.taps) == {'backbone', 'aspp', 'decoder'}
   assert {
     'norm_scope': method.norm_scope,
     'reduction': method.reduction,

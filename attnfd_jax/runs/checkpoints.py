@@ -143,6 +143,8 @@ def _saving(directory):
 
 def _reason(error):
   """What the system said, or the first line: messages can be pages of JSON."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
   text = str(error).strip() or type(error).__name__
   system = re.search(r"os_error_code='(\d+)'", text)
   return os.strerror(int(system[1])) if system else text.splitlines()[0][:160]

@@ -144,7 +144,7 @@ def test_a_signal_finishes_the_step(tmp_path, capsys, signum, code, name):
     with pytest.raises(Stopped) as stopped:
       train(tmp_path / 'run', stop, train_step=step)
   assert stopped.value.code == code
-  line = f'stopped by {name}, saved at step 6; the same command goes on there'
+  line = f'stopped by {name}, saved at step 6; the same command resumes there'
   assert capsys.readouterr().out.splitlines()[-1] == f'[run] {line}'
   assert checkpoints.steps(tmp_path / 'run/checkpoints') == [4, 6]
   assert train(tmp_path / 'run') == 36

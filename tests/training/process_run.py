@@ -33,11 +33,15 @@ class Small(DeepLabV3Plus):
     }
 
 
+networks.NETWORKS['coupled'] = Small
+
+
 def get_config(arg=None):
   """Teacher and student, two epochs of two steps each."""
   del arg
   config = tiny_run.tiny_config()
   config.stages = ('teacher', 'distill')
+  config.teacher.network = config.student.network = 'coupled'
   config.data.val_scenes = 3  # Uneven: 2 images for one process, 1 for one.
   config.data.threads = 1
   config.eval.batch_size = 2
@@ -51,5 +55,4 @@ def get_config(arg=None):
 
 
 if __name__ == '__main__':
-  networks.DeepLabV3Plus = Small
   cli.run(main.main)

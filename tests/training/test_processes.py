@@ -58,13 +58,10 @@ def folders(tmp_path_factory):
     free.bind(('127.0.0.1', 0))
     start.port = free.getsockname()[1]
   workers = [start(base / 'two', process) for process in (0, 1)]
-  original = networks.DeepLabV3Plus
-  networks.DeepLabV3Plus = process_run.Small
   try:
     experiment.train(process_run.get_config(), base / 'one')
     printed = [worker.communicate(timeout=200)[0] for worker in workers]
   finally:
-    networks.DeepLabV3Plus = original
     for worker in workers:
       worker.kill()
   assert [worker.returncode for worker in workers] == [0, 0], printed
@@ -139,7 +136,7 @@ def test_one_of_them_writes(folders):
   names = [
     {str(path.relative_to(d)) for path in d.glob('*')} for d in (two, one)
   ]
-  assert names[0] - names[1] == {'report.html'}
+  assert names[0] == names[1] and 'report.html' in names[0]
   stage = [
     {path.name for path in (d / 'distill').glob('*')} for d in (two, one)
   ]
