@@ -34,7 +34,9 @@ from attnfd_jax.models.mobilenet_v2 import InvertedResidual
 from attnfd_jax.models.resnet import Block
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.teachers.teacher import FrozenNetwork
 from attnfd_jax.training import state as states
+from attnfd_jax.training import task_loss
 from attnfd_jax.training.step import make_train_step
 
 FOLDER = pathlib.Path(__file__).parent / 'golden' / 'networks'
@@ -312,7 +314,7 @@ def test_networks(backbone, mode):
   elif backbone == 'resnet50':
     outputs, _ = run_teacher()
   else:  # Of a whole step, so that nothing is compiled twice.
-    outputs = run_step(backbone)[2]['outputs']
+    outputs = outputs_of(run_step(backbone)[2])
   expected = golden(backbone)
   for tap in TAPS:
     actual = outputs['features'][tap]
@@ -340,12 +342,13 @@ def test_statistics_of_a_bottleneck_network():
   assert_same_state(of_network(updated, 'resnet50'), own)
 
 
-def load_connectors(distiller, tensors):
-  """{'params', 'batch_stats'} of the connectors by tap."""
+def load_connectors(student, teacher, tensors):
+  """{'params', 'batch_stats'} of the connectors by tap, for these Outputs."""
   found = {'params': {}, 'batch_stats': {}}
   for tap in TAPS:
-    module = Connector(distiller.teacher_channels[tap])
-    x = jnp.zeros((1, 1, 1, distiller.student_channels[tap]), jnp.float32)
+    inputs, outputs = (x['features'][tap].shape[-1] for x in (student, teacher))
+    module = Connector(outputs)
+    x = jnp.zeros((1, 1, 1, inputs), jnp.float32)
     target = jax.eval_shape(
       functools.partial(module.init, train=False), jax.random.key(0), x
     )
@@ -368,10 +371,11 @@ def split_distiller(tree):
 
 
 class Given:
-  """A teacher whose outputs are its variables: nothing to compile again."""
+  """A network whose outputs are its variables: nothing to compile again."""
 
-  def apply(self, variables, image, **options):
-    assert options['train']  # METHOD 4.3: the teacher is in train mode.
+  def apply(self, variables, image, *, train, rngs):
+    del image, rngs
+    assert train  # METHOD 4.3: the teacher is in train mode.
     return variables
 
 
@@ -380,12 +384,21 @@ class Shown:
 
   def __init__(self, distiller):
     self._distiller = distiller
+    self.weight = distiller.weight
 
   def apply(self, variables, student, *inputs, **options):
-    (loss, terms), updated = self._distiller.apply(
+    (losses, terms), updated = self._distiller.apply(
       variables, student, *inputs, **options
     )
-    return (loss, terms | {'outputs': student}), updated
+    shown = student['features'] | {'logits': student['logits']}
+    terms |= {f'shown/{name}': x for name, x in shown.items()}
+    return (losses, terms), updated
+
+
+def outputs_of(metrics):
+  """What `Shown` has put there."""
+  features = {tap: metrics[f'shown/{tap}'] for tap in TAPS}
+  return {'logits': metrics['shown/logits'], 'features': features}
 
 
 @functools.cache
@@ -393,12 +406,22 @@ def run_step(backbone):
   """State before and after a step of recipe `reference`, and its metrics."""
   config = default_config()
   config.recipe = 'reference'
-  distill = resolve(config).distill
+  config = resolve(config)
+  options = config.distill
   student, variables, gates, tensors = load(backbone)
   teacher_gates = load('resnet50')[2]
   target, _ = run_teacher()
-  distiller = make_distiller(distill, run_eval(backbone), target)
-  connectors = load_connectors(distiller.methods['attnfd'], tensors)
+  teacher = FrozenNetwork(
+    Given(),
+    target,
+    name='resnet50',
+    class_names=(),
+    batch_statistics=options.teacher_bn == 'batch',
+    dropout=options.teacher_dropout,
+    gates=teacher_gates,
+  )
+  distiller = make_distiller(options.method, options).adapted(student, teacher)
+  connectors = load_connectors(run_eval(backbone), target, tensors)
   frozen = {'methods_attnfd': teacher_gates}
   wanted = {'student': variables, 'distiller': {'teacher': frozen}}
   for part in ('params', 'batch_stats'):
@@ -411,13 +434,12 @@ def run_step(backbone):
   train_step = make_train_step(
     student,
     tx,
-    teacher=Given(),
+    task_loss=task_loss.make_task_loss(config.loss),
+    teacher=teacher,
     distiller=Shown(distiller),
     schedule=lambda step: 0.0,
     mesh=sharding.make_mesh(1),
-    teacher_bn=distill.teacher_bn,
-    teacher_dropout=distill.teacher_dropout,
-    ce_batch_division=distill.ce_batch_division,
+    ce_batch_division=options.ce_batch_division,
   )
   label = drawn.labels('label', (IMAGE[0], *IMAGE[2:]), CLASSES)
   state, metrics = train_step(

@@ -56,7 +56,7 @@ Files are in tests/; those without one are below.
                                          data/test_pipeline.py::
                                test_resized_labels_have_the_size_of_the_image
   every epoch, the best on val is kept   test_optimiser_of_the_three_configs
-                                         training/test_stages.py::
+                                         training/test_experiment.py::
                                          test_every_step_is_logged_once
 5 switches
   all values                             test_switches
@@ -68,7 +68,7 @@ Files are in tests/; those without one are below.
                                          test_gradients_of_the_student_gates
   norm_scope, reduction                  distill/test_attnfd.py::
                                          test_scopes_and_reductions
-  attn_lambda, ce_batch_division         test_loss_of_a_step
+  weight, ce_batch_division              test_loss_of_a_step
   update_norms_twice                     test_norms_are_updated_twice
                                          models/test_deeplab.py::
                                          test_update_norms_twice_moves_three_norms
@@ -96,12 +96,15 @@ from attnfd_jax.data.sources import Dataset
 from attnfd_jax.data.transforms import Augment
 from attnfd_jax.devices import sharding
 from attnfd_jax.inference import evaluation
+from attnfd_jax.losses import Mean
+from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.models import layers
 from attnfd_jax.models import network as networks
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.teachers.teacher import FrozenNetwork
 from attnfd_jax.training import stage as stages
 from attnfd_jax.training.step import make_train_step
 
@@ -172,13 +175,14 @@ def make_dataset(length=RECORDS):
   return Dataset('pascal_voc', tuple(classes.VOC), palette, splits)
 
 
+networks.NETWORKS['parts'] = Small
+
+
 @pytest.fixture(scope='module', autouse=True)
-def small():
-  networks.DeepLabV3Plus = Small
-  # Programs that run a few times are not worth optimising.
+def unoptimized():
+  """Programs that run a few times are not worth it."""
   jax.config.update('jax_disable_most_optimizations', True)
   yield
-  networks.DeepLabV3Plus = DeepLabV3Plus
   jax.config.update('jax_disable_most_optimizations', False)
 
 
@@ -208,6 +212,7 @@ def make_stage(checkpoint, name='distill', **changes):
   config.batch_size = BATCH
   config.data.crop_size = (32, 48)
   config.teacher.checkpoint = str(checkpoint)
+  config.teacher.network = config.student.network = 'parts'
   config.teacher.backbone = 'resnet18'
   for role, (aspp, decoder) in (('teacher', (6, 5)), ('student', (4, 3))):
     config[role].aspp_channels, config[role].decoder_channels = aspp, decoder
@@ -418,29 +423,37 @@ def test_the_teacher_drops(checkpoint, distilled):
 
 
 class Noise:
-  """A network whose map is its own noise; also a distiller of two of them."""
+  """A network whose map is its own noise."""
 
-  def apply(self, variables, *inputs, rngs=None, mutable=(), **options):
-    del variables, options
-    if rngs is None:
-      student, teacher, _ = inputs
-      difference = jnp.abs(student['map'] - teacher['map'])
-      return (jnp.mean(difference), {}), {}
+  def apply(self, variables, image, *, train, rngs, mutable=False):
+    del variables, train
     noise = jax.random.uniform(rngs['dropout'], (64,))
-    out = {'logits': jnp.zeros((*inputs[0].shape[:3], 21)), 'map': noise}
-    return (out, {}) if mutable else out
+    out = {'logits': jnp.zeros((*image.shape[:3], 21)), 'map': noise}
+    return out if mutable is False else (out, {})
+
+
+class Distance:
+  """The distiller of two of them."""
+
+  def apply(self, variables, student, teacher, labels, **options):
+    del variables, labels, options
+    distance = jnp.mean(jnp.abs(student['map'] - teacher['map']))
+    return ({'noise': Mean(distance, 1.0)}, {}), {}
+
+  def weight(self, name, step):
+    del name, step
+    return 1.0
 
 
 def test_student_and_teacher_drop_apart(distilled):
-  noise = Noise()
   train_step = make_train_step(
-    noise,
+    Noise(),
     distilled.stage.tx,
-    teacher=noise,
-    distiller=noise,
+    task_loss=lambda *x: {'ce': softmax_cross_entropy(*x)},
+    teacher=FrozenNetwork(Noise(), {}, 'noise', (), dropout=True),
+    distiller=Distance(),
     schedule=lambda step: 0.0,
     mesh=sharding.make_mesh(1),
-    teacher_dropout=True,
   )
   state = distilled.start.replace(collections={'student': {}, 'distiller': {}})
   _, metrics = train_step(
@@ -484,6 +497,7 @@ def test_switches():
     'distill.attnfd.reduction': 'batchmean',
     'distill.attnfd.student_attention': 'mlp_frozen',
     'distill.attnfd.teacher_attention': 'checkpoint',
+    'distill.attnfd.teacher_bn': 'batch',
     'distill.teacher_bn': 'batch',
     'distill.teacher_dropout': True,
     'distill.update_norms_twice': True,
@@ -493,7 +507,7 @@ def test_switches():
 
 def test_switches_reach_the_loss(distilled):
   method = distilled.stage.distiller.methods['attnfd']
-  assert set(method.student_channels) == {'backbone', 'aspp', 'decoder'}
+  assert set(method.taps) == {'backbone', 'aspp', 'decoder'}
   assert {
     'norm_scope': method.norm_scope,
     'reduction': method.reduction,
