@@ -11,8 +11,8 @@ from attnfd_jax.metrics import confusion_matrix
 from attnfd_jax.metrics import mean_iou
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.pytorch.distillers import load_torch_distiller
 from attnfd_jax.pytorch.networks import load_torch
-from attnfd_jax.pytorch.networks import load_torch_distiller
 
 # What the loss does not need is imported when it is asked for.
 _LAZY = {

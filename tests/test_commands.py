@@ -9,6 +9,7 @@ that needs something else fails here until it has it.
 
 import contextlib
 import functools
+import json
 import pathlib
 import re
 import runpy
@@ -26,14 +27,16 @@ import pytest
 import small_run
 
 from attnfd_jax import cli
-from attnfd_jax import convert
 from attnfd_jax.benchmarks import train
+from attnfd_jax.config import default_config
+from attnfd_jax.config import resolve
 from attnfd_jax.exporting import agreement
-from attnfd_jax.exporting import fresh_process as exported
+from attnfd_jax.exporting import fresh_process
 from attnfd_jax.models import deeplab
 from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import conversion
 
 pytestmark = [pytest.mark.commands, pytest.mark.slow]
 ROOT = pathlib.Path(__file__).parents[1]
@@ -219,7 +222,10 @@ def random_files(folder):
   torch_files.write_torch(folder / 'resnet18.pth', trunk)
   with pytest.MonkeyPatch.context() as patch:
     real_networks(patch)
-    convert.import_stage(folder / 'teacher.pth.tar', folder / 'converted')
+    config = json.loads(resolve(default_config()).to_json_best_effort())
+    conversion.import_stage(
+      folder / 'teacher.pth.tar', folder / 'converted', config=config
+    )
 
 
 def real_networks(patch):
@@ -235,9 +241,10 @@ def two_classes(root):
     Image.fromarray(np.where(ids == 2, 1, ids).astype(np.uint8)).save(path)
 
 
-def run_here(kind, path, images, options):
+def run_here(kind, path, images, options=None):
   """What `export` has a fresh process do."""
-  return exported.measure(exported.LOADERS[kind](path, options), images)
+  run = fresh_process.LOADERS[kind](path, **options or {})
+  return fresh_process.measure(run, images)
 
 
 @pytest.fixture(scope='module')

@@ -13,7 +13,8 @@ import pytest
 import tiny_run
 
 import attnfd_jax
-from attnfd_jax import convert
+from attnfd_jax.config import default_config
+from attnfd_jax.config import resolve
 from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import deeplab
@@ -23,6 +24,7 @@ from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import conversion
 from attnfd_jax.runs import loading
 from attnfd_jax.runs import logs
 from attnfd_jax.training import experiment
@@ -35,6 +37,10 @@ TINY = {
   'decoder_channels': 16,
   'low_level_channels': 8,
 }
+
+
+CONFIG = json.loads(resolve(default_config()).to_json_best_effort())
+import_stage = functools.partial(conversion.import_stage, config=CONFIG)
 
 
 @functools.cache
@@ -85,9 +91,7 @@ def assert_same(left, right):
 )
 def test_round_trip_is_bit_exact(tmp_path, tensors, backbone, ending, gates):
   source = tensors(backbone, gates=gates)
-  convert.import_stage(
-    write(tmp_path / 'a.pth', source), tmp_path / 'new' / 'ours'
-  )
+  import_stage(write(tmp_path / 'a.pth', source), tmp_path / 'new' / 'ours')
   ours = tmp_path / 'new' / 'ours'
   assert sorted(path.name for path in (tmp_path / 'new').iterdir()) == ['ours']
   network, _, info = loading.load_network(ours)
@@ -96,10 +100,10 @@ def test_round_trip_is_bit_exact(tmp_path, tensors, backbone, ending, gates):
   assert info['stage'] == 'converted' and info['data']['name'] == 'pascal_voc'
   assert info['class_names'] == list(classes.VOC)
   target = tmp_path / f'b{ending}'
-  convert.export_stage(ours, target)
+  conversion.export_stage(ours, target)
   assert_same(torch_files.read_state_dict(target), source)
   if ending == '.safetensors':
-    _, metadata = torch_files.read_safetensors(target)
+    metadata = torch_files.read_torch(target)['metadata']
     found = {key: json.loads(value) for key, value in metadata.items()}
     assert found['class_names'] == list(classes.VOC)
     assert found['palette'] == info['palette'].tolist()
@@ -114,29 +118,29 @@ def test_round_trip_is_bit_exact(tmp_path, tensors, backbone, ending, gates):
 def test_classes_of_a_file_of_ours_come_back(tmp_path, tensors):
   source = write(tmp_path / 'a.pth', tensors(num_classes=3))
   given = ('sky', 'road', 'car')
-  convert.import_stage(source, tmp_path / 'a', class_names=given)
-  convert.export_stage(tmp_path / 'a', tmp_path / 'a.safetensors')
-  convert.import_stage(tmp_path / 'a.safetensors', tmp_path / 'b')
+  import_stage(source, tmp_path / 'a', class_names=given)
+  conversion.export_stage(tmp_path / 'a', tmp_path / 'a.safetensors')
+  import_stage(tmp_path / 'a.safetensors', tmp_path / 'b')
   info = json.loads((tmp_path / 'b' / 'config.json').read_text())
   assert info['class_names'] == list(given)
-  convert.import_stage(source, tmp_path / 'c')
+  import_stage(source, tmp_path / 'c')
   info = json.loads((tmp_path / 'c' / 'config.json').read_text())
   assert info['class_names'] == ['class_0', 'class_1', 'class_2']
   with pytest.raises(InputError, match='has 2 names'):
-    convert.import_stage(source, tmp_path / 'd', class_names=('a', 'b'))
+    import_stage(source, tmp_path / 'd', class_names=('a', 'b'))
 
 
 def test_attention_in_the_forward_path_comes_back(tmp_path, tensors):
   source = write(tmp_path / 'a.pth', tensors())
-  convert.import_stage(source, tmp_path / 'a', in_path_attention=True)
+  import_stage(source, tmp_path / 'a', in_path_attention=True)
   network, _, _ = loading.load_network(tmp_path / 'a')
   assert network.in_path_attention
-  lines = convert.export_stage(tmp_path / 'a', tmp_path / 'b.safetensors')
+  lines = conversion.export_stage(tmp_path / 'a', tmp_path / 'b.safetensors')
   assert any('forward path' in line for line in lines)
   assert_same(
     torch_files.read_state_dict(tmp_path / 'b.safetensors'), tensors()
   )
-  convert.import_stage(tmp_path / 'b.safetensors', tmp_path / 'c')
+  import_stage(tmp_path / 'b.safetensors', tmp_path / 'c')
   network, _, _ = loading.load_network(tmp_path / 'c')
   assert network.in_path_attention
 
@@ -268,7 +272,7 @@ def test_partial_files_are_refused(tmp_path, tensors, change, words):
     found = trunk(found)
   path = write(tmp_path / 'a.pth', found)
   with pytest.raises(InputError) as error:
-    convert.import_stage(path, tmp_path / 'b', **options)
+    import_stage(path, tmp_path / 'b', **options)
   assert '\n' not in str(error.value)
   for word in words:
     assert word in str(error.value)
@@ -280,10 +284,8 @@ def test_allow_missing_fills_the_rest_at_random(tmp_path, tensors):
   del found['decoder.conv1.weight']
   path = write(tmp_path / 'a.pth', found)
   with pytest.raises(InputError, match='--allow_missing'):
-    convert.import_stage(path, tmp_path / 'b')
-  lines = convert.import_stage(
-    path, tmp_path / 'b', num_classes=19, allow_missing=True
-  )
+    import_stage(path, tmp_path / 'b')
+  lines = import_stage(path, tmp_path / 'b', num_classes=19, allow_missing=True)
   assert any('tensors are random' in line for line in lines)
   _, variables, info = loading.load_network(tmp_path / 'b')
   assert info['class_names'] == list(classes.CITYSCAPES)
@@ -309,8 +311,8 @@ def test_the_command(tmp_path, tensors):
   assert_same(torch_files.read_state_dict(back), tensors())
   before = sorted(tmp_path.rglob('*'))
   for convert_stage, source, target in (
-    (convert.import_stage, path, ours),
-    (convert.export_stage, ours, back),
+    (import_stage, path, ours),
+    (conversion.export_stage, ours, back),
   ):
     with pytest.raises(InputError, match='exists'):
       convert_stage(source, target)
@@ -418,7 +420,9 @@ def test_a_run_with_files_of_pytorch(tmp_path, tensors, capfd, monkeypatch):
   assert same >= {name for name in back if '.cbam.' in name}
   assert 'decoder.last_conv.8.weight' not in same
   # A student with its own gates can go back, gates included.
-  convert.export_stage(tmp_path / 'run' / 'distill', tmp_path / 'student.pth')
+  conversion.export_stage(
+    tmp_path / 'run' / 'distill', tmp_path / 'student.pth'
+  )
   exported = torch_files.read_state_dict(tmp_path / 'student.pth')
   assert exported.keys() == found.keys()
 
@@ -446,3 +450,48 @@ def test_files_that_do_not_fit_stop_a_run_before_it_begins(tmp_path, tensors):
   with pytest.raises(InputError, match='not a whole resnet'):
     experiment.train(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+def test_the_distiller_of_the_authors():
+  backbones = {'s_net': 'resnet18', 't_net': 'mobilenet_v2'}
+  found, channels = {}, []
+  for number, (prefix, backbone) in enumerate(backbones.items(), 1):
+    network, variables, gates = shapes(backbone, 7, width_multiplier=1.0)
+    filled = jax.tree.map(
+      lambda x, n=number: np.full(x.shape, n, np.float32), (variables, gates)
+    )
+    tensors = torch_models.export_torch(*filled, backbone=backbone)
+    found |= {f'{prefix}.{name}': value for name, value in tensors.items()}
+    maps = networks.abstract_outputs(network, (64, 64))['features']
+    channels.append({tap: x.shape[-1] for tap, x in maps.items()})
+  student, teacher = channels
+  kernels = {}
+  for number, tap in ((3, 'backbone'), (4, 'aspp'), (5, 'decoder')):
+    size = (teacher[tap], student[tap], 1, 1)
+    kernel = np.random.default_rng(number).normal(size=size)
+    kernels[tap] = found[f'Connectors.{number}.0.weight'] = kernel
+    for leaf in ('weight', 'bias', 'running_mean', 'running_var'):
+      found[f'Connectors.{number}.1.{leaf}'] = np.full(teacher[tap], 3.0)
+  options = {
+    'student_backbone': 'resnet18',
+    'teacher_backbone': 'mobilenet_v2',
+    'num_classes': 7,
+  }
+  pair = attnfd_jax.load_torch_distiller(found, **options)
+  for variables, value in (
+    (pair.student_variables, 1),
+    (pair.teacher_variables, 2),
+    (pair.distiller_variables['teacher'], 2),
+  ):
+    assert {x.flat[0] for x in jax.tree.leaves(variables)} == {value}
+  params = pair.distiller_variables['params']
+  for tap, kernel in kernels.items():
+    (found_kernel,) = [
+      x for x in jax.tree.leaves(params[f'connectors_{tap}']) if x.ndim == 4
+    ]
+    np.testing.assert_allclose(found_kernel, kernel.transpose(2, 3, 1, 0))
+    gates = jax.tree.leaves(params[f'student_gates_{tap}'])
+    assert {x.flat[0] for x in gates} == {1}
+  del found['Connectors.4.0.weight']
+  with pytest.raises(InputError, match=r'missing 1.*Connectors\.4\.0\.weight'):
+    attnfd_jax.load_torch_distiller(found, **options)

@@ -7,24 +7,29 @@ import os
 import subprocess
 import sys
 
+from flax import linen as nn
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 import tiny_run
 
-from attnfd_jax import convert
-from attnfd_jax import export
+from attnfd_jax.config import default_config
+from attnfd_jax.config import resolve
 from attnfd_jax.data import synthetic
 from attnfd_jax.errors import InputError
 from attnfd_jax.exporting import agreement
-from attnfd_jax.exporting import fresh_process as exported
+from attnfd_jax.exporting import fresh_process
+from attnfd_jax.exporting import stablehlo
+from attnfd_jax.exporting import student
 from attnfd_jax.models import deeplab
 from attnfd_jax.models import mobilenet_v2
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
+from attnfd_jax.runs import conversion
+from attnfd_jax.runs import loading
 
 # Fewer blocks of the same kinds compile faster.
 SHORT = {
@@ -89,7 +94,10 @@ def stage(make, tmp_path_factory):
     network, variables = make('resnet18')
     tensors = torch_models.export_torch(variables, backbone='resnet18')
     torch_files.write_safetensors(folder / 'a.safetensors', tensors)
-    convert.import_stage(folder / 'a.safetensors', folder / 'stage')
+    config = json.loads(resolve(default_config()).to_json_best_effort())
+    conversion.import_stage(
+      folder / 'a.safetensors', folder / 'stage', config=config
+    )
     path = folder / 'stage' / 'config.json'
     info = json.loads(path.read_text())
     info['class_names'] = synthetic.CLASS_NAMES
@@ -131,7 +139,7 @@ def cases(make):
   def cases(name):
     if name not in _known:
       network, variables = make(name)
-      forward = export.make_forward(network, uint8=True, argmax=False)
+      forward = stablehlo.make_forward(network, uint8=True, argmax=False)
       shapes = SHAPES[: 1 if name == 'bottleneck' else 2]
       images = [_images(shape) for shape in shapes]
       _known[name] = [(x, np.asarray(forward(variables, x))) for x in images]
@@ -151,8 +159,8 @@ def _assert_close(found, expected):
 def test_stablehlo_at_any_size(make, cases, name):
   pytest.importorskip('flatbuffers')
   network, variables = make(name)
-  forward = export.make_forward(network, uint8=True, argmax=False)
-  data = export.stablehlo(forward, variables, uint8=True)
+  forward = stablehlo.make_forward(network, uint8=True, argmax=False)
+  data = stablehlo.make_program(forward, variables, uint8=True)
   program = jax.export.deserialize(data)
   assert set(program.platforms) == {'cpu', 'cuda', 'tpu'}
   run = jax.jit(program.call)
@@ -178,11 +186,11 @@ def test_onnx_at_any_size(make, cases, name):
     _assert_close(found, expected)
 
 
-@pytest.mark.parametrize('weights', export.WEIGHTS)
+@pytest.mark.parametrize('weights', stablehlo.WEIGHTS)
 def test_weights_in_fewer_bits(make, weights):
   _, variables = make('resnet18')
-  stored = export.shrink(variables, weights)
-  grown = export.grow(stored)
+  stored = stablehlo.shrink(variables, weights)
+  grown = stablehlo.grow(stored)
   bits = {'float32': 0, 'bfloat16': 2.0**-8, 'int8': 1 / 254}[weights]
 
   def check(before, after):
@@ -205,17 +213,21 @@ def test_weights_in_fewer_bits(make, weights):
 
 def test_kernels_of_zeros_stay_zeros():
   zeros = {'kernel': np.zeros((1, 1, 2, 3), np.float32)}
-  grown = export.grow(export.shrink(zeros, 'int8'))
+  grown = stablehlo.grow(stablehlo.shrink(zeros, 'int8'))
   np.testing.assert_array_equal(grown['kernel'], zeros['kernel'])
 
 
 def test_small_weights_are_small_in_the_file():
   pytest.importorskip('flatbuffers')
-  forward = export.make_forward(Dots(), uint8=False, argmax=True)
+  forward = stablehlo.make_forward(Dots(), uint8=False, argmax=True)
   variables = _dots(10_000)
   sizes = [
-    len(export.stablehlo(forward, export.shrink(variables, x), uint8=False))
-    for x in export.WEIGHTS
+    len(
+      stablehlo.make_program(
+        forward, stablehlo.shrink(variables, x), uint8=False
+      )
+    )
+    for x in stablehlo.WEIGHTS
   ]
   # int8 has a float32 scale for each column of three.
   saved = (sizes[0] - np.array(sizes)) / variables['kernel'].nbytes
@@ -234,17 +246,17 @@ def test_compare():
 
 def test_stablehlo_needs_jax_and_numpy_alone(tmp_path):
   pytest.importorskip('flatbuffers')
-  forward = export.make_forward(Dots(), uint8=True, argmax=True)
+  forward = stablehlo.make_forward(Dots(), uint8=True, argmax=True)
   variables = _dots(5)
   path = tmp_path / 'a.stablehlo'
-  path.write_bytes(export.stablehlo(forward, variables, uint8=True))
+  path.write_bytes(stablehlo.make_program(forward, variables, uint8=True))
   folder = tmp_path / 'images'
   folder.mkdir()
-  np.save(folder / '0.npy', _images(SHAPES[0]))
+  np.savez(folder / 'images.npz', _images(SHAPES[0]))
   program = (
     'import runpy, sys\n'
     f'sys.argv[1:] = ["stablehlo", {str(path)!r}, {str(folder)!r}, "{{}}"]\n'
-    f'runpy.run_path({exported.__file__!r}, run_name="__main__")\n'
+    f'runpy.run_path({fresh_process.__file__!r}, run_name="__main__")\n'
     'found = {"attnfd_jax", "flax", "cv2", "orbax"} & {*sys.modules}\n'
     'assert not found, found\n'
   )
@@ -255,7 +267,8 @@ def test_stablehlo_needs_jax_and_numpy_alone(tmp_path):
     check=False,
   )
   assert process.returncode == 0, process.stderr
-  found = np.load(folder / '0_found.npy')
+  with np.load(folder / 'found.npz') as arrays:
+    found, _ = arrays.values()
   assert found.dtype == np.uint8
   expected = forward(variables, _images(SHAPES[0]))
   np.testing.assert_array_equal(found, expected)
@@ -276,7 +289,7 @@ def test_command(stage, tmp_path):
   assert f'{path}: ' in text.splitlines()[-1]
   before = path.read_bytes()
   with pytest.raises(InputError, match='exists; add --overwrite to replace it'):
-    export.export_student(stage, path, kind='stablehlo')
+    student.export_student(stage, path, kind='stablehlo')
   assert path.read_bytes() == before
 
 
@@ -284,7 +297,7 @@ def test_bad_input_of_the_command_is_one_line(tmp_path):
   process = tiny_run.run_verb('export', '--format=tflite', '--output=a')
   assert (process.returncode, process.stdout) == (2, '')
   (line,) = process.stderr.splitlines()
-  assert line.startswith('error: --format=tflite must be one of stablehlo')
+  assert line.startswith("error: --format='tflite' must be one of stablehlo")
 
 
 @pytest.mark.parametrize('kind', ['pth', 'onnx'])
@@ -293,7 +306,7 @@ def test_files_are_checked_in_a_fresh_process(stage, tmp_path, kind):
     pytest.importorskip('onnx')
     pytest.importorskip('onnxruntime')
   path = tmp_path / f'a.{kind}'
-  lines = export.export_student(stage, path, kind=kind)
+  lines = student.export_student(stage, path, kind=kind)
   assert 'largest logit difference ' in lines[1]
   assert [*tmp_path.iterdir()] == [path]
   assert path.stat().st_size > 10_000
@@ -315,7 +328,7 @@ def test_files_that_disagree_are_not_left(stage, tmp_path, monkeypatch, wrong):
   monkeypatch.setattr(agreement, 'run_fresh', run_fresh)
   message = 'The file finds' if wrong == 'shape' else 'nothing was kept'
   with pytest.raises(InputError, match=message):
-    export.export_student(stage, path, kind='pth', overwrite=True)
+    student.export_student(stage, path, kind='pth', overwrite=True)
   assert [*tmp_path.iterdir()] == [path]
   assert path.read_text() == 'of before'
 
@@ -348,23 +361,101 @@ def test_refused(stage, tmp_path, monkeypatch, options, message):
   monkeypatch.chdir(tmp_path)
   options = {'checkpoint': stage, 'output': 'a.pth'} | options
   with pytest.raises(InputError, match=message):
-    export.export_student(
+    student.export_student(
       options.pop('checkpoint'), options.pop('output'), **options
     )
   assert not [*tmp_path.iterdir()]
 
 
 def test_extras_are_named(tmp_path, monkeypatch):
-  monkeypatch.setattr(export.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(student.importlib.util, 'find_spec', lambda name: None)
   for kind, extra in (('stablehlo', 'export'), ('onnx', 'onnx')):
     with pytest.raises(InputError, match=rf'attnfd_jax\[{extra}\]'):
-      export.export_student('gone', tmp_path / 'a', kind=kind)
+      student.export_student('gone', tmp_path / 'a', kind=kind)
 
 
 def test_small_images_are_refused(stage, tmp_path):
   path = tmp_path / 'a.png'
   Image.fromarray(_images((16, 40, 3))).save(path)
   with pytest.raises(InputError, match='are 16x40 for the network'):
-    export.export_student(
+    student.export_student(
       stage, tmp_path / 'a.pth', kind='pth', images=str(path)
     )
+
+
+class Own(nn.Module):
+  """A network that a user might bring: no DeepLabV3+, no coarse_logits."""
+
+  num_classes: int
+  dtype: object = None
+
+  @nn.compact
+  def __call__(self, image, *, train):
+    del train
+    x = nn.relu(nn.Conv(4, (3, 3), dtype=self.dtype, name='stem')(image))
+    logits = nn.Conv(self.num_classes, (1, 1), name='head')(x)
+    return {'logits': logits, 'features': {'stem': x}}
+
+
+@pytest.fixture
+def own_stage(fill, stage, tmp_path, monkeypatch):
+  """Folder of a stage of `Own`."""
+  network = Own(len(synthetic.CLASS_NAMES))
+  variables = fill(networks.abstract_variables(network))
+  info = json.loads((stage / 'config.json').read_text())
+  info['student'] |= {'network': '/here/own.py:Own', 'options': {'width': 4}}
+  info |= {'checkpoint_step': 0, 'palette': np.array(info['palette'], np.uint8)}
+
+  def load_network(directory, *, allow_code=False):
+    assert directory == stage and allow_code
+    return network, variables, info
+
+  monkeypatch.setattr(loading, 'load_network', load_network)
+  return stage
+
+
+@pytest.mark.parametrize('kind', ['stablehlo', 'safetensors'])
+def test_a_network_of_the_user(own_stage, tmp_path, kind):
+  if kind == 'stablehlo':
+    pytest.importorskip('flatbuffers')
+  path = tmp_path / f'a.{kind}'
+  lines = student.export_student(own_stage, path, kind=kind, allow_code=True)
+  where = 'Read back array by array' if kind == 'safetensors' else 'In a fresh'
+  assert lines[1].startswith(where)
+  if kind == 'safetensors':
+    checkpoint = torch_files.read_torch(path)
+    assert set(checkpoint['state_dict']) == {
+      f'params/{module}/{leaf}'
+      for module in ('stem', 'head')
+      for leaf in ('kernel', 'bias')
+    }
+    found = {k: json.loads(x) for k, x in checkpoint['metadata'].items()}
+    assert found['class_names'] == list(synthetic.CLASS_NAMES)
+    assert found['network'] == 'own.py:Own' and found['options'] == {'width': 4}
+    assert {'palette', 'mean', 'std'} <= found.keys()
+
+
+@pytest.mark.parametrize(('kind', 'name'), [('onnx', 'ONNX'), ('pth', '.pth')])
+def test_formats_of_deeplab_alone(own_stage, tmp_path, kind, name):
+  if kind == 'onnx':
+    pytest.importorskip('onnx')
+    pytest.importorskip('onnxruntime')
+  path = tmp_path / f'a.{kind}'
+  message = f'{name} is written for DeepLabV3Plus only; use --format=stablehlo'
+  with pytest.raises(InputError, match=message):
+    student.export_student(own_stage, path, kind=kind, allow_code=True)
+  if kind == 'pth':
+    with pytest.raises(InputError, match=message):
+      conversion.export_stage(own_stage, path, allow_code=True)
+  assert not [*tmp_path.iterdir()]
+
+
+def test_weights_that_differ_in_the_file_are_refused(own_stage, tmp_path):
+  path = tmp_path / 'a.safetensors'
+  conversion.export_stage(own_stage, path, allow_code=True)
+  _, variables, _ = loading.load_network(own_stage, allow_code=True)
+  restored = agreement.read_back(path, variables)
+  jax.tree.map(np.testing.assert_array_equal, restored, variables)
+  variables['params']['head']['bias'][0] += 1
+  with pytest.raises(InputError, match='params/head/bias is not in the file'):
+    agreement.read_back(path, variables)

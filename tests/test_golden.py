@@ -23,6 +23,7 @@ from attnfd_jax.config import resolve
 from attnfd_jax.devices import sharding
 from attnfd_jax.distill import make_distiller
 from attnfd_jax.distill.attnfd import Connector
+from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.models import layers
 from attnfd_jax.models import resizing
 from attnfd_jax.models.attention import CBAM
@@ -34,9 +35,7 @@ from attnfd_jax.models.mobilenet_v2 import InvertedResidual
 from attnfd_jax.models.resnet import Block
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_models
-from attnfd_jax.teachers.teacher import FrozenNetwork
 from attnfd_jax.training import state as states
-from attnfd_jax.training import task_loss
 from attnfd_jax.training.step import make_train_step
 
 FOLDER = pathlib.Path(__file__).parent / 'golden' / 'networks'
@@ -197,10 +196,10 @@ def test_layers_and_blocks(name):
     init = functools.partial(module.init, train=False, **options)
     target = jax.eval_shape(init, jax.random.key(0), *maps)
     tensors = draw_state(name, expected['state'])
-    filled, used, reshaped = torch_names.fill(target, tensors, name_of)
-    assert not reshaped
-    left = {x for x in tensors if not x.endswith('num_batches_tracked')}
-    assert used == left
+    filled, report = torch_names.fill(target, tensors, name_of)
+    assert not report.missing and not report.reshaped
+    left = [x for x in report.unexpected if 'num_batches_tracked' not in x]
+    assert not left
     variables = as_float64(filled)
 
   def apply(variables, *maps, train):
@@ -314,7 +313,7 @@ def test_networks(backbone, mode):
   elif backbone == 'resnet50':
     outputs, _ = run_teacher()
   else:  # Of a whole step, so that nothing is compiled twice.
-    outputs = outputs_of(run_step(backbone)[2])
+    outputs = run_step(backbone)[2]['outputs']
   expected = golden(backbone)
   for tap in TAPS:
     actual = outputs['features'][tap]
@@ -343,19 +342,21 @@ def test_statistics_of_a_bottleneck_network():
 
 
 def load_connectors(student, teacher, tensors):
-  """{'params', 'batch_stats'} of the connectors by tap, for these Outputs."""
+  """{'params', 'batch_stats'} of the connectors by tap, for two Outputs."""
   found = {'params': {}, 'batch_stats': {}}
   for tap in TAPS:
-    inputs, outputs = (x['features'][tap].shape[-1] for x in (student, teacher))
-    module = Connector(outputs)
+    inputs, features = (
+      x['features'][tap].shape[-1] for x in (student, teacher)
+    )
+    module = Connector(features)
     x = jnp.zeros((1, 1, 1, inputs), jnp.float32)
     target = jax.eval_shape(
       functools.partial(module.init, train=False), jax.random.key(0), x
     )
-    filled, _, reshaped = torch_names.fill(
+    filled, report = torch_names.fill(
       target, tensors, functools.partial(torch_names.connector_name, tap)
     )
-    assert not reshaped
+    assert not report.missing and not report.reshaped
     for part in found:
       found[part][tap] = filled[part]
   return as_float64(found)
@@ -371,11 +372,10 @@ def split_distiller(tree):
 
 
 class Given:
-  """A network whose outputs are its variables: nothing to compile again."""
+  """A teacher whose outputs are its variables: nothing to compile again."""
 
-  def apply(self, variables, image, *, train, rngs):
-    del image, rngs
-    assert train  # METHOD 4.3: the teacher is in train mode.
+  def apply(self, variables, image, *, rng=None):
+    assert rng is not None  # METHOD 4.3: the teacher is in train mode.
     return variables
 
 
@@ -384,21 +384,15 @@ class Shown:
 
   def __init__(self, distiller):
     self._distiller = distiller
-    self.weight = distiller.weight
 
   def apply(self, variables, student, *inputs, **options):
     (losses, terms), updated = self._distiller.apply(
       variables, student, *inputs, **options
     )
-    shown = student['features'] | {'logits': student['logits']}
-    terms |= {f'shown/{name}': x for name, x in shown.items()}
-    return (losses, terms), updated
+    return (losses, terms | {'outputs': student}), updated
 
-
-def outputs_of(metrics):
-  """What `Shown` has put there."""
-  features = {tap: metrics[f'shown/{tap}'] for tap in TAPS}
-  return {'logits': metrics['shown/logits'], 'features': features}
+  def weight(self, name, step):
+    return self._distiller.weight(name, step)
 
 
 @functools.cache
@@ -406,21 +400,11 @@ def run_step(backbone):
   """State before and after a step of recipe `reference`, and its metrics."""
   config = default_config()
   config.recipe = 'reference'
-  config = resolve(config)
-  options = config.distill
+  distill = resolve(config).distill
   student, variables, gates, tensors = load(backbone)
   teacher_gates = load('resnet50')[2]
   target, _ = run_teacher()
-  teacher = FrozenNetwork(
-    Given(),
-    target,
-    name='resnet50',
-    class_names=(),
-    batch_statistics=options.teacher_bn == 'batch',
-    dropout=options.teacher_dropout,
-    gates=teacher_gates,
-  )
-  distiller = make_distiller(options.method, options).adapted(student, teacher)
+  distiller = make_distiller('attnfd', distill)
   connectors = load_connectors(run_eval(backbone), target, tensors)
   frozen = {'methods_attnfd': teacher_gates}
   wanted = {'student': variables, 'distiller': {'teacher': frozen}}
@@ -434,12 +418,12 @@ def run_step(backbone):
   train_step = make_train_step(
     student,
     tx,
-    task_loss=task_loss.make_task_loss(config.loss),
-    teacher=teacher,
+    task_loss=lambda *x: {'ce': softmax_cross_entropy(*x)},
+    teacher=Given(),
     distiller=Shown(distiller),
     schedule=lambda step: 0.0,
     mesh=sharding.make_mesh(1),
-    ce_batch_division=options.ce_batch_division,
+    ce_batch_division=distill.ce_batch_division,
   )
   label = drawn.labels('label', (IMAGE[0], *IMAGE[2:]), CLASSES)
   state, metrics = train_step(

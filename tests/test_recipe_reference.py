@@ -56,7 +56,7 @@ Files are in tests/; those without one are below.
                                          data/test_pipeline.py::
                                test_resized_labels_have_the_size_of_the_image
   every epoch, the best on val is kept   test_optimiser_of_the_three_configs
-                                         training/test_experiment.py::
+                                         training/test_stages.py::
                                          test_every_step_is_logged_once
 5 switches
   all values                             test_switches
@@ -68,7 +68,7 @@ Files are in tests/; those without one are below.
                                          test_gradients_of_the_student_gates
   norm_scope, reduction                  distill/test_attnfd.py::
                                          test_scopes_and_reductions
-  weight, ce_batch_division              test_loss_of_a_step
+  attn_lambda, ce_batch_division         test_loss_of_a_step
   update_norms_twice                     test_norms_are_updated_twice
                                          models/test_deeplab.py::
                                          test_update_norms_twice_moves_three_norms
@@ -175,14 +175,13 @@ def make_dataset(length=RECORDS):
   return Dataset('pascal_voc', tuple(classes.VOC), palette, splits)
 
 
-networks.NETWORKS['parts'] = Small
-
-
 @pytest.fixture(scope='module', autouse=True)
-def unoptimized():
-  """Programs that run a few times are not worth it."""
+def small():
+  networks.NETWORKS['reference'] = Small
+  # Programs that run a few times are not worth optimising.
   jax.config.update('jax_disable_most_optimizations', True)
   yield
+  del networks.NETWORKS['reference']
   jax.config.update('jax_disable_most_optimizations', False)
 
 
@@ -212,9 +211,9 @@ def make_stage(checkpoint, name='distill', **changes):
   config.batch_size = BATCH
   config.data.crop_size = (32, 48)
   config.teacher.checkpoint = str(checkpoint)
-  config.teacher.network = config.student.network = 'parts'
   config.teacher.backbone = 'resnet18'
   for role, (aspp, decoder) in (('teacher', (6, 5)), ('student', (4, 3))):
+    config[role].network = 'reference'
     config[role].aspp_channels, config[role].decoder_channels = aspp, decoder
   config.update_from_flattened_dict(changes)
   mesh = sharding.make_mesh(1)
@@ -425,33 +424,34 @@ def test_the_teacher_drops(checkpoint, distilled):
 class Noise:
   """A network whose map is its own noise."""
 
-  def apply(self, variables, image, *, train, rngs, mutable=False):
-    del variables, train
+  def apply(self, variables, image, *, train, rngs, mutable=None, **options):
+    del variables, options
+    assert train
     noise = jax.random.uniform(rngs['dropout'], (64,))
     out = {'logits': jnp.zeros((*image.shape[:3], 21)), 'map': noise}
-    return out if mutable is False else (out, {})
+    return out if mutable is None else (out, {})
 
 
-class Distance:
-  """The distiller of two of them."""
+class Difference:
+  """A distiller of two noises."""
 
   def apply(self, variables, student, teacher, labels, **options):
     del variables, labels, options
-    distance = jnp.mean(jnp.abs(student['map'] - teacher['map']))
-    return ({'noise': Mean(distance, 1.0)}, {}), {}
+    mean = jnp.mean(jnp.abs(student['map'] - teacher['map']))
+    return ({'noise': Mean(mean, jnp.ones(()))}, {}), {}
 
   def weight(self, name, step):
-    del name, step
     return 1.0
 
 
 def test_student_and_teacher_drop_apart(distilled):
+  noise = Noise()
   train_step = make_train_step(
-    Noise(),
+    noise,
     distilled.stage.tx,
     task_loss=lambda *x: {'ce': softmax_cross_entropy(*x)},
-    teacher=FrozenNetwork(Noise(), {}, 'noise', (), dropout=True),
-    distiller=Distance(),
+    teacher=FrozenNetwork(noise, {}, 'noise', (), True, True),
+    distiller=Difference(),
     schedule=lambda step: 0.0,
     mesh=sharding.make_mesh(1),
   )

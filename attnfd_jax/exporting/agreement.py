@@ -8,34 +8,30 @@ import subprocess
 import sys
 import tempfile
 
+from flax import traverse_util
 import numpy as np
 
 from attnfd_jax import metrics
+from attnfd_jax.data import masks
 from attnfd_jax.data import sources
 from attnfd_jax.data import transforms
 from attnfd_jax.data.synthetic import StreetScenes
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
-from attnfd_jax.exporting import fresh_process as exported
+from attnfd_jax.exporting import fresh_process
+from attnfd_jax.exporting.stablehlo import SMALLEST
 from attnfd_jax.inference import evaluation
 from attnfd_jax.inference import image_files
-from attnfd_jax.inference import predictor
+from attnfd_jax.pytorch import files
+from attnfd_jax.pytorch import names
 
-# Smaller images have maps of single pixels.
-SMALLEST = 32
 # What is compared: a few images, and no more pixels than fit on any disk.
 NUM_IMAGES, _NUM_PIXELS = 8, 1 << 22
 # The least share of pixels that have the same class.
 AGREEMENT = 0.9999
 
 
-def short_side_of(info):
-  return predictor.seen_short_side(
-    info['eval']['protocol'], info['eval'].get('short_side', 0)
-  )
-
-
-def val_source(info):
+def _val_source(info):
   """The val split of a stage's data set, or None if it is not here."""
   try:
     return sources.load_dataset(info['data']).splits.get('val') or None
@@ -43,41 +39,42 @@ def val_source(info):
     return None
 
 
-def find_images(pattern, info, count=NUM_IMAGES):
-  """A few real images as the network sees them, and a text that names them.
+def make_batches(pattern, info, *, short_side, count=NUM_IMAGES):
+  """A few real images as the network sees them, and two of another size.
 
   Args:
     pattern: a file, a folder or a glob; by default images of the val split,
       and if that is not here, drawn scenes.
     info: of the stage.
+    short_side: of images for the network; 0 leaves their size.
     count: how many, at most.
+
+  Returns:
+    list of uint8 [1, h, w, 3], and one [2, h', w', 3] as the last; and a text
+    that names the images.
 
   Raises:
     InputError: if there are none, or one cannot be used.
   """
-  short_side = short_side_of(info)
+  dataset = info['data']['name']
   if pattern:
+    name = f'images of {pattern}'
     try:
       paths = image_files.find_images(pattern)
     except InputError as error:
       text = str(error).replace('--input', '--images')
       raise InputError(text) from error
-    chosen = np.linspace(0, len(paths) - 1, min(count, len(paths)))
-    images = [sources.read_image(paths[round(i)]) for i in chosen]
-    images = [transforms.fit_image(x, short_side) for x in images]
-    name = f'images of {pattern}'
-  elif source := val_source(info):
-    records = evaluation.chosen_records(source, count, short_side=short_side)
-    images = [record['image'] for record in records]
-    name = f'images of the val split of {info["data"]["name"]}'
+    total, read = len(paths), lambda i: masks.read_image(paths[i])
   else:
-    height = max(short_side or 240, SMALLEST)
-    scenes = StreetScenes(count, height=height, width=2 * height, seed=0)
-    images = [scenes[i]['image'] for i in range(count)]
-    name = (
-      f'drawn scenes ({info["data"]["name"]} cannot be read here; name real '
-      'images by --images)'
-    )
+    name = f'images of the val split of {dataset}'
+    source = _val_source(info)
+    if source is None:
+      name = f'drawn scenes ({dataset} cannot be read here; see --images)'
+      height = max(short_side or 240, SMALLEST)
+      source = StreetScenes(count, height=height, width=2 * height, seed=0)
+    total, read = len(source), lambda i: source[i]['image']
+  chosen = np.linspace(0, total - 1, min(count, total))
+  images = [transforms.fit_image(read(round(i)), short_side) for i in chosen]
   h, w = np.min([x.shape[:2] for x in images], 0)
   if min(h, w) < SMALLEST:
     raise InputError(
@@ -85,22 +82,18 @@ def find_images(pattern, info, count=NUM_IMAGES):
       f'{SMALLEST}x{SMALLEST} by --images.'
     )
   largest = max(x[..., 0].size for x in images)
-  most = int(np.clip(_NUM_PIXELS // largest, 1, len(images)))
-  return images[:most], f'{most} {name}'
-
-
-def make_batches(images):
-  """Each image, and two of another size as one batch."""
+  images = images[: int(np.clip(_NUM_PIXELS // largest, 1, len(images)))]
   h, w = (max(n * 7 // 8, SMALLEST) for n in images[0].shape[:2])
   part = images[0][:h, :w]
-  return [*(x[None] for x in images), np.stack([part, part[:, ::-1]])]
+  other = np.stack([part, part[:, ::-1]])
+  return [*(x[None] for x in images), other], f'{len(images)} {name}'
 
 
-def run_fresh(kind, path, images, options):
+def run_fresh(kind, path, images, options=None):
   """What a file makes of images in a process of its own, and the seconds.
 
   Args:
-    kind: a key of FORMATS.
+    kind: a key of fresh_process.LOADERS.
     path: of the file.
     images: list of arrays [b, h, w, 3].
     options: of DeepLabV3Plus, for the formats of PyTorch.
@@ -108,24 +101,21 @@ def run_fresh(kind, path, images, options):
   Raises:
     InputError: if it cannot be loaded or run.
   """
-  package = pathlib.Path(exported.__file__)
-  paths = [str(package.parents[1]), os.environ.get('PYTHONPATH', '')]
-  environment = os.environ | {
+  script = pathlib.Path(fresh_process.__file__)
+  paths = [str(script.parents[2]), os.environ.get('PYTHONPATH', '')]
+  environment = {
     'JAX_PLATFORMS': 'cpu',
     'JAX_TRACEBACK_FILTERING': 'off',  # Errors end in what is wrong.
     'PYTHONPATH': os.pathsep.join(filter(None, paths)),
   }
   with tempfile.TemporaryDirectory() as folder:
-    folder = pathlib.Path(folder)
-    for i, image in enumerate(images):
-      np.save(folder / f'{i}.npy', image)
-    # Without its own folder among the places of modules.
-    arguments = (kind, path, folder, json.dumps(options))
+    np.savez(f'{folder}/images.npz', *images)
+    arguments = [script, kind, path, folder, json.dumps(options or {})]
     process = subprocess.run(
-      [sys.executable, '-P', package, *map(str, arguments)],
+      [sys.executable, '-P', *map(str, arguments)],
       capture_output=True,
       text=True,
-      env=environment,
+      env=os.environ | environment,
       check=False,
     )
     if process.returncode:
@@ -133,8 +123,22 @@ def run_fresh(kind, path, images, options):
       raise InputError(
         f'The {kind} file cannot be run by a fresh process: {lines[-1]}'
       )
-    found = [np.load(folder / f'{i}_found.npy') for i in range(len(images))]
-    return found, json.loads((folder / 'seconds.json').read_text())
+    with np.load(f'{folder}/found.npz') as arrays:
+      *found, seconds = arrays.values()
+    return found, seconds
+
+
+def read_back(path, variables):
+  """The variables from a .safetensors file of '<collection>/<path>'.
+
+  Raises:
+    InputError: if an array is not what it is in `variables`.
+  """
+  tensors = files.read_torch(path)['state_dict']
+  for name, array in names.flatten(variables).items():
+    if not np.array_equal(array, tensors.get(name), equal_nan=True):
+      raise InputError(f'{name} is not in the file as it is in the network.')
+  return traverse_util.unflatten_dict(tensors, sep='/')
 
 
 def compare(expected, found):
@@ -167,14 +171,12 @@ def compare(expected, found):
 def check(expected, found, text):
   """A line about it; raises InputError if they do not agree."""
   difference, largest, share, num_classes = compare(expected, found)
-  words = [f'same class at {100 * share:.4f} % of the pixels']
+  line = f'{text}: '
   if np.issubdtype(expected[0].dtype, np.floating):
-    words = [
-      f'largest logit difference {difference:.2g} at logits up to '
-      f'{largest:.3g}',
-      *words,
-    ]
-  line = f'{text}: {", ".join(words)}; {num_classes} classes occur'
+    line += f'largest logit difference {difference:.2g} at logits up to '
+    line += f'{largest:.3g}, '
+  line += f'same class at {100 * share:.4f} % of the pixels; '
+  line += f'{num_classes} classes occur'
   if share < AGREEMENT or not np.isfinite(difference):
     raise InputError(
       f'{line}; less than {100 * AGREEMENT:g} % or not finite, so nothing was '
@@ -183,27 +185,31 @@ def check(expected, found, text):
   return line
 
 
-def miou(network, variables, source, info):
-  """mIoU of float32 variables on a source, as the stage was scored."""
-  options = info['eval']
-  counts = evaluation.evaluate(
-    network,
-    variables,
-    source,
-    num_classes=network.num_classes,
-    mesh=sharding.make_mesh(),
-    protocol=options['protocol'],
-    short_side=options.get('short_side', 0),
-    batch_size=options['batch_size'],
-    size_multiple=options['size_multiple'],
-    threads=info['data']['threads'],
-  )
-  return metrics.mean_iou(counts)
-
-
-def describe_loss(exact, found, weights):
+def describe_rounding(exact, found, weights):
   difference, _, share, _ = compare(exact, found)
-  words = f'Rounding to {weights}: same class at {100 * share:.3f} %'
+  line = f'Rounding to {weights}: same class at {100 * share:.3f} %'
   if difference:
-    words += f', largest logit difference {difference:.2g}'
-  return words
+    line += f', largest logit difference {difference:.2g}'
+  return line
+
+
+def describe_mious(network, candidates, info):
+  """The mIoU on val of each of {name: variables}, or '' if it is not here."""
+  source, scores = _val_source(info), []
+  options = {
+    key: info['eval'][key]
+    for key in ('protocol', 'short_side', 'batch_size', 'size_multiple')
+    if key in info['eval']
+  }
+  for name, variables in candidates.items() if source else ():
+    counts = evaluation.evaluate(
+      network,
+      variables,
+      source,
+      num_classes=len(info['class_names']),
+      mesh=sharding.make_mesh(),
+      threads=info['data']['threads'],
+      **options,
+    )
+    scores.append(f'{100 * metrics.mean_iou(counts):.2f} with {name}')
+  return f'val mIoU {", ".join(scores)}' if scores else ''

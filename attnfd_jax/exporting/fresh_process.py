@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a file of `export` in a process that has nothing else of ours.
 
-  python -P exported.py FORMAT FILE FOLDER OPTIONS
+  python -P fresh_process.py FORMAT FILE FOLDER OPTIONS
 
-Reads images from FOLDER/<i>.npy, writes what the file makes of them to
-FOLDER/<i>_found.npy and the seconds to FOLDER/seconds.json. The loaders of
-StableHLO and ONNX are all that a program needs to use such a file.
+Reads images from FOLDER/images.npz; writes what the file makes of them, and
+the seconds, to FOLDER/found.npz. The loaders of StableHLO and ONNX are all that
+a program needs to use such a file.
 """
 
 import json
@@ -16,8 +16,7 @@ import time
 import numpy as np
 
 
-def load_stablehlo(path, options):
-  del options
+def load_stablehlo(path):
   import jax
   from jax import export
 
@@ -25,8 +24,7 @@ def load_stablehlo(path, options):
   return jax.jit(export.deserialize(bytearray(data)).call)
 
 
-def load_onnx(path, options):
-  del options
+def load_onnx(path):
   import onnxruntime
 
   session = onnxruntime.InferenceSession(
@@ -35,23 +33,23 @@ def load_onnx(path, options):
   return lambda image: session.run(None, {'image': image})[0]
 
 
-def load_torch(path, options):
+def load_weights(path, **options):
   """Of .pth and .safetensors; this one needs the package."""
   import jax
 
-  import attnfd_jax
+  from attnfd_jax.models.deeplab import DeepLabV3Plus
+  from attnfd_jax.pytorch.networks import load_torch
 
-  variables, _ = attnfd_jax.load_torch(path, **options)
-  network = attnfd_jax.DeepLabV3Plus(**options)
-  apply = jax.jit(lambda x: network.apply(variables, x, train=False)['logits'])
-  return apply
+  variables, _ = load_torch(path, **options)
+  network = DeepLabV3Plus(**options)
+  return jax.jit(lambda x: network.apply(variables, x, train=False)['logits'])
 
 
 LOADERS = {
   'stablehlo': load_stablehlo,
   'onnx': load_onnx,
-  'safetensors': load_torch,
-  'pth': load_torch,
+  'safetensors': load_weights,
+  'pth': load_weights,
 }
 
 
@@ -70,15 +68,10 @@ def measure(run, images):
 
 
 def main(kind, path, folder, options):
-  folder = pathlib.Path(folder)
-  run = LOADERS[kind](path, json.loads(options))
-  images = [
-    np.load(folder / f'{i}.npy') for i in range(len([*folder.iterdir()]))
-  ]
-  found, seconds = measure(run, images)
-  for i, array in enumerate(found):
-    np.save(folder / f'{i}_found.npy', array)
-  (folder / 'seconds.json').write_text(json.dumps(seconds))
+  run = LOADERS[kind](path, **json.loads(options))
+  with np.load(f'{folder}/images.npz') as images:
+    found, seconds = measure(run, images.values())
+  np.savez(f'{folder}/found.npz', *found, seconds)
 
 
 if __name__ == '__main__':

@@ -21,6 +21,7 @@ import numpy as np
 
 from attnfd_jax import user_code
 from attnfd_jax.errors import InputError
+from attnfd_jax.errors import one_of
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.flops import count_flops
@@ -69,7 +70,12 @@ _OTHER_KEYS = {'network', 'options'}
 
 
 def compute_dtype(name):
-  """The `dtype` of modules: None leaves float32 images in float32."""
+  """The `dtype` of modules: None leaves float32 images in float32.
+
+  Raises:
+    InputError: for another type than float32 and bfloat16.
+  """
+  one_of('config.optim.dtype', name, ('float32', 'bfloat16'))
   return None if name == 'float32' else jnp.dtype(name)
 
 

@@ -1,60 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads and writes PyTorch checkpoints without PyTorch.
+"""Reads and writes PyTorch checkpoints and safetensors without PyTorch.
 
-A checkpoint is a pickle, and a pickle is a program. Here it runs on a machine
-of our own over `pickletools.genops`: each opcode and each global is on a list
-below, and everything else is refused by name. `pickle.Unpickler` with a
-strict `find_class` is not enough: its BUILD sets attributes on whatever is on
-the stack, one LONG_BINPUT can ask for gigabytes, and a nested tuple as a dict
-key hashes for ever.
-
-Arrays are views of their storage, as in torch: tensors that share a storage
-share memory, and a copy is the caller's choice. bfloat16 is
-`ml_dtypes.bfloat16`, so that no bit changes on the way in and out.
+Nothing in a file is executed, see pickles.py. Arrays are views of their
+storage, as in torch: tensors that share a storage share memory, and a copy is
+the caller's choice. bfloat16 is `ml_dtypes.bfloat16`, so that no bit changes on
+the way in and out.
 """
 
 import collections
 import contextlib
+import json
 import math
 import os
 import pathlib
 import pickle
-import pickletools
+import re
 import struct
 import sys
 import zipfile
 
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from attnfd_jax.errors import InputError
+from attnfd_jax.pytorch import pickles
+from attnfd_jax.pytorch.pickles import damaged
+from attnfd_jax.pytorch.pickles import TorchFileError
 
-_MAGIC = 0x1950A86A20F9469CFC6C
-# Real pickles are under 1 MB; each byte can cost 100 bytes of memory.
-_MAX_PICKLE = 2**24
-# A view may repeat elements (torch's expand); bounded, since copies grow.
-_MAX_REPEATED = 2**20
-
-_STORAGES = {
-  'DoubleStorage': np.dtype('float64'),
-  'FloatStorage': np.dtype('float32'),
-  'HalfStorage': np.dtype('float16'),
-  'BFloat16Storage': np.dtype(ml_dtypes.bfloat16),
-  'LongStorage': np.dtype('int64'),
-  'IntStorage': np.dtype('int32'),
-  'ShortStorage': np.dtype('int16'),
-  'CharStorage': np.dtype('int8'),
-  'ByteStorage': np.dtype('uint8'),
-  'BoolStorage': np.dtype('bool'),
-}
+# What a legacy file of torch.save starts with.
+MAGIC = 0x1950A86A20F9469CFC6C
 _WRAPPERS = ('state_dict', 'model', 'model_state', 'net')
-_SAFE = 'get a file of tensors only, torch.save(model.state_dict(), ...)'
-
-
-class TorchFileError(InputError):
-  """A file that cannot be read or written; one line: file, fault, way out."""
 
 
 @contextlib.contextmanager
@@ -66,255 +41,31 @@ def _errors(path, hint='truncated or damaged, copy or download it again'):
     text = ' '.join(str(error).split())[:300]
     if not isinstance(error, TorchFileError):
       text = f'{hint} ({type(error).__name__}: {text})'
-    name = pathlib.Path(path).name
-    raise TorchFileError(f'{name}: {text}') from error
+    raise TorchFileError(f'{pathlib.Path(path).name}: {text}') from error
 
 
-def _refuse(name):
-  return TorchFileError(
-    f'refuses to load {name[:80]!r}: not a tensor file we trust; {_SAFE}'
-  )
-
-
-def _text(value):
-  """A text itself, of others their type: nested lists could print for ever."""
-  return value if type(value) is str else type(value).__name__
-
-
-def _damaged(what):
-  return TorchFileError(f'damaged: {what}; copy or download it again')
-
-
-# What a pickle can name. All are inert; the machine compares types.
-
-
-class _Storage:
-  """uint8 [bytes] and the dtype they hold."""
-
-  def __init__(self, data, dtype):
-    self.data, self.dtype = data, dtype
-
-
-class _DType:
-  """A NumPy dtype in the making: BUILD tells the byte order later."""
-
-  def __init__(self, code, *_):
-    # Bool, int, uint, float only: object dtypes would hold pointers.
-    if code not in 'b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8'.split():
-      raise _refuse(f'numpy.dtype({_text(code)!r})')
-    self.dtype = np.dtype(code)
-
-  def build(self, state):
-    self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Global:
-  """A known name of a pickle; `call` is what REDUCE may run, or None."""
-
-  def __init__(self, call=None, dtype=None):
-    self.call, self.dtype = call, dtype
-
-
-def _make_dict(pairs=()):
-  result = {}
-  for key, value in pairs:
-    _set(result, key, value)
-  return result
-
-
-def _set(target, key, value):
-  if type(target) is not dict:
-    raise _refuse(f'items set on {type(target).__name__}')
-  # Tuples as keys could hash for ever: (a, a) of (b, b) of ...
-  if not isinstance(key, (str, bytes, int, float, type(None))):
-    raise _refuse(f'a dict key of type {type(key).__name__}')
-  target[key] = value
-
-
-def _make_tensor(storage, offset, size, stride, *_):
-  if type(storage) is not _Storage:
-    raise _refuse(f'a tensor on {type(storage).__name__}')
-  numbers = (offset, *size, *stride)
-  fits = len(size) == len(stride) <= 32
-  if not fits or not all(type(n) is int and 0 <= n < 2**60 for n in numbers):
-    raise _damaged('a tensor with an invalid shape, stride or offset')
-  held = storage.data.size // storage.dtype.itemsize
-  count = math.prod(size)
-  reach = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-  if count and (reach >= held or count > max(held, _MAX_REPEATED)):
-    raise _damaged(f'a tensor {size} outside of its {held} stored elements')
-  if not count:
-    return np.empty(size, storage.dtype)
-  # Strides in bytes; NumPy checks the bounds once more.
-  width = storage.dtype.itemsize
-  strides = [s * width for s in stride]
-  return np.ndarray(size, storage.dtype, storage.data, offset * width, strides)
-
-
-def _make_scalar(kind, data):
-  data = data.encode('latin1') if isinstance(data, str) else data
-  if type(kind) is not _DType or len(data) != kind.dtype.itemsize:
-    raise _damaged('a NumPy scalar of the wrong size')
-  return np.frombuffer(data, kind.dtype).astype(kind.dtype.newbyteorder('='))[0]
-
-
-def _encode(text, encoding='latin1'):
-  # How protocol 2 spells bytes.
-  if encoding != 'latin1':
-    raise _refuse(f'_codecs.encode to {_text(encoding)!r}')
-  return str.encode(text, 'latin1')
-
-
-_GLOBALS = {
-  'collections OrderedDict': _Global(_make_dict),
-  'torch._utils _rebuild_tensor': _Global(_make_tensor),  # Before 0.4.
-  'torch._utils _rebuild_tensor_v2': _Global(_make_tensor),
-  'torch._utils _rebuild_parameter': _Global(lambda data, *_: data),
-  'torch Size': _Global(lambda size=(): tuple(size)),
-  'torch device': _Global(lambda kind, *_: _text(kind)),
-  'numpy dtype': _Global(_DType),
-  'numpy.core.multiarray scalar': _Global(_make_scalar),
-  'numpy._core.multiarray scalar': _Global(_make_scalar),
-  '_codecs encode': _Global(_encode),
-  **{f'torch {k}': _Global(dtype=v) for k, v in _STORAGES.items()},
-}
-_CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
-_LITERALS = set(
-  'INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING'
-  ' SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES'
-  ' SHORT_BINBYTES BINBYTES8'.split()
-)
-
-
-def _unpickle(data, find_storage=None):
-  """Runs one pickle; returns its value and its length in bytes.
-
-  Args:
-    data: bytes; what follows the pickle is left alone.
-    find_storage: (key, dtype, elements) -> `_Storage`, or None where a
-      pickle has no business with storages.
-  """
-  stack, marks, memo = [], [], {}
-  copied = 0
-
-  def pop_mark():
-    start = marks.pop()
-    items = stack[start:]
-    del stack[start:]
-    return items
-
-  for opcode, arg, position in pickletools.genops(data):
-    name = opcode.name
-    if name in _LITERALS:
-      stack.append(arg)
-    elif name in _CONSTANTS:
-      stack.append(_CONSTANTS[name])
-    elif name in ('PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'):
-      memo[len(memo) if name == 'MEMOIZE' else arg] = stack[-1]
-    elif name in ('GET', 'BINGET', 'LONG_BINGET'):
-      stack.append(memo[arg])
-    elif name == 'MARK':
-      marks.append(len(stack))
-    elif name in ('EMPTY_TUPLE', 'EMPTY_LIST', 'EMPTY_DICT'):
-      stack.append({'T': (), 'L': [], 'D': {}}[name[6]])
-    elif name in ('TUPLE', 'LIST'):
-      items = pop_mark()
-      stack.append(tuple(items) if name == 'TUPLE' else items)
-    elif name in ('TUPLE1', 'TUPLE2', 'TUPLE3'):
-      count = int(name[5])
-      stack[-count:] = [tuple(stack[-count:])]
-    elif name in ('APPEND', 'APPENDS'):
-      items = pop_mark() if name == 'APPENDS' else [stack.pop()]
-      if type(stack[-1]) is not list:
-        raise _refuse(f'items appended to {type(stack[-1]).__name__}')
-      stack[-1].extend(items)
-    elif name in ('DICT', 'SETITEM', 'SETITEMS'):
-      items = [stack.pop(-2), stack.pop()] if name == 'SETITEM' else pop_mark()
-      if name == 'DICT':
-        stack.append({})
-      for key, value in zip(items[::2], items[1::2], strict=True):
-        _set(stack[-1], key, value)
-    elif name in ('GLOBAL', 'STACK_GLOBAL', 'INST'):
-      if name == 'STACK_GLOBAL':
-        arg = f'{_text(stack.pop(-2))} {_text(stack.pop())}'
-      if name == 'INST' or arg not in _GLOBALS:
-        raise _refuse(arg.replace(' ', '.', 1))
-      stack.append(_GLOBALS[arg])
-    elif name == 'REDUCE':
-      function, args = stack.pop(-2), stack.pop()
-      if type(function) is not _Global or not function.call:
-        raise _refuse(f'a call of {type(function).__name__}')
-      stack.append(function.call(*args))
-      # A few bytes can ask for one more copy of a list, table or text.
-      if type(stack[-1]) in (tuple, dict, bytes):
-        copied += len(stack[-1])
-      if copied > _MAX_PICKLE:
-        raise _damaged('calls that fill the memory')
-    elif name == 'BUILD':
-      state = stack.pop()
-      if type(stack[-1]) is _DType:
-        stack[-1].build(state)
-      # An OrderedDict brings `_metadata`, module versions: not needed.
-      elif type(stack[-1]) is not dict:
-        raise _refuse(f'state for {type(stack[-1]).__name__}')
-    elif name == 'BINPERSID' and find_storage:
-      kind, storage_type, key, _, count, *view = stack.pop()
-      if kind != 'storage' or getattr(storage_type, 'dtype', None) is None:
-        raise _refuse(f'persistent {_text(kind)!r}')
-      storage = find_storage(key, storage_type.dtype, count)
-      if view and view[0] is not None:
-        _, start, count = view[0]
-        width = storage.dtype.itemsize
-        if not 0 <= start <= start + count <= storage.data.size // width:
-          raise _damaged('a view outside of its storage')
-        view = storage.data[start * width : (start + count) * width]
-        storage = _Storage(view, storage.dtype)
-      stack.append(storage)
-    elif name == 'STOP':
-      return stack.pop(), position + 1
-    elif name not in ('PROTO', 'FRAME'):
-      raise _refuse(f'pickle opcode {name}')
-  raise _damaged('truncated')
-
-
-def _make_finder(load):
-  """Returns find_storage and its table; `load` is (key, bytes) -> uint8."""
-  table = {}
-
-  def find_storage(key, dtype, count):
-    if not isinstance(key, str) or type(count) is not int or count < 0:
-      raise _damaged('a storage without a proper key and size')
-    size = count * dtype.itemsize
-    if key not in table:
-      table[key] = _Storage(load(key, size), dtype)
-    if table[key].dtype != dtype or table[key].data.size != size:
-      raise _damaged(f'storage {key[:40]!r} is not {size} bytes of {dtype}')
-    return table[key]
-
-  return find_storage, table
-
-
-def _swap(table, order):
-  """Turns storages of a machine with the other byte order, in place."""
-  for storage in table.values() if order != sys.byteorder else ():
-    storage.data.view(f'u{storage.dtype.itemsize}').byteswap(inplace=True)
+def _to_native(storage, order):
+  """Turns a storage of a machine with the other byte order, in place."""
+  if order != sys.byteorder:
+    storage.view(f'u{storage.itemsize}').byteswap(inplace=True)
+  return storage
 
 
 def _read_zip(file, size):
   archive = zipfile.ZipFile(file)
   names = archive.namelist()
-  tops = [
-    n[:-8] for n in names if n.count('/') == 1 and n.endswith('/data.pkl')
-  ]
+  tops = [n[:-8] for n in names if re.fullmatch(r'[^/]*/data\.pkl', n)]
   if len(tops) != 1:
     raise TorchFileError(
       'a zip file, but not one of torch.save (no data.pkl in it); give the'
       ' checkpoint itself'
     )
   if f'{tops[0]}constants.pkl' in names:
-    raise TorchFileError(f'a TorchScript program, not a checkpoint; {_SAFE}')
+    raise TorchFileError(
+      f'a TorchScript program, not a checkpoint; {pickles.WAY_OUT}'
+    )
 
-  def load(name, limit):
+  def read(name, limit):
     nonlocal size
     info = archive.getinfo(tops[0] + name)
     # Overlapping records would give more bytes than the file has.
@@ -325,116 +76,133 @@ def _read_zip(file, size):
         ' write it again with torch.save'
       )
     if info.file_size > limit:
-      raise _damaged(f'record {name[:40]!r} is larger than {limit} bytes')
+      raise damaged(f'record {name[:40]!r} is larger than {limit} bytes')
     return archive.read(info)
 
   order = 'little'
   if f'{tops[0]}byteorder' in names:
-    order = load('byteorder', 16).decode('ascii')
-  find_storage, table = _make_finder(
-    lambda key, size: np.frombuffer(bytearray(load(f'data/{key}', size)), 'u1')
-  )
-  value, _ = _unpickle(load('data.pkl', _MAX_PICKLE), find_storage)
-  _swap(table, order)
-  return value
+    order = read('byteorder', 16).decode('ascii')
+
+  def load(key, dtype, count):
+    data = bytearray(read(f'data/{key}', count * dtype.itemsize))
+    return _to_native(np.frombuffer(data, dtype), order)
+
+  program = read('data.pkl', pickles.MAX_PICKLE)
+  return pickles.unpickle(program, {}, load)[0]
 
 
 def _read_legacy(file, size):
-  position = 0
+  position, storages = 0, {}
 
-  def run(find_storage=None):
+  def run(load=None):
     nonlocal position
     file.seek(position)
-    value, length = _unpickle(file.read(_MAX_PICKLE), find_storage)
+    data = file.read(pickles.MAX_PICKLE)
+    value, length = pickles.unpickle(data, storages, load)
     position += length
     return value
 
-  def load(_, wanted):
+  def reserve(_, dtype, count):
     nonlocal size
-    size -= wanted
+    size -= count * dtype.itemsize
     if size < 0:
-      raise _damaged('storages are larger than the file')
-    return np.empty(wanted, np.uint8)  # Filled below; the data come last.
+      raise damaged('storages are larger than the file')
+    return np.empty(count, dtype)  # Filled below; the data come last.
 
-  if run() != _MAGIC:
-    raise TorchFileError(f'a bare pickle, not a file of torch.save; {_SAFE}')
-  if (protocol := run()) != 1001:
+  if run() != MAGIC:
     raise TorchFileError(
-      f'unknown protocol {_text(protocol):.20}; save it again'
+      f'a bare pickle, not a file of torch.save; {pickles.WAY_OUT}'
     )
+  if (protocol := run()) != 1001:
+    protocol = pickles.as_text(protocol)
+    raise TorchFileError(f'unknown protocol {protocol:.20}; save it again')
   run()  # sys_info; torch writes little-endian storages on any machine.
-  find_storage, table = _make_finder(load)
-  value = run(find_storage)
-  keys = [_text(key) for key in run()]
-  if set(keys) != set(table) or len(keys) != len(table):
-    raise _damaged('its list of storages is wrong')
+  value = run(reserve)
+  keys = [pickles.as_text(key) for key in run()]
+  if sorted(keys) != sorted(storages):
+    raise damaged('its list of storages is wrong')
   file.seek(position)
   for key in keys:
-    storage = table[key]
+    storage = storages[key]
     # Compared as bytes: a cut count must not read as a smaller one.
-    count = storage.data.size // storage.dtype.itemsize
-    if file.read(8) != count.to_bytes(8, 'little'):
-      raise _damaged(f'storage {key[:40]!r} has another size')
-    if file.readinto(storage.data) != storage.data.size:
-      raise _damaged('truncated')
-  _swap(table, 'little')
+    if file.read(8) != storage.size.to_bytes(8, 'little'):
+      raise damaged(f'storage {key[:40]!r} has another size')
+    if file.readinto(storage.view('u1')) != storage.nbytes:
+      raise damaged('truncated')
+    _to_native(storage, 'little')
   return value
 
 
-def _identify(file, size):
-  """'zip', 'legacy' or 'safetensors', from the first bytes."""
-  head = file.read(512)
-  file.seek(0)
-  if head.startswith(b'PK\x03\x04'):
-    return 'zip'
-  if head.startswith(b'\x80'):
-    return 'legacy'
-  if head[8:9] == b'{':
-    return 'safetensors'
-  if not size:
-    raise TorchFileError('an empty file; copy or download it again')
-  if head.startswith(b'version https://git-lfs'):
-    raise TorchFileError('a git-lfs pointer, not the file; run git lfs pull')
-  if head.lstrip()[:1] == b'<':
-    raise TorchFileError(
-      'a web page, not a checkpoint; open the link in a browser and download'
-      ' the file itself'
-    )
-  if head[257:262] == b'ustar':
-    raise TorchFileError(
-      'a tar file, or the tar container of PyTorch before 0.1.10, which is not'
-      ' read; unpack it, or take a newer copy of the same weights'
-      ' (resnet18-5c106cde is resnet18-f37072fd, resnet101-5d3b4d8f is'
-      ' resnet101-63fe2227), or torch.load and torch.save it once'
-    )
-  raise TorchFileError(
-    f'a foreign format (starts with {head[:4]!r}); give a file of torch.save'
-    ' or safetensors'
-  )
+def _read_safetensors(file, size):
+  data = file.read(size)
+  tensors = {}
+  for name, tensor in safetensors.deserialize(data):
+    if tensor['dtype'] not in pickles.SAFETENSORS:
+      raise TorchFileError(
+        f'{name[:80]!r} is {tensor["dtype"]}, which is not read; convert it'
+      )
+    # Not safetensors.numpy, which does not know bfloat16.
+    array = np.frombuffer(tensor['data'], pickles.SAFETENSORS[tensor['dtype']])
+    tensors[name] = array.reshape(tensor['shape'])
+  (length,) = struct.unpack('<Q', data[:8])
+  metadata = json.loads(data[8 : 8 + length]).get('__metadata__') or {}
+  return {'state_dict': tensors, 'metadata': metadata}
+
+
+# What a file starts with, as a regular expression: who reads it, or why nobody.
+_READERS = {
+  rb'PK\x03\x04': _read_zip,
+  rb'\x80': _read_legacy,
+  rb'.{8}\{': _read_safetensors,
+}
+_FOREIGN = {
+  rb'\Z': 'an empty file; copy or download it again',
+  rb'version https://git-lfs': 'a git-lfs pointer; run git lfs pull',
+  rb'\s*<': 'a web page, not a checkpoint; download the file itself',
+  rb'.{257}ustar': 'a tar file, as of PyTorch before 0.1.10; unpack it, take a'
+  ' newer copy of the same weights, or torch.load and torch.save it once',
+  rb'': 'a foreign format (starts with {!r}); give a file of torch.save or'
+  ' safetensors',
+}
 
 
 def read_torch(path):
-  """The object in a file of torch.save, without torch and without running it.
+  """The object in a checkpoint, without torch and without running it.
 
   Args:
     path: a zip container (PyTorch 1.6 and later) or a legacy one (0.1.10 and
-      later); the ending of the name does not matter.
+      later) of torch.save, or safetensors; the ending does not matter.
 
   Returns:
     dict (also for OrderedDict), list, tuple, str, numbers, None, NumPy scalars,
-    and an array for each tensor or parameter. Arrays can be written to; those
-    that share a storage share memory. bfloat16 is `ml_dtypes.bfloat16`.
+    and an array for each tensor or parameter. Arrays of torch.save can be
+    written to; those that share a storage share memory. safetensors come as
+    {'state_dict': tensors, 'metadata': {str: str}}.
 
   Raises:
     TorchFileError: for anything else, in one line.
     OSError: if the file cannot be opened.
   """
   with open(path, 'rb') as file, _errors(path):
-    size = os.fstat(file.fileno()).st_size
-    kind = _identify(file, size)
-    if kind == 'safetensors':
-      raise TorchFileError('a safetensors file; use read_safetensors')
-    return (_read_zip if kind == 'zip' else _read_legacy)(file, size)
+    head = file.read(512)
+    file.seek(0)
+
+    def look(table):
+      found = (x for start, x in table.items() if re.match(start, head, re.S))
+      return next(found, None)
+
+    if read := look(_READERS):
+      return read(file, os.fstat(file.fileno()).st_size)
+    raise TorchFileError(look(_FOREIGN).format(head[:4]))
+
+
+def _is_state_dict(value):
+  return (
+    type(value) is dict
+    and len(value) > 0
+    and all(isinstance(name, str) for name in value)
+    and all(isinstance(array, np.ndarray) for array in value.values())
+  )
 
 
 def read_state_dict(path):
@@ -448,63 +216,20 @@ def read_state_dict(path):
     TorchFileError: also if there is no such mapping.
     OSError: if the file cannot be opened.
   """
-  with open(path, 'rb') as file, _errors(path):
-    kind = _identify(file, os.fstat(file.fileno()).st_size)
-  is_safetensors = kind == 'safetensors'
-  found = read_safetensors(path)[0] if is_safetensors else read_torch(path)
-
-  def is_state_dict(value):
-    return (
-      type(value) is dict
-      and value
-      and all(
-        isinstance(k, str) and isinstance(v, np.ndarray)
-        for k, v in value.items()
-      )
-    )
-
+  found = read_torch(path)
   inner = found if type(found) is dict else {}
   choices = [found, *(inner.get(key) for key in _WRAPPERS)]
-  tensors = next(filter(is_state_dict, choices), None)
+  tensors = next(filter(_is_state_dict, choices), None)
   if tensors is None:
-    with _errors(path):
-      held = [f'{_text(k):.30} ({type(v).__name__})' for k, v in inner.items()]
-      held = held[:6]
-      raise TorchFileError(
-        f'no mapping of names to tensors, but {type(found).__name__}'
-        f' [{", ".join(held)}]; save model.state_dict()'
-      )
+    held = ', '.join(f'{pickles.as_text(key):.30}' for key in [*inner][:6])
+    raise TorchFileError(
+      f'{pathlib.Path(path).name}: no mapping of names to tensors, but '
+      f'{type(found).__name__} [{held}]; save model.state_dict()'
+    )
   for prefix in ('module.', 'model.', 'module.'):
     if all(name.startswith(prefix) for name in tensors):
       tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
   return tensors
-
-
-def read_safetensors(path):
-  """(tensors, metadata) of a safetensors file; metadata is dict of str.
-
-  Raises:
-    TorchFileError: if the file is damaged or holds another dtype than ours.
-    OSError: if the file cannot be opened.
-  """
-  with open(path, 'rb') as file, _errors(path):
-    size = os.fstat(file.fileno()).st_size
-    if (kind := _identify(file, size)) != 'safetensors':
-      raise TorchFileError(f'a {kind} file of torch.save; use read_torch')
-    with safetensors.safe_open(path, 'np') as header:
-      metadata = header.metadata() or {}
-    # Not safe_open's get_tensor: it does not know bfloat16.
-    codes = 'F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL'.split()
-    dtypes = dict(zip(codes, _STORAGES.values(), strict=True))
-    tensors = {}
-    for name, tensor in safetensors.deserialize(file.read()):
-      if tensor['dtype'] not in dtypes:
-        raise TorchFileError(
-          f'{name[:80]!r} is {tensor["dtype"]}, which is not read; convert it'
-        )
-      data = np.frombuffer(tensor['data'], dtypes[tensor['dtype']])
-      tensors[name] = data.reshape(tensor['shape'])
-    return tensors, metadata
 
 
 def _plain(array):
@@ -542,21 +267,23 @@ def write_safetensors(path, tensors, metadata=None):
     file.write(data)
 
 
+def _literal(value):
+  return pickle.dumps(value, 2)[2:-1]  # Without PROTO and STOP.
+
+
+_EMPTY_ORDERED = b'ccollections\nOrderedDict\n)R'
+
+
 def _emit(value, arrays, where):
   """Protocol 2 opcodes of `value`; adds its arrays to {id: (index, array)}."""
-
-  def literal(value):
-    return pickle.dumps(value, 2)[2:-1]  # Without PROTO and STOP.
-
   if isinstance(value, np.generic):
     value = value.item()
-  if type(value) in (type(None), bool, int, float, str):
-    return literal(value)
+  if value is None or type(value) in (bool, int, float, str):
+    return _literal(value)
   if type(value) in (list, tuple):
     items = [_emit(v, arrays, f'{where}[{i}]') for i, v in enumerate(value)]
     first, last = (b'](', b'e') if type(value) is list else (b'(', b't')
     return first + b''.join(items) + last
-  empty_ordered = b'ccollections\nOrderedDict\n)R'
   if type(value) in (dict, collections.OrderedDict):
     items = []
     for key, item in value.items():
@@ -564,10 +291,10 @@ def _emit(value, arrays, where):
         raise TorchFileError(
           f'cannot write the key {key!r} in {where}; use str'
         )
-      items += [literal(key), _emit(item, arrays, f'{where}[{key!r}]')]
-    first = b'}' if type(value) is dict else empty_ordered
+      items += [_literal(key), _emit(item, arrays, f'{where}[{key!r}]')]
+    first = b'}' if type(value) is dict else _EMPTY_ORDERED
     return first + b'(' + b''.join(items) + b'u'
-  names = {dtype.name: name for name, dtype in _STORAGES.items()}
+  names = {dtype.name: name for name, dtype in pickles.STORAGES.items()}
   if not isinstance(value, np.ndarray) or value.dtype.name not in names:
     kind = getattr(value, 'dtype', type(value).__name__)
     raise TorchFileError(
@@ -575,19 +302,16 @@ def _emit(value, arrays, where):
       f' {", ".join(names)}, or leave it out'
     )
   index, _ = arrays.setdefault(id(value), (len(arrays), value))
-  strides = [
-    math.prod(max(n, 1) for n in value.shape[i + 1 :])
-    for i in range(value.ndim)
+  shape = value.shape
+  strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+  storage = f'ctorch\n{names[value.dtype.name]}\n'.encode()
+  parts = [
+    b'ctorch._utils\n_rebuild_tensor_v2\n((',
+    *(_literal('storage'), storage, _literal(str(index)), _literal('cpu')),
+    *(_literal(value.size), b'tQ', *map(_literal, (0, shape, strides, False))),
+    _EMPTY_ORDERED + b'tR',  # Its backward hooks.
   ]
-  return b''.join(
-    [
-      b'ctorch._utils\n_rebuild_tensor_v2\n((',
-      literal('storage') + f'ctorch\n{names[value.dtype.name]}\n'.encode(),
-      literal(str(index)) + literal('cpu') + literal(value.size) + b'tQ',
-      literal(0) + literal(value.shape) + literal(tuple(strides)),
-      literal(False) + empty_ordered + b'tR',
-    ]
-  )
+  return b''.join(parts)
 
 
 def write_torch(path, obj):

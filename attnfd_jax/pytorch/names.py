@@ -6,6 +6,7 @@ and export walk the same table: nothing is guessed from shapes.
 """
 
 import re
+from typing import NamedTuple
 
 from flax import traverse_util
 import numpy as np
@@ -38,26 +39,31 @@ _HEADS = (
   (r'decoder/conv2', 'decoder.last_conv.', '4', '5'),
 )
 _CONNECTOR_NUMBER = {'backbone': 3, 'aspp': 4, 'decoder': 5}
-_NORM = {
+_LEAVES = {
+  'kernel': 'weight',
   'scale': 'weight',
   'bias': 'bias',
   'mean': 'running_mean',
   'var': 'running_var',
+}
+_GATES = {
+  'mlp_reduce': 'ChannelGate.mlp.1',
+  'mlp_expand': 'ChannelGate.mlp.3',
+  'spatial_conv': 'SpatialGate.spatial.conv',
+  'spatial_bn': 'SpatialGate.spatial.bn',
 }
 # Ours is [in, out] or [h, w, in, out], theirs [out, in] or [out, in, h, w].
 _TO_OURS = {2: (1, 0), 4: (2, 3, 1, 0)}
 _TO_THEIRS = {2: (1, 0), 4: (3, 2, 0, 1)}
 
 
-def _conv_norm(rules, module, path, leaf):
-  """Name of a leaf of a ConvNorm at `module`, or None."""
-  for pattern, prefix, conv, norm in rules:
-    match = re.fullmatch(pattern, module)
-    if match:
-      if path == 'conv':
-        return match.expand(prefix + conv) + '.weight'
-      return f'{match.expand(prefix + norm)}.{_NORM[leaf]}'
-  return None
+def _conv_norm(rules, module, part, leaf):
+  """Name of a leaf of the 'conv' or 'bn' of a ConvNorm at `module`."""
+  for pattern, prefix, *parts in rules:
+    if match := re.fullmatch(pattern, module):
+      name = match.expand(prefix + parts[part == 'bn'])
+      return f'{name}.{_LEAVES[leaf]}'
+  raise KeyError(module)
 
 
 def network_name(path, backbone):
@@ -67,41 +73,31 @@ def network_name(path, backbone):
     path: without its collection, e.g. 'aspp/pool/bn/scale'.
     backbone: key of BACKBONES.
   """
-  if path.startswith('classifier/'):
-    kind = 'weight' if path.endswith('kernel') else 'bias'
-    return f'decoder.last_conv.8.{kind}'
-  gate = re.fullmatch(r'attention_(\w+?)/(.*)', path)
-  if gate:
+  module, leaf = path.rsplit('/', 1)
+  if module == 'classifier':
+    return f'decoder.last_conv.8.{_LEAVES[leaf]}'
+  if gate := re.fullmatch(r'attention_(\w+?)/(.*)', path):
     return gate_name(*gate.groups())
-  *module, part, leaf = path.split('/')
-  module = '/'.join(module)
-  if module.startswith('backbone/'):
-    rules = _RESNET if backbone.startswith('resnet') else _MOBILENET
-    module = module.removeprefix('backbone/')
-    return f'backbone.{_conv_norm(rules, module, part, leaf)}'
-  return _conv_norm(_HEADS, module, part, leaf)
+  module, part = module.rsplit('/', 1)
+  if not module.startswith('backbone/'):
+    return _conv_norm(_HEADS, module, part, leaf)
+  rules = _RESNET if backbone.startswith('resnet') else _MOBILENET
+  module = module.removeprefix('backbone/')
+  return f'backbone.{_conv_norm(rules, module, part, leaf)}'
 
 
 def gate_name(tap, path):
   """Name of a leaf of the CBAM at `tap`."""
-  names = {
-    'mlp_reduce_kernel': 'ChannelGate.mlp.1.weight',
-    'mlp_reduce_bias': 'ChannelGate.mlp.1.bias',
-    'mlp_expand_kernel': 'ChannelGate.mlp.3.weight',
-    'mlp_expand_bias': 'ChannelGate.mlp.3.bias',
-    'spatial_conv/kernel': 'SpatialGate.spatial.conv.weight',
-  }
-  if path.startswith('spatial_bn/'):
-    leaf = _NORM[path.removeprefix('spatial_bn/')]
-    return f'{tap}.cbam.SpatialGate.spatial.bn.{leaf}'
-  return f'{tap}.cbam.{names[path]}'
+  # The MLP has its leaves in its own names: mlp_reduce_kernel.
+  module, leaf = re.split('/|_(?=kernel$|bias$)', path)
+  return f'{tap}.cbam.{_GATES[module]}.{_LEAVES[leaf]}'
 
 
 def connector_name(tap, path):
   """Name of a leaf of the Connector at `tap`: the last three of their six."""
-  prefix = f'Connectors.{_CONNECTOR_NUMBER[tap]}'
   *_, part, leaf = path.split('/')
-  return f'{prefix}.0.weight' if part == 'conv' else f'{prefix}.1.{_NORM[leaf]}'
+  index = 0 if part == 'conv' else 1
+  return f'Connectors.{_CONNECTOR_NUMBER[tap]}.{index}.{_LEAVES[leaf]}'
 
 
 def aliases(name):
@@ -112,6 +108,37 @@ def aliases(name):
   trunk, index, rest = match.groups()
   half = 'low' if int(index) <= 3 else 'high'
   return [f'{trunk}.{half}_level_features.{index}.{rest}']
+
+
+class Report(NamedTuple):
+  """What an import found; names are those of the file.
+
+  Attributes:
+    loaded: tensors that were used.
+    missing: names that the network needs and the file lacks.
+    unexpected: names that the network has no place for.
+    reshaped: {name: (its shape, the shape that fits)}, not used.
+  """
+
+  loaded: list[str]
+  missing: list[str]
+  unexpected: list[str]
+  reshaped: dict[str, tuple]
+
+  @property
+  def complete(self):
+    return not (self.missing or self.unexpected or self.reshaped)
+
+  def __str__(self):
+    counts = [f'{kind} {len(names)}' for kind, names in self._asdict().items()]
+    parts = [', '.join(counts)]
+    for kind in ('missing', 'unexpected'):
+      if names := getattr(self, kind):
+        more = f' and {len(names) - 5} more' if len(names) > 5 else ''
+        parts.append(f'{kind}: {", ".join(names[:5])}{more}')
+    for name, (found, fits) in [*self.reshaped.items()][:5]:
+      parts.append(f'{name}: has {found}, needs {fits}')
+    return '; '.join(parts)
 
 
 def flatten(tree):
@@ -128,25 +155,27 @@ def fill(target, tensors, name_of):
     name_of: path without collection -> their name.
 
   Returns:
-    The filled tree, in which leaves without a tensor are None; the names that
-    were used; and {name: (shape found, shape wanted)} of those that do not fit.
+    The filled tree, in which leaves without a tensor are None, and a Report.
   """
-  filled, used, reshaped = {}, set(), {}
+  filled, loaded, missing, reshaped = {}, [], [], {}
   for key, leaf in flatten(target).items():
     path = key.split('/', 1)[1]
     name = name_of(path)
     filled[key] = None
     if name not in tensors:
+      missing.append(name)
       continue
-    used.add(name)
     value = np.asarray(tensors[name])
     if path.endswith('kernel'):
       value = value.transpose(_TO_OURS.get(value.ndim, range(value.ndim)))
     if value.shape != leaf.shape:
       reshaped[name] = (value.shape, leaf.shape)
-    else:
-      filled[key] = np.ascontiguousarray(value, dtype=leaf.dtype)
-  return traverse_util.unflatten_dict(filled, sep='/'), used, reshaped
+      continue
+    loaded.append(name)
+    filled[key] = np.ascontiguousarray(value, dtype=leaf.dtype)
+  unexpected = sorted(tensors.keys() - {*loaded, *reshaped})
+  report = Report(sorted(loaded), missing, unexpected, reshaped)
+  return traverse_util.unflatten_dict(filled, sep='/'), report
 
 
 def export(tree, name_of):

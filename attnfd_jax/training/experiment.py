@@ -12,9 +12,7 @@ import jax
 
 from attnfd_jax import distill
 from attnfd_jax import user_code
-from attnfd_jax.config import default_config
 from attnfd_jax.config import leaves
-from attnfd_jax.config import RECIPES
 from attnfd_jax.config import resolve
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import memory
@@ -189,7 +187,7 @@ def check(config, dataset, mesh, workdir):
     stage = Stage('distill', config, dataset, mesh, student)
     teacher = teachers.abstract(config, dataset.class_names)
     _ = with_teacher(stage, teacher).tx
-  _check_files(config, dataset, mesh, workdir)
+  check_files(config, dataset, mesh, workdir)
 
 
 def _checked_network(role, config, dataset):
@@ -205,7 +203,7 @@ def _checked_network(role, config, dataset):
   return network
 
 
-def _check_files(config, dataset, mesh, workdir):
+def check_files(config, dataset, mesh, workdir):
   """What stages that have not begun will read can be read."""
   given = config.teacher.checkpoint or config.teacher.factory
   for name in config.stages:
@@ -251,17 +249,14 @@ def _check_own_teacher(config, workdir):
 
 
 def _stored(path):
-  """{key: value} of a stored config, with defaults of keys younger than it."""
+  """{key: value} of a stored config."""
   try:
-    stored = dict(leaves(json.loads(path.read_text())))
+    return dict(leaves(json.loads(path.read_text())))
   except (ValueError, AttributeError):
     raise InputError(
       f'{path}: damaged; put a copy back, or move it away to resume with the '
       'config of this command.'
     ) from None
-  defaults = json.loads(default_config().to_json_best_effort())
-  recipe = RECIPES.get(stored.get('recipe'), {})
-  return dict(leaves(defaults)) | recipe | stored
 
 
 def _claim(path, config):

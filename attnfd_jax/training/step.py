@@ -140,7 +140,7 @@ def make_train_step(
       loss = loss + sum(
         distiller.weight(name, step) * values[name] for name in distances
       )
-    share = {name: value / accumulate for name, value in terms.items()}
+    share = jax.tree.map(lambda x: x / accumulate, terms)
     return loss, (collections, values | share | {'loss': loss})
 
   def gradients(state, teacher_variables, batch, rng):

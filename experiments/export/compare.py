@@ -17,7 +17,7 @@ import tempfile
 
 import jax
 
-from attnfd_jax import export
+from attnfd_jax.exporting import student
 from attnfd_jax.runs import logs
 
 FOLDER = pathlib.Path(__file__).parent
@@ -37,9 +37,9 @@ def main():
   with tempfile.TemporaryDirectory() as folder:
     for checkpoint in options.checkpoints:
       for kind in options.formats:
-        lines = export.export_student(
+        lines = student.export_student(
           checkpoint,
-          pathlib.Path(folder) / f'student{export.FORMATS[kind]}',
+          pathlib.Path(folder) / f'student.{kind}',
           kind=kind,
           images=options.images,
           num_images=options.num_images,

@@ -60,7 +60,9 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
 from attnfd_jax.reporting import contact_sheet
+from attnfd_jax.training import experiment
 from attnfd_jax.training import stage as stage_module
+from attnfd_jax.training import task_loss
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -496,7 +498,7 @@ def make_weights():
 
 
 _WEIGHTS = make_weights()
-_LEGACY = b''.join(pickle.dumps(v, 2) for v in (torch_files._MAGIC, 1001, {}))
+_LEGACY = b''.join(pickle.dumps(v, 2) for v in (torch_files.MAGIC, 1001, {}))
 
 
 def run_weights(rng, folder):
@@ -531,7 +533,6 @@ def run_weights(rng, folder):
   path = folder / 'weights.pth'
   path.write_bytes(data)
   count = refused(torch_files.read_torch, path)
-  refused(torch_files.read_safetensors, path)
 
   def names():
     torch_models.reference_names(torch_files.read_state_dict(path))
@@ -781,8 +782,8 @@ def build(config, workdir):
   config = resolve(config)
   dataset = sources.load_dataset(config.data)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
-  experiment._check(config, dataset, mesh)
-  experiment._check_files(config, dataset, mesh, workdir)
+  experiment.check(config, dataset, mesh)
+  experiment.check_files(config, dataset, mesh, workdir)
   for name in ('teacher', 'student'):
     if name in config.stages:
       _compute(stage_module.make_stage(name, config, dataset, mesh, workdir))
@@ -797,7 +798,7 @@ def _compute(stage):
   jax.eval_shape(stage.tx.init, params)
   lr = jax.eval_shape(stage.schedule, jax.ShapeDtypeStruct((), np.int32))
   assert not lr.shape
-  stage_module.make_task_loss(config.loss)
+  task_loss.make_task_loss(config.loss)
   pipeline.make_balance(config, dataset)
   if max(config.data.crop_size) < 1000:
     augment = pipeline.make_augment(config)

@@ -23,6 +23,7 @@ from attnfd_jax import attnfd_loss
 from attnfd_jax.devices.sharding import make_mesh
 from attnfd_jax.distill import WeightedSum
 from attnfd_jax.losses import softmax_cross_entropy
+from attnfd_jax.pytorch import distillers
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_models
@@ -81,7 +82,7 @@ def make_batch(seed):
 
 
 def load_pair(distiller, student, teacher=TEACHER):
-  pair = torch_models.load_torch_distiller(
+  pair = distillers.load_torch_distiller(
     distiller.state_dict(),
     student_backbone=student,
     teacher_backbone=teacher,

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the network of a stage to a file, and proves that it agrees."""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+from attnfd_jax.errors import InputError
+from attnfd_jax.errors import one_of
+from attnfd_jax.exporting import agreement
+from attnfd_jax.exporting import fresh_process
+from attnfd_jax.exporting import stablehlo
+from attnfd_jax.inference import predictor
+from attnfd_jax.models import network as networks
+from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.runs import conversion
+from attnfd_jax.runs import loading
+
+# Also how their files end.
+FORMATS = ('stablehlo', 'onnx', 'safetensors', 'pth')
+# Formats that are programs -> the extra with what they need, and that.
+_PROGRAMS = {
+  'stablehlo': ('export', 'flatbuffers'),
+  'onnx': ('onnx', 'onnx', 'onnxruntime'),
+}
+
+
+def _check_arguments(output, kind, form, weights, overwrite):
+  """The path to write; raises InputError for what cannot be done."""
+  one_of('--format', kind, FORMATS)
+  one_of('--weights', weights, stablehlo.WEIGHTS)
+  for name, value in form.items():
+    if value and kind not in _PROGRAMS:
+      raise InputError(
+        f'--{name} needs a program, and --format={kind} holds weights alone; '
+        'use stablehlo or onnx.'
+      )
+  if weights != 'float32' and kind != 'stablehlo':
+    raise InputError(f'--weights={weights} is for --format=stablehlo.')
+  extra, *modules = _PROGRAMS.get(kind, ('',))
+  for name in modules:
+    if importlib.util.find_spec(name) is None:
+      raise InputError(
+        f"--format={kind} needs {name}; pip install 'attnfd_jax[{extra}]'."
+      )
+  if not output:
+    raise InputError('--output is missing; name a file.')
+  path = pathlib.Path(output)
+  ending = path.suffix.removeprefix('.')
+  if ending in FORMATS and ending != kind:
+    raise InputError(f'--output={output} ends as {ending}, not as {kind}.')
+  if path.is_dir():
+    raise InputError(f'--output={output} is a folder; name a file.')
+  if path.exists() and not overwrite:
+    raise InputError(
+      f'--output={output}: exists; add --overwrite to replace it, or name '
+      'another one.'
+    )
+  return path
+
+
+def export_student(
+  checkpoint,
+  output,
+  *,
+  kind,
+  uint8=False,
+  argmax=False,
+  weights='float32',
+  images=None,
+  num_images=agreement.NUM_IMAGES,
+  overwrite=False,
+  allow_code=False,
+):
+  """Writes a file from a stage's folder; returns lines to print.
+
+  Args:
+    checkpoint: folder of a stage; its best checkpoint is taken, and computes
+      in float32 in the file.
+    output: file; replaced in one step, or not at all.
+    kind: of FORMATS; 'onnx' and 'pth' are for DeepLabV3Plus.
+    uint8, argmax: see stablehlo.make_forward; of stablehlo and onnx.
+    weights: of stablehlo.WEIGHTS; the others than float32 are of stablehlo.
+    images, num_images: what it is compared on; see agreement.make_batches.
+    overwrite: replace a file that exists.
+    allow_code: see loading.load_network.
+
+  Raises:
+    InputError: whenever the user can fix it, and if the file does not agree;
+      nothing is written then.
+  """
+  form = {'uint8': uint8, 'argmax': argmax}
+  path = _check_arguments(output, kind, form, weights, overwrite)
+  if not checkpoint:
+    raise InputError('--checkpoint is missing; name the folder of a stage.')
+  network, variables, info = loading.load_network(
+    checkpoint, allow_code=allow_code
+  )
+  conversion.check_format(network, kind)
+  if hasattr(network, 'dtype'):
+    network = network.clone(dtype=None)
+  variables = jax.device_get(variables)
+  stored = stablehlo.shrink(variables, weights)
+  rounded = jax.device_get(stablehlo.grow(stored))
+  forward = stablehlo.make_forward(network, **form)
+  short_side = predictor.seen_short_side(
+    info['eval']['protocol'], info['eval'].get('short_side', 0)
+  )
+  batches, text = agreement.make_batches(
+    images, info, short_side=short_side, count=num_images
+  )
+  if not uint8:
+    batches = [np.asarray(normalise(x)) for x in batches]
+  lines = [
+    f'{predictor.describe(checkpoint, info)}, as {kind}, weights {weights}'
+  ]
+  where, remarks = 'In a fresh process', []
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.{kind}')
+  try:
+    if kind == 'stablehlo':
+      program = stablehlo.make_program(forward, stored, uint8=uint8)
+      temporary.write_bytes(program)
+    elif kind == 'onnx':
+      from attnfd_jax.exporting import onnx_graph
+
+      metadata = conversion.describe_data(info) | {'short_side': short_side}
+      model = onnx_graph.make_model(
+        network, variables, metadata=metadata, **form
+      )
+      temporary.write_bytes(model.SerializeToString())
+    else:
+      _, remarks = conversion.write_weights(
+        temporary, checkpoint, network, variables, info
+      )
+    expected, ours = fresh_process.measure(
+      functools.partial(forward, rounded), batches
+    )
+    if kind in _PROGRAMS:
+      found, theirs = agreement.run_fresh(kind, temporary, batches)
+    elif networks.is_ours(network):
+      options = _options(network)
+      found, theirs = agreement.run_fresh(kind, temporary, batches, options)
+    else:
+      where = 'Read back array by array, no other process having its code'
+      restored = agreement.read_back(temporary, variables)
+      found, theirs = fresh_process.measure(
+        functools.partial(forward, restored), batches
+      )
+    lines += [
+      agreement.check(expected, found, f'{where}, on {text}'),
+      # The last batch has two images of another size.
+      f'{1e3 * np.median(theirs[:-1]):.1f} ms an image on this CPU, '
+      f'{1e3 * np.median(ours[:-1]):.1f} ms by attnfd_jax',
+    ]
+    if weights != 'float32':
+      exact = [np.asarray(forward(variables, x)) for x in batches]
+      lines.append(agreement.describe_rounding(exact, found, weights))
+      kept = {'float32 weights': variables, weights: rounded}
+      if scores := agreement.describe_mious(network, kept, info):
+        lines.append(scores)
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+  size = f'{path}: {path.stat().st_size / 1e6:.1f} MB'
+  if kind not in _PROGRAMS:
+    return [*lines, *remarks, f'{size} of weights']
+  image = 'uint8 RGB' if uint8 else 'normalised float32'
+  scale = f', of a short side of {short_side}' if short_side else ''
+  result = f'logits float32 [b, h, w, {len(info["class_names"])}]'
+  if argmax:
+    result = 'class ids uint8 [b, h, w]'
+  return [*lines, f'{size}; {image} [b, h, w, 3]{scale} -> {result}']
+
+
+def _options(network):
+  """Arguments of DeepLabV3Plus, without those of every Flax module."""
+  names = {x.name for x in dataclasses.fields(network)}
+  names -= {'parent', 'name', 'dtype'}
+  return {name: getattr(network, name) for name in names}

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch files as stages of ours, and stages as PyTorch files."""
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnfd_jax.data import classes
+from attnfd_jax.errors import InputError
+from attnfd_jax.models import deeplab
+from attnfd_jax.models import network as networks
+from attnfd_jax.pytorch import files
+from attnfd_jax.pytorch import names as torch_names
+from attnfd_jax.pytorch import networks as torch_networks
+from attnfd_jax.runs import checkpoints
+from attnfd_jax.runs import loading
+from attnfd_jax.runs import logs
+from attnfd_jax.runs import paths
+
+ENDINGS = ('.pth', '.pth.tar', '.safetensors')
+# Data sets that a number of classes, or their names, show.
+_DATASETS = {
+  'pascal_voc': classes.VOC,
+  'cityscapes': classes.CITYSCAPES,
+  'camvid': classes.CAMVID,
+}
+
+
+def convert(source, target, *, config, allow_code=False, **options):
+  """`import_stage` of a file, with options, or `export_stage` of a folder.
+
+  Raises:
+    InputError: whenever the user can fix it; nothing is written then.
+  """
+  for name, path in (('source', source), ('target', target)):
+    if not path:
+      raise InputError(f'--{name} is missing; name a file or a folder.')
+  source = pathlib.Path(source)
+  if not source.exists():
+    raise InputError(f'--source={source}: no such file or folder.')
+  if source.is_dir() != str(target).endswith(ENDINGS):
+    raise InputError(
+      f'--target={target}: a folder becomes a file that ends in '
+      f'{", ".join(ENDINGS)}, and a file becomes a folder.'
+    )
+  if source.is_file():
+    return import_stage(source, target, config=config, **options)
+  for name, value in options.items():
+    if value not in (None, [], False):
+      raise InputError(f'--{name} is for PyTorch files as --source.')
+  return export_stage(source, target, allow_code=allow_code)
+
+
+def _new(target):
+  if os.path.lexists(target):
+    raise InputError(f'--target={target}: exists; name another one.')
+  return pathlib.Path(target)
+
+
+def _holes(tree):
+  """Paths of the leaves that are None."""
+  return [path for path, x in torch_names.flatten(tree).items() if x is None]
+
+
+def _fill(variables, holes, network):
+  """The variables with random values, as networks start, in place of None."""
+
+  @jax.jit
+  def init(rng):
+    fresh = network.init(rng, jnp.zeros((1, 64, 64, 3)), train=False)
+    fresh = torch_names.flatten(fresh)
+    # Only what is returned is compiled.
+    return {path: fresh[path] for path in holes}
+
+  fresh = jax.device_get(init(jax.random.key(0, impl='rbg')))
+  filled = torch_names.flatten(variables) | fresh
+  return traverse_util.unflatten_dict(filled, sep='/')
+
+
+def _metadata(path):
+  """What `export_stage` left in a .safetensors file, or {}."""
+  if path.suffix != '.safetensors':
+    return {}
+  metadata = files.read_torch(path)['metadata']
+  keys = {'class_names', 'palette', 'in_path_attention'} & metadata.keys()
+  try:
+    return {key: json.loads(metadata[key]) for key in keys}
+  except ValueError:
+    return {}  # Keys of somebody else.
+
+
+def _describe_classes(num_classes, class_names, metadata):
+  """Name of the data set, names of its classes, palette as a list."""
+  names, count = list(class_names), len({*class_names})
+  if names and not len(names) == count == num_classes:
+    raise InputError(
+      f'--class_names has {len(names)} names, {count} of them different; the '
+      f'network has {num_classes} classes.'
+    )
+  names = names or metadata.get('class_names')
+  if not isinstance(names, list) or len(names) != num_classes:
+    alike = [list(x) for x in _DATASETS.values() if len(x) == num_classes]
+    names = [*alike, [f'class_{i}' for i in range(num_classes)]][0]
+  for dataset, table in _DATASETS.items():
+    if names == list(table):
+      return dataset, names, [list(colour) for colour in table.values()]
+  palette = metadata.get('palette', ())
+  if np.shape(palette) != (num_classes, 3):
+    palette = classes.voc_palette(num_classes).tolist()
+  return 'folder', [str(name) for name in names], palette
+
+
+def import_stage(
+  source,
+  target,
+  *,
+  config,
+  backbone=None,
+  num_classes=None,
+  class_names=(),
+  in_path_attention=None,
+  allow_missing=False,
+):
+  """Writes the folder `target` from a PyTorch file; returns lines to print.
+
+  Args:
+    source: .pth, .pth.tar or .safetensors file.
+    target: folder that does not exist.
+    config: of the stage, as far as the file does not show it: a resolved config
+      as plain values.
+    backbone: key of BACKBONES; by default what the names show.
+    num_classes: by default that of the classifier in the file.
+    class_names: in the order of ids.
+    in_path_attention: the CBAMs belong into the forward path of the network;
+      by default what our own .safetensors says, else False, as in the authors'
+      code.
+    allow_missing: fill what does not fit at random.
+
+  Raises:
+    InputError: whenever the user can fix it; nothing is written then.
+  """
+  source, target = pathlib.Path(source), _new(target)
+  tensors = torch_networks.reference_names(files.read_state_dict(source))
+  metadata = _metadata(source)
+  options = torch_networks.infer_options(tensors)
+  given = {'backbone': backbone, 'num_classes': num_classes}
+  options |= {key: value for key, value in given.items() if value is not None}
+  for key in given:
+    if key not in options:
+      raise InputError(f'{source.name}: does not show its {key}; give --{key}.')
+  num_classes = options.pop('num_classes')
+  if in_path_attention is None:
+    in_path_attention = metadata.get('in_path_attention') is True
+  student = config['student'] | options
+  student['in_path_attention'] = in_path_attention
+  network = networks.make_network(student, num_classes)
+  variables, attention, report = torch_networks.import_network(tensors, network)
+  name = networks.describe(student)
+  found = f'{source.name} as {name} with {num_classes} classes: {report}'
+  if not report.loaded:
+    raise InputError(f'{found}; nothing in it fits.')
+  if not report.complete and not allow_missing:
+    raise InputError(f'{found}; --allow_missing fills the rest at random.')
+  dataset, class_names, palette = _describe_classes(
+    num_classes, class_names, metadata
+  )
+  data = config['data'] | {'name': dataset}
+  if dataset == 'folder':
+    data['class_names'] = class_names
+  lines = [found]
+  if torch_networks.backbone_only(report):
+    lines.append('the file holds a backbone and nothing else')
+  if holes := _holes(variables):
+    variables = _fill(variables, holes, network)
+    lines.append(f'{len(holes)} tensors are random: not in the file, or unfit')
+  if _holes(attention or {}):
+    attention = None
+    lines.append('its attention is incomplete and was left out')
+  info = config | {
+    'stage': 'converted',
+    'student': student,
+    'data': data,
+    'source': source.name,
+    'class_names': class_names,
+    'palette': palette,
+  }
+  _write_folder(target, info, variables, attention)
+  gates = 'no attention' if attention is None else 'attention kept'
+  lines.append(f'{target}: {name}, {num_classes} classes ({dataset}), {gates}')
+  return lines
+
+
+def _write_folder(target, info, variables, attention):
+  target.parent.mkdir(parents=True, exist_ok=True)
+  temporary = pathlib.Path(
+    tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent)
+  )
+  try:
+    temporary.chmod(0o755)
+    logs.write_json(temporary / 'config.json', info)
+    logs.write_json(temporary / 'environment.json', logs.environment())
+    if attention is not None:
+      loading.write_attention(temporary, attention)
+    # What checkpoints.restore_student reads of a state in training.
+    collections = dict(variables)
+    params = collections.pop('params')
+    state = {
+      'params': {'student': params},
+      'collections': {'student': collections},
+    }
+    state = jax.tree.map(jnp.asarray, state)
+    with checkpoints.make_manager(temporary / 'checkpoints') as manager:
+      checkpoints.save(manager, 0, state, {'source': info['source']}, miou=0.0)
+      manager.wait_until_finished()
+    temporary.rename(target)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_format(network, kind):
+  """Raises InputError for 'onnx' and 'pth', unless it is DeepLabV3Plus.
+
+  These two name its layers one by one.
+  """
+  name = {'onnx': 'ONNX', 'pth': '.pth'}.get(kind)
+  if name and not networks.is_ours(network):
+    raise InputError(
+      f'{name} is written for DeepLabV3Plus only; use --format=stablehlo or '
+      'safetensors of export.'
+    )
+
+
+def describe_data(info):
+  """What a file says about images and classes, of a stage's config.json."""
+  return {
+    'class_names': info['class_names'],
+    'palette': info['palette'].tolist(),
+    'mean': deeplab.IMAGE_MEAN,
+    'std': deeplab.IMAGE_STD,
+  }
+
+
+def write_weights(path, directory, network, variables, info):
+  """Writes a stage's variables as .pth, .pth.tar or .safetensors.
+
+  DeepLabV3Plus gets the authors' names, another network '<collection>/<path>'.
+
+  Args:
+    path: its ending decides the format.
+    directory: folder of the stage.
+    network, variables, info: as of loading.load_network.
+
+  Returns:
+    number of tensors, and lines to print.
+
+  Raises:
+    InputError: if the network cannot be written so.
+  """
+  is_safetensors, remarks = path.suffix == '.safetensors', []
+  check_format(network, 'safetensors' if is_safetensors else 'pth')
+  if networks.is_ours(network):
+    attention = loading.load_attention(paths.as_path(directory), network)
+    tensors = torch_networks.export_torch(
+      variables, attention, backbone=network.backbone
+    )
+    spec = {x: getattr(network, x) for x in ('backbone', 'in_path_attention')}
+    if network.in_path_attention:
+      remarks.append(
+        "its attention is in the forward path, which the authors' DeepLab has "
+        'not: it loads the file, and computes something else'
+      )
+    elif attention is None:
+      remarks.append(
+        'without attention, as in plain DeepLabV3+; the strict load of the '
+        'authors wants some'
+      )
+  else:
+    tensors = torch_names.flatten(jax.device_get(variables))
+    group = info[loading.role_of(info)]
+    # Where its file lay on this machine says nothing elsewhere.
+    name = pathlib.Path(group['network']).name
+    spec = {'network': name, 'options': group['options']}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if is_safetensors:
+    metadata = (describe_data(info) | spec).items()
+    metadata = {key: json.dumps(value) for key, value in metadata}
+    files.write_safetensors(path, tensors, metadata)
+  else:
+    # What the authors' train_kd.py reads.
+    checkpoint = {'epoch': 0, 'state_dict': tensors, 'best_pred': 0.0}
+    files.write_torch(path, checkpoint)
+  return len(tensors), remarks
+
+
+def export_stage(source, target, *, allow_code=False):
+  """Writes a PyTorch file from a stage's folder; returns lines to print.
+
+  Args:
+    source: folder of a stage; its best checkpoint is taken.
+    target: file that does not exist; its ending decides the format.
+    allow_code: see loading.load_network.
+
+  Raises:
+    InputError: whenever the user can fix it; nothing is written then.
+  """
+  target = _new(target)
+  *network, info = loading.load_network(source, allow_code=allow_code)
+  count, remarks = write_weights(target, source, *network, info)
+  name = networks.describe(info[loading.role_of(info)])
+  return [f'{target}: {name}, {count} entries', *remarks]
