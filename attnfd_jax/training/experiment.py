@@ -187,7 +187,7 @@ def check(config, dataset, mesh, workdir):
     stage = Stage('distill', config, dataset, mesh, student)
     teacher = teachers.abstract(config, dataset.class_names)
     _ = with_teacher(stage, teacher).tx
-  check_files(config, dataset, mesh, workdir)
+  _check_files(config, dataset, mesh, workdir)
 
 
 def _checked_network(role, config, dataset):
@@ -203,7 +203,7 @@ def _checked_network(role, config, dataset):
   return network
 
 
-def check_files(config, dataset, mesh, workdir):
+def _check_files(config, dataset, mesh, workdir):
   """What stages that have not begun will read can be read."""
   given = config.teacher.checkpoint or config.teacher.factory
   for name in config.stages:

@@ -782,8 +782,7 @@ def build(config, workdir):
   config = resolve(config)
   dataset = sources.load_dataset(config.data)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
-  experiment.check(config, dataset, mesh)
-  experiment.check_files(config, dataset, mesh, workdir)
+  experiment.check(config, dataset, mesh, workdir)
   for name in ('teacher', 'student'):
     if name in config.stages:
       _compute(stage_module.make_stage(name, config, dataset, mesh, workdir))
