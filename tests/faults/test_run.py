@@ -140,6 +140,18 @@ def test_timed_saves_change_no_bit(photographed, tmp_path):
       small_run.assert_same_tree(state, states[step])
 
 
+def test_another_config_or_a_damaged_one_is_refused(photographed, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(photographed[0], workdir)
+  config = make_config()
+  config.loss.focal_gamma = 3.0
+  with pytest.raises(InputError, match=r'\(loss.focal_gamma: 2.0 -> 3.0\)'):
+    experiment.train(config, workdir)
+  (workdir / 'config.json').write_text('{"seed"')
+  with pytest.raises(InputError, match=r'config.json: damaged'):
+    experiment.train(make_config(), workdir)
+
+
 @pytest.mark.parametrize(
   ('key', 'value'),
   [
