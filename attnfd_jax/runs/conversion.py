@@ -79,7 +79,7 @@ def _fill(variables, holes, network):
     # Only what is returned is compiled.
     return {path: fresh[path] for path in holes}
 
-  fresh = jax.device_get(init(jax.random.key(0, impl='rbg')))
+  fresh = jax.device_get(init(jax.random.key(0)))
   filled = torch_names.flatten(variables) | fresh
   return traverse_util.unflatten_dict(filled, sep='/')
 

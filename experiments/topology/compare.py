@@ -99,7 +99,7 @@ def make_stage(config):
     out_shardings=sharding.replicated(mesh),
   )
   image = jnp.zeros((1, 64, 64, 3))
-  variables = init(jax.random.key(1, impl='rbg'), image)
+  variables = init(jax.random.key(1), image)
   teacher = dataclasses.replace(teacher, variables=variables)
   return stages.with_teacher(stage, teacher)
 
