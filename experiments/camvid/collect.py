@@ -12,6 +12,8 @@ import json
 import pathlib
 import re
 
+from make_table import method_of
+
 HERE = pathlib.Path(__file__).parent
 
 
@@ -38,12 +40,12 @@ def read_stage(folder, group):
 
 def file_name(entry):
   """E.g. 'cpu_attnfd_resnet18_x0.25_lambda0.3_seed1.json'."""
-  source = entry['stage']
+  source, weight = entry['stage'], None
   if source == 'distill':
-    source = entry['method']
+    source, weight = method_of(entry)
   parts = [entry['group'], source, entry['network']]
-  if 'attnfd' in source:
-    parts.append(f'lambda{entry["attn_lambda"]:g}')
+  if weight is not None:
+    parts.append(f'lambda{weight:g}')
   name = '_'.join([*parts, f'seed{entry["seed"]}'])
   return re.sub(r'[^\w.+]+', '_', name) + '.json'
 

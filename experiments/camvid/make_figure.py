@@ -8,6 +8,7 @@ import collections
 import json
 import pathlib
 
+from make_table import method_of
 from matplotlib.figure import Figure
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -29,7 +30,7 @@ def read_curves(folder):
     if result['stage'] == 'teacher':
       continue
     distilled = result['stage'] == 'distill'
-    name = names[result['method']] if distilled else 'labels alone'
+    name = names[method_of(result)[0]] if distilled else 'labels alone'
     curves[name].append(
       [
         (point['step'] / STEPS_PER_EPOCH, 100 * point['miou'])

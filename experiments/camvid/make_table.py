@@ -29,19 +29,32 @@ def read_results(folder):
   return [json.loads(path.read_text()) for path in files]
 
 
+def method_of(result):
+  """Name of a distilled result's method, and AttnFD's weight or None.
+
+  Results of before version 2 have the weight as `attn_lambda`.
+  """
+  method = result['method']
+  if isinstance(method, str):
+    return method, result['attn_lambda'] if 'attnfd' in method else None
+  return method['name'], method['options'].get('attnfd', {}).get('weight')
+
+
 def teacher_label(result):
   """What a distilled row names as its teacher, with that teacher's score."""
-  return f'{result["teacher"]} ({100 * result["teacher_miou"]:.1f})'
+  teacher = result['teacher']
+  if isinstance(teacher, str):  # As in `method_of`.
+    teacher = {'name': teacher, 'miou': result['teacher_miou']}
+  return f'{teacher["name"]} ({100 * teacher["miou"]:.1f})'
 
 
 def row_key(result):
   """What rows are averaged over: everything but the seed."""
   source = 'labels'
   if result['stage'] == 'distill':
-    weight = ''
-    if 'attnfd' in result['method']:
-      weight = f', lambda {result["attn_lambda"]:g}'
-    source = f'{result["method"]}{weight}, {teacher_label(result)}'
+    method, weight = method_of(result)
+    weight = '' if weight is None else f', lambda {weight:g}'
+    source = f'{method}{weight}, {teacher_label(result)}'
   role = 'teacher' if result['stage'] == 'teacher' else 'student'
   attention = ' with CBAM' if result.get('in_path_attention') else ''
   network = f'{result["network"]}{attention} ({role})'

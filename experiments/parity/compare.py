@@ -20,17 +20,21 @@ import numpy as np
 import torch
 
 from attnfd_jax import attnfd_loss
+from attnfd_jax.config import default_config
+from attnfd_jax.config import resolve
 from attnfd_jax.devices.sharding import make_mesh
-from attnfd_jax.distill import WeightedSum
+from attnfd_jax.distill import make_distiller
 from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.pytorch import distillers
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_models
 from attnfd_jax.runs import logs
+from attnfd_jax.teachers.teacher import FrozenNetwork
 from attnfd_jax.training import optim
 from attnfd_jax.training import state as states
 from attnfd_jax.training import step as steps
+from attnfd_jax.training.task_loss import make_task_loss
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import reference as authors
@@ -224,7 +228,7 @@ def our_gradients(pair, network, teacher, image, label):
     out, _ = network.apply(
       variables, image, train=True, mutable=['batch_stats']
     )
-    ce = softmax_cross_entropy(out['logits'], label) / image.shape[0]
+    ce = softmax_cross_entropy(out['logits'], label).value / image.shape[0]
     distance, _ = attnfd_loss(
       params['distiller'],
       state,
@@ -279,15 +283,28 @@ def trajectory(reference, fresh, student, *, epoch_steps, num_steps):
     )
     for distiller in (fresh(), nudged)
   )
-  pair, network, teacher = load_pair(theirs.distiller, student, SMALL_TEACHER)
+  pair, network, other = load_pair(theirs.distiller, student, SMALL_TEACHER)
   schedule = optim.poly_schedule(
     lr, num_steps=-(-num_steps // epoch_steps) * epoch_steps, power=0.9
   )
+  config = default_config()
+  config.recipe = 'reference'
+  config.distill.attnfd.weight = LAMBDA
+  config = resolve(config)
+  teacher = FrozenNetwork(
+    other,
+    pair.teacher_variables,
+    name=SMALL_TEACHER,
+    class_names=tuple(map(str, range(CLASSES))),
+    batch_statistics=config.distill.teacher_bn == 'batch',
+    gates=pair.distiller_variables['teacher'],
+  )
+  distiller = make_distiller('attnfd', config.distill).adapted(network, teacher)
   tx = optim.make_optimizer(
     schedule,
-    connector_schedule='first_epoch',
+    connector_schedule=distiller.connector_schedule,
     epoch_steps=epoch_steps,
-    mlp_frozen=True,
+    groups=distiller.parameter_groups(),
   )
   wrapped = {
     part: {'methods_attnfd': value}
@@ -300,12 +317,12 @@ def trajectory(reference, fresh, student, *, epoch_steps, num_steps):
   train_step = steps.make_train_step(
     network,
     tx,
+    task_loss=make_task_loss(config.loss),
     teacher=teacher,
-    distiller=WeightedSum({'attnfd': pair.distiller}, {'attnfd': LAMBDA}),
+    distiller=distiller,
     schedule=schedule,
     mesh=make_mesh(),
-    teacher_bn='batch',
-    ce_batch_division=True,
+    ce_batch_division=config.distill.ce_batch_division,
   )
   rows = []
   for index in range(num_steps):
