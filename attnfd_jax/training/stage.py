@@ -209,6 +209,10 @@ class Stage:
       state = jax.device_put(state, self.state_sharding)
     return state
 
+  def abstract_state(self):
+    """Shapes and types of `init_state`, without computing or compiling."""
+    return jax.eval_shape(self._init, self._init_key)
+
   @property
   def _init_key(self):
     # Student and distilled student of one seed start from the same weights.
@@ -229,8 +233,7 @@ class Stage:
     """TrainState of shardings with config.mesh.fsdp, else None."""
     if not self.config.mesh.fsdp:
       return None
-    shapes = jax.eval_shape(self._init, self._init_key)
-    return sharding.split_state(shapes, self.mesh)
+    return sharding.split_state(self.abstract_state(), self.mesh)
 
   def _placed(self, tree):
     """A copy on all devices: a donated state must own its buffers."""

@@ -60,7 +60,7 @@ def measure(devices, options):
   config = config.copy_and_resolve_references()
   config.mesh.data = devices
   stage = train.make_stage(config, 21)
-  state = jax.eval_shape(stage.init_state)
+  state = stage.abstract_state()
   size = (config.batch_size, options.size, options.size)
   batch = {
     'image': jax.ShapeDtypeStruct((*size, 3), jnp.uint8),

@@ -253,8 +253,7 @@ def test_the_step_for_a_gpu_has_no_scatter():
   """--deterministic: XLA has no kernel for one that repeats its bits."""
   compare = load_compare()
   stage = compare.make_stage(compare.make_config(data=1))
-  # As the loop does it; only shapes are needed.
-  state = jax.eval_shape(stage.init_state)
+  state = stage.abstract_state()
   batch = {
     'image': jax.ShapeDtypeStruct((8, 64, 64, 3), np.uint8),
     'label': jax.ShapeDtypeStruct((8, 64, 64), np.uint8),
