@@ -110,16 +110,11 @@ def _find(name):
   return METHODS[name]
 
 
-def split_names(method):
-  """['attnfd', 'kd'] of 'attnfd+kd'; a class of the user's stays whole."""
-  return [method] if user_code.is_code(method) else method.split('+')
-
-
 def title(method):
-  """'AttnFD + KD' of 'attnfd+kd'."""
-  return ' + '.join(
-    TITLES.get(x, x.rpartition(':')[2]) for x in split_names(method)
-  )
+  """'AttnFD + KD' of 'attnfd+kd'; of 'file.py:Class' the class."""
+  if user_code.is_code(method):
+    return method.rpartition(':')[2]
+  return ' + '.join(TITLES[name] for name in method.split('+'))
 
 
 def make_distiller(method, groups, *, options=None, num_steps=1):

@@ -2,6 +2,7 @@
 """Methods that are trained together: 'attnfd+kd', each times its weight."""
 
 from collections.abc import Mapping
+import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -107,6 +108,19 @@ class WeightedSum(nn.Module):
           self.variables_of(name, variables)
         )
     return None
+
+  @nn.nowrap
+  def options(self):
+    """{name: its weight and fields as they are used}, as JSON can hold them."""
+    return {
+      name: {'weight': self.weights[name]}
+      | {
+        field.name: getattr(method, field.name)
+        for field in dataclasses.fields(method)
+        if field.name not in ('parent', 'name')
+      }
+      for name, method in self.methods.items()
+    }
 
   @property
   def connector_schedule(self):

@@ -69,9 +69,7 @@ def write(stage, state, directory, *, step, log):
 
 def _distilled(stage):
   """What a result says of its teacher and of its method."""
-  teacher = stage.teacher
-  options = json.loads(stage.config.distill.to_json_best_effort())
-  method = options['method']
+  teacher, method = stage.teacher, stage.config.distill.method
   return {
     'teacher': {
       'name': teacher.name,
@@ -81,10 +79,8 @@ def _distilled(stage):
     'method': {
       'name': method,
       'title': distill.title(method),
-      'options': {
-        name: options.get(name, options['options'])
-        for name in distill.split_names(method)
-      },
+      # As they are used: the config may ask for what this teacher lacks.
+      'options': json.loads(json.dumps(stage.distiller.options(), default=str)),
       'pictures': stage.distiller.pictures_note,
     },
   }

@@ -86,7 +86,8 @@ def test_result_keys(finished, stage):
     }
     method = result['method']
     assert (method['name'], method['title']) == ('attnfd', 'AttnFD')
-    assert method['options']['attnfd']['weight'] == 0.3
+    options = method['options']['attnfd']
+    assert (options['weight'], options['teacher_attention']) == (0.3, 'in_path')
 
 
 @pytest.mark.parametrize('stage', STAGES)
