@@ -8,7 +8,6 @@ are relative to the largest value of the reference tensor.
 """
 
 import argparse
-import dataclasses
 import functools
 import pathlib
 import sys
@@ -100,7 +99,7 @@ def load_pair(distiller, student, teacher=TEACHER):
       )
       for role in ('student', 'teacher', 'distiller')
     }
-    pair = dataclasses.replace(pair, **wide)
+    pair = pair._replace(**wide)
   return pair, pair.student.clone(**off), pair.teacher.clone(**off)
 
 
