@@ -91,7 +91,7 @@ def part(directory, names, steps, *, goes_on_at=0):
   log.forget_after(goes_on_at)
   facts = {'seed': 3}
   with loggers.opened(names, directory, facts=facts, say=said.append) as each:
-    log.tell(each)
+    log.attach(each)
     for step in steps:
       log.metrics('train', step, {'loss': 1 / step, 'grad_norm': step})
       if step % 2 == 0:
