@@ -14,7 +14,6 @@ from typing import NotRequired
 from typing import Protocol
 from typing import TypedDict
 
-import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,11 +158,15 @@ def check_outputs(network, num_classes, image_size):
   name = type(network).__name__
   try:
     out = abstract_outputs(network, image_size)
-  except (InputError, flax.errors.FlaxError, TypeError, ValueError) as error:
+  except Exception as error:  # Whatever the user's code raises.
+    kind = '' if isinstance(error, ValueError) else f'{type(error).__name__} '
+    first = next(iter(str(error).splitlines()), '')
     raise InputError(
-      f'{name} fails on images {image_size}: {str(error).splitlines()[0]}'
+      f'{name} fails on images {image_size}: {kind}{first}'
     ) from error
-  if not isinstance(out, Mapping) or not {'logits', 'features'} <= out.keys():
+  found = out if isinstance(out, Mapping) else {}
+  whole = isinstance(found.get('features'), Mapping)
+  if not whole or not hasattr(found.get('logits'), 'shape'):
     raise InputError(f"{name} must return a dict with 'logits' and 'features'.")
   expected = (2, *image_size, num_classes)
   if out['logits'].shape != expected:
@@ -172,8 +175,9 @@ def check_outputs(network, num_classes, image_size):
       'at the size of the image; resize them in the network.'
     )
   for tap, x in out['features'].items():
-    if len(x.shape) != 4:
-      raise InputError(f'{name}: map {tap!r} is {x.shape}, not [b, h, w, c].')
+    shape = getattr(x, 'shape', x)
+    if not isinstance(shape, tuple) or len(shape) != 4:
+      raise InputError(f'{name}: map {tap!r} is {shape}, not [b, h, w, c].')
   if 'coarse_logits' in out:
     _check_coarse(network, name)
 

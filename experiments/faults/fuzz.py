@@ -711,13 +711,19 @@ def _flat_keys(config, prefix=''):
       yield f'{prefix}{key}', config.get_ref(key)
 
 
+# Objects of Python that are no network, no method and no teacher.
+_CODE = ('json:nobody', 'collections:OrderedDict', 'builtins:list', 'nobody:x')
 _CHOICES = {
   'recipe': ('clean', 'reference'),
   'stages': (('distill',), ('teacher', 'distill'), ('student',)),
   'teacher.backbone': ('resnet50', 'mobilenet_v2', 'resnet18'),
   'student.backbone': ('mobilenet_v2', 'resnet34'),
+  'student.network': ('deeplabv3plus', 'gone.py:Net', 'json:loads', *_CODE),
+  'teacher.network': ('deeplabv3plus', 'gone.py:Net', 'json:loads', *_CODE),
+  'teacher.factory': ('gone.py:make', *_CODE),
   'teacher.output_stride': (8,),
-  'distill.method': ('attnfd', 'kd', 'attnfd+kd', 'attnfd+attnfd', '+'),
+  'distill.method': ('attnfd', 'kd', 'attnfd+kd', 'attnfd+attnfd', '+', *_CODE),
+  'distill.kd.weight_schedule': ('linear_to_zero',),
   'distill.attnfd.match_size': ('to_teacher', 'to_student'),
   'distill.attnfd.norm_scope': ('image', 'pixel', 'channel'),
   'distill.attnfd.reduction': ('batchmean', 'unitmean', 'mean'),

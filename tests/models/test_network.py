@@ -55,8 +55,14 @@ class Answer(nn.Module):
       return logits, features
     if self.kind == 'vector':
       out['features'] = {'map': jnp.mean(coarse, (1, 2))}
+    if self.kind == 'no map':
+      out['features'] = None
+    if self.kind == 'list':
+      out['features'] = {'map': [coarse]}
     if self.kind == 'raises':
       raise ValueError('sides must be multiples of 5')
+    if self.kind == 'typo':
+      return self.logitz
     return out
 
 
@@ -108,7 +114,10 @@ def test_a_network_that_keeps_the_contract_passes():
     ('small', r'logits are \(2, 8, 12, 3\), expected \(2, 32, 48, 3\)'),
     ('tuple', "must return a dict with 'logits' and 'features'"),
     ('vector', r"map 'map' is \(2, 3\), not \[b, h, w, c\]"),
+    ('no map', "must return a dict with 'logits' and 'features'"),
+    ('list', r"map 'map' is \[.*\], not \[b, h, w, c\]"),
     ('raises', r'fails on images \(32, 48\): sides must be multiples of 5'),
+    ('typo', 'fails on images .*: AttributeError .*logitz'),
   ],
 )
 def test_what_breaks_the_contract_is_named(kind, message):
