@@ -406,8 +406,10 @@ def test_a_run_with_files_of_pytorch(tmp_path, tensors, capfd, monkeypatch):
   assert 'compiling the training step' not in out
   config.teacher.min_miou = 0.0
   result = experiment.train(config, tmp_path / 'run')['distill']
-  assert result['teacher_attention'] == 'checkpoint'
-  assert 0 <= result['teacher_miou'] < 0.99
+  options = result['method']['options']['attnfd']
+  assert options['teacher_attention'] == 'checkpoint'
+  assert 0 <= result['teacher']['miou'] < 0.99
+  assert result['teacher']['source'].endswith('teacher.pth.tar')
   (state,) = states
   gates = state.collections['distiller']['teacher']['methods_attnfd']
   student = {

@@ -32,7 +32,7 @@ def make_run(folder, *, seed=0, miou=MIOU, stages=STAGES):
   config = {'seed': seed, 'stages': STAGES}
   config['data'] = {'name': 'camvid', 'root': '<root>'}
   config['student'] = {'backbone': 'resnet18'}
-  config['distill'] = {'attn_lambda': 2.0}
+  config['distill'] = {'attnfd': {'weight': 2.0}}
   _write_json(folder / 'config.json', config)
   image = rng.integers(0, 256, (3, 12, 16, 3), np.uint8)
   label = rng.integers(0, 5, (3, 12, 16), np.uint8)
@@ -212,7 +212,7 @@ def test_seeds_are_summarised(tmp_path):
 
   # Runs with other settings are not averaged.
   config = json.loads((folders[1] / 'config.json').read_text())
-  config['distill']['attn_lambda'] = 3.5
+  config['distill']['attnfd']['weight'] = 3.5
   _write_json(folders[1] / 'config.json', config)
   page = _page(folders, tmp_path / 'report.html')
   assert (

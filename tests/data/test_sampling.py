@@ -118,7 +118,7 @@ def test_presence_is_counted_once(monkeypatch, tmp_path):
     ('balanced', 1.5, r'config.data.balanced=1.5 must be from 0 to 1\.'),
     ('balanced', -0.1, r'config.data.balanced=-0.1 must be from 0 to 1\.'),
     ('rotation', 181.0, r'config.data.rotation=181.0 must be from 0 to 180\.'),
-    ('rotation', float('nan'), r'config.data.rotation=nan must be from 0'),
+    ('rotation', float('nan'), r'config.data.rotation=nan must be from'),
   ],
   ids=str,
 )
