@@ -8,9 +8,11 @@ user's choice; what a run's folder names runs only with --allow_code.
 import functools
 import hashlib
 import importlib
-import importlib.util
 import pathlib
 import sys
+import types
+
+from etils import epath
 
 from attnfd_jax.errors import InputError
 
@@ -27,12 +29,12 @@ def is_file(spec):
 
 def path_of(spec):
   """The file of 'file.py:Object'."""
-  return pathlib.Path(spec.rpartition(':')[0])
+  return epath.Path(spec.rpartition(':')[0])
 
 
 def sha256(path):
   """Hex digest of a file's bytes."""
-  return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+  return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
 
 
 def load_object(spec, *, option):
@@ -57,7 +59,7 @@ def load_object(spec, *, option):
     raise InputError(f'{option}={spec!r}: there is no file {where}.')
   try:
     if is_file(spec):
-      module = _load_file(str(path_of(spec).resolve()), sha256(where))
+      module = _run(path_of(spec).read_bytes(), where)
     else:
       module = importlib.import_module(where)
   except InputError:
@@ -73,15 +75,18 @@ def load_object(spec, *, option):
 
 
 @functools.cache
-def _load_file(path, digest):
+def _run(source, path):
+  """The module of a file's bytes, which are what was hashed: no cached bytecode
+  beside the file can take their place.
+  """
   # One name for each content: dataclasses and pickle look modules up by name.
-  name = f'{pathlib.Path(path).stem}_{digest[:8]}'
-  spec = importlib.util.spec_from_file_location(name, path)
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[name] = module
+  digest = hashlib.sha256(source).hexdigest()
+  module = types.ModuleType(f'{pathlib.PurePath(path).stem}_{digest[:8]}')
+  module.__file__ = path
+  sys.modules[module.__name__] = module
   try:
-    spec.loader.exec_module(module)
+    exec(compile(source, path, 'exec'), module.__dict__)
   except BaseException:
-    del sys.modules[name]
+    del sys.modules[module.__name__]
     raise
   return module

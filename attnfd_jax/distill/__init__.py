@@ -21,6 +21,8 @@ from attnfd_jax.errors import within
 
 METHODS = {}  # Name -> class.
 WEIGHTS = {}  # Name -> default weight.
+# Of other terms in the log of a step.
+_TAKEN = ('loss', 'ce', 'ohem', 'focal', 'dice', 'grad_norm', 'learning_rate')
 TITLES = {}  # Name -> as people write it.
 
 
@@ -132,7 +134,14 @@ def make_distiller(method, groups, *, options=None, num_steps=1):
   own = user_code.is_code(method)
   if own:
     name = method.rpartition(':')[2].lower()
+    if name in _TAKEN:
+      name += '_method'
     chosen = {name: (_find(method), dict(options or {}))}
+  elif options:
+    raise InputError(
+      f'config.distill.options={dict(options)} are of a class of your own; '
+      f'those of {method} are keys of config.distill.{method.split("+")[0]}.'
+    )
   else:
     chosen = {x: (_find(x), dict(groups[x])) for x in method.split('+')}
   methods, weights, schedules = {}, {}, {}

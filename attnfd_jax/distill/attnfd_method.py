@@ -9,6 +9,7 @@ from attnfd_jax.distill import attnfd
 from attnfd_jax.distill import taps as matching
 from attnfd_jax.distill.attnfd import AttnFD
 from attnfd_jax.distill.method import CONNECTOR_SCHEDULES
+from attnfd_jax.errors import InputError
 from attnfd_jax.errors import one_of
 
 _FROZEN = ('checkpoint', 'random')
@@ -81,20 +82,33 @@ class AttnFDMethod(nn.Module):
     resnets = all(name.startswith('resnet') for name in backbones)
     return self.clone(
       teacher_attention=attention,
-      fan_out_taps=('backbone',) if resnets else self.fan_out_taps,
+      fan_out_taps=self.fan_out_taps or (('backbone',) if resnets else ()),
     )
 
   def adopt(self, variables, teacher):
-    """`variables` with the gates of the teacher's checkpoint."""
-    if self.teacher_attention != 'checkpoint' or teacher.gates is None:
+    """`variables` with the gates of the teacher's checkpoint.
+
+    Raises:
+      InputError: if they do not fit the teacher's maps.
+    """
+    gates = getattr(teacher, 'gates', None)
+    if self.teacher_attention != 'checkpoint' or gates is None:
       return variables
-    shapes = jax.tree.map(jnp.shape, variables['teacher'])
-    if jax.tree.map(jnp.shape, teacher.gates) != shapes:
-      raise ValueError(
+    own = variables['teacher']
+    try:
+      chosen = {
+        part: {tap: gates[part][tap] for tap in taps}
+        for part, taps in own.items()
+      }
+      fits = jax.tree.map(lambda x, y: x.shape == y.shape, own, chosen)
+    except (KeyError, ValueError):
+      fits = False
+    if not all(jax.tree.leaves(fits)):
+      raise InputError(
         'The gates in the checkpoint of the teacher do not fit its maps; use '
-        'teacher_attention=parameter_free.'
+        '--config.distill.attnfd.teacher_attention=parameter_free.'
       )
-    return {**variables, 'teacher': teacher.gates}
+    return {**variables, 'teacher': chosen}
 
   def parameter_groups(self):
     """As the authors group them; their optimiser never sees the MLP."""

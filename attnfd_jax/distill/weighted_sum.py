@@ -28,10 +28,13 @@ class WeightedSum(nn.Module):
   num_steps: int = 1
 
   @nn.nowrap
+  def _schedule(self, name):
+    return (self.weight_schedules or {}).get(name, 'constant')
+
+  @nn.nowrap
   def weight(self, name, step):
     """Of a method at a step."""
-    schedule = (self.weight_schedules or {}).get(name, 'constant')
-    if schedule == 'constant':
+    if self._schedule(name) == 'constant':
       return self.weights[name]
     left = 1 - jnp.asarray(step, jnp.float32) / self.num_steps
     return self.weights[name] * jnp.maximum(left, 0)
@@ -113,7 +116,10 @@ class WeightedSum(nn.Module):
   def options(self):
     """{name: its weight and fields as they are used}, as JSON can hold them."""
     return {
-      name: {'weight': self.weights[name]}
+      name: {
+        'weight': self.weights[name],
+        'weight_schedule': self._schedule(name),
+      }
       | {
         field.name: getattr(method, field.name)
         for field in dataclasses.fields(method)
@@ -143,7 +149,7 @@ class WeightedSum(nn.Module):
       own = self._optimizers_of(method)
       if hasattr(method, 'parameter_groups'):
         found += [
-          (f'methods_{name}/{regex}', f'{name}_{x}' if x in own else x)
+          (f'methods_{name}/(?:{regex})', f'{name}_{x}' if x in own else x)
           for regex, x in method.parameter_groups()
         ]
     return tuple(found)

@@ -16,7 +16,7 @@ from attnfd_jax.metrics import confusion_matrix
 from attnfd_jax.models.deeplab import normalise
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=4)  # A teacher of the user's is held by it.
 def make_eval_step(network, num_classes, mesh):
   """Returns jitted (variables, batch) -> confusion matrix int32 [k, k].
 

@@ -99,6 +99,11 @@ def make_network(config, num_classes, *, dtype='float32', **changes):
   """
   name = config['network']
   if name in NETWORKS:
+    if config['options']:
+      raise InputError(
+        f'options={dict(config["options"])} are of a class of your own; those '
+        f'of {name} are keys of the group, such as width_multiplier.'
+      )
     network_class = NETWORKS[name]
     keys = _fields(network_class) & set(config) - _OTHER_KEYS
     options = {key: config[key] for key in keys}
@@ -164,6 +169,17 @@ def check_outputs(network, num_classes, image_size):
     raise InputError(
       f'{name} fails on images {image_size}: {kind}{first}'
     ) from error
+  check_shapes(out, name, num_classes, image_size)
+  if 'coarse_logits' in out:
+    _check_coarse(network, name)
+
+
+def check_shapes(out, name, num_classes, image_size):
+  """Holds Outputs, or their shapes, for two images to the contract.
+
+  Raises:
+    InputError: names what differs and what is expected.
+  """
   found = out if isinstance(out, Mapping) else {}
   whole = isinstance(found.get('features'), Mapping)
   if not whole or not hasattr(found.get('logits'), 'shape'):
@@ -172,14 +188,12 @@ def check_outputs(network, num_classes, image_size):
   if out['logits'].shape != expected:
     raise InputError(
       f'{name}: logits are {out["logits"].shape}, expected {expected}: scores '
-      'at the size of the image; resize them in the network.'
+      'at the size of the image; resize them where they are made.'
     )
   for tap, x in out['features'].items():
     shape = getattr(x, 'shape', x)
     if not isinstance(shape, tuple) or len(shape) != 4:
       raise InputError(f'{name}: map {tap!r} is {shape}, not [b, h, w, c].')
-  if 'coarse_logits' in out:
-    _check_coarse(network, name)
 
 
 def _check_coarse(network, name):

@@ -130,7 +130,15 @@ def import_network(tensors, network):
   Returns:
     The variables, None where a tensor is missing; the three CBAMs as
     {'params', 'batch_stats'} or None; and a Report.
+
+  Raises:
+    InputError: for a network of the user's, whose names nobody knows.
   """
+  if not networks.is_ours(network):
+    raise InputError(
+      f'{type(network).__name__}: PyTorch files are read for DeepLabV3Plus '
+      'only; load the weights of your own network in its own code.'
+    )
   target = _abstract(network)
   # A parameter-free CBAM leaves its unused convolution in the file.
   has_gates = 'backbone.cbam.ChannelGate.mlp.1.weight' in tensors

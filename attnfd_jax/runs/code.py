@@ -46,7 +46,7 @@ def store(directory, config, stored):
     digest = digests[spec] = user_code.sha256(path)
     if stored.get(spec, digest) != digest:
       raise InputError(
-        f'{path} has changed since {directory} was begun; put the old file '
+        f'{path} has changed since the run was begun; put the old file '
         'back, or use another --workdir.'
       )
     target = _place(directory, spec, digest)

@@ -42,7 +42,7 @@ def convert(source, target, *, config, allow_code=False, **options):
   for name, path in (('source', source), ('target', target)):
     if not path:
       raise InputError(f'--{name} is missing; name a file or a folder.')
-  source = pathlib.Path(source)
+  source = paths.as_path(source)
   if not source.exists():
     raise InputError(f'--source={source}: no such file or folder.')
   if source.is_dir() != str(target).endswith(ENDINGS):

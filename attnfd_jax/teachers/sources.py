@@ -50,12 +50,11 @@ def from_config(config, workdir, class_names, mesh):
   )
   _check_classes(directory, info['class_names'], class_names)
   result = directory / 'result.json'
-  dtype = networks.compute_dtype(config.optim.dtype)
-  changes = {'dtype': dtype}
   if networks.is_ours(network):
-    changes['aspp_dropout'] = 0.0
+    dtype = networks.compute_dtype(config.optim.dtype)
+    network = network.clone(dtype=dtype, aspp_dropout=0.0)
   return FrozenNetwork(
-    network.clone(**changes),
+    network,
     variables,
     name=networks.describe(info[loading.role_of(info)]),
     class_names=class_names,
@@ -102,7 +101,14 @@ def _check_classes(source, found, class_names):
 
 
 def _from_factory(factory, class_names, mesh):
-  teacher = user_code.load_object(factory, option='config.teacher.factory')()
+  make = user_code.load_object(factory, option='config.teacher.factory')
+  try:
+    teacher = make()
+  except Exception as error:  # Whatever the user's code raises.
+    raise InputError(
+      f'config.teacher.factory={factory!r}: it raised '
+      f'{type(error).__name__}: {error}; see where with --debug.'
+    ) from error
   missing = [
     x
     for x in ('name', 'class_names', 'variables', 'apply')

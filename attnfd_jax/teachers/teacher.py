@@ -49,7 +49,8 @@ class FrozenNetwork:
     name, class_names: see Teacher.
     batch_statistics: normalize by the batch while a student learns, as the
       authors' teacher does; its running statistics never change.
-    dropout: drop at random while a student learns.
+    dropout: drop at random while a student learns; a network of the user's
+      drops where it normalizes by the batch.
     gates: frozen CBAMs at its taps, {'params', 'batch_stats'}, or None.
     source: folder, file, or 'this run'.
     miou: on val, or None.
@@ -73,11 +74,17 @@ class FrozenNetwork:
     """See Teacher."""
     if rng is None:
       return self.network.apply(variables, image, train=False)
-    options = {'train': self.batch_statistics, 'rngs': {'dropout': rng}}
+    train, rngs = self.batch_statistics, {'dropout': rng}
     if networks.is_ours(self.network):
-      options['dropout'] = self.dropout
-    # Statistics are not mutable here: the teacher stays as it is.
-    return self.network.apply(variables, image, **options)
+      # Statistics are not mutable here: the teacher stays as it is.
+      return self.network.apply(
+        variables, image, train=train, dropout=self.dropout, rngs=rngs
+      )
+    changing = [name for name in variables if name != 'params']
+    outputs, _ = self.network.apply(
+      variables, image, train=train, rngs=rngs, mutable=changing
+    )
+    return outputs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -303,6 +303,7 @@ def _run_stage(name, config, dataset, mesh, workdir, stop):
     saved, state, run_facts, log=log.line
   )
   log.forget_after(latest)
+  processes.wait('the log is whole')
   if latest:
     log.line(f'resumed from step {latest}')
   with loggers.opened(
@@ -335,11 +336,11 @@ def _percent(miou):
 
 def _describe(stage, directory):
   """Writes config.json and environment.json, and keeps the user's code."""
-  path, stored = directory / 'config.json', {}
-  if path.exists():
+  path, stored, kept = directory / 'config.json', {}, {}
+  # The stages of a run use the same files: else they could not be compared.
+  for other in directory.parent.glob('*/config.json'):
     with contextlib.suppress(ValueError, AttributeError):
-      stored = json.loads(path.read_text()).get('code', {})
-  kept = {}
+      stored |= json.loads(other.read_text()).get('code', {})
   if code.specs(stage.config) and processes.is_first():
     kept = {'code': code.store(directory, stage.config, stored)}
   logs.write_json(path, stage.description() | kept)

@@ -36,7 +36,7 @@ def make_labels(groups=()):
   rules = [
     (r'student/backbone/.*', 'backbone'),
     (r'student/.*', 'head'),
-    *((f'distiller/{regex}', group) for regex, group in groups),
+    *((f'distiller/(?:{regex})', group) for regex, group in groups),
     (r'distiller/.*', 'head'),
   ]
 

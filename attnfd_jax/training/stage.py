@@ -62,7 +62,21 @@ def abstract_outputs(teacher, image_size):
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), teacher.variables
   )
-  return jax.eval_shape(Scored(teacher).apply, shapes, image)
+
+  def learn(variables, image):
+    return teacher.apply(variables, image, rng=jax.random.key(0))
+
+  try:
+    out = jax.eval_shape(learn, shapes, image)
+  except Exception as error:  # Of a teacher of the user's, anything.
+    first = next(iter(str(error).splitlines()), '')
+    raise InputError(
+      f'{teacher.name}: the teacher fails on images {tuple(image_size)}: '
+      f'{type(error).__name__} {first}'
+    ) from error
+  names = teacher.class_names
+  networks.check_shapes(out, teacher.name, len(names), tuple(image_size))
+  return out
 
 
 def make_stage_distiller(config, student, teacher, *, num_steps=1):
@@ -315,7 +329,9 @@ class Stage:
 
   def score_teacher(self):
     """As `evaluate`, of the teacher on val."""
-    return self.evaluate(self.teacher.variables, network=Scored(self.teacher))
+    # Where it has a module, that is scored: programs are shared by it.
+    network = getattr(self.teacher, 'network', None) or Scored(self.teacher)
+    return self.evaluate(self.teacher.variables, network=network)
 
   def description(self):
     """The stage's config.json: enough to rebuild the network without data."""

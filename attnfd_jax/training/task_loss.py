@@ -98,7 +98,10 @@ def check_class_weights(options, class_names):
 def _counted_before(workdir):
   """Weights that another stage, or a part before a restart, wrote down."""
   for path in sorted(workdir.glob('*/config.json')):
-    options = json.loads(path.read_text()).get('loss', {})
+    try:
+      options = json.loads(path.read_text()).get('loss', {})
+    except ValueError:
+      continue  # Damaged: it will be written again.
     if options.get('weighting') == 'auto' and options['class_weights']:
       return tuple(options['class_weights'])
   return None

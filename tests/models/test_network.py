@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from attnfd_jax import losses
+from attnfd_jax import user_code
 from attnfd_jax.config import default_config
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
@@ -162,3 +163,15 @@ def test_large_logits_of_another_upsampling_have_their_own_loss(monkeypatch):
   )
   _, metrics = step(state, {}, batch, jax.random.key(0))
   np.testing.assert_allclose(metrics['ce'], expected, rtol=1e-5)
+
+
+def test_the_bytes_that_were_hashed_are_run(tmp_path):
+  """Python would take compiled code beside the file, unread, in their place."""
+  path = tmp_path / 'net.py'
+  path.write_text(CODE)
+  spec = f'{path}:Net'
+  first = user_code.load_object(spec, option='network')
+  assert first is user_code.load_object(spec, option='network')
+  assert [x.name for x in tmp_path.iterdir()] == ['net.py']
+  path.write_text(CODE.replace('width: int = 4', 'width: int = 5'))
+  assert user_code.load_object(spec, option='network')(2).width == 5

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Teachers by name: stages, and functions of the user's."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from attnfd_jax.config import default_config
 from attnfd_jax.config import resolve
 from attnfd_jax.devices import sharding
+from attnfd_jax.distill import METHODS
 from attnfd_jax.errors import InputError
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.network import abstract_variables
@@ -109,3 +111,37 @@ def test_what_is_no_teacher_is_refused(tmp_path, options, message):
   with pytest.raises(InputError, match=message) as error:
     from_factory(tmp_path, **options)
   assert '\n' not in str(error.value)
+
+
+class Normed(nn.Module):
+  """A network of the user's whose statistics would move in training."""
+
+  num_classes: int = 2
+  dtype: None = None
+
+  @nn.compact
+  def __call__(self, image, *, train):
+    x = nn.Conv(2, (1, 1))(image)
+    x = nn.BatchNorm(not train, dtype=self.dtype)(x)
+    return {'logits': x, 'features': {}}
+
+
+def test_batch_statistics_of_a_users_network_are_not_kept():
+  image = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+  network = Normed()
+  variables = network.init(jax.random.key(0), image, train=False)
+  teacher = FrozenNetwork(network, variables, 'x', NAMES, batch_statistics=True)
+  out = teacher.apply(variables, image, rng=jax.random.key(1))
+  np.testing.assert_allclose(np.mean(out['logits'], (0, 1, 2)), 0, atol=1e-5)
+
+
+def test_gates_of_the_taps_that_are_compared_are_adopted():
+  gates = {'params': {'backbone': np.ones(2), 'aspp': np.ones(3)}}
+  method = METHODS['attnfd'](teacher_attention='checkpoint')
+  teacher = FrozenNetwork(None, {}, 'x', NAMES, gates=gates)
+  fresh = {'teacher': {'params': {'aspp': np.zeros(3)}}}
+  found = method.adopt(fresh, teacher)['teacher']
+  assert set(found['params']) == {'aspp'} and found['params']['aspp'][0] == 1
+  wrong = {'teacher': {'params': {'decoder': np.zeros(3)}}}
+  with pytest.raises(InputError, match='do not fit its maps'):
+    method.adopt(wrong, teacher)

@@ -130,3 +130,14 @@ def test_evaluated_are_averaged_params_with_the_statistics_of_now():
     found = state.variables(name)
     np.testing.assert_array_equal(found['params']['w'], [3, 3])
     np.testing.assert_array_equal(found['batch_stats']['mean'], [5, 5])
+
+
+def test_each_alternative_of_a_group_has_its_prefix():
+  class Two(distill.METHODS['kd']):
+    def parameter_groups(self):
+      return ((r'proj/.*|disc/.*', 'frozen'),)
+
+  groups = distill.WeightedSum({'two': Two()}, {'two': 1.0}).parameter_groups()
+  tree = {part: {'w': jnp.ones(1)} for part in ('proj', 'disc', 'other')}
+  labels = optim.make_labels(groups)({'distiller': {'methods_two': tree}})
+  assert jax.tree.leaves(labels) == ['frozen', 'head', 'frozen']
