@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attnfd_jax.errors import one_of
 from attnfd_jax.models import layers
 from attnfd_jax.models import resizing
 from attnfd_jax.models.attention import CBAM
@@ -100,7 +101,7 @@ class Connector(nn.Module):
 
 
 def check_options(module):
-  """Raises ValueError for an option of AttnFD that does not exist."""
+  """Raises InputError for an option of AttnFD that does not exist."""
   for name, allowed in (
     ('teacher_attention', TEACHER_ATTENTION),
     ('student_attention', STUDENT_ATTENTION),
@@ -109,10 +110,7 @@ def check_options(module):
     ('teacher_bn', ('batch', 'running')),
     ('match_size', MATCH_SIZES),
   ):
-    if getattr(module, name) not in allowed:
-      raise ValueError(
-        f'{name}={getattr(module, name)!r} must be one of {", ".join(allowed)}.'
-      )
+    one_of(name, getattr(module, name), allowed)
 
 
 class AttnFD(nn.Module):

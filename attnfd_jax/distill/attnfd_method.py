@@ -12,8 +12,6 @@ from attnfd_jax.distill.method import CONNECTOR_SCHEDULES
 from attnfd_jax.errors import InputError
 from attnfd_jax.errors import one_of
 
-_FROZEN = ('checkpoint', 'random')
-
 
 class AttnFDMethod(nn.Module):
   """`AttnFD` between the taps that two networks share.
