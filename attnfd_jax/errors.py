@@ -43,3 +43,12 @@ def one_of(name, value, choices):
   """Raises InputError unless `value` is one of the choices."""
   if value not in choices:
     raise InputError(f'{name}={value!r} must be one of {", ".join(choices)}.')
+
+
+def first_line(error):
+  """First line of what the user's code raised, with its type if no ValueError.
+
+  JAX adds lines of its own.
+  """
+  kind = '' if isinstance(error, ValueError) else f'{type(error).__name__} '
+  return kind + next(iter(str(error).splitlines()), '')

@@ -15,6 +15,7 @@ from attnfd_jax.distill.attnfd_method import AttnFDMethod
 from attnfd_jax.distill.kd import LogitKD
 from attnfd_jax.distill.weighted_sum import SCHEDULES
 from attnfd_jax.distill.weighted_sum import WeightedSum
+from attnfd_jax.errors import first_line
 from attnfd_jax.errors import InputError
 from attnfd_jax.errors import one_of
 from attnfd_jax.errors import within
@@ -93,10 +94,7 @@ def abstract_variables(method, student, teacher):
   try:
     return jax.eval_shape(init, student, teacher, labels)
   except Exception as error:  # Of a method of the user's, anything.
-    kind = '' if isinstance(error, ValueError) else f'{type(error).__name__} '
-    # JAX adds lines of its own.
-    first = next(iter(str(error).splitlines()), '')
-    raise InputError(f'config.distill.method: {kind}{first}') from error
+    raise InputError(f'config.distill.method: {first_line(error)}') from error
 
 
 def _find(name):

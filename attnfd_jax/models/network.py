@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnfd_jax import user_code
+from attnfd_jax.errors import first_line
 from attnfd_jax.errors import InputError
 from attnfd_jax.errors import one_of
 from attnfd_jax.models import resizing
@@ -164,10 +165,8 @@ def check_outputs(network, num_classes, image_size):
   try:
     out = abstract_outputs(network, image_size)
   except Exception as error:  # Whatever the user's code raises.
-    kind = '' if isinstance(error, ValueError) else f'{type(error).__name__} '
-    first = next(iter(str(error).splitlines()), '')
     raise InputError(
-      f'{name} fails on images {image_size}: {kind}{first}'
+      f'{name} fails on images {image_size}: {first_line(error)}'
     ) from error
   check_shapes(out, name, num_classes, image_size)
   if 'coarse_logits' in out:
