@@ -3,14 +3,10 @@
 
 import importlib
 
-from attnfd_jax.distill import make_method
-from attnfd_jax.distill import METHODS
-from attnfd_jax.distill.attnfd import AttnFD
-from attnfd_jax.distill.attnfd import attnfd_loss
-from attnfd_jax.metrics import confusion_matrix
-from attnfd_jax.metrics import mean_iou
-from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.distill import make_method, METHODS
+from attnfd_jax.distill.attnfd import AttnFD, attnfd_loss
+from attnfd_jax.metrics import confusion_matrix, mean_iou
+from attnfd_jax.models.deeplab import DeepLabV3Plus, normalise
 from attnfd_jax.pytorch.distillers import load_torch_distiller
 from attnfd_jax.pytorch.networks import load_torch
 

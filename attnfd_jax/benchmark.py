@@ -18,9 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from attnfd_jax import cli
-from attnfd_jax.benchmarks import data
-from attnfd_jax.benchmarks import predict
-from attnfd_jax.benchmarks import train
+from attnfd_jax.benchmarks import data, predict, train
 from attnfd_jax.errors import InputError
 
 # Name -> function of the flags; prints for people, returns what is JSON.

@@ -7,9 +7,7 @@ import re
 import sys
 import traceback
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 import jax
 
 from attnfd_jax import user_cache

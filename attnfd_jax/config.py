@@ -8,13 +8,10 @@ item can be overridden after it: --config.distill.teacher_bn=batch.
 
 import os
 
-from ml_collections import config_dict
-from ml_collections import ConfigDict
+from ml_collections import config_dict, ConfigDict
 
 from attnfd_jax import distill
-from attnfd_jax.errors import InputError
-from attnfd_jax.errors import one_of
-from attnfd_jax.errors import within
+from attnfd_jax.errors import InputError, one_of, within
 
 # METHOD section 5: what the authors' code does, and what we would advise.
 RECIPES = {

@@ -14,8 +14,7 @@ import json
 from absl import flags
 
 from attnfd_jax import cli
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
+from attnfd_jax.config import default_config, resolve
 from attnfd_jax.runs import conversion
 
 

@@ -16,8 +16,7 @@ from absl import flags
 
 from attnfd_jax import cli
 from attnfd_jax.errors import InputError
-from attnfd_jax.inference import options
-from attnfd_jax.inference import scoring
+from attnfd_jax.inference import options, scoring
 from attnfd_jax.runs import logs
 
 

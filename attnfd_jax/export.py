@@ -16,9 +16,7 @@ from absl import flags
 import jax
 
 from attnfd_jax import cli
-from attnfd_jax.exporting import agreement
-from attnfd_jax.exporting import stablehlo
-from attnfd_jax.exporting import student
+from attnfd_jax.exporting import agreement, stablehlo, student
 
 
 def main(argv):

@@ -21,8 +21,7 @@ from absl import flags
 
 from attnfd_jax import cli
 from attnfd_jax.errors import InputError
-from attnfd_jax.inference import image_files
-from attnfd_jax.inference import options
+from attnfd_jax.inference import image_files, options
 
 
 def main(argv):

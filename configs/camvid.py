@@ -10,8 +10,7 @@ ImageNet weights its ResNet-101 teacher stays below the student it should teach
 H100. All numbers: experiments/camvid/README.md.
 """
 
-from attnfd_jax.config import debug
-from attnfd_jax.config import default_config
+from attnfd_jax.config import debug, default_config
 
 
 def get_config(arg=None):

@@ -13,8 +13,7 @@ command; crop and base size are the defaults of their script. Not run by us on
 the real images.
 """
 
-from attnfd_jax.config import reference_config
-from attnfd_jax.config import with_variant
+from attnfd_jax.config import reference_config, with_variant
 
 
 def get_config(arg=None):

@@ -11,8 +11,7 @@ images into the user's cache folder, about ten minutes and 0.3 GB.
 The paper has no table for it. Not run by us on the real images.
 """
 
-from attnfd_jax.config import reference_config
-from attnfd_jax.config import with_variant
+from attnfd_jax.config import reference_config, with_variant
 
 
 def get_config(arg=None):

@@ -11,8 +11,7 @@ Masks of colours: --config.data.palette="((r,g,b), ...)"; of other ids:
 export is read as it is: docs/own_data.md.
 """
 
-from attnfd_jax.config import default_config
-from attnfd_jax.config import with_variant
+from attnfd_jax.config import default_config, with_variant
 
 
 def get_config(arg=None):

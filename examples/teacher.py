@@ -9,8 +9,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from attnfd_jax.data.synthetic import CLASS_NAMES
-from attnfd_jax.data.synthetic import PALETTE
+from attnfd_jax.data.synthetic import CLASS_NAMES, PALETTE
 from attnfd_jax.models.deeplab import normalise
 
 

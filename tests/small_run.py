@@ -10,9 +10,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tiny_run
 
-from attnfd_jax.models import layers
+from attnfd_jax.models import layers, resizing
 from attnfd_jax.models import network as networks
-from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.runs import checkpoints
 

@@ -19,9 +19,7 @@ from PIL import Image
 import pytest
 import xla_flags
 
-from attnfd_jax.benchmarks import data
-from attnfd_jax.benchmarks import predict
-from attnfd_jax.benchmarks import train
+from attnfd_jax.benchmarks import data, predict, train
 from attnfd_jax.config import default_config
 from attnfd_jax.data import pipeline
 from attnfd_jax.data.sources import load_dataset

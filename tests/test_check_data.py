@@ -14,10 +14,8 @@ import pytest
 import tiny_run
 
 from attnfd_jax.config import default_config
-from attnfd_jax.data import checking
-from attnfd_jax.data import frequencies
-from attnfd_jax.data.sources import Dataset
-from attnfd_jax.data.sources import load_dataset
+from attnfd_jax.data import checking, frequencies
+from attnfd_jax.data.sources import Dataset, load_dataset
 from attnfd_jax.errors import DataError
 from attnfd_jax.reporting import contact_sheet
 

@@ -28,10 +28,8 @@ import small_run
 
 from attnfd_jax import cli
 from attnfd_jax.benchmarks import train
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
-from attnfd_jax.exporting import agreement
-from attnfd_jax.exporting import fresh_process
+from attnfd_jax.config import default_config, resolve
+from attnfd_jax.exporting import agreement, fresh_process
 from attnfd_jax.models import deeplab
 from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files

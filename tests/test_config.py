@@ -11,12 +11,8 @@ import jax.numpy as jnp
 import pytest
 import small_run
 
-from attnfd_jax.config import debug
-from attnfd_jax.config import default_config
-from attnfd_jax.config import RECIPES
-from attnfd_jax.config import resolve
-from attnfd_jax.data import classes
-from attnfd_jax.data import synthetic
+from attnfd_jax.config import debug, default_config, RECIPES, resolve
+from attnfd_jax.data import classes, synthetic
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.training import experiment

@@ -9,8 +9,7 @@ from PIL import Image
 import pytest
 
 from attnfd_jax.config import default_config
-from attnfd_jax.data.sources import Dataset
-from attnfd_jax.data.sources import load_dataset
+from attnfd_jax.data.sources import Dataset, load_dataset
 from attnfd_jax.errors import DataError
 from attnfd_jax.reporting.contact_sheet import draw_sheet
 

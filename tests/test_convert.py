@@ -13,8 +13,7 @@ import pytest
 import tiny_run
 
 import attnfd_jax
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
+from attnfd_jax.config import default_config, resolve
 from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import deeplab
@@ -24,9 +23,7 @@ from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_models
-from attnfd_jax.runs import conversion
-from attnfd_jax.runs import loading
-from attnfd_jax.runs import logs
+from attnfd_jax.runs import conversion, loading, logs
 from attnfd_jax.training import experiment
 from attnfd_jax.training.stage import Stage
 

@@ -14,22 +14,16 @@ from PIL import Image
 import pytest
 import tiny_run
 
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
+from attnfd_jax.config import default_config, resolve
 from attnfd_jax.data import synthetic
 from attnfd_jax.errors import InputError
-from attnfd_jax.exporting import agreement
-from attnfd_jax.exporting import fresh_process
-from attnfd_jax.exporting import stablehlo
-from attnfd_jax.exporting import student
-from attnfd_jax.models import deeplab
-from attnfd_jax.models import mobilenet_v2
+from attnfd_jax.exporting import agreement, fresh_process, stablehlo, student
+from attnfd_jax.models import deeplab, mobilenet_v2
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
-from attnfd_jax.runs import conversion
-from attnfd_jax.runs import loading
+from attnfd_jax.runs import conversion, loading
 
 # Fewer blocks of the same kinds compile faster.
 SHORT = {

@@ -18,19 +18,14 @@ import numpy as np
 import optax
 import pytest
 
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
+from attnfd_jax.config import default_config, resolve
 from attnfd_jax.devices import sharding
 from attnfd_jax.distill import make_distiller
 from attnfd_jax.distill.attnfd import Connector
 from attnfd_jax.losses import softmax_cross_entropy
-from attnfd_jax.models import layers
-from attnfd_jax.models import resizing
+from attnfd_jax.models import layers, resizing
 from attnfd_jax.models.attention import CBAM
-from attnfd_jax.models.deeplab import ASPP
-from attnfd_jax.models.deeplab import Decoder
-from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.models.deeplab import TAPS
+from attnfd_jax.models.deeplab import ASPP, Decoder, DeepLabV3Plus, TAPS
 from attnfd_jax.models.mobilenet_v2 import InvertedResidual
 from attnfd_jax.models.resnet import Block
 from attnfd_jax.pytorch import names as torch_names

@@ -8,13 +8,10 @@ import tensorflow_datasets as tfds
 import tiny_run
 
 from attnfd_jax.config import default_config
-from attnfd_jax.data import classes
-from attnfd_jax.data import pipeline
-from attnfd_jax.data import prepared
+from attnfd_jax.data import classes, pipeline, prepared
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.data.transforms import Augment
-from attnfd_jax.errors import DataError
-from attnfd_jax.errors import InputError
+from attnfd_jax.errors import DataError, InputError
 
 MAKERS = {
   'camvid': fixtures.make_camvid,

@@ -88,19 +88,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnfd_jax.config import RECIPES
-from attnfd_jax.config import resolve
-from attnfd_jax.data import classes
-from attnfd_jax.data import pipeline
+from attnfd_jax.config import RECIPES, resolve
+from attnfd_jax.data import classes, pipeline
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.data.transforms import Augment
 from attnfd_jax.devices import sharding
 from attnfd_jax.inference import evaluation
-from attnfd_jax.losses import Mean
-from attnfd_jax.losses import softmax_cross_entropy
-from attnfd_jax.models import layers
+from attnfd_jax.losses import Mean, softmax_cross_entropy
+from attnfd_jax.models import layers, resizing
 from attnfd_jax.models import network as networks
-from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models

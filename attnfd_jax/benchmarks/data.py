@@ -12,10 +12,8 @@ import statistics
 import threading
 import time
 
-from attnfd_jax.config import num_cores
-from attnfd_jax.config import resolve
-from attnfd_jax.data import cache
-from attnfd_jax.data import pipeline
+from attnfd_jax.config import num_cores, resolve
+from attnfd_jax.data import cache, pipeline
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.errors import InputError
 from attnfd_jax.runs import logs

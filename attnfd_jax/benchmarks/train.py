@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
+from attnfd_jax.config import default_config, resolve
 from attnfd_jax.data.pairs import Dataset
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
@@ -28,10 +27,12 @@ from attnfd_jax.models.flops import count_flops
 from attnfd_jax.runs import logs
 from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.teachers.teacher import Scored
-from attnfd_jax.training.stage import init_distiller
-from attnfd_jax.training.stage import make_student
-from attnfd_jax.training.stage import Stage
-from attnfd_jax.training.stage import with_teacher
+from attnfd_jax.training.stage import (
+  init_distiller,
+  make_student,
+  Stage,
+  with_teacher,
+)
 
 # Side of the matrices whose product shows what the device can do.
 PEAK_SIZE = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}

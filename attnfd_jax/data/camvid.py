@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CamVid in SegNet's release: 11 classes, 480x360."""
 
-from attnfd_jax.data import classes
-from attnfd_jax.data import masks
-from attnfd_jax.data import pairs
+from attnfd_jax.data import classes, masks, pairs
 
 
 def camvid(config):

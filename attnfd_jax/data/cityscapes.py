@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cityscapes with fine annotations, from its folders or its zip files."""
 
-from attnfd_jax.data import classes
-from attnfd_jax.data import files
-from attnfd_jax.data import masks
-from attnfd_jax.data import pairs
+from attnfd_jax.data import classes, files, masks, pairs
 
 # Folders or archives that may hold each kind of file, the first one wins;
 # `images` is where the authors' code looks.

@@ -20,12 +20,8 @@ import cv2
 import numpy as np
 
 from attnfd_jax import user_cache
-from attnfd_jax.data import classes
-from attnfd_jax.data import files
-from attnfd_jax.data import masks
-from attnfd_jax.data import pairs
-from attnfd_jax.errors import DataError
-from attnfd_jax.errors import InputError
+from attnfd_jax.data import classes, files, masks, pairs
+from attnfd_jax.errors import DataError, InputError
 from attnfd_jax.losses import IGNORE_LABEL
 from attnfd_jax.progress import progress
 

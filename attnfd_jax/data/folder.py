@@ -12,14 +12,8 @@ coco      annotations/instances_<split>.json or <split>/_annotations.coco.json
 import csv
 import re
 
-from attnfd_jax.data import classes
-from attnfd_jax.data import coco
-from attnfd_jax.data import files
-from attnfd_jax.data import masks
-from attnfd_jax.data import pairs
-from attnfd_jax.data import voc
-from attnfd_jax.errors import DataError
-from attnfd_jax.errors import InputError
+from attnfd_jax.data import classes, coco, files, masks, pairs, voc
+from attnfd_jax.errors import DataError, InputError
 from attnfd_jax.losses import IGNORE_LABEL
 
 # What a folder of each split may be called; a set without test is fine.

@@ -9,8 +9,7 @@ import struct
 
 import cv2
 import numpy as np
-from PIL import Image
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from attnfd_jax.data import files
 from attnfd_jax.losses import IGNORE_LABEL

@@ -8,10 +8,7 @@ import pathlib
 
 import numpy as np
 
-from attnfd_jax.data import cache
-from attnfd_jax.data import classes
-from attnfd_jax.data import files
-from attnfd_jax.data import masks
+from attnfd_jax.data import cache, classes, files, masks
 from attnfd_jax.errors import DataError
 
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png')

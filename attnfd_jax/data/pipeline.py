@@ -13,9 +13,7 @@ import grain
 import jax
 import numpy as np
 
-from attnfd_jax.data import sampling
-from attnfd_jax.data import transforms
-from attnfd_jax.data import tuning
+from attnfd_jax.data import sampling, transforms, tuning
 from attnfd_jax.losses import IGNORE_LABEL
 
 _FILLER = -1  # Index of a record that completes a batch, ignored everywhere.

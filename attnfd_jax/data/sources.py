@@ -20,8 +20,7 @@ from attnfd_jax.data.pairs import Dataset as Dataset
 from attnfd_jax.data.pairs import IMAGE_ENDINGS as IMAGE_ENDINGS
 from attnfd_jax.data.synthetic import scenes
 from attnfd_jax.data.voc import pascal_voc
-from attnfd_jax.errors import DataError
-from attnfd_jax.errors import InputError
+from attnfd_jax.errors import DataError, InputError
 
 DATASETS = {
   'camvid': camvid,

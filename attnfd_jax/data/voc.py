@@ -6,12 +6,8 @@ import pathlib
 
 import numpy as np
 
-from attnfd_jax.data import classes
-from attnfd_jax.data import files
-from attnfd_jax.data import masks
-from attnfd_jax.data import pairs
-from attnfd_jax.errors import DataError
-from attnfd_jax.errors import InputError
+from attnfd_jax.data import classes, files, masks, pairs
+from attnfd_jax.errors import DataError, InputError
 
 
 def read_list(path, problems):

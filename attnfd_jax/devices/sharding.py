@@ -9,8 +9,7 @@ batch. A result is the same on any mesh, up to rounding.
 import functools
 
 import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from attnfd_jax.errors import InputError

@@ -13,12 +13,8 @@ import jax
 from attnfd_jax import user_code
 from attnfd_jax.distill.attnfd_method import AttnFDMethod
 from attnfd_jax.distill.kd import LogitKD
-from attnfd_jax.distill.weighted_sum import SCHEDULES
-from attnfd_jax.distill.weighted_sum import WeightedSum
-from attnfd_jax.errors import first_line
-from attnfd_jax.errors import InputError
-from attnfd_jax.errors import one_of
-from attnfd_jax.errors import within
+from attnfd_jax.distill.weighted_sum import SCHEDULES, WeightedSum
+from attnfd_jax.errors import first_line, InputError, one_of, within
 
 METHODS = {}  # Name -> class.
 WEIGHTS = {}  # Name -> default weight.

@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from attnfd_jax.errors import one_of
-from attnfd_jax.models import layers
-from attnfd_jax.models import resizing
+from attnfd_jax.models import layers, resizing
 from attnfd_jax.models.attention import CBAM
 
 # The arrays that are scaled to unit length: axes of [b, h, w, c].

@@ -9,8 +9,7 @@ from attnfd_jax.distill import attnfd
 from attnfd_jax.distill import taps as matching
 from attnfd_jax.distill.attnfd import AttnFD
 from attnfd_jax.distill.method import CONNECTOR_SCHEDULES
-from attnfd_jax.errors import InputError
-from attnfd_jax.errors import one_of
+from attnfd_jax.errors import InputError, one_of
 
 
 class AttnFDMethod(nn.Module):

@@ -8,8 +8,7 @@ takes 'file.py:Class'.
 """
 
 from collections.abc import Mapping
-from typing import Any
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 

@@ -12,18 +12,14 @@ from flax import traverse_util
 import numpy as np
 
 from attnfd_jax import metrics
-from attnfd_jax.data import masks
-from attnfd_jax.data import sources
-from attnfd_jax.data import transforms
+from attnfd_jax.data import masks, sources, transforms
 from attnfd_jax.data.synthetic import StreetScenes
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.exporting import fresh_process
 from attnfd_jax.exporting.stablehlo import SMALLEST
-from attnfd_jax.inference import evaluation
-from attnfd_jax.inference import image_files
-from attnfd_jax.pytorch import files
-from attnfd_jax.pytorch import names
+from attnfd_jax.inference import evaluation, image_files
+from attnfd_jax.pytorch import files, names
 
 # What is compared: a few images, and no more pixels than fit on any disk.
 NUM_IMAGES, _NUM_PIXELS = 8, 1 << 22

@@ -12,10 +12,7 @@ from flax import traverse_util
 import numpy as np
 import onnx
 
-from attnfd_jax.models import deeplab
-from attnfd_jax.models import layers
-from attnfd_jax.models import mobilenet_v2
-from attnfd_jax.models import resnet
+from attnfd_jax.models import deeplab, layers, mobilenet_v2, resnet
 
 # Of 2022; later ones bring nothing that is needed here, and fewer readers.
 _OPSET, _IR_VERSION = 17, 8

@@ -10,16 +10,12 @@ import pathlib
 import jax
 import numpy as np
 
-from attnfd_jax.errors import InputError
-from attnfd_jax.errors import one_of
-from attnfd_jax.exporting import agreement
-from attnfd_jax.exporting import fresh_process
-from attnfd_jax.exporting import stablehlo
+from attnfd_jax.errors import InputError, one_of
+from attnfd_jax.exporting import agreement, fresh_process, stablehlo
 from attnfd_jax.inference import predictor
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import normalise
-from attnfd_jax.runs import conversion
-from attnfd_jax.runs import loading
+from attnfd_jax.runs import conversion, loading
 
 # Also how their files end.
 FORMATS = ('stablehlo', 'onnx', 'safetensors', 'pth')

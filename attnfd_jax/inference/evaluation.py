@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnfd_jax.data import pipeline
-from attnfd_jax.data import transforms
+from attnfd_jax.data import pipeline, transforms
 from attnfd_jax.devices import sharding
 from attnfd_jax.inference import predictor
 from attnfd_jax.metrics import confusion_matrix

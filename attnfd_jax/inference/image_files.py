@@ -15,8 +15,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from attnfd_jax.data import masks
-from attnfd_jax.data import sources
+from attnfd_jax.data import masks, sources
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import video as videos
 from attnfd_jax.inference.predictor import Predictor

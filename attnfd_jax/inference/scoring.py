@@ -11,9 +11,11 @@ from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import evaluation
 from attnfd_jax.inference import submission as submissions
-from attnfd_jax.inference.predictor import Predictor
-from attnfd_jax.inference.predictor import REFERENCE_SHORT_SIDE
-from attnfd_jax.inference.predictor import seen_short_side
+from attnfd_jax.inference.predictor import (
+  Predictor,
+  REFERENCE_SHORT_SIDE,
+  seen_short_side,
+)
 from attnfd_jax.progress import progress
 from attnfd_jax.runs import logs
 

@@ -6,11 +6,8 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from attnfd_jax.data import classes
-from attnfd_jax.data import files
-from attnfd_jax.data import masks
-from attnfd_jax.data.pairs import Pair
-from attnfd_jax.data.pairs import PairSource
+from attnfd_jax.data import classes, files, masks
+from attnfd_jax.data.pairs import Pair, PairSource
 from attnfd_jax.errors import InputError
 from attnfd_jax.losses import IGNORE_LABEL
 

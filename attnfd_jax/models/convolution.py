@@ -7,8 +7,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from attnfd_jax.models import cpu_forms
-from attnfd_jax.models import resizing
+from attnfd_jax.models import cpu_forms, resizing
 
 
 def _grouped(x, kernel, strides, dilation, padding):

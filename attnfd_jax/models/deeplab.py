@@ -8,8 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from attnfd_jax.errors import within
-from attnfd_jax.models import layers
-from attnfd_jax.models import resizing
+from attnfd_jax.models import layers, resizing
 from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.mobilenet_v2 import MobileNetV2
 from attnfd_jax.models.resnet import ResNet

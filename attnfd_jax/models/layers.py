@@ -7,8 +7,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from attnfd_jax.models import convolution
-from attnfd_jax.models import cpu_forms
+from attnfd_jax.models import convolution, cpu_forms
 
 # Untruncated normals, as torch draws them; he_normal would be truncated.
 fan_in_normal = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')

@@ -9,19 +9,14 @@ that maps normalized images to `Outputs`. To add one by name: a row in NETWORKS.
 from collections.abc import Mapping
 import dataclasses
 import functools
-from typing import Any
-from typing import NotRequired
-from typing import Protocol
-from typing import TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attnfd_jax import user_code
-from attnfd_jax.errors import first_line
-from attnfd_jax.errors import InputError
-from attnfd_jax.errors import one_of
+from attnfd_jax.errors import first_line, InputError, one_of
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.flops import count_flops

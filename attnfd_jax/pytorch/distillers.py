@@ -11,9 +11,11 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.pytorch import names
-from attnfd_jax.pytorch.networks import import_network
-from attnfd_jax.pytorch.networks import read_tensors
-from attnfd_jax.pytorch.networks import reference_names
+from attnfd_jax.pytorch.networks import (
+  import_network,
+  read_tensors,
+  reference_names,
+)
 
 
 class DistillationPair(NamedTuple):

@@ -24,8 +24,7 @@ import safetensors
 import safetensors.numpy
 
 from attnfd_jax.pytorch import pickles
-from attnfd_jax.pytorch.pickles import damaged
-from attnfd_jax.pytorch.pickles import TorchFileError
+from attnfd_jax.pytorch.pickles import damaged, TorchFileError
 
 # What a legacy file of torch.save starts with.
 MAGIC = 0x1950A86A20F9469CFC6C

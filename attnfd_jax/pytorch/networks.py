@@ -15,10 +15,8 @@ import numpy as np
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.attention import CBAM
-from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.models.deeplab import TAPS
-from attnfd_jax.pytorch import files
-from attnfd_jax.pytorch import names
+from attnfd_jax.models.deeplab import DeepLabV3Plus, TAPS
+from attnfd_jax.pytorch import files, names
 
 # Options that the first axis of a tensor shows, as a multiple of the last.
 _SHOWN = (

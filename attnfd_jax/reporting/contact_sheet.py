@@ -7,11 +7,9 @@ import warnings
 
 import cv2
 import numpy as np
-from PIL import Image
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 
-from attnfd_jax.data import classes
-from attnfd_jax.data import masks
+from attnfd_jax.data import classes, masks
 from attnfd_jax.data.files import File
 from attnfd_jax.errors import DataError
 

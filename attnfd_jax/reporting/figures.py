@@ -12,8 +12,7 @@ import re
 from typing import NamedTuple
 
 import matplotlib
-from matplotlib import style
-from matplotlib import ticker
+from matplotlib import style, ticker
 from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image

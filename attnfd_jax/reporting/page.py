@@ -8,11 +8,9 @@ import statistics
 from flax.traverse_util import flatten_dict
 import jinja2
 
-from attnfd_jax.reporting import figures
-from attnfd_jax.reporting import scores
+from attnfd_jax.reporting import figures, scores
 from attnfd_jax.reporting.run_folder import read_run
-from attnfd_jax.runs import logs
-from attnfd_jax.runs import paths
+from attnfd_jax.runs import logs, paths
 
 _SCENES = 4  # Pictures are most of the bytes: fewer of each run of several.
 _FILTERS = (

@@ -19,10 +19,7 @@ from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import files
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_networks
-from attnfd_jax.runs import checkpoints
-from attnfd_jax.runs import loading
-from attnfd_jax.runs import logs
-from attnfd_jax.runs import paths
+from attnfd_jax.runs import checkpoints, loading, logs, paths
 
 ENDINGS = ('.pth', '.pth.tar', '.safetensors')
 # Data sets that a number of classes, or their names, show.

@@ -7,8 +7,7 @@ are in teachers/sources.py.
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Any
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 

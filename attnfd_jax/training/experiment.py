@@ -10,33 +10,23 @@ import math
 
 import jax
 
-from attnfd_jax import distill
-from attnfd_jax import user_code
-from attnfd_jax.config import leaves
-from attnfd_jax.config import resolve
+from attnfd_jax import distill, user_code
+from attnfd_jax.config import leaves, resolve
 from attnfd_jax.data.sources import load_dataset
-from attnfd_jax.devices import memory
-from attnfd_jax.devices import processes
-from attnfd_jax.devices import sharding
+from attnfd_jax.devices import memory, processes, sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.reporting.page import write_report
-from attnfd_jax.runs import checkpoints
-from attnfd_jax.runs import code
-from attnfd_jax.runs import lock
-from attnfd_jax.runs import loggers
-from attnfd_jax.runs import logs
-from attnfd_jax.runs import paths
+from attnfd_jax.runs import checkpoints, code, lock, loggers, logs, paths
 from attnfd_jax.teachers import sources as teachers
-from attnfd_jax.training import finite
-from attnfd_jax.training import loop
-from attnfd_jax.training import results
-from attnfd_jax.training import task_loss
-from attnfd_jax.training.stage import make_stage
-from attnfd_jax.training.stage import make_student
-from attnfd_jax.training.stage import Stage
-from attnfd_jax.training.stage import with_teacher
+from attnfd_jax.training import finite, loop, results, task_loss
+from attnfd_jax.training.stage import (
+  make_stage,
+  make_student,
+  Stage,
+  with_teacher,
+)
 from attnfd_jax.training.stopping import Stop
 
 # Keys that may change between the parts of an interrupted run.

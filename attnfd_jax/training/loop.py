@@ -8,8 +8,7 @@ import time
 import jax
 
 from attnfd_jax.devices import processes
-from attnfd_jax.runs import checkpoints
-from attnfd_jax.runs import logs
+from attnfd_jax.runs import checkpoints, logs
 from attnfd_jax.training import finite
 from attnfd_jax.training.stopping import Stopped
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from attnfd_jax.distill.method import CONNECTOR_SCHEDULES
-from attnfd_jax.errors import one_of
-from attnfd_jax.errors import within
+from attnfd_jax.errors import one_of, within
 
 
 def poly_schedule(lr, *, num_steps, power, warmup_steps=0):

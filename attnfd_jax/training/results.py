@@ -8,14 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnfd_jax import distill
-from attnfd_jax.devices import processes
-from attnfd_jax.devices import sharding
+from attnfd_jax.devices import processes, sharding
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import normalise
-from attnfd_jax.runs import loading
-from attnfd_jax.runs import logs
-from attnfd_jax.runs import paths
+from attnfd_jax.runs import loading, logs, paths
 
 
 def write(stage, state, directory, *, step, log):

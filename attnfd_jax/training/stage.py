@@ -9,23 +9,18 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attnfd_jax import distill
-from attnfd_jax import metrics
-from attnfd_jax.data import cache
-from attnfd_jax.data import pipeline
+from attnfd_jax import distill, metrics
+from attnfd_jax.data import cache, pipeline
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.devices import sharding
-from attnfd_jax.errors import InputError
-from attnfd_jax.errors import within
+from attnfd_jax.errors import InputError, within
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.network import Network
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.teachers import sources as teachers
-from attnfd_jax.teachers.teacher import Scored
-from attnfd_jax.teachers.teacher import Teacher
-from attnfd_jax.training import optim
-from attnfd_jax.training import task_loss
+from attnfd_jax.teachers.teacher import Scored, Teacher
+from attnfd_jax.training import optim, task_loss
 from attnfd_jax.training.state import make_state
 from attnfd_jax.training.step import make_train_step
 

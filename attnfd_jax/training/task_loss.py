@@ -6,9 +6,7 @@ import json
 
 from attnfd_jax import losses
 from attnfd_jax.data import frequencies
-from attnfd_jax.errors import InputError
-from attnfd_jax.errors import one_of
-from attnfd_jax.errors import within
+from attnfd_jax.errors import InputError, one_of, within
 from attnfd_jax.progress import progress
 
 NAMES = ('ce', 'ohem', 'focal', 'dice', 'ce+dice')

@@ -46,23 +46,15 @@ import numpy as np
 from PIL import Image
 
 from attnfd_jax import cli
-from attnfd_jax.config import debug
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
-from attnfd_jax.data import checking
-from attnfd_jax.data import files
-from attnfd_jax.data import masks
-from attnfd_jax.data import pairs
-from attnfd_jax.data import pipeline
-from attnfd_jax.data import sources
+from attnfd_jax.config import debug, default_config, resolve
+from attnfd_jax.data import checking, files, masks, pairs, pipeline, sources
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
 from attnfd_jax.reporting import contact_sheet
-from attnfd_jax.training import experiment
+from attnfd_jax.training import experiment, task_loss
 from attnfd_jax.training import stage as stage_module
-from attnfd_jax.training import task_loss
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = pathlib.Path(__file__).parent / 'results'

@@ -26,8 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from attnfd_jax.runs import checkpoints
-from attnfd_jax.runs import logs
+from attnfd_jax.runs import checkpoints, logs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = pathlib.Path(__file__).parent / 'results'

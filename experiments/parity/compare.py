@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from attnfd_jax import attnfd_loss
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
+from attnfd_jax.config import default_config, resolve
 from attnfd_jax.devices.sharding import make_mesh
 from attnfd_jax.distill import make_distiller
 from attnfd_jax.losses import softmax_cross_entropy

@@ -21,16 +21,11 @@ from absl import flags
 import grain
 import numpy as np
 import PIL
-from PIL import Image
-from PIL import ImageFilter
-from PIL import ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from attnfd_jax.benchmarks import data as benchmark
 from attnfd_jax.config import resolve
-from attnfd_jax.data import masks
-from attnfd_jax.data import pipeline
-from attnfd_jax.data import transforms
-from attnfd_jax.data import tuning
+from attnfd_jax.data import masks, pipeline, transforms, tuning
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.models import deeplab
 

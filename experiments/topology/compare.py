@@ -34,13 +34,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
+from attnfd_jax.config import default_config, resolve
 from attnfd_jax.data.sources import load_dataset
-from attnfd_jax.devices import processes
-from attnfd_jax.devices import sharding
-from attnfd_jax.models.deeplab import IMAGE_MEAN
-from attnfd_jax.models.deeplab import IMAGE_STD
+from attnfd_jax.devices import processes, sharding
+from attnfd_jax.models.deeplab import IMAGE_MEAN, IMAGE_STD
 from attnfd_jax.runs import logs
 from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.training import stage as stages

@@ -11,10 +11,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
-from attnfd_jax.data import cache
-from attnfd_jax.data import pipeline
+from attnfd_jax.config import default_config, resolve
+from attnfd_jax.data import cache, pipeline
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.data.transforms import Augment
 from attnfd_jax.errors import InputError

@@ -19,13 +19,9 @@ import pytest
 import scipy.io
 
 from attnfd_jax.config import default_config
-from attnfd_jax.data import classes
-from attnfd_jax.data import coco
-from attnfd_jax.data import files
-from attnfd_jax.data import masks
+from attnfd_jax.data import classes, coco, files, masks
 from attnfd_jax.data.sources import load_dataset
-from attnfd_jax.errors import DataError
-from attnfd_jax.errors import InputError
+from attnfd_jax.errors import DataError, InputError
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,7 @@
 import numpy as np
 import pytest
 
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
+from attnfd_jax.config import default_config, resolve
 from attnfd_jax.data import sampling
 from attnfd_jax.data.sampling import Balance
 from attnfd_jax.errors import InputError

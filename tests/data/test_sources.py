@@ -10,10 +10,8 @@ from PIL import Image
 import pytest
 
 from attnfd_jax.config import default_config
-from attnfd_jax.data import classes
-from attnfd_jax.data import sources
-from attnfd_jax.errors import DataError
-from attnfd_jax.errors import InputError
+from attnfd_jax.data import classes, sources
+from attnfd_jax.errors import DataError, InputError
 
 SIZE = (12, 16)
 REAL_CAMVID = pathlib.Path(__file__).parents[2].parent / 'shared' / 'camvid'

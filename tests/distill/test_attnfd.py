@@ -11,9 +11,7 @@ import pytest
 
 import attnfd_jax
 from attnfd_jax.devices import sharding
-from attnfd_jax.distill.attnfd import AttnFD
-from attnfd_jax.distill.attnfd import attnfd_loss
-from attnfd_jax.distill.attnfd import direction_distance
+from attnfd_jax.distill.attnfd import AttnFD, attnfd_loss, direction_distance
 from attnfd_jax.models.attention import CBAM
 
 # Sums of some hundred float32 products.

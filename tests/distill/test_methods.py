@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from attnfd_jax import distill
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
+from attnfd_jax.config import default_config, resolve
 from attnfd_jax.distill.attnfd import AttnFD
 from attnfd_jax.distill.kd import logit_distance
 from attnfd_jax.errors import InputError

@@ -25,13 +25,9 @@ import pytest
 import xla_flags
 
 from attnfd_jax.config import default_config
-from attnfd_jax.data import cache
-from attnfd_jax.data import coco
-from attnfd_jax.data import files
+from attnfd_jax.data import cache, coco, files, masks
 from attnfd_jax.data import folder as folders
-from attnfd_jax.data import masks
-from attnfd_jax.errors import DataError
-from attnfd_jax.errors import InputError
+from attnfd_jax.errors import DataError, InputError
 from attnfd_jax.inference import image_files
 from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import files as torch_files

@@ -13,13 +13,10 @@ import pytest
 
 from attnfd_jax.devices import memory
 from attnfd_jax.errors import InputError
-from attnfd_jax.runs import checkpoints
-from attnfd_jax.runs import logs
-from attnfd_jax.training import finite
-from attnfd_jax.training import loop
+from attnfd_jax.runs import checkpoints, logs
+from attnfd_jax.training import finite, loop
 from attnfd_jax.training.state import TrainState
-from attnfd_jax.training.stopping import Stop
-from attnfd_jax.training.stopping import Stopped
+from attnfd_jax.training.stopping import Stop, Stopped
 
 RUN = {'seed': 0}
 

@@ -21,12 +21,8 @@ import small_run
 from attnfd_jax.data import pipeline
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import evaluation
-from attnfd_jax.runs import checkpoints
-from attnfd_jax.runs import lock
-from attnfd_jax.training import experiment
-from attnfd_jax.training import finite
-from attnfd_jax.training import loop
-from attnfd_jax.training import results
+from attnfd_jax.runs import checkpoints, lock
+from attnfd_jax.training import experiment, finite, loop, results
 from attnfd_jax.training import stage as stage_room
 
 MOMENTS = (

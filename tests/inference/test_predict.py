@@ -18,11 +18,9 @@ import attnfd_jax
 from attnfd_jax.data import sources
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
-from attnfd_jax.inference import evaluation
-from attnfd_jax.inference import image_files
+from attnfd_jax.inference import evaluation, image_files, tiling
 from attnfd_jax.inference import options as flag_options
 from attnfd_jax.inference import predictor as predictors
-from attnfd_jax.inference import tiling
 from attnfd_jax.inference.predictor import Predictor
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.models.resizing import resize

@@ -12,8 +12,7 @@ import pytest
 from attnfd_jax.data import classes
 from attnfd_jax.data.pairs import Dataset
 from attnfd_jax.errors import InputError
-from attnfd_jax.inference import scoring
-from attnfd_jax.inference import submission
+from attnfd_jax.inference import scoring, submission
 from attnfd_jax.runs import loading
 
 # helpers/labels.py of cityscapesScripts, by train id.

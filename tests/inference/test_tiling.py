@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 
 from attnfd_jax.devices import sharding
-from attnfd_jax.inference import evaluation
-from attnfd_jax.inference import predictor
-from attnfd_jax.inference import tiling
+from attnfd_jax.inference import evaluation, predictor, tiling
 from attnfd_jax.inference.averaging import Averaged
 from attnfd_jax.models import resizing
 

@@ -2,17 +2,13 @@
 """The fast forms of convolutions against NumPy and lax."""
 
 import jax
-from jax import export
-from jax import lax
+from jax import export, lax
 import jax.numpy as jnp
 import numpy as np
-from plain import interpolation
-from plain import normal
-from plain import plain_convolution
+from plain import interpolation, normal, plain_convolution
 import pytest
 
-from attnfd_jax.models import convolution
-from attnfd_jax.models import cpu_forms
+from attnfd_jax.models import convolution, cpu_forms
 
 # Sums of at most some hundred products, in another order than NumPy's.
 CLOSE = {'rtol': 1e-5, 'atol': 1e-5}

@@ -10,19 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnfd_jax.models import convolution
-from attnfd_jax.models import layers
-from attnfd_jax.models import resizing
+from attnfd_jax.models import convolution, layers, resizing
 from attnfd_jax.models.attention import CBAM
-from attnfd_jax.models.deeplab import ASPP
-from attnfd_jax.models.deeplab import Decoder
-from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.models.deeplab import normalise
-from attnfd_jax.models.mobilenet_v2 import block_table
-from attnfd_jax.models.mobilenet_v2 import InvertedResidual
-from attnfd_jax.models.mobilenet_v2 import MobileNetV2
-from attnfd_jax.models.resnet import Block
-from attnfd_jax.models.resnet import ResNet
+from attnfd_jax.models.deeplab import ASPP, Decoder, DeepLabV3Plus, normalise
+from attnfd_jax.models.mobilenet_v2 import (
+  block_table,
+  InvertedResidual,
+  MobileNetV2,
+)
+from attnfd_jax.models.resnet import Block, ResNet
 
 # Float32 through a small network whose features are of order 1 to 10.
 CLOSE = {'rtol': 1e-4, 'atol': 1e-4}

@@ -6,13 +6,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from plain import normal
-from plain import plain_convolution
+from plain import normal, plain_convolution
 import pytest
 
 from attnfd_jax.devices import sharding
-from attnfd_jax.models import layers
-from attnfd_jax.models import resizing
+from attnfd_jax.models import layers, resizing
 
 # Sums of at most some hundred products, in another order than NumPy's.
 CLOSE = {'rtol': 1e-5, 'atol': 1e-5}

@@ -8,8 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from attnfd_jax import losses
-from attnfd_jax import user_code
+from attnfd_jax import losses, user_code
 from attnfd_jax.config import default_config
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError

@@ -4,8 +4,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from plain import interpolation
-from plain import normal
+from plain import interpolation, normal
 import pytest
 
 from attnfd_jax.models import resizing

@@ -11,9 +11,7 @@ import pytest
 import small_run
 
 from attnfd_jax.errors import InputError
-from attnfd_jax.runs import checkpoints
-from attnfd_jax.runs import loading
-from attnfd_jax.runs import paths
+from attnfd_jax.runs import checkpoints, loading, paths
 from attnfd_jax.training import experiment
 
 

@@ -6,16 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
+from attnfd_jax.config import default_config, resolve
 from attnfd_jax.devices import sharding
 from attnfd_jax.distill import METHODS
 from attnfd_jax.errors import InputError
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.network import abstract_variables
 from attnfd_jax.teachers import sources
-from attnfd_jax.teachers.teacher import FrozenNetwork
-from attnfd_jax.teachers.teacher import Scored
+from attnfd_jax.teachers.teacher import FrozenNetwork, Scored
 from attnfd_jax.training import stage as stages
 
 NAMES = ('road', 'sky')

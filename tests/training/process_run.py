@@ -4,11 +4,9 @@
 import flax.linen as nn
 import tiny_run
 
-from attnfd_jax import cli
-from attnfd_jax import main
-from attnfd_jax.models import layers
+from attnfd_jax import cli, main
+from attnfd_jax.models import layers, resizing
 from attnfd_jax.models import network as networks
-from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 
 

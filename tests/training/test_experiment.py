@@ -13,8 +13,7 @@ import test_loggers
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import evaluation
 from attnfd_jax.runs import logs
-from attnfd_jax.training import experiment
-from attnfd_jax.training import finite
+from attnfd_jax.training import experiment, finite
 
 STAGES = small_run.STAGES
 

@@ -10,8 +10,7 @@ import small_run
 
 from attnfd_jax.devices import processes
 from attnfd_jax.errors import InputError
-from attnfd_jax.runs import loggers
-from attnfd_jax.runs import logs
+from attnfd_jax.runs import loggers, logs
 
 
 class FakeWandb(types.ModuleType):

@@ -8,8 +8,7 @@ import optax
 import pytest
 
 from attnfd_jax import distill
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
+from attnfd_jax.config import default_config, resolve
 from attnfd_jax.training import optim
 from attnfd_jax.training import state as states
 from attnfd_jax.training.stage import Stage

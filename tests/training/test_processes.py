@@ -18,8 +18,7 @@ import xla_flags
 from attnfd_jax.devices import processes
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
-from attnfd_jax.runs import checkpoints
-from attnfd_jax.runs import logs
+from attnfd_jax.runs import checkpoints, logs
 from attnfd_jax.training import experiment
 
 SCRIPT = pathlib.Path(process_run.__file__)

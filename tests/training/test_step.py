@@ -14,9 +14,8 @@ from attnfd_jax.devices import sharding
 from attnfd_jax.distill import make_distiller
 from attnfd_jax.inference import evaluation
 from attnfd_jax.losses import softmax_cross_entropy
-from attnfd_jax.models import layers
+from attnfd_jax.models import layers, resizing
 from attnfd_jax.models import network as networks
-from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.teachers.teacher import FrozenNetwork
 from attnfd_jax.training import optim

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from attnfd_jax import losses
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
+from attnfd_jax.config import default_config, resolve
 from attnfd_jax.data import frequencies
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.errors import InputError

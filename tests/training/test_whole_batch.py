@@ -8,11 +8,9 @@ import optax
 import pytest
 
 from attnfd_jax import distill
-from attnfd_jax.config import default_config
-from attnfd_jax.config import resolve
+from attnfd_jax.config import default_config, resolve
 from attnfd_jax.devices import sharding
-from attnfd_jax.models import layers
-from attnfd_jax.models import resizing
+from attnfd_jax.models import layers, resizing
 from attnfd_jax.teachers.teacher import FrozenNetwork
 from attnfd_jax.training import stage as stages
 from attnfd_jax.training import task_loss
