@@ -104,9 +104,7 @@ def export_student(
   stored = stablehlo.shrink(variables, weights)
   rounded = jax.device_get(stablehlo.grow(stored))
   forward = stablehlo.make_forward(network, **form)
-  short_side = predictor.seen_short_side(
-    info['eval']['protocol'], info['eval'].get('short_side', 0)
-  )
+  short_side = predictor.seen_short_side_of(info)
   batches, text = agreement.make_batches(
     images, info, short_side=short_side, count=num_images
   )

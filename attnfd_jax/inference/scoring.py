@@ -8,13 +8,13 @@ import numpy as np
 from attnfd_jax import metrics
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import sharding
-from attnfd_jax.errors import InputError
+from attnfd_jax.errors import InputError, one_of
 from attnfd_jax.inference import evaluation
 from attnfd_jax.inference import submission as submissions
 from attnfd_jax.inference.predictor import (
   Predictor,
   REFERENCE_SHORT_SIDE,
-  seen_short_side,
+  seen_short_side_of,
 )
 from attnfd_jax.progress import progress
 from attnfd_jax.runs import logs
@@ -30,16 +30,14 @@ class _Counted:
   """A source that advances a progress bar by each image that is read."""
 
   def __init__(self, source, bar):
-    self._source, self._bar = source, bar
-    self.size = source.size
+    self._source, self._bar, self.size = source, bar, source.size
 
   def __len__(self):
     return len(self._source)
 
   def __getitem__(self, index):
-    record = self._source[index]
     self._bar.update()
-    return record
+    return self._source[index]
 
 
 def load_split(info, data_root, split, *, unlabeled=False):
@@ -60,10 +58,7 @@ def load_split(info, data_root, split, *, unlabeled=False):
   hidden = (dataset.name, split) == ('cityscapes', 'test')
   if unlabeled and hidden and split not in splits:
     splits[split] = submissions.test_images(info['data']['root'])
-  if split not in splits:
-    raise InputError(
-      f'--split={split}: {dataset.name} has {", ".join(splits)}.'
-    )
+  one_of('--split', split, splits)
   if list(dataset.class_names) != list(info['class_names']):
     raise InputError(
       f'The network knows the classes {list(info["class_names"])}, the data '
@@ -102,72 +97,61 @@ def evaluate_checkpoint(
     confusion matrix int64 [k, k] (rows are labels), and a dict for a JSON file:
     scores, None where no pixel counts, and what they depend on.
   """
-  if protocol is not None and protocol not in PROTOCOLS:
-    raise InputError(
-      f'--protocol={protocol} must be one of {", ".join(PROTOCOLS)}.'
-    )
+  if protocol is not None:
+    one_of('--protocol', protocol, PROTOCOLS)
   views = {'scales': list(scales), 'flip': flip}
   tiles = {'tile': tile, 'overlap': overlap}
   stage = Predictor(checkpoint, **views, **tiles, **options)
+  info, settings = stage.info, stage.info['eval']
   dataset, source = load_split(
-    stage.info, data_root, split, unlabeled=submission is not None
+    info, data_root, split, unlabeled=bool(submission)
   )
-  settings, num_classes = stage.info['eval'], dataset.num_classes
-  protocol = protocol or settings['protocol']
-  seen = {
-    'protocol': protocol,
-    'short_side': seen_short_side(protocol, settings.get('short_side', 0)),
-  }
-  reading = {
+  protocol = settings['protocol'] = protocol or settings['protocol']
+  seen = {'protocol': protocol, 'short_side': seen_short_side_of(info)}
+  reading = seen | {
     'size_multiple': settings['size_multiple'],
-    'threads': stage.info['data']['threads'],
+    'threads': info['data']['threads'],
   }
-  write = None
-  if submission is not None:
-    write = submissions.make_writer(
-      submission, dataset=dataset.name, protocol=protocol
-    )
+  write = submission and submissions.make_writer(
+    submission, dataset=dataset.name, protocol=protocol
+  )
   print(
     f'{stage.description}, on the {len(source)} images of the {split} split of '
     f'{dataset.name}'
   )
+  num_classes = dataset.num_classes
   counts = np.zeros((num_classes,) * 2, np.int64)
   edges = np.zeros((num_classes + 1,) * 2, np.int64)
   with progress(len(source)) as bar:
     given = (stage.network, stage.variables, _Counted(source, bar))
-    if tile is None and not boundary and write is None:
+    if tile is None and not boundary and not write:
       counts = evaluation.evaluate(
         *given,
         num_classes=num_classes,
         mesh=sharding.make_mesh(),
         batch_size=settings['batch_size'],
-        **seen,
         **reading,
       )
     else:
-      pairs = evaluation.predictions(*given, **seen, **reading, **tiles)
+      pairs = evaluation.predictions(*given, **reading, **tiles)
       for index, pair in enumerate(pairs):
         counts += metrics.host_confusion_matrix(*pair, num_classes=num_classes)
         if boundary:
           edges += metrics.boundary_matrix(*pair, num_classes=num_classes)
-        if write is not None:
+        if write:
           write(source.name(index), pair[0])
   result = metrics.summarise(counts, dataset.class_names)
   if boundary:
     result |= metrics.summarise_boundary(edges, dataset.class_names)
-  result = {
-    key: None if isinstance(value, float) and math.isnan(value) else value
-    for key, value in result.items()
-  }
-  return counts, result | seen | views | {
+  return counts, logs.without_nan(result) | seen | views | {
     'checkpoint': str(checkpoint),
-    'stage': stage.info['stage'],
+    'stage': info['stage'],
     'dataset': dataset.name,
     'split': split,
     'images': len(source),
     'tile': list(tile) if tile else None,
     'overlap': overlap if tile else None,
-    'step': stage.info['checkpoint_step'],
+    'step': info['checkpoint_step'],
     'device': logs.device_name(),
     'versions': logs.versions(),
   }
@@ -207,19 +191,17 @@ def as_text(counts, result):
     if key in result:
       lines.append(f'{name:16}{_percent(result[key]):>7} %')
   with np.errstate(invalid='ignore'):
-    share = counts.sum(1) / counts.sum()
+    shares = counts.sum(1) / counts.sum()
   columns = {
-    'IoU %': result['iou_per_class'].values(),
-    'accuracy %': result['accuracy_per_class'].values(),
-    'share %': share,
+    'IoU %': result['iou_per_class'],
+    'accuracy %': result['accuracy_per_class'],
+    'share %': dict(zip(result['iou_per_class'], shares, strict=True)),
   }
   if 'boundary_iou_per_class' in result:
-    columns['boundary %'] = result['boundary_iou_per_class'].values()
+    columns['boundary %'] = result['boundary_iou_per_class']
   table = [['class', *columns]]
-  for name, *values in zip(
-    result['iou_per_class'], *columns.values(), strict=True
-  ):
-    table.append([name, *map(_percent, values)])
+  for name in result['iou_per_class']:
+    table.append([name, *(_percent(x[name]) for x in columns.values())])
   width = max(len(name) for name, *_ in table)
   lines.append('')
   for name, *cells in table:
