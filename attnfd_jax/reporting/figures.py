@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drawings of the report: charts as SVG, pictures as data URIs.
 
-Arrays in, text out: every function returns something that can stand in an HTML
-page without a second file. Nothing here knows a run folder.
+Arrays in, text out, which can stand in an HTML page without a second file.
 """
 
 import base64
@@ -26,8 +25,7 @@ class Role(NamedTuple):
   marker: str
 
 
-# Okabe and Ito, 2008: told apart with every common color blindness; markers
-# say the same without color.
+# Okabe and Ito, 2008: told apart with every common color blindness.
 ROLES = {
   'teacher': Role('Teacher', '#0072B2', 's'),
   'student': Role('Student', '#E69F00', 'o'),
@@ -61,7 +59,9 @@ def _line(role, **options):
 
 @style.context(pathlib.Path(__file__).with_name('charts.mplstyle'))
 def _line_chart(lines, *, ylabel):
-  """SVG text; `lines` has name -> (steps, values, options of `Axes.plot`)."""
+  """Inline SVG without outside references; `lines` has name -> (steps, values,
+  options of `Axes.plot`).
+  """
   figure = Figure(figsize=(5.2, 3.4))
   axes = figure.subplots()
   for name, (steps, values, options) in lines.items():
@@ -80,26 +80,20 @@ def _line_chart(lines, *, ylabel):
   axes.xaxis.set_major_formatter('{x:,.0f}')
   axes.set(xlabel='step', ylabel=ylabel)
   axes.legend(loc='lower left', bbox_to_anchor=(-0.02, 1), ncols=3)
-  return _svg(figure)
+  stream = io.StringIO()
+  nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
+  figure.savefig(stream, format='svg', transparent=True, metadata=nothing)
+  _, start, text = stream.getvalue().partition('<svg')
+  # Several drawings share the page: names such as axes_1 would repeat.
+  text = re.sub(r'<g id="[^"]*"', '<g', start + text)
+  # The placeholders of charts.mplstyle.
+  text = text.replace('#010203', 'var(--ink)').replace('#040506', 'var(--line)')
+  return re.sub(r'\n\s*', '\n', text)
 
 
 def _thin(values, most=150):
   """Means over neighbors, so that a long run stays a small drawing."""
   return [x.mean() for x in np.array_split(values, min(len(values), most))]
-
-
-def _svg(figure):
-  """The figure as inline SVG without outside references."""
-  stream = io.StringIO()
-  nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
-  figure.savefig(stream, format='svg', transparent=True, metadata=nothing)
-  text = stream.getvalue()
-  text = text[text.index('<svg') :]
-  # Several drawings share the page: names such as axes_1 would repeat.
-  text = re.sub(r'<g id="[^"]*"', '<g', text)
-  # The placeholders of charts.mplstyle.
-  text = text.replace('#010203', 'var(--ink)').replace('#040506', 'var(--line)')
-  return re.sub(r'\n\s*', '\n', text)
 
 
 def photo(image):
@@ -113,8 +107,7 @@ def class_map(classes, palette):
   Ignored pixels, of value 255, are transparent.
   """
   picture = _shrunk(classes, Image.Resampling.NEAREST)
-  table = np.zeros((256, 3), np.uint8)
-  table[: len(palette)] = palette
+  table = np.pad(palette, ((0, 256 - len(palette)), (0, 0)))
   picture.putpalette(table.tobytes())
   return _uri(picture, 'PNG', optimize=True, transparency=255)
 

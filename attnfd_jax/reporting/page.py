@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 import jinja2
 
 from attnfd_jax.reporting import figures, scores
-from attnfd_jax.reporting.run_folder import read_run
+from attnfd_jax.reporting.run_folder import Run
 from attnfd_jax.runs import logs, paths
 
 _SCENES = 4  # Pictures are most of the bytes: fewer of each run of several.
@@ -26,7 +26,7 @@ def write_report(workdirs, output):
     workdirs: run folders; one without a results.json is an InputError.
     output: path of the page; its folder is made if needed.
   """
-  runs = [read_run(workdir) for workdir in workdirs]
+  runs = [Run(workdir) for workdir in workdirs]
   differences = _differences(runs)
   tested = any(r.get('test') for run in runs for r in run.results.values())
   environment = jinja2.Environment(
