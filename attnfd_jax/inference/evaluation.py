@@ -54,11 +54,10 @@ def evaluate(
   """Pixels by (label, prediction) of a whole source, int64 [k, k].
 
   Args:
-    network: any hashable object, of Linen or not, whose
-      `apply(variables, image, train=False)` takes normalized images [b, h, w,
-      3] and returns a dict with `logits` [b, h, w, k]. If there are
-      `coarse_logits`, too, whose align-corners resize `logits` is, the scores
-      come from them.
+    network: any hashable object whose `apply(variables, image, train=False)`
+      takes normalized images [b, h, w, 3] and returns a dict with `logits` [b,
+      h, w, k]. If there are `coarse_logits`, too, whose align-corners resize
+      `logits` is, the scores come from them.
     variables: of the network, a pytree.
     source: see data/sources.py.
     num_classes: k.
@@ -67,10 +66,8 @@ def evaluate(
     protocol: 'native' scores at the size of the untouched label, 'reference'
       resizes image and label to a short side of 513 first, as the authors.
     batch_size: rounded up to a multiple of the mesh axis 'data'.
-    short_side: of what the network sees in protocol 'native'; 0 leaves images
-      as they are.
-    size_multiple: pad images to multiples by repeating the edge; fewer
-      compilations.
+    short_side: of what the network sees in 'native'; 0 leaves their size.
+    size_multiple: images are padded to it, so that fewer sizes are compiled.
     threads: that read.
   """
   parts = mesh.shape['data']

@@ -19,8 +19,6 @@ from attnfd_jax.runs import loading
 
 # Short side of image and label in protocol `reference`; train_kd.py:281.
 REFERENCE_SHORT_SIDE = 513
-# A Predictor pads to multiples of it, to compile for few sizes.
-SIZE_MULTIPLE = 64
 
 
 def seen_short_side(protocol, short_side=0):
@@ -92,17 +90,14 @@ def classify(network, variables, image, ratio=None, *, size):
 def segment(
   network, variables, image, size, *, tile=None, overlap=0.25, size_multiple=1
 ):
-  """Class ids and confidence of one image, uint8 NumPy arrays of `size`.
-
-  Confidence is the probability of the id times 255.
+  """Class ids of one image and their probabilities times 255, uint8 of `size`.
 
   Args:
     network, variables: see evaluation.evaluate.
     image: uint8 [h, w, 3], as the network sees it.
     size: (height, width) of the result.
-    tile: (height, width) that the network sees at a time; None, or a tile that
-      covers the image, is the whole image.
-    overlap: see tiling.bands.
+    tile, overlap: see tiling.bands. None, or a tile that covers the image, is
+      the whole image.
     size_multiple: pad to multiples by repeating the edge; fewer compilations.
   """
   seen = image.shape[:2]
@@ -147,6 +142,7 @@ class Predictor:
     description: one line about the network.
     short_side: of what the network sees, as when the stage was scored; 0 is
       the size of the image.
+    views, tiles: dicts of scales and flip, of tile and overlap.
 
   Raises:
     InputError: as load_network; if the overlap is out of its range.
@@ -165,7 +161,10 @@ class Predictor:
   ):
     if not 0 <= overlap < 1:
       raise InputError(f'--overlap={overlap} must be from 0 to below 1.')
-    self._tiles = {'tile': tile, 'overlap': overlap}
+    self.views = {'scales': list(scales), 'flip': flip}
+    self.tiles = {'tile': None, 'overlap': None}
+    if tile:
+      self.tiles = {'tile': list(tile), 'overlap': overlap}
     self.network, self.variables, info = loading.load_network(
       checkpoint, step=step, allow_code=allow_code
     )
@@ -190,8 +189,8 @@ class Predictor:
       self.variables,
       transforms.fit_image(image, self.short_side),
       image.shape[:2],
-      size_multiple=SIZE_MULTIPLE,
-      **self._tiles,
+      size_multiple=64,  # To compile for few sizes.
+      **self.tiles,
     )
 
 

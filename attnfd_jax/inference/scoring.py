@@ -40,10 +40,10 @@ class _Counted:
     return self._source[index]
 
 
-def load_split(info, data_root, split, *, unlabeled=False):
+def load_split(info, data_root, split, *, hidden=False):
   """The data set of a stage, and the source of one of its splits.
 
-  `unlabeled` allows the test split of Cityscapes, whose labels nobody has.
+  `hidden` allows the test split of Cityscapes, whose labels nobody has.
   """
   if data_root is not None:
     # A run that was trained from shards would otherwise still read them.
@@ -55,8 +55,8 @@ def load_split(info, data_root, split, *, unlabeled=False):
     text = str(error).replace('--config.data.root', '--data_root')
     raise InputError(text) from error
   splits = dict(dataset.splits)
-  hidden = (dataset.name, split) == ('cityscapes', 'test')
-  if unlabeled and hidden and split not in splits:
+  hidden = hidden and (dataset.name, split) == ('cityscapes', 'test')
+  if hidden and split not in splits:
     splits[split] = submissions.test_images(info['data']['root'])
   one_of('--split', split, splits)
   if list(dataset.class_names) != list(info['class_names']):
@@ -75,10 +75,6 @@ def evaluate_checkpoint(
   protocol=None,
   boundary=False,
   submission=None,
-  scales=(1.0,),
-  flip=False,
-  tile=None,
-  overlap=0.25,
   **options,
 ):
   """Scores of a stage's network on one split of its data set.
@@ -91,7 +87,7 @@ def evaluate_checkpoint(
     boundary: boundary IoU as well.
     submission: folder for the files of submission.py, or None. It allows the
       split 'test' of Cityscapes, whose scores are all absent.
-    scales, flip, tile, overlap, **options: see predictor.Predictor.
+    **options: scales, flip, tile, overlap and others; see predictor.Predictor.
 
   Returns:
     confusion matrix int64 [k, k] (rows are labels), and a dict for a JSON file:
@@ -99,13 +95,9 @@ def evaluate_checkpoint(
   """
   if protocol is not None:
     one_of('--protocol', protocol, PROTOCOLS)
-  views = {'scales': list(scales), 'flip': flip}
-  tiles = {'tile': tile, 'overlap': overlap}
-  stage = Predictor(checkpoint, **views, **tiles, **options)
+  stage = Predictor(checkpoint, **options)
   info, settings = stage.info, stage.info['eval']
-  dataset, source = load_split(
-    info, data_root, split, unlabeled=bool(submission)
-  )
+  dataset, source = load_split(info, data_root, split, hidden=bool(submission))
   protocol = settings['protocol'] = protocol or settings['protocol']
   seen = {'protocol': protocol, 'short_side': seen_short_side_of(info)}
   reading = seen | {
@@ -115,16 +107,14 @@ def evaluate_checkpoint(
   write = submission and submissions.make_writer(
     submission, dataset=dataset.name, protocol=protocol
   )
-  print(
-    f'{stage.description}, on the {len(source)} images of the {split} split of '
-    f'{dataset.name}'
-  )
+  images = f'{len(source)} images of the {split} split of {dataset.name}'
+  print(f'{stage.description}, on the {images}')
   num_classes = dataset.num_classes
   counts = np.zeros((num_classes,) * 2, np.int64)
   edges = np.zeros((num_classes + 1,) * 2, np.int64)
   with progress(len(source)) as bar:
     given = (stage.network, stage.variables, _Counted(source, bar))
-    if tile is None and not boundary and not write:
+    if not (stage.tiles['tile'] or boundary or write):
       counts = evaluation.evaluate(
         *given,
         num_classes=num_classes,
@@ -133,7 +123,7 @@ def evaluate_checkpoint(
         **reading,
       )
     else:
-      pairs = evaluation.predictions(*given, **reading, **tiles)
+      pairs = evaluation.predictions(*given, **reading, **stage.tiles)
       for index, pair in enumerate(pairs):
         counts += metrics.host_confusion_matrix(*pair, num_classes=num_classes)
         if boundary:
@@ -143,14 +133,12 @@ def evaluate_checkpoint(
   result = metrics.summarise(counts, dataset.class_names)
   if boundary:
     result |= metrics.summarise_boundary(edges, dataset.class_names)
-  return counts, logs.without_nan(result) | seen | views | {
+  return counts, logs.without_nan(result) | seen | stage.views | stage.tiles | {
     'checkpoint': str(checkpoint),
     'stage': info['stage'],
     'dataset': dataset.name,
     'split': split,
     'images': len(source),
-    'tile': list(tile) if tile else None,
-    'overlap': overlap if tile else None,
     'step': info['checkpoint_step'],
     'device': logs.device_name(),
     'versions': logs.versions(),
@@ -162,8 +150,8 @@ def _percent(value):
   return 'absent' if absent else f'{100 * value:.2f}'
 
 
-def describe_protocol(result):
-  """'protocol native: ...' and what else the scores depend on, for texts."""
+def _describe_protocol(result):
+  """'protocol native: ...' and what else the scores depend on."""
   words = [f'protocol {result["protocol"]}: {PROTOCOLS[result["protocol"]]}']
   if result['protocol'] == 'native' and result['short_side']:
     words.append(f'images seen at a short side of {result["short_side"]}')
@@ -180,7 +168,7 @@ def describe_protocol(result):
 
 def as_text(counts, result):
   """The scores in percent with a table of classes, for the screen."""
-  lines = [f'{result["split"]} split, {describe_protocol(result)}', '']
+  lines = [f'{result["split"]} split, {_describe_protocol(result)}', '']
   for key, name in (
     ('miou', 'mIoU'),
     ('class_accuracy', 'class accuracy'),

@@ -5,10 +5,10 @@ Arrays in, text out, which can stand in an HTML page without a second file.
 """
 
 import base64
+import collections
 import io
 import pathlib
 import re
-from typing import NamedTuple
 
 import matplotlib
 from matplotlib import style, ticker
@@ -16,16 +16,9 @@ from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image
 
-
-class Role(NamedTuple):
-  """How a network is called and drawn, the same on the whole page."""
-
-  title: str
-  color: str
-  marker: str
-
-
-# Okabe and Ito, 2008: told apart with every common color blindness.
+# How a network is called and drawn, the same on the whole page. Colors by Okabe
+# and Ito, 2008: told apart with every common color blindness.
+Role = collections.namedtuple('Role', 'title color marker')
 ROLES = {
   'teacher': Role('Teacher', '#0072B2', 's'),
   'student': Role('Student', '#E69F00', 'o'),
@@ -59,11 +52,8 @@ def _line(role, **options):
 
 @style.context(pathlib.Path(__file__).with_name('charts.mplstyle'))
 def _line_chart(lines, *, ylabel):
-  """Inline SVG without outside references; `lines` has name -> (steps, values,
-  options of `Axes.plot`).
-  """
-  figure = Figure(figsize=(5.2, 3.4))
-  axes = figure.subplots()
+  """Inline SVG; `lines` has name -> (steps, values, options of Axes.plot)."""
+  axes = Figure(figsize=(5.2, 3.4)).subplots()
   for name, (steps, values, options) in lines.items():
     axes.plot(_thin(steps), _thin(values), label=name, **options)
   values = np.concatenate([values for _, values, _ in lines.values()])
@@ -82,7 +72,7 @@ def _line_chart(lines, *, ylabel):
   axes.legend(loc='lower left', bbox_to_anchor=(-0.02, 1), ncols=3)
   stream = io.StringIO()
   nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
-  figure.savefig(stream, format='svg', transparent=True, metadata=nothing)
+  axes.figure.savefig(stream, format='svg', transparent=True, metadata=nothing)
   _, start, text = stream.getvalue().partition('<svg')
   # Several drawings share the page: names such as axes_1 would repeat.
   text = re.sub(r'<g id="[^"]*"', '<g', start + text)
@@ -102,9 +92,8 @@ def photo(image):
 
 
 def class_map(classes, palette):
-  """uint8 [h, w] as flat colors of the palette, uint8 [k, 3]; a data URI.
-
-  Ignored pixels, of value 255, are transparent.
+  """uint8 [h, w] in colors of the palette, uint8 [k, 3], a data URI; 255 is
+  transparent.
   """
   picture = _shrunk(classes, Image.Resampling.NEAREST)
   table = np.pad(palette, ((0, 256 - len(palette)), (0, 0)))
@@ -116,8 +105,8 @@ def heat_map(image, heat):
   """Heat, float [th, tw] from 0 to 1, over the gray image; a data URI."""
   gray = _shrunk(image).convert('L')
   level = Image.fromarray(np.nan_to_num(heat.astype(np.float32)))
-  level = np.asarray(level.resize(gray.size, Image.Resampling.BILINEAR))
-  color = matplotlib.colormaps['inferno'](level)[..., :3]
+  level = level.resize(gray.size, Image.Resampling.BILINEAR)
+  color = matplotlib.colormaps['inferno'](np.asarray(level))[..., :3]
   mixed = 0.3 * np.asarray(gray)[..., None] / 255 + 0.7 * color
   return _uri(Image.fromarray(np.uint8(255 * mixed)), 'JPEG', quality=90)
 
