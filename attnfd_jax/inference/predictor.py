@@ -92,13 +92,9 @@ def segment(
 ):
   """Class ids of one image and their probabilities times 255, uint8 of `size`.
 
-  Args:
-    network, variables: see evaluation.evaluate.
-    image: uint8 [h, w, 3], as the network sees it.
-    size: (height, width) of the result.
-    tile, overlap: see tiling.bands. None, or a tile that covers the image, is
-      the whole image.
-    size_multiple: pad to multiples by repeating the edge; fewer compilations.
+  The network sees the image, uint8 [h, w, 3], whole if `tile` is None or covers
+  it, see tiling.bands, and padded to multiples of `size_multiple` by repeating
+  the edge, for fewer compilations.
   """
   seen = image.shape[:2]
   padded = functools.partial(transforms.next_multiple, multiple=size_multiple)
@@ -177,8 +173,7 @@ class Predictor:
   def __call__(self, image):
     """Class ids and confidence, uint8 [h, w], of uint8 RGB [h, w, 3].
 
-    An image that is no larger than a tile is seen whole, padded to multiples
-    of 64; see `segment`.
+    The latter is the probability of the id times 255; see `segment`.
     """
     if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
       raise ValueError(

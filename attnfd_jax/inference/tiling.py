@@ -43,12 +43,9 @@ def bands(apply, image, *, tile, overlap=0.25):
   edge, where the network sees least around a pixel. Only what one row of tiles
   touches is held: all logits are many times the image.
 
-  Args:
-    apply: part of the image [th, tw, c] -> logits [th, tw, k]. All parts have
-      the shape of the tile, cut to the image where that is smaller.
-    image: [h, w, c].
-    tile: (height, width).
-    overlap: least share of a tile that the next one covers again, in [0, 1).
+  `apply` takes parts of the image [h, w, c], all of the shape of the tile, cut
+  to the image where that is smaller, and returns logits [th, tw, k]. `overlap`
+  is the least share of a tile that the next one covers again, in [0, 1).
   """
   h, w = image.shape[:2]
   th, tw = map(min, tile, (h, w))
@@ -78,12 +75,11 @@ def _between(x, at, axis):
 
 def resized(x, size):
   """Yields bands of one [h, w, k], resized as models.resizing does it."""
-  at_rows, at_columns = (
-    np.linspace(0, m - 1, n) for m, n in zip(x.shape[:2], size, strict=True)
-  )
-  for first in range(0, size[0], _ROWS):
-    band = _between(x, at_rows[first : first + _ROWS], 0)
-    yield _between(band, at_columns, 1)
+  height, width = size
+  rows = np.linspace(0, len(x) - 1, height)
+  columns = np.linspace(0, x.shape[1] - 1, width)
+  for first in range(0, height, _ROWS):
+    yield _between(_between(x, rows[first : first + _ROWS], 0), columns, 1)
 
 
 def scores(apply, image, size, **options):
