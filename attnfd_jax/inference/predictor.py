@@ -158,13 +158,11 @@ class Predictor:
     if not 0 <= overlap < 1:
       raise InputError(f'--overlap={overlap} must be from 0 to below 1.')
     self.views = {'scales': list(scales), 'flip': flip}
-    self.tiles = {'tile': None, 'overlap': None}
-    if tile:
-      self.tiles = {'tile': list(tile), 'overlap': overlap}
+    self.tiles = {'tile': tile and list(tile), 'overlap': tile and overlap}
     self.network, self.variables, info = loading.load_network(
       checkpoint, step=step, allow_code=allow_code
     )
-    if tuple(scales) != (1.0,) or flip:
+    if flip or tuple(scales) != (1,):
       self.network = Averaged(self.network, tuple(scales), flip)
     self.info, self.description = info, describe(checkpoint, info)
     self.class_names, self.palette = info['class_names'], info['palette']

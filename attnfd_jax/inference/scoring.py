@@ -9,20 +9,15 @@ from attnfd_jax import metrics
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError, one_of
-from attnfd_jax.inference import evaluation
+from attnfd_jax.inference import evaluation, predictor
 from attnfd_jax.inference import submission as submissions
-from attnfd_jax.inference.predictor import (
-  Predictor,
-  REFERENCE_SHORT_SIDE,
-  seen_short_side_of,
-)
 from attnfd_jax.progress import progress
 from attnfd_jax.runs import logs
 
 PROTOCOLS = {
   'native': 'scored at the size of the untouched labels',
   'reference': 'images and labels resized to a short side of '
-  f'{REFERENCE_SHORT_SIDE} first, as the authors do',
+  f'{predictor.REFERENCE_SHORT_SIDE} first, as the authors do',
 }
 
 
@@ -59,11 +54,9 @@ def load_split(info, data_root, split, *, hidden=False):
   if hidden and split not in splits:
     splits[split] = submissions.test_images(info['data']['root'])
   one_of('--split', split, splits)
-  if list(dataset.class_names) != list(info['class_names']):
-    raise InputError(
-      f'The network knows the classes {list(info["class_names"])}, the data '
-      f'set {list(dataset.class_names)}.'
-    )
+  ours, theirs = list(info['class_names']), list(dataset.class_names)
+  if ours != theirs:
+    raise InputError(f'The network has classes {ours}, the data set {theirs}.')
   return dataset, splits[split]
 
 
@@ -95,11 +88,12 @@ def evaluate_checkpoint(
   """
   if protocol is not None:
     one_of('--protocol', protocol, PROTOCOLS)
-  stage = Predictor(checkpoint, **options)
+  stage = predictor.Predictor(checkpoint, **options)
   info, settings = stage.info, stage.info['eval']
   dataset, source = load_split(info, data_root, split, hidden=bool(submission))
   protocol = settings['protocol'] = protocol or settings['protocol']
-  seen = {'protocol': protocol, 'short_side': seen_short_side_of(info)}
+  short_side = predictor.seen_short_side_of(info)
+  seen = {'protocol': protocol, 'short_side': short_side}
   reading = seen | {
     'size_multiple': settings['size_multiple'],
     'threads': info['data']['threads'],
@@ -178,8 +172,7 @@ def as_text(counts, result):
   ):
     if key in result:
       lines.append(f'{name:16}{_percent(result[key]):>7} %')
-  with np.errstate(invalid='ignore'):
-    shares = counts.sum(1) / counts.sum()
+  shares = counts.sum(1) / (counts.sum() or np.nan)
   columns = {
     'IoU %': result['iou_per_class'],
     'accuracy %': result['accuracy_per_class'],

@@ -13,11 +13,8 @@ def starts(length, tile, overlap):
 
   Neighbors share at least `overlap` of a tile, up to rounding.
   """
-  if tile >= length:
-    return [0]
-  stride = max(int(tile * (1 - overlap)), 1)
-  count = -(-(length - tile) // stride) + 1
-  return [round(x) for x in np.linspace(0, length - tile, count)]
+  stride, last = max(int(tile * (1 - overlap)), 1), max(length - tile, 0)
+  return [round(x) for x in np.linspace(0, last, -(-last // stride) + 1)]
 
 
 def falling_weights(length):
