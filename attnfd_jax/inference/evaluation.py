@@ -58,9 +58,7 @@ def evaluate(
       takes normalized images [b, h, w, 3] and returns a dict with `logits` [b,
       h, w, k]. If there are `coarse_logits`, too, whose align-corners resize
       `logits` is, the scores come from them.
-    variables: of the network, a pytree.
     source: see data/sources.py.
-    num_classes: k.
     mesh: see sharding.make_mesh; every process calls this, reads its share
       of the images and gets the counts of all.
     protocol: 'native' scores at the size of the untouched label, 'reference'
@@ -68,7 +66,6 @@ def evaluate(
     batch_size: rounded up to a multiple of the mesh axis 'data'.
     short_side: of what the network sees in 'native'; 0 leaves their size.
     size_multiple: images are padded to it, so that fewer sizes are compiled.
-    threads: that read.
   """
   parts = mesh.shape['data']
   batches = pipeline.eval_batches(

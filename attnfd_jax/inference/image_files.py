@@ -25,6 +25,8 @@ from attnfd_jax.runs import paths as run_paths
 
 # What a folder is searched for; a file that is named may be anything.
 ENDINGS = (*sources.IMAGE_ENDINGS, '.bmp', '.tif', '.tiff', '.webp')
+# Of the class ids, in colors, over the image, and with `confidence`.
+_RESULTS = ('.png', '_colour.png', '_overlay.jpg', '_confidence.png')
 # Results hold whole frames: only so many are ahead of the one waited for.
 _READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 _LONGEST = 65500  # Pixels of a side in libjpeg, which writes the overlay.
@@ -55,22 +57,14 @@ def find_images(pattern):
   return sorted(found, key=_natural)
 
 
-def plan_outputs(paths, output, others, *, overwrite, confidence):
-  """Input path -> {kind: file to write}.
-
-  `others` are further files that will be written. InputError if two would be
-  written to one place, over an input, or over anything without `overwrite`.
+def check_outputs(paths, output, others, *, overwrite, confidence):
+  """Raises InputError if two results, or one of the `others`, would be written
+  to one place, over an input, or over anything without `overwrite`.
   """
-  kinds = {'ids': '.png', 'colour': '_colour.png', 'overlay': '_overlay.jpg'}
-  if confidence:
-    kinds['confidence'] = '_confidence.png'
-  plan = {
-    path: {kind: output / (path.stem + end) for kind, end in kinds.items()}
-    for path in paths
-  }
   writers = {}
-  for path, targets in plan.items():
-    for target in targets.values():
+  for path in paths:
+    for ending in _RESULTS[: 3 + confidence]:
+      target = output / f'{path.stem}{ending}'
       if (other := writers.setdefault(target, path)) is not path:
         raise InputError(
           f'{other} and {path} would both be written to {target.name}; rename '
@@ -86,7 +80,6 @@ def plan_outputs(paths, output, others, *, overwrite, confidence):
       raise InputError(
         f'{target} exists; add --overwrite to replace it, or write elsewhere.'
       )
-  return plan
 
 
 def frame_size(paths):
@@ -109,15 +102,16 @@ def write_ids(path, ids, palette):
   file.save(path)
 
 
-def _write(targets, image, ids, confidence, palette):
-  """Returns the overlay, uint8 [h, w, 3]."""
-  write_ids(targets['ids'], ids, palette)
+def _write(stem, image, ids, confidence, palette):
+  """Returns the overlay, uint8 [h, w, 3]; no confidence is written if None."""
+  plain, colored, mixed, certain = (f'{stem}{ending}' for ending in _RESULTS)
+  write_ids(plain, ids, palette)
   colors = Image.fromarray(palette[ids])
-  colors.save(targets['colour'], compress_level=1)
+  colors.save(colored, compress_level=1)
   overlay = Image.blend(Image.fromarray(image), colors, 0.5)
-  overlay.save(targets['overlay'], quality=90)
-  if 'confidence' in targets:
-    Image.fromarray(confidence).save(targets['confidence'], compress_level=1)
+  overlay.save(mixed, quality=90)
+  if confidence is not None:
+    Image.fromarray(confidence).save(certain, compress_level=1)
   return np.asarray(overlay)
 
 
@@ -149,7 +143,7 @@ def predict_files(
     video = pathlib.Path(video)
     videos.check(video, fps)
     others, size = [*others, video], frame_size(paths)
-  plan = plan_outputs(
+  check_outputs(
     paths, output, others, overwrite=overwrite, confidence=confidence
   )
   predictor = Predictor(checkpoint, **options)
@@ -167,7 +161,7 @@ def predict_files(
       if size and (h, w) != size:
         return None, f'{path}: {w}x{h}, and its header said another size.'
       with device:
-        ids, probability = predictor(image)
+        ids, probabilities = predictor(image)
     except (InputError, OSError) as error:
       return None, str(error)
     except jax.errors.JaxRuntimeError as error:
@@ -175,7 +169,9 @@ def predict_files(
         raise
       problem = f'{path}: {w}x{h} needs more memory than the device has'
       return None, f'{problem}; use --tile, or a smaller one.'
-    overlay = _write(plan[path], image, ids, probability, predictor.palette)
+    probabilities = probabilities if confidence else None
+    stem, palette = output / path.stem, predictor.palette
+    overlay = _write(stem, image, ids, probabilities, palette)
     counts = np.bincount(ids.ravel(), minlength=len(predictor.class_names))
     return counts / ids.size, overlay if size else None
 

@@ -35,6 +35,7 @@ class Run:
     # stage -> result, stage -> kind -> name -> [2, n] of steps and values, and
     # stage -> name -> array.
     self.results = {stage: found[stage] for stage in STAGES if stage in found}
+    self.difference = ''  # From the other runs of a page, which knows them.
     self.curves, pictures, self.class_names, command = {}, {}, [], []
     for stage in self.results:
       self.curves[stage] = _read_curves(folder / stage / 'metrics.jsonl')
