@@ -9,12 +9,10 @@ from collections.abc import Mapping
 import functools
 import re
 
-import jax
 import numpy as np
 
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
-from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.deeplab import DeepLabV3Plus, TAPS
 from attnfd_jax.pytorch import files, names
 
@@ -82,35 +80,17 @@ def _unnest(name):
   return f'features.{block}.conv.{layer}.{leaf}'
 
 
-@functools.lru_cache  # Traces the whole network.
-def _abstract(network):
-  return networks.abstract_variables(network)
+# Tracing a whole network takes seconds.
+_abstract = functools.lru_cache(networks.abstract_variables)
 
 
-@functools.lru_cache
 def abstract_gates(network):
   """Shapes {'params', 'batch_stats'} of the CBAMs of a network, by tap."""
-  init = functools.partial(CBAM().init, train=False)
-  maps = networks.abstract_outputs(network, (64, 64))['features']
-  gates = {
-    tap: jax.eval_shape(init, jax.random.key(0), x) for tap, x in maps.items()
-  }
-  return {
-    part: {tap: gate[part] for tap, gate in gates.items()}
-    for part in ('params', 'batch_stats')
-  }
-
-
-def _with_gates(variables, gates):
-  """As a network has them that refines its maps in the forward path."""
-  return {
-    part: tree | {f'attention_{tap}': x for tap, x in gates[part].items()}
-    for part, tree in variables.items()
-  }
+  return _split_gates(_abstract(network.clone(in_path_attention=True)))[1]
 
 
 def _split_gates(variables):
-  """The arguments of `_with_gates`."""
+  """The variables without the CBAMs of the forward path, and these by tap."""
   rest, gates = {}, {}
   for part, tree in variables.items():
     gates[part] = {tap: tree[f'attention_{tap}'] for tap in TAPS}
@@ -119,15 +99,10 @@ def _split_gates(variables):
 
 
 def import_network(tensors, network):
-  """Variables of `network` from named arrays, with holes where none fits.
+  """Variables of a DeepLabV3Plus, None where no tensor fits; gates; a Report.
 
-  Args:
-    tensors: {name: array}, names as in `reference_names`.
-    network: DeepLabV3Plus.
-
-  Returns:
-    The variables, None where a tensor is missing; the three CBAMs as
-    {'params', 'batch_stats'} or None; and a Report.
+  `tensors` have `reference_names`. The gates are the three CBAMs of a network
+  without them in its forward path, {'params', 'batch_stats'}, or None.
 
   Raises:
     InputError: for a network of the user's, whose names nobody knows.
@@ -137,19 +112,19 @@ def import_network(tensors, network):
       f'{type(network).__name__}: PyTorch files are read for DeepLabV3Plus '
       'only; load the weights of your own network in its own code.'
     )
-  target = _abstract(network)
+  target = network
   # A parameter-free CBAM leaves its unused convolution in the file.
   has_gates = 'backbone.cbam.ChannelGate.mlp.1.weight' in tensors
-  apart = has_gates and not network.in_path_attention
-  if apart:
-    target = _with_gates(target, abstract_gates(network))
-  elif not has_gates:
+  if has_gates:
+    target = network.clone(in_path_attention=True)
+  else:
     tensors = {k: x for k, x in tensors.items() if '.cbam.' not in k}
   name_of = functools.partial(names.network_name, backbone=network.backbone)
-  variables, report = names.fill(target, tensors, name_of)
-  if apart:
-    return *_split_gates(variables), report
-  return variables, None, report
+  variables, report = names.fill(_abstract(target), tensors, name_of)
+  gates = None
+  if has_gates and not network.in_path_attention:
+    variables, gates = _split_gates(variables)
+  return variables, gates, report
 
 
 def backbone_only(report):
@@ -158,15 +133,7 @@ def backbone_only(report):
 
 
 def infer_options(tensors):
-  """Options of DeepLabV3Plus that a file shows, as far as it shows them.
-
-  Args:
-    tensors: {name: array}, names as in `reference_names`.
-
-  Returns:
-    A part of {'backbone', 'num_classes', 'width_multiplier', 'aspp_channels',
-    'decoder_channels', 'low_level_channels'}.
-  """
+  """Options of DeepLabV3Plus, as far as tensors of `reference_names` show."""
   found = {}
   for option, name, unit in _SHOWN:
     shape = tensors[name].shape if name in tensors else ()
@@ -208,13 +175,8 @@ def load_torch(source, *, backbone, num_classes, **options):
 def load_pretrained(path, network):
   """Variables of a network from the backbone, or all, of a PyTorch file.
 
-  Args:
-    path: of the file; a head for other classes is left out.
-    network: DeepLabV3Plus.
-
-  Returns:
-    The variables with None where the file has nothing that fits, and a line
-    that says so.
+  They are None where nothing in the file fits, as in a head for other classes;
+  a line says so.
 
   Raises:
     InputError: if it cannot be read, or does not fill the whole backbone.
@@ -232,9 +194,7 @@ def load_pretrained(path, network):
     raise InputError(
       f'{path}: does not fill the backbone {network.backbone}: {report}.'
     )
-  what = 'whole network'
-  if not report.complete:
-    what = 'backbone and what else fits'
+  what = 'whole network' if report.complete else 'backbone and what else fits'
   if backbone_only(report):
     what = 'backbone'
   return variables, f'starts from the {what} of {path}: {report}'
@@ -243,14 +203,12 @@ def load_pretrained(path, network):
 def export_torch(variables, attention=None, *, backbone):
   """{name: array} that the authors' DeepLab loads strictly.
 
-  Args:
-    variables: of a DeepLabV3Plus.
-    attention: its three CBAMs as of `load_torch`; without them the result fits
-      a plain DeepLabV3+ of the same family.
-    backbone: key of BACKBONES.
+  Without its three CBAMs, `attention` as of `load_torch`, it is that of a plain
+  DeepLabV3+ of the same family.
   """
-  if attention is not None:
-    variables = _with_gates(variables, attention)
+  for part, gates in (attention or {}).items():
+    gates = {f'attention_{tap}': x for tap, x in gates.items()}
+    variables = variables | {part: variables[part] | gates}
   name_of = functools.partial(names.network_name, backbone=backbone)
   tensors = names.export(variables, name_of)
   for name in list(tensors):
