@@ -11,11 +11,7 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.pytorch import names
-from attnfd_jax.pytorch.networks import (
-  import_network,
-  read_tensors,
-  reference_names,
-)
+from attnfd_jax.pytorch.networks import import_network, read_tensors
 
 
 class DistillationPair(NamedTuple):
@@ -58,24 +54,21 @@ def load_torch_distiller(
     student_backbone, num_classes, aspp_dropout=0.0, update_norms_twice=True
   )
   teacher = DeepLabV3Plus(teacher_backbone, num_classes, aspp_dropout=0.0)
-  loaded = []
+  loaded, maps = [], []
   for network, prefix in ((student, 's_net.'), (teacher, 't_net.')):
     own = {
       name.removeprefix(prefix): value
       for name, value in tensors.items()
       if name.startswith(prefix)
     }
-    variables, gates, report = import_network(reference_names(own), network)
+    variables, gates, report = import_network(own, network)
     if not report.complete or gates is None:
       raise InputError(f'{prefix}* is not a {network.backbone}: {report}.')
     loaded.append(variables)
-  features = [
-    networks.abstract_outputs(network, (64, 64))['features']
-    for network in (student, teacher)
-  ]
+    maps.append(networks.abstract_outputs(network, (64, 64))['features'])
   resnets = student_backbone[:6] == teacher_backbone[:6] == 'resnet'
   distiller = AttnFD(
-    *({tap: x.shape[-1] for tap, x in taps.items()} for taps in features),
+    *({tap: x.shape[-1] for tap, x in taps.items()} for taps in maps),
     teacher_attention='checkpoint',
     student_attention='mlp_frozen',
     reduction='batchmean',
@@ -83,7 +76,7 @@ def load_torch_distiller(
     fan_out_taps=('backbone',) if resnets else (),
   )
   init = functools.partial(distiller.init, train=False)
-  target = jax.eval_shape(init, jax.random.key(0), *features)
+  target = jax.eval_shape(init, jax.random.key(0), *maps)
   variables, report = names.fill(target, tensors, _name_of)
   if report.missing or report.reshaped:
     report = report._replace(unexpected=[])  # Those of the networks.

@@ -44,29 +44,32 @@ def read_tensors(source):
   }
 
 
-def reference_names(tensors):
-  """Renames trunks of other projects; drops classifiers, counters, aliases.
+def reference_names(source):
+  """`read_tensors` with trunks of other projects named as the authors name them.
+
+  Their classifiers, counters of batches and aliases are left out.
 
   Raises:
     InputError: if an alias differs from what it repeats.
   """
-  trunk_only = not any(name.startswith('backbone.') for name in tensors)
-  # tonylins numbers layers as the reference; torchvision nests them.
-  nested = any(re.match(r'features\.2\.conv\.0\.0\.', x) for x in tensors)
-  found = {}
-  for name, value in tensors.items():
-    if name.endswith('num_batches_tracked'):
-      continue
-    if trunk_only:
-      if re.match(r'(fc|classifier|features\.18)\.', name):
-        continue
-      name = f'backbone.{_unnest(name) if nested else name}'
-    found[name] = value
-  for name in list(found):
-    for alias in names.aliases(name):
-      if alias in found and not np.array_equal(found.pop(alias), found[name]):
+  tensors = {
+    name: x
+    for name, x in read_tensors(source).items()
+    if not name.endswith('num_batches_tracked')
+  }
+  if not any(name.startswith('backbone.') for name in tensors):
+    # tonylins numbers layers as the reference; torchvision nests them.
+    nested = any(re.match(r'features\.2\.conv\.0\.0\.', x) for x in tensors)
+    tensors = {
+      f'backbone.{_unnest(name) if nested else name}': x
+      for name, x in tensors.items()
+      if not re.match(r'(fc|classifier|features\.18)\.', name)
+    }
+  for name in list(tensors):
+    for alias in tensors.keys() & names.aliases(name):
+      if not np.array_equal(tensors.pop(alias), tensors[name]):
         raise InputError(f'{alias} differs from {name}, which it must repeat.')
-  return found
+  return tensors
 
 
 def _unnest(name):
@@ -98,21 +101,21 @@ def _split_gates(variables):
   return rest, gates
 
 
-def import_network(tensors, network):
+def import_network(source, network):
   """Variables of a DeepLabV3Plus, None where no tensor fits; gates; a Report.
 
-  `tensors` have `reference_names`. The gates are the three CBAMs of a network
-  without them in its forward path, {'params', 'batch_stats'}, or None.
+  The gates are {'params', 'batch_stats'} of the three CBAMs, if they are in the
+  file and not in the forward path, else None.
 
   Raises:
     InputError: for a network of the user's, whose names nobody knows.
   """
+  tensors, target = reference_names(source), network
   if not networks.is_ours(network):
     raise InputError(
       f'{type(network).__name__}: PyTorch files are read for DeepLabV3Plus '
       'only; load the weights of your own network in its own code.'
     )
-  target = network
   # A parameter-free CBAM leaves its unused convolution in the file.
   has_gates = 'backbone.cbam.ChannelGate.mlp.1.weight' in tensors
   if has_gates:
@@ -165,8 +168,7 @@ def load_torch(source, *, backbone, num_classes, **options):
     InputError: if any tensor is missing, unexpected or of another shape.
   """
   network = DeepLabV3Plus(backbone, num_classes, **options)
-  tensors = reference_names(read_tensors(source))
-  variables, attention, report = import_network(tensors, network)
+  variables, attention, report = import_network(source, network)
   if not report.complete:
     raise InputError(f'Not a {backbone} with {num_classes} classes: {report}.')
   return variables, attention
@@ -182,13 +184,12 @@ def load_pretrained(path, network):
     InputError: if it cannot be read, or does not fill the whole backbone.
   """
   try:
-    tensors = reference_names(files.read_state_dict(path))
+    variables, _, report = import_network(path, network)
   except OSError as error:
     raise InputError(
       f'{path}: cannot be read ({error.strerror}); is pretrained of '
       'config.teacher or config.student right?'
     ) from error
-  variables, _, report = import_network(tensors, network)
   holes = [*report.missing, *report.reshaped]
   if any(re.match(r'backbone\.(?!cbam\.)', name) for name in holes):
     raise InputError(
