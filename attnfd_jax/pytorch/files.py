@@ -9,6 +9,8 @@ the way in and out.
 
 import collections
 import contextlib
+import functools
+import io
 import json
 import math
 import os
@@ -87,19 +89,12 @@ def _read_zip(file, size):
     return _to_native(np.frombuffer(data, dtype), order)
 
   program = read('data.pkl', pickles.MAX_PICKLE)
-  return pickles.unpickle(program, {}, load)[0]
+  return pickles.unpickle(program, {}, load)
 
 
 def _read_legacy(file, size):
-  position, storages = 0, {}
-
-  def run(load=None):
-    nonlocal position
-    file.seek(position)
-    data = file.read(pickles.MAX_PICKLE)
-    value, length = pickles.unpickle(data, storages, load)
-    position += length
-    return value
+  stream, storages = io.BytesIO(file.read(pickles.MAX_PICKLE)), {}
+  run = functools.partial(pickles.unpickle, stream, storages)
 
   def reserve(_, dtype, count):
     nonlocal size
@@ -120,7 +115,7 @@ def _read_legacy(file, size):
   keys = [pickles.as_text(key) for key in run()]
   if sorted(keys) != sorted(storages):
     raise damaged('its list of storages is wrong')
-  file.seek(position)
+  file.seek(stream.tell())
   for key in keys:
     storage = storages[key]
     # Compared as bytes: a cut count must not read as a smaller one.
@@ -149,12 +144,10 @@ def _read_safetensors(file, size):
 
 
 # What a file starts with, as a regular expression: who reads it, or why nobody.
-_READERS = {
+_STARTS = {
   rb'PK\x03\x04': _read_zip,
   rb'\x80': _read_legacy,
   rb'.{8}\{': _read_safetensors,
-}
-_FOREIGN = {
   rb'\Z': 'an empty file; copy or download it again',
   rb'version https://git-lfs': 'a git-lfs pointer; run git lfs pull',
   rb'\s*<': 'a web page, not a checkpoint; download the file itself',
@@ -168,15 +161,10 @@ _FOREIGN = {
 def read_torch(path):
   """The object in a checkpoint, without torch and without running it.
 
-  Args:
-    path: a zip container (PyTorch 1.6 and later) or a legacy one (0.1.10 and
-      later) of torch.save, or safetensors; the ending does not matter.
-
-  Returns:
-    dict (also for OrderedDict), list, tuple, str, numbers, None, NumPy scalars,
-    and an array for each tensor or parameter. Arrays of torch.save can be
-    written to; those that share a storage share memory. safetensors come as
-    {'state_dict': tensors, 'metadata': {str: str}}.
+  Reads both containers of torch.save (0.1.10 and later), and safetensors, as
+  {'state_dict': tensors, 'metadata': {str: str}}; the ending does not matter.
+  There are plain Python objects, NumPy scalars, dict in place of OrderedDict,
+  and arrays for tensors and parameters. Those of torch.save can be written to.
 
   Raises:
     TorchFileError: for anything else, in one line.
@@ -185,14 +173,11 @@ def read_torch(path):
   with open(path, 'rb') as file, _errors(path):
     head = file.read(512)
     file.seek(0)
-
-    def look(table):
-      found = (x for start, x in table.items() if re.match(start, head, re.S))
-      return next(found, None)
-
-    if read := look(_READERS):
+    rows = _STARTS.items()
+    read = next(x for start, x in rows if re.match(start, head, re.S))
+    if callable(read):
       return read(file, os.fstat(file.fileno()).st_size)
-    raise TorchFileError(look(_FOREIGN).format(head[:4]))
+    raise TorchFileError(read.format(head[:4]))
 
 
 def _is_state_dict(value):

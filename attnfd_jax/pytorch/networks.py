@@ -45,9 +45,9 @@ def read_tensors(source):
 
 
 def reference_names(source):
-  """`read_tensors` with trunks of other projects named as the authors name them.
+  """`read_tensors` with trunks of other projects renamed as in the authors'.
 
-  Their classifiers, counters of batches and aliases are left out.
+  Classifiers of trunks, counters of batches and aliases are left out.
 
   Raises:
     InputError: if an alias differs from what it repeats.

@@ -152,13 +152,10 @@ def _find(reference, storages, load):
 
 
 def unpickle(data, storages, load=None):
-  """Runs one pickle; returns its value and its length in bytes.
+  """The value of one pickle in bytes, or at the position of a stream of them.
 
-  Args:
-    data: bytes; what follows the pickle is left alone.
-    storages: {key: array} of what was loaded; more are added.
-    load: (key, dtype, count) -> array [count], or None where a pickle has no
-      business with storages.
+  `storages` is {key: array} of what was loaded; more are added by `load`, (key,
+  dtype, count) -> array [count]. Without it the pickle may not name storages.
   """
   stack, marks, memo = [], [], {}
   copied = 0
@@ -169,7 +166,7 @@ def unpickle(data, storages, load=None):
     del stack[start:]
     return items
 
-  for opcode, arg, position in pickletools.genops(data):
+  for opcode, arg, _ in pickletools.genops(data):
     match name := opcode.name:
       case 'PROTO' | 'FRAME':
         pass
@@ -195,11 +192,9 @@ def unpickle(data, storages, load=None):
         if type(stack[-1]) is not list:
           raise _refused(f'items appended to {type(stack[-1]).__name__}')
         stack[-1].extend(items)
-      case 'SETITEM':
-        items = [(stack.pop(-2), stack.pop())]
-        _set_items(stack[-1], items)
-      case 'DICT' | 'SETITEMS':
-        items = pop_mark()
+      case 'SETITEM' | 'SETITEMS' | 'DICT':
+        alone = name == 'SETITEM'
+        items = [stack.pop(-2), stack.pop()] if alone else pop_mark()
         if name == 'DICT':
           stack.append({})
         _set_items(stack[-1], zip(items[::2], items[1::2], strict=True))
@@ -229,7 +224,7 @@ def unpickle(data, storages, load=None):
       case 'BINPERSID' if load:
         stack.append(_find(stack.pop(), storages, load))
       case 'STOP':
-        return stack.pop(), position + 1
+        return stack.pop()
       case _:
         raise _refused(f'pickle opcode {name}')
   raise damaged('truncated')
