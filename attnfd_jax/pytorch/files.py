@@ -45,13 +45,6 @@ def _errors(path, hint='truncated or damaged, copy or download it again'):
     raise TorchFileError(f'{pathlib.Path(path).name}: {text}') from error
 
 
-def _to_native(storage, order):
-  """Turns a storage of a machine with the other byte order, in place."""
-  if order != sys.byteorder:
-    storage.view(f'u{storage.itemsize}').byteswap(inplace=True)
-  return storage
-
-
 def _read_zip(file, size):
   archive = zipfile.ZipFile(file)
   names = archive.namelist()
@@ -85,8 +78,8 @@ def _read_zip(file, size):
     order = read('byteorder', 16).decode('ascii')
 
   def load(key, dtype, count):
-    data = bytearray(read(f'data/{key}', count * dtype.itemsize))
-    return _to_native(np.frombuffer(data, dtype), order)
+    data = read(f'data/{key}', count * dtype.itemsize)
+    return np.frombuffer(data, dtype.newbyteorder(order)).astype(dtype)
 
   program = read('data.pkl', pickles.MAX_PICKLE)
   return pickles.unpickle(program, {}, load)
@@ -110,7 +103,7 @@ def _read_legacy(file, size):
   if (protocol := run()) != 1001:
     protocol = pickles.as_text(protocol)
     raise TorchFileError(f'unknown protocol {protocol:.20}; save it again')
-  run()  # sys_info; torch writes little-endian storages on any machine.
+  run()  # Of the machine that wrote it.
   value = run(reserve)
   keys = [pickles.as_text(key) for key in run()]
   if sorted(keys) != sorted(storages):
@@ -121,9 +114,9 @@ def _read_legacy(file, size):
     # Compared as bytes: a cut count must not read as a smaller one.
     if file.read(8) != storage.size.to_bytes(8, 'little'):
       raise damaged(f'storage {key[:40]!r} has another size')
-    if file.readinto(storage.view('u1')) != storage.nbytes:
-      raise damaged('truncated')
-    _to_native(storage, 'little')
+    # torch writes little-endian storages on any machine.
+    data, dtype = file.read(storage.nbytes), storage.dtype.newbyteorder('<')
+    storage[:] = np.frombuffer(data, dtype, storage.size)
   return value
 
 
@@ -181,11 +174,9 @@ def read_torch(path):
 
 
 def _is_state_dict(value):
-  return (
-    type(value) is dict
-    and len(value) > 0
-    and all(isinstance(name, str) for name in value)
-    and all(isinstance(array, np.ndarray) for array in value.values())
+  return (type(value) is dict and len(value) > 0) and all(
+    isinstance(name, str) and isinstance(array, np.ndarray)
+    for name, array in value.items()
   )
 
 
@@ -265,7 +256,7 @@ def _emit(value, arrays, where):
   if value is None or type(value) in (bool, int, float, str):
     return _literal(value)
   if type(value) in (list, tuple):
-    items = [_emit(v, arrays, f'{where}[{i}]') for i, v in enumerate(value)]
+    items = [_emit(x, arrays, f'{where}[{i}]') for i, x in enumerate(value)]
     first, last = (b'](', b'e') if type(value) is list else (b'(', b't')
     return first + b''.join(items) + last
   if type(value) in (dict, collections.OrderedDict):
@@ -290,9 +281,10 @@ def _emit(value, arrays, where):
   strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
   storage = f'ctorch\n{names[value.dtype.name]}\n'.encode()
   parts = [
-    b'ctorch._utils\n_rebuild_tensor_v2\n((',
-    *(_literal('storage'), storage, _literal(str(index)), _literal('cpu')),
-    *(_literal(value.size), b'tQ', *map(_literal, (0, shape, strides, False))),
+    b'ctorch._utils\n_rebuild_tensor_v2\n((' + _literal('storage') + storage,
+    *map(_literal, (str(index), 'cpu', value.size)),
+    b'tQ',
+    *map(_literal, (0, shape, strides, False)),
     _EMPTY_ORDERED + b'tR',  # Its backward hooks.
   ]
   return b''.join(parts)
