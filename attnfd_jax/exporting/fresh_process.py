@@ -26,10 +26,8 @@ def load_stablehlo(path):
 def load_onnx(path):
   import onnxruntime
 
-  session = onnxruntime.InferenceSession(
-    path, providers=['CPUExecutionProvider']
-  )
-  return lambda image: session.run(None, {'image': image})[0]
+  model = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+  return lambda image: model.run(None, {'image': image})[0]
 
 
 def load_weights(path, **options):

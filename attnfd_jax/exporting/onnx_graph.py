@@ -22,10 +22,11 @@ _TO_NCHW, _TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 def _fold_norms(params, stats):
   """{path of a Conv or ConvNorm: (kernel [o, i, h, w], bias [o])}."""
   found = {}
-  for path in [
-    x.removesuffix('/kernel') for x in params if x[-7:] == '/kernel'
-  ]:
-    kernel = np.float64(params[f'{path}/kernel']).transpose(3, 2, 0, 1)
+  for name, kernel in params.items():
+    path, _, leaf = name.rpartition('/')
+    if leaf != 'kernel':
+      continue
+    kernel = np.float64(kernel).transpose(3, 2, 0, 1)
     norm = f'{path.removesuffix("conv")}bn'
     if f'{norm}/scale' in params:
       variance = np.float64(stats[f'{norm}/var']) + layers.BatchNorm.epsilon
@@ -64,11 +65,12 @@ class Graph:
     self.constants.append(array)
     return name
 
-  def conv(self, x, path, *, strides=1, dilation=1, padding=None):
+  def conv(self, x, path, *, strides=1, dilation=1):
     """layers.Conv or layers.ConvNorm at `path`."""
     kernel, bias = self.convs[path]
-    size = kernel.shape[-1]
-    padding = dilation * (size - 1) // 2 if padding is None else padding
+    size, depthwise = kernel.shape[-1], path.endswith('depthwise')
+    # What a depthwise one sees was padded before the expansion.
+    padding = 0 if depthwise else dilation * (size - 1) // 2
     return self.op(
       'Conv',
       x,
@@ -78,7 +80,7 @@ class Graph:
       strides=[strides] * 2,
       dilations=[dilation] * 2,
       pads=[padding] * 4,
-      group=len(kernel) if path.endswith('depthwise') else 1,
+      group=len(kernel) if depthwise else 1,
     )
 
   def conv_relu(self, x, path, **options):
@@ -127,9 +129,8 @@ def _inverted_residual(g, x, path, *, strides, dilation):
   y = g.op('Pad', x, np.int64([0, 0, dilation, dilation] * 2))
   if f'{path}/expand' in g.convs:
     y = g.relu6(g.conv(y, f'{path}/expand'))
-  options = {'strides': strides, 'dilation': dilation, 'padding': 0}
-  y = g.relu6(g.conv(y, f'{path}/depthwise', **options))
-  return g.conv(y, f'{path}/project')
+  y = g.conv(y, f'{path}/depthwise', strides=strides, dilation=dilation)
+  return g.conv(g.relu6(y), f'{path}/project')
 
 
 def _mobilenet_v2(g, x, module):
@@ -186,15 +187,14 @@ def _network(g, image, network):
   def refine(tap, x):
     return _cbam(g, x, f'attention_{tap}') if network.in_path_attention else x
 
-  module = deeplab.BACKBONES[network.backbone](
-    output_stride=network.output_stride
-  )
+  stride = network.output_stride
+  module = deeplab.BACKBONES[network.backbone](output_stride=stride)
   is_resnet = isinstance(module, resnet.ResNet)
   low_level, x = (_resnet if is_resnet else _mobilenet_v2)(g, image, module)
   x = refine('backbone', x)
   if module.relu_after_tap:
     x = g.op('Relu', x)
-  x = refine('aspp', _aspp(g, x, network.output_stride))
+  x = refine('aspp', _aspp(g, x, stride))
   x = refine('decoder', _decoder(g, low_level, x))
   return g.resize(g.conv(x, 'classifier'), image)
 

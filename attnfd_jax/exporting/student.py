@@ -138,7 +138,9 @@ def export_student(
     expected, ours = fresh_process.measure(run, batches)
     if is_program or networks.is_ours(network):
       where = 'In a fresh process'
-      options = {} if is_program else _options(network)
+      fields = () if is_program else dataclasses.fields(network)
+      # Those that every Flax module has are None.
+      options = {x.name: getattr(network, x.name) for x in fields}
       found, theirs = agreement.run_fresh(kind, new, batches, options)
     else:
       where = 'Read back array by array, no other process having its code'
@@ -172,9 +174,3 @@ def export_student(
   if argmax:
     result = 'class ids uint8 [b, h, w]'
   return [*lines, f'{size}; {image} [b, h, w, 3]{scale} -> {result}']
-
-
-def _options(network):
-  """Arguments of DeepLabV3Plus, without those of every Flax module."""
-  names = {x.name for x in dataclasses.fields(network)}
-  return {x: getattr(network, x) for x in names - {'parent', 'name', 'dtype'}}

@@ -125,12 +125,6 @@ def flatten(tree):
   return traverse_util.flatten_dict(tree, sep='/')
 
 
-def _named(tree, name_of):
-  """Yields (path, name there, leaf); names have no collection."""
-  for path, leaf in flatten(tree).items():
-    yield path, name_of(path.split('/', 1)[1]), leaf
-
-
 def fill(target, tensors, name_of):
   """{their name: array} in the structure of `target`, and a Report.
 
@@ -138,7 +132,8 @@ def fill(target, tensors, name_of):
   path without its collection.
   """
   filled, loaded, missing, reshaped = {}, [], [], {}
-  for path, name, leaf in _named(target, name_of):
+  for path, leaf in flatten(target).items():
+    name = name_of(path.split('/', 1)[1])
     filled[path] = None
     if name not in tensors:
       missing.append(name)
@@ -159,7 +154,8 @@ def fill(target, tensors, name_of):
 def export(tree, name_of):
   """{their name: array} of a tree of collections, with batch counters."""
   tensors = {}
-  for path, name, leaf in _named(tree, name_of):
+  for path, leaf in flatten(tree).items():
+    name = name_of(path.split('/', 1)[1])
     value = np.asarray(leaf)
     if path.endswith('kernel'):
       value = value.transpose(_TO_THEIRS[value.ndim])

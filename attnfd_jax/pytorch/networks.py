@@ -212,7 +212,7 @@ def export_torch(variables, attention=None, *, backbone):
     variables = variables | {part: variables[part] | gates}
   name_of = functools.partial(names.network_name, backbone=backbone)
   tensors = names.export(variables, name_of)
-  for name in list(tensors):
-    # The same array under two names is one storage in the file.
-    tensors |= dict.fromkeys(names.aliases(name), tensors[name])
-  return tensors
+  # The same array under two names is one storage in the file.
+  return tensors | {
+    alias: x for name, x in tensors.items() for alias in names.aliases(name)
+  }
