@@ -46,16 +46,13 @@ def shrink(variables, weights):
 def grow(stored):
   """float32 variables of what `shrink` returns."""
 
-  def is_small(x):
-    return isinstance(x, Small)
-
   def load(x):
-    if not is_small(x):
+    if not isinstance(x, Small):
       return x
     # In the program: as NumPy arrays they would be in it in float32.
     return jnp.asarray(x.values).astype(jnp.float32) * x.scale
 
-  return jax.tree.map(load, stored, is_leaf=is_small)
+  return jax.tree.map(load, stored, is_leaf=lambda x: isinstance(x, Small))
 
 
 @functools.lru_cache

@@ -95,9 +95,8 @@ def export_student(
   """
   form = {'uint8': uint8, 'argmax': argmax}
   path = _check_arguments(checkpoint, output, kind, form, weights, overwrite)
-  network, variables, info = loading.load_network(
-    checkpoint, allow_code=allow_code
-  )
+  loaded = loading.load_network(checkpoint, allow_code=allow_code)
+  network, variables, info = loaded
   conversion.check_format(network, kind)
   if hasattr(network, 'dtype'):
     network = network.clone(dtype=None)
@@ -113,9 +112,8 @@ def export_student(
   )
   if not uint8:
     batches = [np.asarray(normalise(x)) for x in batches]
-  lines = [
-    f'{predictor.describe(checkpoint, info)}, as {kind}, weights {weights}'
-  ]
+  name = predictor.describe(checkpoint, info)
+  lines = [f'{name}, as {kind}, weights {weights}']
   remarks, is_program = [], kind in _PROGRAMS
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory('', f'.{path.name}.', path.parent) as folder:

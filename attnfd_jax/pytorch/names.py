@@ -86,6 +86,17 @@ def connector_name(tap, path):
   return f'Connectors.{_CONNECTOR_NUMBER[tap]}.{index}.{_LEAVES[leaf]}'
 
 
+def distiller_name(path):
+  """Name of a leaf of AttnFD; the teacher's gates are params or batch_stats."""
+  module, rest = path.split('/', 1)
+  kind, _, tap = module.rpartition('_')
+  if kind == 'connectors':
+    return connector_name(tap, rest)
+  if kind == 'student_gates':
+    return f's_net.{gate_name(tap, rest)}'
+  return f't_net.{gate_name(*rest.split("/", 1))}'
+
+
 def aliases(name):
   """Other names of one tensor: MobileNetV2's trunk is registered twice."""
   match = re.fullmatch(r'(.*backbone)\.features\.(\d+)\.(.*)', name)

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch checkpoints as our variables, and back; torch is not needed.
 
-Recognised: the authors' models, plain DeepLabV3+ of the same family, and
-trunks of torchvision (ResNet, MobileNetV2) and tonylins (MobileNetV2).
+Recognized: the authors' models and Distiller, plain DeepLabV3+ of the same
+family, trunks of torchvision (ResNet, MobileNetV2) and tonylins (MobileNetV2).
 """
 
 from collections.abc import Mapping
 import functools
 import re
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from attnfd_jax.distill.attnfd import AttnFD
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import DeepLabV3Plus, TAPS
@@ -216,3 +219,62 @@ def export_torch(variables, attention=None, *, backbone):
   return tensors | {
     alias: x for name, x in tensors.items() for alias in names.aliases(name)
   }
+
+
+class DistillationPair(NamedTuple):
+  """Student, teacher and distiller with their variables."""
+
+  student: DeepLabV3Plus
+  teacher: DeepLabV3Plus
+  distiller: AttnFD
+  student_variables: dict
+  teacher_variables: dict
+  distiller_variables: dict
+
+
+def load_torch_distiller(
+  state_dict, *, student_backbone, teacher_backbone, num_classes
+):
+  """The authors' Distiller (t_net.*, s_net.*, Connectors.*), recipe reference.
+
+  Args:
+    state_dict: names to arrays or torch tensors, or the path of a file.
+    student_backbone, teacher_backbone: keys of BACKBONES.
+    num_classes: of both networks.
+
+  Raises:
+    InputError: if a network or a connector is incomplete.
+  """
+  tensors = read_tensors(state_dict)
+  student = DeepLabV3Plus(
+    student_backbone, num_classes, aspp_dropout=0.0, update_norms_twice=True
+  )
+  teacher = DeepLabV3Plus(teacher_backbone, num_classes, aspp_dropout=0.0)
+  loaded, maps = [], []
+  for network, prefix in ((student, 's_net.'), (teacher, 't_net.')):
+    own = {
+      name.removeprefix(prefix): value
+      for name, value in tensors.items()
+      if name.startswith(prefix)
+    }
+    variables, gates, report = import_network(own, network)
+    if not report.complete or gates is None:
+      raise InputError(f'{prefix}* is not a {network.backbone}: {report}.')
+    loaded.append(variables)
+    maps.append(networks.abstract_outputs(network, (64, 64))['features'])
+  resnets = student_backbone[:6] == teacher_backbone[:6] == 'resnet'
+  distiller = AttnFD(
+    *({tap: x.shape[-1] for tap, x in taps.items()} for taps in maps),
+    teacher_attention='checkpoint',
+    student_attention='mlp_frozen',
+    reduction='batchmean',
+    teacher_bn='batch',
+    fan_out_taps=('backbone',) if resnets else (),
+  )
+  init = functools.partial(distiller.init, train=False)
+  target = jax.eval_shape(init, jax.random.key(0), *maps)
+  variables, report = names.fill(target, tensors, names.distiller_name)
+  if report.missing or report.reshaped:
+    report = report._replace(unexpected=[])  # Those of the networks.
+    raise InputError(f'Connectors do not fit: {report}.')
+  return DistillationPair(student, teacher, distiller, *loaded, variables)
