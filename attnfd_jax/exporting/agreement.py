@@ -4,7 +4,6 @@
 import json
 import operator
 import os
-import pathlib
 import subprocess
 import sys
 import tempfile
@@ -39,15 +38,9 @@ def _val_source(info):
 def make_batches(pattern, info, *, short_side, count):
   """A few real images as the network sees them, and two of another size.
 
-  They are at most `count` images of a file, a folder or a glob; by default of
-  the val split, and if that is not here, drawn scenes.
-
-  Returns:
-    list of uint8 [1, h, w, 3], and one [2, h', w', 3] as the last; and a text
-    that names the images.
-
-  Raises:
-    InputError: if there are none, or one cannot be used.
+  At most `count` images of a file, a folder or a glob; by default of the val
+  split, and if that is not here, drawn scenes. They are uint8 [1, h, w, 3], and
+  [2, h', w', 3] as the last. Also returns a text that names them.
   """
   dataset, read = info['data']['name'], operator.itemgetter('image')
   if pattern:
@@ -80,18 +73,13 @@ def make_batches(pattern, info, *, short_side, count):
 def run_fresh(kind, path, images, options):
   """What a file makes of images in a process of its own, and the seconds.
 
-  See fresh_process.LOADERS; `options` are of DeepLabV3Plus, for the formats of
-  PyTorch, and {} for others.
-
-  Raises:
-    InputError: if it cannot be loaded or run.
+  `options` are of its loader in fresh_process.LOADERS.
   """
-  script = pathlib.Path(fresh_process.__file__)
-  paths = [str(script.parents[2]), os.environ.get('PYTHONPATH', '')]
+  script = fresh_process.__file__
   environment = {
     'JAX_PLATFORMS': 'cpu',
     'JAX_TRACEBACK_FILTERING': 'off',  # Errors end in what is wrong.
-    'PYTHONPATH': os.pathsep.join(filter(None, paths)),
+    'PYTHONPATH': os.pathsep.join(map(os.path.abspath, sys.path)),
   }
   with tempfile.TemporaryDirectory() as folder:
     np.savez(f'{folder}/images.npz', *images)
@@ -113,11 +101,7 @@ def run_fresh(kind, path, images, options):
 
 
 def read_back(path, variables):
-  """The variables from a .safetensors file of '<collection>/<path>'.
-
-  Raises:
-    InputError: if an array is not what it is in `variables`.
-  """
+  """`variables` as a .safetensors file has them; InputError if they differ."""
   tensors = files.read_torch(path)['state_dict']
   for name, array in names.flatten(variables).items():
     if not np.array_equal(array, tensors.get(name), equal_nan=True):

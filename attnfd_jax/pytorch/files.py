@@ -307,8 +307,9 @@ def write_torch(path, obj):
   with _errors(path, 'cannot be written'):
     data = b'\x80\x02' + _emit(obj, arrays, 'obj') + b'.'
   records = {'data.pkl': data, 'byteorder': sys.byteorder.encode()}
-  records |= {f'data/{index}': array for index, array in arrays.values()}
-  records |= {'version': b'3\n'}
+  for index, array in arrays.values():
+    records[f'data/{index}'] = _plain(array).reshape(-1).view(np.uint8).data
+  records['version'] = b'3\n'
   with _replacing(path) as file, zipfile.ZipFile(file, 'w') as archive:
     for name, record in records.items():
       # ZipInfo's fixed date makes equal contents equal files.
@@ -316,6 +317,4 @@ def write_torch(path, obj):
       # torch maps files into memory: data start at multiples of 64.
       padding = -(file.tell() + 30 + len(info.filename) + 4) % 64
       info.extra = struct.pack('<HH', 0x4246, padding) + bytes(padding)
-      if isinstance(record, np.ndarray):
-        record = memoryview(_plain(record).reshape(-1).view(np.uint8))
       archive.writestr(info, record)

@@ -51,9 +51,6 @@ def reference_names(source):
   """`read_tensors` with trunks of other projects renamed as in the authors'.
 
   Classifiers of trunks, counters of batches and aliases are left out.
-
-  Raises:
-    InputError: if an alias differs from what it repeats.
   """
   tensors = {
     name: x
@@ -109,9 +106,6 @@ def import_network(source, network):
 
   The gates are {'params', 'batch_stats'} of the three CBAMs, if they are in the
   file and not in the forward path, else None.
-
-  Raises:
-    InputError: for a network of the user's, whose names nobody knows.
   """
   tensors, target = reference_names(source), network
   if not networks.is_ours(network):
@@ -180,11 +174,8 @@ def load_torch(source, *, backbone, num_classes, **options):
 def load_pretrained(path, network):
   """Variables of a network from the backbone, or all, of a PyTorch file.
 
-  They are None where nothing in the file fits, as in a head for other classes;
-  a line says so.
-
-  Raises:
-    InputError: if it cannot be read, or does not fill the whole backbone.
+  They are None where nothing fits, as in a head for other classes; a line says
+  so. InputError, unless the whole backbone is there.
   """
   try:
     variables, _, report = import_network(path, network)
