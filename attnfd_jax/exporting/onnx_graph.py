@@ -98,13 +98,14 @@ class Graph:
 
 
 def _resnet_block(g, x, path, *, strides, dilation):
-  y = x = g.op('Relu', x)
-  spatial, last = 'conv1', 'conv2'
-  if f'{path}/conv3' in g.convs:  # A bottleneck.
-    y = g.conv_relu(y, f'{path}/conv1')
-    spatial, last = 'conv2', 'conv3'
-  y = g.conv_relu(y, f'{path}/{spatial}', strides=strides, dilation=dilation)
-  y = g.conv(y, f'{path}/{last}', dilation=dilation)
+  x = g.op('Relu', x)
+  if f'{path}/conv3' in g.convs:
+    y = g.conv_relu(x, f'{path}/conv1')
+    y = g.conv_relu(y, f'{path}/conv2', strides=strides, dilation=dilation)
+    y = g.conv(y, f'{path}/conv3')
+  else:
+    y = g.conv_relu(x, f'{path}/conv1', strides=strides, dilation=dilation)
+    y = g.conv(y, f'{path}/conv2', dilation=dilation)
   if f'{path}/downsample' in g.convs:
     x = g.conv(x, f'{path}/downsample', strides=strides)
   return g.op('Add', x, y)
