@@ -40,7 +40,7 @@ def _natural(path):
   return parts, path
 
 
-def find_images(pattern):
+def find_images(pattern, option='--input'):
   """Files of an image, a folder (not its subfolders) or a glob, in the order of
   the numbers in their names; InputError if there are none.
   """
@@ -53,7 +53,7 @@ def find_images(pattern):
     problem = 'no such file, and nothing matches it as a pattern'
   found = {pathlib.Path(name) for name in names if os.path.isfile(name)}
   if not found:
-    raise InputError(f'--input={pattern}: {problem}.')
+    raise InputError(f'{option}={pattern}: {problem}.')
   return sorted(found, key=_natural)
 
 
