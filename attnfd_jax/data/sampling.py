@@ -8,7 +8,6 @@ import numpy as np
 
 from attnfd_jax import user_cache
 from attnfd_jax.data import frequencies
-from attnfd_jax.progress import progress
 
 
 class Balance(grain.transforms.RandomMap):
@@ -44,10 +43,9 @@ def class_presence(source, num_classes, *, threads=4):
     path = folder / f'{source.fingerprint()}-{num_classes}.npy'
     if path.exists():
       return np.load(path)
-  with progress(len(source), 'counting classes') as bar:
-    rows = frequencies.count_labels(
-      source, num_classes, threads, on_record=bar.update
-    )
+  rows = frequencies.count_labels(
+    source, num_classes, threads, 'counting classes'
+  )
   presence = rows[:, :-1] > 0
   if path:
     folder.mkdir(parents=True, exist_ok=True)
