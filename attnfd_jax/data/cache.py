@@ -40,46 +40,42 @@ def digest(files, *facts):
   return found.hexdigest()[:32]
 
 
-class DecodedSource:
-  """A source with its pixels in `folder`, as `open_decoded` left it.
-
-  Records are read-only views: the disk is read where a crop looks at them.
-  """
-
-  def __init__(self, source, folder):
-    self._folder = pathlib.Path(folder)
-    self.name, self.key = source.name, source.key
-    self.fingerprint = source.fingerprint
-    self._sizes = np.load(self._folder / 'sizes.npy')
-    self._starts = _starts(self._sizes)
-    self._pixels = None
-
-  def __len__(self):
-    return len(self._sizes)
-
-  def __getitem__(self, index):
-    if self._pixels is None:
-      pixels = np.load(self._folder / 'pixels.npy', mmap_mode='r')
-      self._pixels = np.asarray(pixels)
-    h, w = self.size(index)
-    start, end = self._starts[index], self._starts[index + 1]
-    middle = start + 3 * h * w
-    return {
-      'image': self._pixels[start:middle].reshape(h, w, 3),
-      'label': self._pixels[middle:end].reshape(h, w),
-    }
-
-  def __getstate__(self):
-    # Worker processes would get the whole array by value.
-    return self.__dict__ | {'_pixels': None}
-
-  def size(self, index):
-    return tuple(self._sizes[index].tolist())
+@functools.cache
+def _map_pixels(path):
+  return np.asarray(np.load(path, mmap_mode='r'))
 
 
 def _starts(sizes):
   """First byte of every record, and one past the last; sizes are [n, 2]."""
   return np.concatenate([[0], np.cumsum(4 * np.prod(sizes, 1))])
+
+
+class DecodedSource:
+  """A source with its pixels in `folder`, as `open_decoded` left it.
+
+  Records are read-only views: the disk is read where a crop looks at them. Each
+  process maps the file itself; in a pickle the array would go by value.
+  """
+
+  def __init__(self, source, folder):
+    self._path = folder / 'pixels.npy'
+    self.name, self.key = source.name, source.key
+    self.fingerprint = source.fingerprint
+    self._sizes = np.load(folder / 'sizes.npy')
+    self._starts = _starts(self._sizes)
+
+  def __len__(self):
+    return len(self._sizes)
+
+  def __getitem__(self, index):
+    h, w = self.size(index)
+    start, end = self._starts[index : index + 2]
+    record = _map_pixels(self._path)[start:end]
+    image, label = np.split(record, [3 * h * w])
+    return {'image': image.reshape(h, w, 3), 'label': label.reshape(h, w)}
+
+  def size(self, index):
+    return tuple(self._sizes[index].tolist())
 
 
 def open_decoded(source, directory, *, threads=4, text='decoding'):
@@ -109,13 +105,14 @@ def open_decoded(source, directory, *, threads=4, text='decoding'):
 
 def with_decoded(dataset, directory, *, threads=4):
   """`dataset` with the splits that every epoch reads as DecodedSources."""
-  splits = dict(dataset.splits)
-  for name in ('train', 'val'):  # test is read once.
-    if name in splits:
-      splits[name] = open_decoded(
-        splits[name], directory, threads=threads, text=f'decoding {name}'
-      )
-  return dataclasses.replace(dataset, splits=splits)
+  decoded = {
+    name: open_decoded(
+      source, directory, threads=threads, text=f'decoding {name}'
+    )
+    for name, source in dataset.splits.items()
+    if name in ('train', 'val')  # test is read once.
+  }
+  return dataclasses.replace(dataset, splits=dataset.splits | decoded)
 
 
 @contextlib.contextmanager
@@ -154,7 +151,8 @@ def _build(source, folder, threads, text):
   with bar, partial.open('r+b') as file:
     for first in range(0, len(left), _GROUP):
       group = left[first : first + _GROUP].tolist()
-      frequencies.map_records(write, group, threads, on_record=bar.update)
+      for _ in frequencies.map_records(write, group, threads):
+        bar.update()
       os.fsync(file)  # Pixels are on the disk before they count.
       finished[group] = 1
       finished.flush()
@@ -163,18 +161,16 @@ def _build(source, folder, threads, text):
 
 
 def _begin(source, folder, threads, text):
-  with progress(len(source), f'{text}: sizes') as bar:
-    sizes = frequencies.map_records(
-      source.size, range(len(source)), threads, on_record=bar.update
-    )
-  sizes = np.array(sizes, np.int64)
+  count = len(source)
+  sizes = frequencies.map_records(source.size, range(count), threads)
+  sizes = np.array([*progress(count, f'{text}: sizes', iterable=sizes)])
   np.save(folder / 'sizes.npy', sizes)
   total = int(_starts(sizes)[-1])
   if shutil.disk_usage(folder).free < total:
     raise _full(folder, total)
   # Sparse: the disk fills as records come.
   np.lib.format.open_memmap(folder / 'pixels.part', 'w+', np.uint8, (total,))
-  (folder / 'finished').write_bytes(bytes(len(sizes)))
+  (folder / 'finished').write_bytes(bytes(count))
 
 
 def _full(folder, size):

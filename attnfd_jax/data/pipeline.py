@@ -19,7 +19,12 @@ from attnfd_jax.losses import IGNORE_LABEL
 _FILLER = -1  # Index of a record that completes a batch, ignored everywhere.
 
 
-def _iterate(dataset, threads, workers):
+def _tune_worker(worker, num_workers):
+  del worker, num_workers
+  tuning.tune_process()
+
+
+def _iterate(dataset, threads, workers=0):
   # Grain's default keeps 500 batches in memory.
   options = grain.ReadOptions(
     num_threads=threads, prefetch_buffer_size=max(2, threads)
@@ -35,17 +40,12 @@ def _iterate(dataset, threads, workers):
   return dataset
 
 
-def _tune_worker(worker, num_workers):
-  del worker, num_workers
-  tuning.tune_process()
-
-
-def _local(batch_size):
-  """This process' share: (index, number of processes, records per batch)."""
+def _share(batch_size):
+  """What this process reads: (slice of all shares, records of a batch)."""
   process, count = jax.process_index(), jax.process_count()
   if batch_size % count:
     raise ValueError(f'{batch_size=} must be a multiple of {count} processes.')
-  return process, count, batch_size // count
+  return slice(process, None, count), batch_size // count
 
 
 def train_batches(
@@ -71,7 +71,7 @@ def train_batches(
     threads: of this process, or of each worker.
     workers: processes, for transforms that hold the interpreter lock.
   """
-  process, count, share = _local(batch_size)
+  share, size = _share(batch_size)
   if balance is None:
     dataset = grain.MapDataset.source(source).seed(seed).shuffle()
   else:
@@ -80,7 +80,7 @@ def train_batches(
   # Shares are cut after the random maps, else all hosts draw the same numbers,
   # and one after the other: row i of a batch is the same on any number.
   dataset = dataset.random_map(augment).repeat()
-  dataset = dataset.batch(share, drop_remainder=True)[process::count]
+  dataset = dataset.batch(size, drop_remainder=True)[share]
   return _iterate(dataset[step:], threads, workers)
 
 
@@ -108,7 +108,6 @@ def make_balance(config, dataset):
 
 def configured_batches(config, dataset, *, step=0):
   """train_batches of the split train, as a resolved config wants them."""
-  data = config.data
   return train_batches(
     dataset.splits['train'],
     make_augment(config),
@@ -116,8 +115,8 @@ def configured_batches(config, dataset, *, step=0):
     seed=config.seed,
     step=step,
     balance=make_balance(config, dataset),
-    threads=data.threads,
-    workers=data.workers,
+    threads=config.data.threads,
+    workers=config.data.workers,
   )
 
 
@@ -129,7 +128,6 @@ def eval_batches(
   resize_labels=False,
   size_multiple=1,
   threads=4,
-  workers=0,
 ):
   """Iterates once over whole images; every pixel counts exactly once.
 
@@ -143,13 +141,9 @@ def eval_batches(
     resize_labels: and the labels too, as protocol `reference` does.
     size_multiple: pad right and bottom to multiples, to have fewer sizes;
       images repeat their edges, labels are ignored there.
-    threads: of this process, or of each worker.
-    workers: processes.
+    threads: that read.
   """
-  process, count, share = _local(batch_size)
-
-  def padded(size):
-    return transforms.next_multiple(size, size_multiple)
+  share, share_size = _share(batch_size)
 
   def read(index, *, image_size, label_size):
     if index == _FILLER:
@@ -167,28 +161,24 @@ def eval_batches(
   groups = collections.defaultdict(list)
   for index in range(len(source)):
     size = source.size(index)
-    image_size = padded(transforms.fit_short_side(size, short_side))
-    label_size = image_size if resize_labels else padded(size)
-    groups[image_size, label_size].append(index)
+    seen = transforms.fit_short_side(size, short_side)
+    sizes = (seen, seen if resize_labels else size)
+    padded = (transforms.next_multiple(size, size_multiple) for size in sizes)
+    groups[*padded].append(index)
   datasets = []
   for (image_size, label_size), indices in sorted(groups.items()):
     indices += [_FILLER] * (-len(indices) % batch_size)
-    dataset = grain.MapDataset.source(indices[process::count]).map(
+    dataset = grain.MapDataset.source(indices[share]).map(
       functools.partial(read, image_size=image_size, label_size=label_size)
     )
-    datasets.append(_iterate(dataset.batch(share), threads, workers))
+    datasets.append(_iterate(dataset.batch(share_size), threads))
   return itertools.chain.from_iterable(datasets)
 
 
 def to_device(dataset, sharding, *, buffer=2):
   """Puts the batches of a grain.IterDataset on devices ahead of their use."""
-
-  def put(batch):
-    return {
-      key: jax.make_array_from_process_local_data(sharding, value)
-      for key, value in batch.items()
-    }
-
+  put = functools.partial(jax.make_array_from_process_local_data, sharding)
   return grain.experimental.ThreadPrefetchIterDataset(
-    dataset.map(put), prefetch_buffer_size=buffer
+    dataset.map(functools.partial(jax.tree.map, put)),
+    prefetch_buffer_size=buffer,
   )
