@@ -16,8 +16,6 @@ import numpy as np
 from attnfd_jax.data import sampling, transforms, tuning
 from attnfd_jax.losses import IGNORE_LABEL
 
-_FILLER = -1  # Index of a record that completes a batch, ignored everywhere.
-
 
 def _tune_worker(worker, num_workers):
   del worker, num_workers
@@ -61,15 +59,10 @@ def train_batches(
 ):
   """An endless grain.IterDataset of batches, from global step `step` on.
 
-  Args:
-    source: see sources.py.
-    augment: a grain RandomMap; all its results have one size.
-    batch_size: over all processes; each gets its equal share.
-    seed: of order and augmentation.
-    step: batches already consumed.
-    balance: a grain RandomMap from index to index, as sampling.Balance.
-    threads: of this process, or of each worker.
-    workers: processes, for transforms that hold the interpreter lock.
+  `augment` is a grain RandomMap whose results have one size, `balance` one from
+  index to index, as sampling.Balance. `batch_size` is over all processes, each
+  of which gets its equal share; `threads` are of this process, or of each of
+  the `workers`, processes for transforms that hold the interpreter lock.
   """
   share, size = _share(batch_size)
   if balance is None:
@@ -86,13 +79,12 @@ def train_batches(
 
 def make_augment(config):
   """The Augment of a resolved config."""
-  data = config.data
   same = ('base_size', 'flip', 'blur', 'photometric', 'rotation')
   return transforms.Augment(
-    crop_size=tuple(data.crop_size),
-    scale_range=tuple(data.scale_range),
-    label_fill=0 if data.label_pad == 'background' else IGNORE_LABEL,
-    **{key: data[key] for key in same},
+    crop_size=tuple(config.data.crop_size),
+    scale_range=tuple(config.data.scale_range),
+    label_fill=0 if config.data.label_pad == 'background' else IGNORE_LABEL,
+    **{key: config.data[key] for key in same},
   )
 
 
@@ -131,22 +123,22 @@ def eval_batches(
 ):
   """Iterates once over whole images; every pixel counts exactly once.
 
-  Images of one size share batches, so there are as many compilations as sizes.
+  Images of one size share batches, so there are as many compilations as sizes;
+  the last batch of a size is filled with images whose labels are all ignored.
 
   Args:
     source: see sources.py.
-    batch_size: over all processes. The last batch of a size is filled with
-      images whose labels are all ignored.
-    short_side: resize images to it; 0 leaves them.
-    resize_labels: and the labels too, as protocol `reference` does.
+    batch_size: over all processes.
+    short_side, resize_labels: see transforms.fit_record.
     size_multiple: pad right and bottom to multiples, to have fewer sizes;
       images repeat their edges, labels are ignored there.
     threads: that read.
   """
   share, share_size = _share(batch_size)
 
-  def read(index, *, image_size, label_size):
-    if index == _FILLER:
+  def read(entry):
+    index, image_size, label_size = entry
+    if index is None:
       image = np.zeros((*image_size, 3), np.uint8)
       label = np.full(label_size, IGNORE_LABEL, np.uint8)
       return {'image': image, 'label': label}
@@ -165,14 +157,13 @@ def eval_batches(
     sizes = (seen, seen if resize_labels else size)
     padded = (transforms.next_multiple(size, size_multiple) for size in sizes)
     groups[*padded].append(index)
-  datasets = []
-  for (image_size, label_size), indices in sorted(groups.items()):
-    indices += [_FILLER] * (-len(indices) % batch_size)
-    dataset = grain.MapDataset.source(indices[share]).map(
-      functools.partial(read, image_size=image_size, label_size=label_size)
-    )
-    datasets.append(_iterate(dataset.batch(share_size), threads))
-  return itertools.chain.from_iterable(datasets)
+  batches = []
+  for sizes, indices in sorted(groups.items()):
+    indices += [None] * (-len(indices) % batch_size)
+    entries = [(index, *sizes) for index in indices[share]]
+    dataset = grain.MapDataset.source(entries).map(read).batch(share_size)
+    batches.append(_iterate(dataset, threads))
+  return itertools.chain.from_iterable(batches)
 
 
 def to_device(dataset, sharding, *, buffer=2):

@@ -9,7 +9,6 @@ from the files gives. TensorFlow is needed on neither side.
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import pathlib
 
@@ -51,20 +50,9 @@ def _sha256(path):
 
 
 def _write_shard(source, records, path, workers, bar):
-  """Writes a range of records of a PairSource, unless `path` has them already.
-
-  Returns the note of what it holds, which lies beside it.
-  """
+  """Writes some records of a PairSource to `path`, whole or not at all."""
   from array_record.python.array_record_module import ArrayRecordWriter
 
-  note = path.with_name(f'{path.name}.json')
-  bounds = records.start, records.stop
-  content = [VERSION, source.fingerprint(*bounds), *bounds]
-  if note.exists() and path.exists():
-    found = json.loads(note.read_text())
-    if found['content'] == content and found['sha256'] == _sha256(path):
-      bar.update(len(records))
-      return found
   features = _features()
   serializer = _tfds().core.example_serializer.ExampleSerializer(
     features.get_serialized_info()
@@ -86,32 +74,32 @@ def _write_shard(source, records, path, workers, bar):
   except BaseException:
     temporary.unlink(missing_ok=True)
     raise
-  os.replace(temporary, path)
-  found = {
-    'content': content,
-    'shard': path.name,
-    'count': len(records),
-    'bytes': path.stat().st_size,
-    'sha256': _sha256(path),
-  }
-  note.write_text(json.dumps(found))
-  return found
+  with open(temporary, 'rb') as file:
+    os.fsync(file)  # The name means that all of it is there.
+  temporary.rename(path)
 
 
 def _write_shards(dataset, folder, workers):
-  """{split: [note of a shard, ...]}; names are those of TFDS."""
-  notes = {}
+  """{split: [(path, number of records) of a shard, ...]}.
+
+  A name changes with what is in the shard: one that is there is not written
+  again.
+  """
+  shards = {}
   total = sum(len(source) for source in dataset.splits.values())
   with progress(total, dataset.name) as bar:
     for split, source in dataset.splits.items():
-      records = range(len(source))
-      parts = [records[i:][:SHARD_SIZE] for i in records[::SHARD_SIZE]]
-      name = f'{dataset.name}-{split}.array_record-{{:05d}}-of-{len(parts):05d}'
-      notes[split] = [
-        _write_shard(source, part, folder / name.format(i), workers, bar)
-        for i, part in enumerate(parts)
-      ]
-  return notes
+      shards[split] = []
+      for start in range(0, len(source), SHARD_SIZE):
+        records = range(len(source))[start : start + SHARD_SIZE]
+        content = source.fingerprint(start, records.stop)
+        path = folder / f'{split}-{VERSION}-{start}-{content}'
+        if path.exists():
+          bar.update(len(records))
+        else:
+          _write_shard(source, records, path, workers, bar)
+        shards[split].append((path, len(records)))
+  return shards
 
 
 def prepare(dataset, target, *, workers):
@@ -136,36 +124,37 @@ def prepare(dataset, target, *, workers):
     raise InputError(f'{folder} exists; remove it, or give another --target.')
   staged = target / f'.{dataset.name}.shards'
   staged.mkdir(parents=True, exist_ok=True)
-  splits, core = _write_shards(dataset, staged, workers), _tfds().core
-  shards = {note['shard'] for notes in splits.values() for note in notes}
-  for path in staged.iterdir():
-    if path.name not in shards:  # A note, or of an attempt with other data.
-      path.unlink()
-
-  def listed(key):
-    return {split: [x[key] for x in notes] for split, notes in splits.items()}
-
+  shards, core = _write_shards(dataset, staged, workers), _tfds().core
+  kept = {path for listed in shards.values() for path, _ in listed}
+  for path in {*staged.iterdir()} - kept:  # Of an attempt with other data.
+    path.unlink()
+  infos, hashes = [], {}
+  for split, listed in shards.items():
+    paths, lengths = zip(*listed, strict=True)
+    hashes[split] = [_sha256(path) for path in paths]
+    size = sum(path.stat().st_size for path in paths)
+    infos.append(
+      core.SplitInfo(name=split, shard_lengths=[*lengths], num_bytes=size)
+    )
+    for i, path in enumerate(paths):
+      name = f'{dataset.name}-{split}.array_record-{i:05d}-of-{len(paths):05d}'
+      path.rename(staged / name)
   _tfds().folder_dataset.write_metadata(
     data_dir=staged,
     features=_features(),
-    split_infos=[
-      core.SplitInfo(
-        name=split, shard_lengths=lengths, num_bytes=sum(listed('bytes')[split])
-      )
-      for split, lengths in listed('count').items()
-    ],
+    split_infos=infos,
     version=VERSION,
     check_data=False,
     metadata=core.MetadataDict(
       class_names=list(dataset.class_names),
       palette=dataset.palette.tolist(),
       ignore_label=IGNORE_LABEL,
-      sha256=listed('sha256'),
+      sha256=hashes,
     ),
   )
   folder.parent.mkdir(exist_ok=True)
   staged.rename(folder)
-  return folder, {name: sum(x) for name, x in listed('count').items()}
+  return folder, {info.name: sum(info.shard_lengths) for info in infos}
 
 
 class _Pairs:

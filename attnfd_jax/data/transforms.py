@@ -145,20 +145,19 @@ class Augment(grain.transforms.RandomMap):
   rotation: float = 0.0  # At most so many degrees, either way; 0 is off.
 
   def random_map(self, record, rng):
-    h, w = record['label'].shape
     low, high = (int(scale * self.base_size) for scale in self.scale_range)
     short = int(rng.integers(low, high + 1))
-    full = (h * short // min(h, w), w * short // min(h, w))
-    size = [min(c, n) for c, n in zip(self.crop_size, full, strict=True)]
+    full = fit_short_side(record['label'].shape, short)
+    size = tuple(map(min, self.crop_size, full))
     start = [
       int(rng.integers(n - cut + 1)) for n, cut in zip(full, size, strict=True)
     ]
-    place = {'full': full, 'start': start, 'size': size}
+    window = {'full': full, 'start': start, 'size': size}
     if self.rotation:
       degrees = rng.uniform(-self.rotation, self.rotation)
-      image, label = _rotated_window(record, degrees=degrees, **place)
+      image, label = _rotated_window(record, degrees=degrees, **window)
     else:
-      image, label = _resized_window(record, **place)
+      image, label = _resized_window(record, **window)
     if rng.random() < self.flip:
       image, label = cv2.flip(image, 1), cv2.flip(label, 1)
     sigma = rng.random()
@@ -173,9 +172,7 @@ class Augment(grain.transforms.RandomMap):
 
 
 def fit_short_side(size, short_side):
-  """(height, width) with the given short side, as custom_transforms.py; 0
-  leaves the size.
-  """
+  """(height, width) with this short side (custom_transforms.py); 0 is none."""
   if not short_side:
     return tuple(size)
   return tuple(n * short_side // min(size) for n in size)
@@ -186,26 +183,28 @@ def next_multiple(size, multiple):
   return tuple(-(-n // multiple) * multiple for n in size)
 
 
+def resize(x, size, how=Image.Resampling.BILINEAR):
+  """uint8 [h, w] or [h, w, 3] at (height, width) by Pillow.
+
+  As the reference evaluates; its bilinear form is antialiased.
+  """
+  if x.shape[:2] == tuple(size):
+    return x
+  return np.asarray(Image.fromarray(x).resize(size[::-1], how))
+
+
 def fit_image(image, short_side):
   """An image at the size of `fit_short_side`."""
   return resize(image, fit_short_side(image.shape[:2], short_side))
 
 
 def fit_record(record, short_side, *, resize_labels):
-  """A record at the size that the network sees in evaluation.
+  """A record as the network sees it in evaluation: with an image that fits.
 
-  The label stays untouched without resize_labels; see `fit_short_side`.
+  The label stays untouched without resize_labels, which protocol `reference`
+  has.
   """
   image, label = fit_image(record['image'], short_side), record['label']
   if resize_labels:
     label = resize(label, image.shape[:2], Image.Resampling.NEAREST)
   return {'image': image, 'label': label}
-
-
-def resize(x, size, how=Image.Resampling.BILINEAR):
-  """uint8 [h, w] or [h, w, 3] at (height, width) by Pillow, as the reference
-  evaluates; its bilinear form is antialiased.
-  """
-  if x.shape[:2] == tuple(size):
-    return x
-  return np.asarray(Image.fromarray(x).resize(size[::-1], how))
