@@ -22,7 +22,7 @@ from attnfd_jax.errors import first_line
 
 _LEAST_FREE = 2e9  # Bytes; three checkpoints of the largest network are 2 GB.
 _PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
-# Packages that bring a backend, the extra of jax with them, and what it is for.
+# Packages that bring a backend: (pattern, extra of jax, device).
 _PLUGINS = (('jax.cuda', 'cuda', 'NVIDIA GPU'), ('libtpu', 'tpu', 'TPU'))
 
 
@@ -55,7 +55,9 @@ def check_versions(requirements, find_version):
         for sign, bound in re.findall(r'(>=|<)\s*([\w.]+)', line)
         if (_numbers(version) >= _numbers(bound)) != (sign == '>=')
       )
-      text = f'{name} {version}' + (f', but {broken} is needed' * bool(broken))
+      text = f'{name} {version}'
+      if broken:
+        text += f', but {broken} is needed'
     except importlib.metadata.PackageNotFoundError:
       text = broken = f'{name} is not installed'
     remedy = f"pip install -U '{line}'"
@@ -76,16 +78,12 @@ def _requirements():
 
 def _has_nvidia_gpu():
   """What the driver lists, without jax."""
+  command = ['nvidia-smi', '-L']
   try:
-    command = ['nvidia-smi', '-L']
-    return (
-      b'GPU'
-      in subprocess.run(
-        command, capture_output=True, timeout=20, check=True
-      ).stdout
-    )
-  except (OSError, subprocess.SubprocessError):
+    done = subprocess.run(command, capture_output=True, timeout=20)
+  except (OSError, subprocess.TimeoutExpired):
     return False
+  return done.returncode == 0 and b'GPU' in done.stdout
 
 
 def check_backend(backend, *, platforms, installed, has_gpu):
@@ -117,20 +115,18 @@ def check_pages(mode, tunables, *, libc):
 
   `mode` is the text of Linux' file, `libc` what platform.libc_ver tells.
   """
-  text = 'memory in small pages'
   if '[always]' in mode:
-    text = 'memory in huge pages'
-  elif (
-    '[madvise]' in mode and libc[0] == 'glibc' and _numbers(libc[1]) >= (2, 35)
-  ):
-    if re.search(r'glibc\.malloc\.hugetlb=[1-9]', tunables):
-      text = f'memory in huge pages, by GLIBC_TUNABLES={tunables}'
-    else:
-      text += (
-        '; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 makes steps on a CPU a tenth '
-        'faster (docs/speed.md)'
-      )
-  return Finding(text)
+    return Finding('memory in huge pages')
+  library, version = libc
+  tunable = library == 'glibc' and _numbers(version) >= (2, 35)
+  if '[madvise]' not in mode or not tunable:
+    return Finding('memory in small pages')
+  if re.search(r'glibc\.malloc\.hugetlb=[1-9]', tunables):
+    return Finding(f'memory in huge pages, by GLIBC_TUNABLES={tunables}')
+  return Finding(
+    'memory in small pages; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 makes steps '
+    'on a CPU a tenth faster (docs/speed.md)'
+  )
 
 
 def check_memory(backend, environment):
@@ -221,12 +217,11 @@ def find_all(workdir):
     )
     return
   backend = jax.default_backend()
+  names = (x.metadata['Name'] or '' for x in importlib.metadata.distributions())
   yield check_backend(
     backend,
     platforms=platforms,
-    installed=[
-      x.metadata['Name'] or '' for x in importlib.metadata.distributions()
-    ],
+    installed=[*names],
     has_gpu=backend == 'cpu' and _has_nvidia_gpu(),
   )
   yield check_memory(backend, os.environ)
