@@ -86,10 +86,7 @@ def _unseen(splits):
 def check(dataset, threads, *, required=('train', 'val')):
   """Reads every pair of a Dataset of load_dataset(strict=False), once.
 
-  Args:
-    dataset: its own problems are the first ones.
-    threads: that read.
-    required: splits without which there is no run.
+  Without the `required` splits there is no run.
 
   Returns:
     The report, a dict that JSON can hold and `as_text` shows, and
@@ -148,7 +145,7 @@ def check(dataset, threads, *, required=('train', 'val')):
         'kind': problem.kind,
         'file': problem.file,
         'message': str(problem),
-        'values': {str(k): int(n) for k, n in (problem.values or {}).items()},
+        'values': problem.values or {},
       }
       for split, problem in listed
     ],

@@ -13,7 +13,7 @@ import grain
 import jax
 import numpy as np
 
-from attnfd_jax.data import sampling, transforms, tuning
+from attnfd_jax.data import frequencies, transforms, tuning
 from attnfd_jax.losses import IGNORE_LABEL
 
 
@@ -59,10 +59,10 @@ def train_batches(
 ):
   """An endless grain.IterDataset of batches, from global step `step` on.
 
-  `augment` is a grain RandomMap whose results have one size, `balance` one from
-  index to index, as sampling.Balance. `batch_size` is over all processes, each
-  of which gets its equal share; `threads` are of this process, or of each of
-  the `workers`, processes for transforms that hold the interpreter lock.
+  `augment` is a grain RandomMap whose results have one size, `balance` one of
+  indices, as frequencies.Balance. `batch_size` is over all processes, each of
+  which gets its equal share; `threads` are of this process, or of each of the
+  `workers`, processes for transforms that hold the interpreter lock.
   """
   share, size = _share(batch_size)
   if balance is None:
@@ -92,10 +92,10 @@ def make_balance(config, dataset):
   """The Balance of a resolved config for the split train, or None."""
   if not config.data.balanced:
     return None
-  presence = sampling.class_presence(
+  presence = frequencies.class_presence(
     dataset.splits['train'], dataset.num_classes, threads=config.data.threads
   )
-  return sampling.Balance(config.data.balanced, presence)
+  return frequencies.Balance(config.data.balanced, presence)
 
 
 def configured_batches(config, dataset, *, step=0):
@@ -146,7 +146,7 @@ def eval_batches(
       source[index], short_side, resize_labels=resize_labels
     )
     return {
-      'image': transforms.pad_edges(record['image'], image_size),
+      'image': transforms.pad(record['image'], image_size),
       'label': transforms.pad(record['label'], label_size, IGNORE_LABEL),
     }
 

@@ -18,25 +18,18 @@ from PIL import Image
 from attnfd_jax.losses import IGNORE_LABEL
 
 
-def pad(x, size, value):
-  """Pads [h, w] or [h, w, c] right and bottom to `size` with `value`."""
+def pad(x, size, value=None):
+  """Pads [h, w] or [h, w, c] right and bottom to `size`.
+
+  Without a value the last pixels are repeated: a border of another color would
+  be one more object, and its mean would enter the pooled branch.
+  """
   bottom, right = size[0] - x.shape[0], size[1] - x.shape[1]
   if not bottom and not right:
     return x
-  fill = (value,) * (x.shape[2] if x.ndim == 3 else 1)
-  return cv2.copyMakeBorder(
-    x, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=fill
-  )
-
-
-def pad_edges(image, size):
-  """Pads [h, w, c] right and bottom to `size` by repeating the last pixels.
-
-  A border of another color would be one more object, and its mean would enter
-  the pooled branch.
-  """
-  bottom, right = size[0] - image.shape[0], size[1] - image.shape[1]
-  return cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
+  how = cv2.BORDER_REPLICATE if value is None else cv2.BORDER_CONSTANT
+  fill = (value or 0,) * (x.shape[2] if x.ndim == 3 else 1)
+  return cv2.copyMakeBorder(x, 0, bottom, 0, right, how, value=fill)
 
 
 def distort(image, generator, *, strength):
@@ -57,10 +50,6 @@ def distort(image, generator, *, strength):
   return cv2.cvtColor(cv2.LUT(hsv, table), cv2.COLOR_HSV2RGB)
 
 
-# OpenCV's INTER_AREA takes three times as long as a Gaussian and linear
-# interpolation, and keeps more of what should be averaged away; by less than
-# this it is nearer to Pillow all the same.
-_AREA_UP_TO = 1.3
 # Of a Gaussian with less, all taps but one are 0 in OpenCV's 8 bits.
 _LEAST_SIGMA = 0.28
 
@@ -71,7 +60,10 @@ def _shrunk(image, size, scale):
   Pillow interpolates with a triangle `scale` times as wide, of variance
   scale^2 / 6. Linear interpolation has 1 / 6 of it, a Gaussian the rest.
   """
-  if scale < _AREA_UP_TO:
+  # INTER_AREA takes three times as long as a Gaussian and linear interpolation,
+  # and keeps more of what should be averaged away; below this it is nearer to
+  # Pillow all the same.
+  if scale < 1.3:
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
   variance = (scale**2 - 1) / 6
   if variance > 0.5:
