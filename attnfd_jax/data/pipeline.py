@@ -17,11 +17,6 @@ from attnfd_jax.data import frequencies, transforms, tuning
 from attnfd_jax.losses import IGNORE_LABEL
 
 
-def _tune_worker(worker, num_workers):
-  del worker, num_workers
-  tuning.tune_process()
-
-
 def _iterate(dataset, threads, workers=0):
   # Grain's default keeps 500 batches in memory.
   options = grain.ReadOptions(
@@ -34,7 +29,7 @@ def _iterate(dataset, threads, workers=0):
     options = grain.MultiprocessingOptions(
       num_workers=workers, per_worker_buffer_size=2
     )
-    dataset = dataset.mp_prefetch(options, _tune_worker)
+    dataset = dataset.mp_prefetch(options, tuning.tune_process)
   return dataset
 
 

@@ -54,25 +54,18 @@ def distort(image, generator, *, strength):
 _LEAST_SIGMA = 0.28
 
 
-def _shrunk(image, size, scale):
-  """About as Pillow resizes uint8 [h, w, 3] to (height, width).
+def _smoothed(image, scale):
+  """uint8 [h, w, 3] that linear interpolation shrinks about as Pillow does.
 
   Pillow interpolates with a triangle `scale` times as wide, of variance
   scale^2 / 6. Linear interpolation has 1 / 6 of it, a Gaussian the rest.
   """
-  # INTER_AREA takes three times as long as a Gaussian and linear interpolation,
-  # and keeps more of what should be averaged away; below this it is nearer to
-  # Pillow all the same.
-  if scale < 1.3:
-    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
   variance = (scale**2 - 1) / 6
   if variance > 0.5:
-    image = cv2.GaussianBlur(image, (0, 0), math.sqrt(variance))
-  else:
-    # Taps (v / 2, 1 - v, v / 2); OpenCV wants the sigma that they have.
-    sigma = (2 * math.log(2 * (1 - variance) / variance)) ** -0.5
-    image = cv2.GaussianBlur(image, (3, 3), sigma)
-  return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    return cv2.GaussianBlur(image, (0, 0), math.sqrt(variance))
+  # Taps (v / 2, 1 - v, v / 2); OpenCV wants the sigma that they have.
+  sigma = (2 * math.log(2 * (1 - variance) / variance)) ** -0.5
+  return cv2.GaussianBlur(image, (3, 3), sigma)
 
 
 def _resized_window(record, *, full, start, size):
@@ -83,14 +76,16 @@ def _resized_window(record, *, full, start, size):
     for n, new, first, cut in zip(label.shape, full, start, size, strict=True)
   )
   image, scale = image[window], min(label.shape) / min(full)
-  if scale > 1:
-    image = _shrunk(image, size, scale)
-  else:
-    image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-  label = cv2.resize(
-    label[window], size[::-1], interpolation=cv2.INTER_NEAREST_EXACT
-  )
-  return image, label
+  how = cv2.INTER_LINEAR
+  # INTER_AREA takes three times as long, and keeps more of what should be
+  # averaged away; below 1.3 it is nearer to Pillow all the same.
+  if scale >= 1.3:
+    image = _smoothed(image, scale)
+  elif scale > 1:
+    how = cv2.INTER_AREA
+  image = cv2.resize(image, size[::-1], interpolation=how)
+  how = cv2.INTER_NEAREST_EXACT
+  return image, cv2.resize(label[window], size[::-1], interpolation=how)
 
 
 def _rotated_window(record, *, full, start, size, degrees):

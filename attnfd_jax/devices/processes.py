@@ -14,12 +14,9 @@ import numpy as np
 
 from attnfd_jax.errors import first_line, InputError
 
+_SLURM = 'SLURM_STEP_NODELIST'
 # Of processes that a launcher started to work together.
-_LAUNCHED = (
-  'SLURM_STEP_NODELIST',
-  'OMPI_MCA_orte_hnp_uri',
-  'JOB_COMPLETION_INDEX',
-)
+_LAUNCHED = (_SLURM, 'OMPI_MCA_orte_hnp_uri', 'JOB_COMPLETION_INDEX')
 
 
 def initialise(*, coordinator=None, num_processes=None, process_id=None):
@@ -27,12 +24,7 @@ def initialise(*, coordinator=None, num_processes=None, process_id=None):
 
   Without arguments JAX looks for Slurm, Open MPI, Kubernetes and Cloud TPU;
   where it finds none of them this process is alone, and so it is, without
-  looking, with num_processes=1.
-
-  Args:
-    coordinator: HOST:PORT of process 0, on which it will listen.
-    num_processes: in the whole job.
-    process_id: from 0.
+  looking, with num_processes=1. `coordinator` is HOST:PORT of process 0.
 
   Raises:
     InputError: if one of the three is missing or wrong, or if the processes
@@ -54,8 +46,7 @@ def initialise(*, coordinator=None, num_processes=None, process_id=None):
   arguments, options = (), {}
   if missing:
     # An interactive shell of a cluster: it would lose all devices but one.
-    single = os.environ.get('SLURM_NTASKS', '1') == '1'
-    if single and 'SLURM_STEP_NODELIST' in os.environ:
+    if _SLURM in os.environ and os.environ.get('SLURM_NTASKS', '1') == '1':
       return
   else:
     host, _, port = coordinator.rpartition(':')

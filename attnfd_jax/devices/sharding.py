@@ -21,9 +21,8 @@ _SMALLEST_SHARDED = 4096
 def make_mesh(data=-1, spatial=1):
   """A mesh with the axes 'data' and 'spatial' over the first devices.
 
-  Args:
-    data: parts of the batch; -1 takes all devices.
-    spatial: parts of the height of each image, on devices of one process.
+  `data` are parts of the batch, -1 for all devices; `spatial` are parts of the
+  height of each image, on devices of one process.
 
   Raises:
     InputError: if the devices do not suffice, or stay idle in a process.
