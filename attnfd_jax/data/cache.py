@@ -127,13 +127,13 @@ def _locked(folder):
 
 
 def _build(source, folder, threads, text):
-  partial, marks = folder / 'pixels.part', folder / 'finished'
-  if not (partial.exists() and marks.exists()):
+  # `written` has a byte for each record whose pixels are on the disk.
+  partial, written = folder / 'pixels.part', folder / 'written'
+  if not (partial.exists() and written.exists()):
     _begin(source, folder, threads, text)
   sizes = np.load(folder / 'sizes.npy')
   starts = _starts(sizes) + np.load(partial, mmap_mode='r').offset
-  finished = np.memmap(marks, np.uint8, 'r+')
-  left = np.flatnonzero(finished == 0)
+  done = written.stat().st_size
 
   def write(index):
     record = source[index]
@@ -147,17 +147,16 @@ def _build(source, folder, threads, text):
     if os.pwrite(file.fileno(), data, starts[index]) < len(data):
       raise _full(folder, len(data))
 
-  bar = progress(len(sizes), text, initial=len(sizes) - len(left))
-  with bar, partial.open('r+b') as file:
-    for first in range(0, len(left), _GROUP):
-      group = left[first : first + _GROUP].tolist()
+  bar = progress(len(sizes), text, initial=done)
+  with bar, partial.open('r+b') as file, written.open('ab', 0) as marks:
+    for first in range(done, len(sizes), _GROUP):
+      group = range(len(sizes))[first : first + _GROUP]
       for _ in frequencies.map_records(write, group, threads):
         bar.update()
-      os.fsync(file)  # Pixels are on the disk before they count.
-      finished[group] = 1
-      finished.flush()
+      os.fsync(file)
+      marks.write(bytes(len(group)))
   partial.rename(folder / 'pixels.npy')
-  marks.unlink()
+  written.unlink()
 
 
 def _begin(source, folder, threads, text):
@@ -170,7 +169,7 @@ def _begin(source, folder, threads, text):
     raise _full(folder, total)
   # Sparse: the disk fills as records come.
   np.lib.format.open_memmap(folder / 'pixels.part', 'w+', np.uint8, (total,))
-  (folder / 'finished').write_bytes(bytes(count))
+  (folder / 'written').write_bytes(b'')
 
 
 def _full(folder, size):
