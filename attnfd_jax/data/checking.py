@@ -34,12 +34,17 @@ _KEPT = 256  # Values of a file, the most frequent: all ids, not all colours.
 
 def digest(image):
   """Hash of the shape and the pixels of an image."""
-  head = repr(image.shape).encode()
-  return hashlib.sha256(head + np.ascontiguousarray(image).data).digest()
+  data = repr(image.shape).encode() + image.tobytes()
+  return hashlib.sha256(data).digest()
 
 
-def _read_split(source, num_classes, threads, bar):
-  """{index: (size, digest, counts)} of the good pairs, {index: DataError}."""
+def _by_class(class_names, values):
+  return dict(zip(class_names, values.tolist(), strict=True))
+
+
+def _read_split(source, class_names, threads, bar):
+  """Facts of a split, {index: DataError}, {index: digest}, weights [k]."""
+  k = len(class_names)
 
   def read(index):
     try:
@@ -49,24 +54,41 @@ def _read_split(source, num_classes, threads, bar):
       # photograph taken for a mask has 100000 colours.
       values = collections.Counter(error.values).most_common(_KEPT)
       return DataError(str(error), error.kind, error.file, dict(values))
-    label = record['label']
-    counts = frequencies.count_label(label, num_classes)
-    return label.shape, digest(record['image']), counts
+    image, label = record['image'], record['label']
+    return digest(image), label.shape, frequencies.count_label(label, k)
 
-  good, problems = {}, {}
+  problems, digests, sizes, rows = {}, {}, collections.Counter(), []
   records = frequencies.map_records(read, range(len(source)), threads)
   for i, found in enumerate(records):
-    (problems if isinstance(found, DataError) else good)[i] = found
+    if isinstance(found, DataError):
+      problems[i] = found
+    else:
+      digests[i], size, row = found
+      sizes[size] += 1
+      rows.append(row)
     bar.update()
-  return good, problems
+  rows = np.array(rows, np.int64).reshape(-1, k + 1)
+  facts = {
+    'pairs': len(source),
+    'usable_pairs': len(rows),
+    'num_pixels': int(rows.sum()),
+    'pixels': _by_class(class_names, rows[:, :-1].sum(0)),
+    'images': _by_class(class_names, (rows[:, :-1] > 0).sum(0)),
+    'sizes': [
+      {'height': h, 'width': w, 'images': n}
+      for (h, w), n in sorted(sizes.items())
+    ],
+  }
+  weights = frequencies.median_frequency_weights(rows)
+  return facts, problems, digests, weights
 
 
-def _duplicates(sources, good):
+def _duplicates(sources, digests):
   """A line for each image that an earlier split has, too."""
   first = {}
-  for split, records in good.items():
-    for index, (_, key, _) in records.items():
-      name = sources[split].name(index)
+  for split, source in sources.items():
+    for index, key in digests[split].items():
+      name = source.name(index)
       where, original = first.setdefault(key, (split, name))
       if where != split:  # Copies inside a split do no harm.
         yield f'{where} {original} = {split} {name}'
@@ -92,36 +114,15 @@ def check(dataset, threads, *, required=('train', 'val')):
     The report, a dict that JSON can hold and `as_text` shows, and
     {split: {index: DataError}} of the pairs that cannot be used.
   """
-  k, good, problems = dataset.num_classes, {}, {}
+  splits, problems, digests = {}, {}, {}
+  weights = np.ones(dataset.num_classes)
   with progress(sum(map(len, dataset.splits.values())), 'checking') as bar:
     for name, source in dataset.splits.items():
-      good[name], problems[name] = _read_split(source, k, threads, bar)
-  rows = {
-    # Also for no records at all.
-    name: np.array([x[-1] for x in records.values()], int).reshape(-1, k + 1)
-    for name, records in good.items()
-  }
-  weights = np.ones(k)
-  if 'train' in rows:
-    weights = frequencies.median_frequency_weights(rows['train'])
-
-  def by_class(values):
-    return dict(zip(dataset.class_names, values.tolist(), strict=True))
-
-  splits = {}
-  for name, records in good.items():
-    sizes = collections.Counter(size for size, *_ in records.values())
-    splits[name] = {
-      'pairs': len(dataset.splits[name]),
-      'usable_pairs': len(records),
-      'num_pixels': int(rows[name].sum()),
-      'pixels': by_class(rows[name][:, :-1].sum(0)),
-      'images': by_class((rows[name][:, :-1] > 0).sum(0)),
-      'sizes': [
-        {'height': h, 'width': w, 'images': n}
-        for (h, w), n in sorted(sizes.items())
-      ],
-    }
+      splits[name], problems[name], digests[name], found = _read_split(
+        source, dataset.class_names, threads, bar
+      )
+      if name == 'train':
+        weights = found
   listed = [('', problem) for problem in dataset.problems]
   # What the layout lacks is the better reason.
   for name in () if listed else required:
@@ -130,7 +131,7 @@ def check(dataset, threads, *, required=('train', 'val')):
       listed.append((name, DataError(text, 'split', name)))
   listed += [(name, x) for name in problems for x in problems[name].values()]
   warnings = {
-    'duplicate': [*_duplicates(dataset.splits, good)],
+    'duplicate': [*_duplicates(dataset.splits, digests)],
     'unseen': [*_unseen(splits)],
   }
   warnings = {kind: lines for kind, lines in warnings.items() if lines}
@@ -150,7 +151,7 @@ def check(dataset, threads, *, required=('train', 'val')):
       for split, problem in listed
     ],
     'warnings': warnings,
-    'weights': by_class(weights),
+    'weights': _by_class(dataset.class_names, weights),
     'splits': splits,
   }
   return report, problems
