@@ -161,10 +161,10 @@ def eval_batches(
   return itertools.chain.from_iterable(batches)
 
 
-def to_device(dataset, sharding, *, buffer=2):
+def to_device(dataset, sharding):
   """Puts the batches of a grain.IterDataset on devices ahead of their use."""
   put = functools.partial(jax.make_array_from_process_local_data, sharding)
+  placed = dataset.map(functools.partial(jax.tree.map, put))
   return grain.experimental.ThreadPrefetchIterDataset(
-    dataset.map(functools.partial(jax.tree.map, put)),
-    prefetch_buffer_size=buffer,
+    placed, prefetch_buffer_size=2
   )

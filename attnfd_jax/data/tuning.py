@@ -8,13 +8,11 @@ import cv2
 from PIL import Image
 
 
-def tune_process(*worker):
-  """Makes the whole process fast at images: for commands and worker processes.
+def tune_process(*_):
+  """Makes the whole process fast at images: for commands and Grain's workers.
 
-  A process that only imports the package keeps its own settings. Grain says
-  which `worker` of how many it is; it does not matter.
+  A process that only imports the package keeps its own settings.
   """
-  del worker
   cv2.setNumThreads(0)  # Grain's threads are the parallelism.
   # Images are allocated and freed all the time; glibc would give the pages
   # back and fault them in again, a seventh of the time of the pipeline.

@@ -78,14 +78,11 @@ def is_first():
 
 def wait(name):
   """Returns when all processes have come here, with what they wrote."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+  multihost_utils.sync_global_devices(name)
 
 
 def any_of(flag):
   """True in all processes if `flag` is in one of them; all must ask."""
-  if jax.process_count() == 1:
-    return flag
   return bool(multihost_utils.process_allgather(flag).any())
 
 
