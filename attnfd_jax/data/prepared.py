@@ -80,25 +80,23 @@ def _write_shard(source, records, path, workers, bar):
 
 
 def _write_shards(dataset, folder, workers):
-  """{split: [(path, number of records) of a shard, ...]}.
+  """{split: {path of a shard: number of records}}.
 
-  A name changes with what is in the shard: one that is there is not written
-  again.
+  A path changes with what is in the shard: what is there is not written again.
   """
-  shards = {}
+  shards = {split: {} for split in dataset.splits}
   total = sum(len(source) for source in dataset.splits.values())
   with progress(total, dataset.name) as bar:
     for split, source in dataset.splits.items():
-      shards[split] = []
       for start in range(0, len(source), SHARD_SIZE):
         records = range(len(source))[start : start + SHARD_SIZE]
         content = source.fingerprint(start, records.stop)
         path = folder / f'{split}-{VERSION}-{start}-{content}'
+        shards[split][path] = len(records)
         if path.exists():
           bar.update(len(records))
         else:
           _write_shard(source, records, path, workers, bar)
-        shards[split].append((path, len(records)))
   return shards
 
 
@@ -125,20 +123,20 @@ def prepare(dataset, target, *, workers):
   staged = target / f'.{dataset.name}.shards'
   staged.mkdir(parents=True, exist_ok=True)
   shards, core = _write_shards(dataset, staged, workers), _tfds().core
-  kept = {path for listed in shards.values() for path, _ in listed}
-  for path in {*staged.iterdir()} - kept:  # Of an attempt with other data.
-    path.unlink()
+  for path in {*staged.iterdir()}.difference(*shards.values()):
+    path.unlink()  # Of an attempt with other data.
   infos, hashes = [], {}
-  for split, listed in shards.items():
-    paths, lengths = zip(*listed, strict=True)
-    hashes[split] = [_sha256(path) for path in paths]
-    size = sum(path.stat().st_size for path in paths)
+  for split, lengths in shards.items():
+    hashes[split] = [_sha256(path) for path in lengths]
+    size = sum(path.stat().st_size for path in lengths)
     infos.append(
-      core.SplitInfo(name=split, shard_lengths=[*lengths], num_bytes=size)
+      core.SplitInfo(
+        name=split, shard_lengths=[*lengths.values()], num_bytes=size
+      )
     )
-    for i, path in enumerate(paths):
-      name = f'{dataset.name}-{split}.array_record-{i:05d}-of-{len(paths):05d}'
-      path.rename(staged / name)
+    for i, path in enumerate(lengths):
+      end = f'array_record-{i:05d}-of-{len(lengths):05d}'
+      path.rename(staged / f'{dataset.name}-{split}.{end}')
   _tfds().folder_dataset.write_metadata(
     data_dir=staged,
     features=_features(),

@@ -34,9 +34,8 @@ class Finding(NamedTuple):
 
 
 def _numbers(version):
-  """(0, 12, 4) of '0.12.4.dev1'; letters end it."""
-  found = re.match(r'\d+(\.\d+)*', version)
-  return tuple(map(int, found[0].split('.'))) if found else ()
+  """(0, 12, 4, 1) of '0.12.4.dev1'."""
+  return tuple(map(int, re.findall(r'\d+', version)))
 
 
 def check_versions(requirements, find_version):
