@@ -82,11 +82,8 @@ def open_decoded(source, directory, *, threads=4, text='decoding'):
   """The DecodedSource of `source`, built below `directory` if it is absent.
 
   Its folder is named by the fingerprint of the source: pixels of other or older
-  files are never used. An interrupted build is resumed, and the file gets its
-  name when it is complete. Processes of one host build it once.
-
-  Raises:
-    InputError: for a source without files, a full disk or a broken record.
+  files are never used. An interrupted build is resumed; the processes of a host
+  build it once. A source without files or a full disk is an InputError.
   """
   if not hasattr(source, 'fingerprint'):
     raise InputError(

@@ -197,11 +197,7 @@ def _find(folder):
 
 
 def load(config):
-  """The Dataset at config['prepared'].
-
-  Raises:
-    InputError: if there is none, or of another name, or not in ArrayRecord.
-  """
+  """The Dataset at config['prepared']; an InputError says what it lacks."""
   tfds, folder = _tfds(), _find(pathlib.Path(config['prepared']))
   builder = tfds.builder_from_directory(folder)
   info, metadata = builder.info, builder.info.metadata or {}

@@ -41,7 +41,7 @@ def _numbers(version):
 def check_versions(requirements, find_version):
   """Findings about packages against bounds such as 'orbax-checkpoint>=0.12,<1'.
 
-  find_version returns the version of a name, or raises PackageNotFoundError.
+  find_version: importlib.metadata.version, or the like.
   """
   for line in sorted(requirements):
     if ';' in line:
@@ -86,11 +86,7 @@ def _has_nvidia_gpu():
 
 
 def check_backend(backend, *, platforms, installed, has_gpu):
-  """A Finding about the backend that jax chose.
-
-  `platforms` is JAX_PLATFORMS, `installed` are names of packages, and `has_gpu`
-  is what the driver says.
-  """
+  """A Finding about what jax chose; `platforms` is JAX_PLATFORMS."""
   if backend != 'cpu':
     return Finding(f'backend {backend}')
   if platforms:
@@ -110,10 +106,7 @@ def check_backend(backend, *, platforms, installed, has_gpu):
 
 
 def check_pages(mode, tunables, *, libc):
-  """A Finding about the size of the pages in which a CPU's memory comes.
-
-  `mode` is the text of Linux' file, `libc` what platform.libc_ver tells.
-  """
+  """A Finding about the pages of a CPU's memory; `mode` is Linux' text."""
   if '[always]' in mode:
     return Finding('memory in huge pages')
   library, version = libc
@@ -170,10 +163,7 @@ def convolve(image, kernel):
 
 
 def check_device(device, convolve=convolve):
-  """A Finding: one convolution, forward and backward, with its time.
-
-  Image and kernel are ones, so that the right numbers can be counted.
-  """
+  """A Finding: one convolution of ones, forward and backward, with its time."""
   name = f'{device.platform}:{device.id} {device.device_kind}'
   try:
     with jax.default_device(device):
