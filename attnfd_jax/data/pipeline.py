@@ -141,8 +141,8 @@ def eval_batches(
       source[index], short_side, resize_labels=resize_labels
     )
     return {
-      'image': transforms.pad(record['image'], image_size),
-      'label': transforms.pad(record['label'], label_size, IGNORE_LABEL),
+      'image': transforms.pad_edges(record['image'], image_size),
+      'label': transforms.pad_edges(record['label'], label_size, IGNORE_LABEL),
     }
 
   groups = collections.defaultdict(list)

@@ -18,7 +18,7 @@ from PIL import Image
 from attnfd_jax.losses import IGNORE_LABEL
 
 
-def pad(x, size, value=None):
+def pad_edges(x, size, value=None):
   """Pads [h, w] or [h, w, c] right and bottom to `size`.
 
   Without a value the last pixels are repeated: a border of another color would
@@ -153,8 +153,8 @@ class Augment(grain.transforms.RandomMap):
     if self.photometric:
       image = distort(image, rng, strength=self.photometric)
     return {
-      'image': pad(image, self.crop_size, 0),
-      'label': pad(label, self.crop_size, self.label_fill),
+      'image': pad_edges(image, self.crop_size, 0),
+      'label': pad_edges(label, self.crop_size, self.label_fill),
     }
 
 

@@ -113,7 +113,7 @@ def segment(
     h, w = part.shape[:2]
     # Where the image is smaller than a tile, few sizes are compiled, too.
     size = tuple(map(min, padded((h, w)), tile))
-    part = transforms.pad(part, size)[None]
+    part = transforms.pad_edges(part, size)[None]
     logits = compute_scores(network, variables, part, size=size)
     return np.asarray(logits)[0, :h, :w]
 
@@ -123,7 +123,7 @@ def segment(
       # Both are padded, but not in proportion.
       last, last_seen = np.maximum((size, seen), 2) - 1
       ratio = np.float32(last / last_seen)
-    image = transforms.pad(image, padded(seen))[None]
+    image = transforms.pad_edges(image, padded(seen))[None]
     found = classify(network, variables, image, ratio, size=padded(size))
     return tuple(np.asarray(x)[0, : size[0], : size[1]] for x in found)
   bands = tiling.scores(score_tile, image, size, tile=tile, overlap=overlap)

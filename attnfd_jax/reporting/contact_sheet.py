@@ -28,7 +28,7 @@ def draw_sheet(dataset, problems):
 
   Args:
     dataset: Dataset.
-    problems: split -> {index: DataError}, as of checking.check.
+    problems: split -> {index: DataError}, as in Split.
   """
   palette = np.zeros((256, 3), np.uint8)  # What is ignored is black.
   palette[: len(dataset.palette)] = dataset.palette
