@@ -16,10 +16,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from attnfd_jax import paths
 from attnfd_jax.devices import processes
 from attnfd_jax.devices import sharding as shardings
 from attnfd_jax.errors import InputError
-from attnfd_jax.runs import paths
 
 
 def steps(directory):

@@ -5,9 +5,8 @@ They lie in <stage>/code/<hash>/<name>.py, so that a stage can be loaded where
 the original is gone or has changed; they run only when that is allowed.
 """
 
-from attnfd_jax import user_code
+from attnfd_jax import paths, user_code
 from attnfd_jax.errors import InputError
-from attnfd_jax.runs import paths
 
 _KEYS = (
   'student.network',

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnfd_jax import paths
 from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import deeplab
@@ -19,7 +20,7 @@ from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import files
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_networks
-from attnfd_jax.runs import checkpoints, loading, logs, paths
+from attnfd_jax.runs import checkpoints, loading, logs
 
 ENDINGS = ('.pth', '.pth.tar', '.safetensors')
 # Data sets that a number of classes, or their names, show.

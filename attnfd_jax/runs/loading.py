@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from attnfd_jax import user_code
+from attnfd_jax import paths, user_code
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
-from attnfd_jax.runs import checkpoints, code, paths
+from attnfd_jax.runs import checkpoints, code
 
 # Gates at the taps of a network, outside its forward path: those of an imported
 # file, or the ones a student was distilled with; '<collection>/<tap>/<leaf>'.

@@ -8,8 +8,8 @@ import json
 import os
 import socket
 
+from attnfd_jax import paths
 from attnfd_jax.errors import InputError
-from attnfd_jax.runs import paths
 
 # Some network disks have no locks.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

@@ -12,9 +12,9 @@ import importlib
 import os
 import uuid
 
+from attnfd_jax import paths
 from attnfd_jax.devices import processes
 from attnfd_jax.errors import InputError
-from attnfd_jax.runs import paths
 
 _PACKAGES = {'tensorboard': 'tensorboardX', 'wandb': 'wandb'}
 

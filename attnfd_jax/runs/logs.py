@@ -13,8 +13,8 @@ import tempfile
 
 import jax
 
+from attnfd_jax import paths
 from attnfd_jax.devices import processes
-from attnfd_jax.runs import paths
 
 
 def write_json(path, value):

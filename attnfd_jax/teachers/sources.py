@@ -12,10 +12,10 @@ from attnfd_jax import user_code
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
+from attnfd_jax.paths import as_path
 from attnfd_jax.pytorch import files
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.runs import loading
-from attnfd_jax.runs.paths import as_path
 from attnfd_jax.teachers.teacher import FrozenNetwork
 
 

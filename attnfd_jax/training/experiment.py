@@ -10,7 +10,7 @@ import math
 
 import jax
 
-from attnfd_jax import distill, user_code
+from attnfd_jax import distill, paths, user_code
 from attnfd_jax.config import leaves, resolve
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import memory, processes, sharding
@@ -18,7 +18,7 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.reporting.page import write_report
-from attnfd_jax.runs import checkpoints, code, lock, loggers, logs, paths
+from attnfd_jax.runs import checkpoints, code, lock, loggers, logs
 from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.training import finite, loop, results, task_loss
 from attnfd_jax.training.stage import (

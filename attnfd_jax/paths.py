@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of runs, on a disk or at gs://."""
+"""Paths on a disk or at gs://, and files that are replaced whole."""
 
 import contextlib
 import os
@@ -44,8 +44,11 @@ def replacing(path):
     return
   # One name: what a killed process leaves is overwritten by the next one.
   temporary = path.with_name(f'.{path.name}.tmp')
-  with temporary.open('wb') as file:
-    yield file
-    file.flush()
-    os.fsync(file.fileno())  # The name must not be there before the bytes.
-  temporary.replace(path)
+  try:
+    with temporary.open('wb') as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())  # The name must not be there before the bytes.
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
