@@ -5,6 +5,7 @@ A config names a network, a method or a teacher so. That Python runs then is the
 user's choice; what a run's folder names runs only with --allow_code.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -24,7 +25,7 @@ def is_code(spec):
 
 def is_file(spec):
   """Whether `spec` names an object in a file, rather than in a package."""
-  return is_code(spec) and spec.rpartition(':')[0].endswith('.py')
+  return is_code(spec) and path_of(spec).suffix == '.py'
 
 
 def path_of(spec):
@@ -32,9 +33,18 @@ def path_of(spec):
   return epath.Path(spec.rpartition(':')[0])
 
 
-def sha256(path):
-  """Hex digest of a file's bytes."""
-  return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
+@contextlib.contextmanager
+def explained(what):
+  """Makes an InputError of whatever the user's code raises."""
+  try:
+    yield
+  except InputError:
+    raise
+  except Exception as error:
+    raise InputError(
+      f'{what}: it raised {type(error).__name__}: {error}; see where with '
+      '--debug.'
+    ) from error
 
 
 def load_object(spec, *, option):
@@ -50,27 +60,21 @@ def load_object(spec, *, option):
   Raises:
     InputError: if there is no such file or object, or its code raises.
   """
+  given = f'{option}={spec!r}'
   where, _, name = spec.rpartition(':')
   if not where or not name.isidentifier():
     raise InputError(
-      f"{option}={spec!r} must be 'file.py:Object' or 'package.module:Object'."
+      f"{given} must be 'file.py:Object' or 'package.module:Object'."
     )
   if is_file(spec) and not path_of(spec).is_file():
-    raise InputError(f'{option}={spec!r}: there is no file {where}.')
-  try:
+    raise InputError(f'{given}: there is no file {where}.')
+  with explained(given):
     if is_file(spec):
       module = _run(path_of(spec).read_bytes(), where)
     else:
       module = importlib.import_module(where)
-  except InputError:
-    raise
-  except Exception as error:  # Whatever the user's code raises.
-    raise InputError(
-      f'{option}={spec!r}: it raised {type(error).__name__}: {error}; see '
-      'where with --debug.'
-    ) from error
   if not hasattr(module, name):
-    raise InputError(f'{option}={spec!r}: {where} has no {name}.')
+    raise InputError(f'{given}: {where} has no {name}.')
   return getattr(module, name)
 
 
@@ -81,12 +85,12 @@ def _run(source, path):
   """
   # One name for each content: dataclasses and pickle look modules up by name.
   digest = hashlib.sha256(source).hexdigest()
-  module = types.ModuleType(f'{pathlib.PurePath(path).stem}_{digest[:8]}')
+  name = f'{pathlib.PurePath(path).stem}_{digest[:8]}'
+  module = sys.modules[name] = types.ModuleType(name)
   module.__file__ = path
-  sys.modules[module.__name__] = module
   try:
     exec(compile(source, path, 'exec'), module.__dict__)
   except BaseException:
-    del sys.modules[module.__name__]
+    del sys.modules[name]
     raise
   return module

@@ -5,44 +5,39 @@ They lie in <stage>/code/<hash>/<name>.py, so that a stage can be loaded where
 the original is gone or has changed; they run only when that is allowed.
 """
 
+import hashlib
+
 from attnfd_jax import paths, user_code
 from attnfd_jax.errors import InputError
 
 _KEYS = (
-  'student.network',
-  'teacher.network',
-  'teacher.factory',
-  'distill.method',
+  ('student', 'network'),
+  ('teacher', 'network'),
+  ('teacher', 'factory'),
+  ('distill', 'method'),
 )
 
 
 def specs(config):
-  """{key: 'file.py:Object' or 'package.module:Object'} of a config, or dict."""
-  pairs = [key.split('.') for key in _KEYS]
-  found = {f'{g}.{k}': config[g][k] for g, k in pairs if k in config[g]}
-  return {key: x for key, x in found.items() if user_code.is_code(x)}
+  """Each 'file.py:Object' or 'package.module:Object' of a config."""
+  named = [config[group][key] for group, key in _KEYS if key in config[group]]
+  return [spec for spec in named if user_code.is_code(spec)]
 
 
 def store(directory, config, stored):
-  """Copies the files that `config` names into a stage; returns what to record.
+  """Copies the files that `config` names into a stage's folder.
 
-  Args:
-    directory: of the stage.
-    config: of the run.
-    stored: what an earlier start recorded, or {}.
-
-  Returns:
-    {spec: sha256}, for the stage's config.json.
+  `stored` is what the stages of the run have recorded so far, and what comes
+  back, for this one's config.json: {spec: sha256}.
 
   Raises:
-    InputError: if a file has changed since the stage was begun.
+    InputError: if a file has changed since the run was begun.
   """
   digests = {}
-  for spec in specs(config).values():
-    if not user_code.is_file(spec):
-      continue
+  for spec in filter(user_code.is_file, specs(config)):
     path = user_code.path_of(spec)
-    digest = digests[spec] = user_code.sha256(path)
+    source = path.read_bytes()
+    digest = digests[spec] = _digest(source)
     if stored.get(spec, digest) != digest:
       raise InputError(
         f'{path} has changed since the run was begun; put the old file '
@@ -51,8 +46,12 @@ def store(directory, config, stored):
     target = _place(directory, spec, digest)
     target.parent.mkdir(parents=True, exist_ok=True)
     with paths.replacing(target) as file:
-      file.write(path.read_bytes())
+      file.write(source)
   return digests
+
+
+def _digest(source):
+  return hashlib.sha256(source).hexdigest()
 
 
 def _place(directory, spec, digest):
@@ -60,16 +59,10 @@ def _place(directory, spec, digest):
 
 
 def stored_spec(directory, spec, recorded, *, allow_code):
-  """The spec of the copy that a stage keeps of the object `spec`.
-
-  Args:
-    directory: of the stage.
-    spec: of its config.
-    recorded: as of `store`.
-    allow_code: it may be run.
+  """The spec of the copy that a stage keeps of `spec`, an object of its config.
 
   Raises:
-    InputError: if it may not, or the copy is not what was recorded.
+    InputError: if it may not be run, or is not what `store` returned.
   """
   if not allow_code:
     raise InputError(
@@ -79,8 +72,9 @@ def stored_spec(directory, spec, recorded, *, allow_code):
     )
   if not user_code.is_file(spec):
     return spec
-  path = _place(directory, spec, recorded.get(spec, ''))
-  if not path.is_file() or user_code.sha256(path) != recorded.get(spec):
+  digest = recorded.get(spec, '')
+  path = _place(directory, spec, digest)
+  if not path.is_file() or _digest(path.read_bytes()) != digest:
     raise InputError(
       f'{path}: absent, or not the file that was recorded; put a copy back.'
     )

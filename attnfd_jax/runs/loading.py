@@ -25,16 +25,8 @@ def role_of(info):
   return 'teacher' if info['stage'] == 'teacher' else 'student'
 
 
-def _damaged(path):
-  return InputError(f'{path}: damaged, or of no stage; put a copy back.')
-
-
-def read_info(directory):
-  """The config.json of a stage.
-
-  Raises:
-    InputError: if the folder is no stage.
-  """
+def _read_info(directory):
+  """The config.json of a stage; InputError if the folder is none."""
   path = directory / 'config.json'
   if not path.is_file():
     raise InputError(
@@ -43,15 +35,17 @@ def read_info(directory):
     )
   try:
     info = dict(json.loads(path.read_text()))
+    if 'stage' in info and not {role_of(info), *_DESCRIBED} <= info.keys():
+      raise ValueError('Some groups of the config are absent.')
   except (TypeError, ValueError) as error:
-    raise _damaged(path) from error
+    raise InputError(
+      f'{path}: damaged, or of no stage; put a copy back.'
+    ) from error
   if 'stage' not in info:
     raise InputError(
       f'{directory}: is a run; name one of its stages, e.g. '
       f'{directory / "distill"}.'
     )
-  if not {role_of(info), *_DESCRIBED} <= info.keys():
-    raise _damaged(path)
   return info
 
 
@@ -76,7 +70,7 @@ def load_network(
       that is not allowed.
   """
   directory = paths.as_path(directory)
-  info = read_info(directory)
+  info = _read_info(directory)
   if network is None:
     options = info[role_of(info)]
     if user_code.is_code(options['network']):
@@ -92,15 +86,21 @@ def load_network(
     )
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  variables, info['checkpoint_step'] = checkpoints.restore_student(
-    directory / 'checkpoints',
-    jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-      networks.abstract_variables(network),
-    ),
-    averaged=info['optim']['ema_decay'] > 0,
-    step=step,
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    dict(networks.abstract_variables(network)),
   )
+  # As a TrainState has them; an average of the weights is what was evaluated.
+  weights = 'ema' if info['optim']['ema_decay'] > 0 else 'params'
+  wanted = {
+    weights: {'student': shapes.pop('params')},
+    'collections': {'student': shapes},
+  }
+  found, info['checkpoint_step'] = checkpoints.restore(
+    directory / 'checkpoints', wanted, step=step
+  )
+  variables = {'params': found[weights]['student']}
+  variables |= found['collections']['student']
   info['palette'] = np.array(info['palette'], np.uint8)
   return network, variables, info
 

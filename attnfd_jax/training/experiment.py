@@ -307,7 +307,7 @@ def _run_stage(name, config, dataset, mesh, workdir, stop):
       state = _train(stage, state, manager, run_facts, log, stop)
       best = manager.best_step()
       log.line(f'scoring the best checkpoint, step {best}')
-      state = checkpoints.restore(manager, best, state, run_facts)
+      state, _ = checkpoints.restore(saved, state, step=best)
   result = results.write(stage, state, directory, step=best, log=log)
   scores = f'val mIoU {_percent(result["miou"])}'
   if 'test' in result:

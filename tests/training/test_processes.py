@@ -108,7 +108,7 @@ def test_their_checkpoint_is_one_checkpoint(folders):
     wanted = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), wanted
     )
-    found, _ = checkpoints.restore_parts(directory, wanted, step=step)
+    found, _ = checkpoints.restore(directory, wanted, step=step)
     assert step == 4
     states.append(jax.device_get(found))
   for ours, theirs in zip(*map(jax.tree.leaves, states), strict=True):
