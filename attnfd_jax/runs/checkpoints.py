@@ -204,13 +204,8 @@ def restore_latest(directory, state, run, *, log=print):
   """The newest state that can be read, and its step; `state` and 0 if none.
 
   Newer ones that cannot be read are moved out of `directory`, beside it, with a
-  line to `log`. Of several processes the first one decides which can be read.
-
-  Args:
-    directory: `checkpoints` of a stage; nothing else may write there.
-    state: a TrainState with shardings, which is replaced.
-    run: see `save`.
-    log: called with a line.
+  line to `log`; nothing else may write there. Of several processes the first
+  one decides which can be read. `state` has the shardings; `run`: see `save`.
 
   Raises:
     InputError: if there are some and none can be read, or another run wrote
@@ -280,12 +275,9 @@ def _move_aside(folder):
 
 
 def restore(directory, shapes, *, step=None):
-  """A saved state or a part of it, and its step.
+  """A saved state, or a part of it, of the best or another step; and the step.
 
-  Args:
-    directory: `checkpoints` of a stage.
-    shapes: the part: a tree of arrays or ShapeDtypeStruct with shardings.
-    step: which checkpoint; the best by default.
+  `shapes` is a tree of arrays or ShapeDtypeStruct with shardings.
 
   Raises:
     InputError: if there is none, it is damaged, or it has no such part.
@@ -302,7 +294,7 @@ def restore(directory, shapes, *, step=None):
     return _read(directory / str(step), shapes, partial=True)[0], step
   except _Unreadable as error:
     raise InputError(
-      f'{directory}: checkpoint {step} cannot be read ({error}): damaged, or of '
-      'another network than config.json beside it says; put a copy back, or '
-      'move it away to use another one.'
+      f'{directory}: checkpoint {step} cannot be read ({error}): it is '
+      'damaged, or of another network than config.json beside it says; put a '
+      'copy back, or move it away to use another one.'
     ) from error

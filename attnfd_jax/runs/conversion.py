@@ -240,14 +240,11 @@ def describe_data(info):
 
 
 def write_weights(path, directory, network, variables, info):
-  """Writes a stage's variables; returns number of tensors and lines to print.
+  """Writes what `load_network` returned for the stage in `directory`.
 
   DeepLabV3Plus gets the authors' names, another network '<collection>/<path>'.
-
-  Args:
-    path: ends in .pth, .pth.tar or .safetensors.
-    directory: folder of the stage.
-    network, variables, info: as of loading.load_network.
+  The ending of `path` decides the format. Returns number of tensors and lines
+  to print.
 
   Raises:
     InputError: if the network cannot be written so.

@@ -11,6 +11,7 @@ import safetensors.numpy
 from attnfd_jax import paths, user_code
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
+from attnfd_jax.pytorch import files, names
 from attnfd_jax.runs import checkpoints, code
 
 # Gates at the taps of a network, outside its forward path: those of an imported
@@ -120,7 +121,5 @@ def load_attention(directory, network):
 
 def write_attention(directory, gates):
   """Stores what `load_attention` reads."""
-  flat = traverse_util.flatten_dict(jax.device_get(gates), sep='/')
-  flat = {key: np.ascontiguousarray(value) for key, value in flat.items()}
-  with paths.replacing(directory / ATTENTION_FILE) as file:
-    file.write(safetensors.numpy.save(flat))
+  tensors = names.flatten(jax.device_get(gates))
+  files.write_safetensors(directory / ATTENTION_FILE, tensors)

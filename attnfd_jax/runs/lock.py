@@ -20,11 +20,8 @@ def locked(workdir):
   """Holds `workdir` for this process; the kernel lets go when it ends.
 
   The file stays: removing it would let two processes hold two files of one
-  name.
-
-  Args:
-    workdir: epath.Path of a folder that exists. Addresses such as gs:// have no
-      locks: there, see to it that one process writes.
+  name. Addresses such as gs:// have no locks: there, see to it that one process
+  writes.
 
   Raises:
     InputError: if another process holds it.

@@ -20,13 +20,9 @@ _PACKAGES = {'tensorboard': 'tensorboardX', 'wandb': 'wandb'}
 
 
 def check(names):
-  """What would only fail when a stage begins fails before any work.
+  """Raises InputError for a package or an account that is missing.
 
-  Args:
-    names: of config.loggers.
-
-  Raises:
-    InputError: for a package or an account that is missing.
+  What would only fail when a stage begins fails before any work.
   """
   for name in names:
     package = _PACKAGES[name]
@@ -48,51 +44,38 @@ def check(names):
 
 
 @contextlib.contextmanager
-def opened(names, directory, *, facts, say):
-  """Loggers of a stage, to be called with records; none but in process 0.
+def attached(names, log, facts):
+  """Loggers get the records of a StageLog: now the past, then the rest.
 
-  Args:
-    names: of config.loggers.
-    directory: of the stage.
-    facts: what a page should show of the config.
-    say: called with a line about a logger that fails.
+  There are none but in process 0. `facts` is what a page shows of the config.
   """
   names = sorted({*names}) if processes.is_first() else ()
-  loggers = [_Logger(name, directory, facts, say) for name in names]
+  sinks = {name: _SINKS[name](log.local, facts) for name in names}
+
+  def each(call):
+    for name, sink in sinks.items():
+      try:
+        call(sink)
+      except StopIteration:
+        pass  # It has failed before.
+      except Exception as error:  # Whatever the packages of others raise.
+        log.line(
+          f'{name} fails ({_first_line(error)}) and is left out; all numbers '
+          'are in metrics.jsonl'
+        )
+
+  def write(record):
+    values = dict(_scalars(record))
+    each(lambda sink: sink.send((record['step'], values)))
+
+  each(next)
+  for record in log.records():
+    write(record)
+  log.on_record = write
   try:
-    yield loggers
+    yield
   finally:
-    for logger in loggers:
-      logger.close()
-
-
-class _Logger:
-  """Writes records until it fails once."""
-
-  def __init__(self, name, directory, facts, say):
-    self._name, self._say, self._works = name, say, True
-    open_it = {'tensorboard': _open_tensorboard, 'wandb': _open_wandb}[name]
-    pair = self._attempt(open_it, directory, facts)
-    self._write, self._finish = pair or (None, None)
-
-  def __call__(self, record):
-    self._attempt(self._write, record['step'], dict(_scalars(record)))
-
-  def close(self):
-    self._attempt(self._finish)
-
-  def _attempt(self, call, *args):
-    if not self._works:
-      return None
-    try:
-      return call(*args)
-    except Exception as error:  # Whatever the packages of others raise.
-      self._works = False
-      self._say(
-        f'{self._name} fails ({_first_line(error)}) and is left out; all '
-        'numbers are in metrics.jsonl'
-      )
-      return None
+    each(lambda sink: sink.close())
 
 
 def _first_line(error):
@@ -101,31 +84,30 @@ def _first_line(error):
 
 def _scalars(record):
   """Pairs 'kind/name', number; of a table 'kind/name/entry'."""
-  kind = record['kind']
   for name, value in record.items():
+    path = f'{record["kind"]}/{name}'
     if isinstance(value, dict):
       for entry, number in value.items():
         if number is not None:  # A class that does not occur.
-          yield f'{kind}/{name}/{entry}', number
+          yield f'{path}/{entry}', number
     elif name not in ('kind', 'step'):
-      yield f'{kind}/{name}', value
+      yield path, value
 
 
-def _open_tensorboard(directory, facts):
+def _tensorboard(directory, facts):
   del facts
   import tensorboardX
 
   # What earlier processes wrote is told again: TensorBoard then hides it.
   writer = tensorboardX.SummaryWriter(str(directory), purge_step=0)
+  with contextlib.closing(writer):
+    while True:
+      step, values = yield
+      for name, value in values.items():
+        writer.add_scalar(name, value, step)
 
-  def write(step, values):
-    for name, value in values.items():
-      writer.add_scalar(name, value, step)
 
-  return write, writer.close
-
-
-def _open_wandb(directory, facts):
+def _wandb(directory, facts):
   import wandb
 
   identity = directory / 'wandb_id.txt'  # One page for all parts of a stage.
@@ -141,11 +123,16 @@ def _open_wandb(directory, facts):
     dir=str(directory),
     config=facts,
   )
+  try:
+    while True:
+      step, values = yield
+      # A page never goes back: what it has of a killed process stays, and is
+      # what this one would write.
+      if step >= run.step:
+        run.log(values, step=step)
+  finally:
+    run.finish()
 
-  def write(step, values):
-    # A page never goes back: what it has of a killed process stays, and is
-    # what this one would write.
-    if step >= run.step:
-      run.log(values, step=step)
 
-  return write, run.finish
+# Generators that are sent (step, {name: number}) until they are closed.
+_SINKS = {'tensorboard': _tensorboard, 'wandb': _wandb}

@@ -296,10 +296,7 @@ def _run_stage(name, config, dataset, mesh, workdir, stop):
   processes.wait('the log is whole')
   if latest:
     log.line(f'resumed from step {latest}')
-  with loggers.opened(
-    config.loggers, log.local, facts=stage.description(), say=log.line
-  ) as attached:
-    log.attach(attached)
+  with loggers.attached(config.loggers, log, stage.description()):
     if stage.teacher is not None:
       stage = _with_scored_teacher(stage, log, resumed=latest > 0)
     keep_best = config.checkpoint.keep_best
