@@ -2,20 +2,29 @@
 """Objects of the user's own: 'file.py:Object' or 'package.module:Object'.
 
 A config names a network, a method or a teacher so. That Python runs then is the
-user's choice; what a run's folder names runs only with --allow_code.
+user's choice. Files are kept in <stage>/code/<hash>/<name>.py, so that a stage
+can be loaded where the original is gone or has changed; what a run's folder
+names runs only with --allow_code.
 """
 
 import contextlib
 import functools
 import hashlib
 import importlib
-import pathlib
 import sys
 import types
 
 from etils import epath
 
+from attnfd_jax import paths
 from attnfd_jax.errors import InputError
+
+_KEYS = (
+  ('student', 'network'),
+  ('teacher', 'network'),
+  ('teacher', 'factory'),
+  ('distill', 'method'),
+)
 
 
 def is_code(spec):
@@ -23,13 +32,11 @@ def is_code(spec):
   return ':' in spec
 
 
-def is_file(spec):
-  """Whether `spec` names an object in a file, rather than in a package."""
-  return is_code(spec) and path_of(spec).suffix == '.py'
+def _is_file(spec):
+  return _path_of(spec).suffix == '.py'
 
 
-def path_of(spec):
-  """The file of 'file.py:Object'."""
+def _path_of(spec):
   return epath.Path(spec.rpartition(':')[0])
 
 
@@ -48,14 +55,10 @@ def explained(what):
 
 
 def load_object(spec, *, option):
-  """The object that `spec` names.
+  """The object that `spec` names, the value of `option` in messages.
 
   Two calls with the same file give the same object, so that compiled programs
   are shared.
-
-  Args:
-    spec: 'file.py:Object' or 'package.module:Object'.
-    option: what the user set to it, for messages.
 
   Raises:
     InputError: if there is no such file or object, or its code raises.
@@ -66,13 +69,13 @@ def load_object(spec, *, option):
     raise InputError(
       f"{given} must be 'file.py:Object' or 'package.module:Object'."
     )
-  if is_file(spec) and not path_of(spec).is_file():
-    raise InputError(f'{given}: there is no file {where}.')
   with explained(given):
-    if is_file(spec):
-      module = _run(path_of(spec).read_bytes(), where)
-    else:
+    if not _is_file(spec):
       module = importlib.import_module(where)
+    elif _path_of(spec).is_file():
+      module = _run(_path_of(spec).read_bytes(), where)
+    else:
+      raise InputError(f'{given}: there is no file {where}.')
   if not hasattr(module, name):
     raise InputError(f'{given}: {where} has no {name}.')
   return getattr(module, name)
@@ -84,8 +87,7 @@ def _run(source, path):
   beside the file can take their place.
   """
   # One name for each content: dataclasses and pickle look modules up by name.
-  digest = hashlib.sha256(source).hexdigest()
-  name = f'{pathlib.PurePath(path).stem}_{digest[:8]}'
+  name = f'{epath.Path(path).stem}_{_digest(source)[:8]}'
   module = sys.modules[name] = types.ModuleType(name)
   module.__file__ = path
   try:
@@ -94,3 +96,66 @@ def _run(source, path):
     del sys.modules[name]
     raise
   return module
+
+
+def _digest(source):
+  return hashlib.sha256(source).hexdigest()
+
+
+def specs(config):
+  """Each 'file.py:Object' or 'package.module:Object' of a config."""
+  named = [config[group][key] for group, key in _KEYS if key in config[group]]
+  return [spec for spec in named if is_code(spec)]
+
+
+def store(directory, config, stored):
+  """Copies the files that `config` names into a stage's folder.
+
+  `stored` is what the stages of the run have recorded so far, and what comes
+  back, for this one's config.json: {spec: sha256}.
+
+  Raises:
+    InputError: if a file has changed since the run was begun.
+  """
+  digests = {}
+  for spec in filter(_is_file, specs(config)):
+    path = _path_of(spec)
+    source = path.read_bytes()
+    digest = digests[spec] = _digest(source)
+    if stored.get(spec, digest) != digest:
+      raise InputError(
+        f'{path} has changed since the run was begun; put the old file '
+        'back, or use another --workdir.'
+      )
+    copy = _copy_of(spec, directory, digest)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with paths.replacing(copy) as file:
+      file.write(source)
+  return digests
+
+
+def _copy_of(spec, directory, digest):
+  return directory / 'code' / digest[:12] / _path_of(spec).name
+
+
+def stored_spec(directory, info, spec, *, allow_code):
+  """The copy that a stage keeps of `spec`, an object that its `info` names.
+
+  Raises:
+    InputError: if it may not be run, or is not what `store` returned.
+  """
+  if not allow_code:
+    raise InputError(
+      f'{directory}: its config names Python code, {spec}, and a folder runs '
+      'none unless you allow it: read the files below code/, then add '
+      '--allow_code.'
+    )
+  if not _is_file(spec):
+    return spec
+  digest = info.get('code', {}).get(spec, '')
+  copy = _copy_of(spec, directory, digest)
+  if not copy.is_file() or _digest(copy.read_bytes()) != digest:
+    raise InputError(
+      f'{copy}: absent, or not the file that was recorded; put a copy back.'
+    )
+  return f'{copy}:{spec.rpartition(":")[2]}'

@@ -12,7 +12,7 @@ from attnfd_jax import paths, user_code
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import files, names
-from attnfd_jax.runs import checkpoints, code
+from attnfd_jax.runs import checkpoints
 
 # Gates at the taps of a network, outside its forward path: those of an imported
 # file, or the ones a student was distilled with; '<collection>/<tap>/<leaf>'.
@@ -73,20 +73,15 @@ def load_network(
   directory = paths.as_path(directory)
   info = _read_info(directory)
   if network is None:
-    options = info[role_of(info)]
+    options = dict(info[role_of(info)])
     if user_code.is_code(options['network']):
-      spec = code.stored_spec(
-        directory,
-        options['network'],
-        info.get('code', {}),
-        allow_code=allow_code,
+      options['network'] = user_code.stored_spec(
+        directory, info, options['network'], allow_code=allow_code
       )
-      options = options | {'network': spec}
     network = networks.make_network(
       options, len(info['class_names']), dtype=info['optim']['dtype']
     )
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     dict(networks.abstract_variables(network)),

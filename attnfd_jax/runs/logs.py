@@ -86,10 +86,9 @@ class StageLog:
 
   def upload(self):
     """Called at each save: what is written so far is in the run's folder."""
-    if self.local is self._directory or not processes.is_first():
-      return
-    for path in filter(pathlib.Path.is_file, self.local.iterdir()):
-      (self._directory / path.name).write_bytes(path.read_bytes())
+    if self.local is not self._directory and processes.is_first():
+      for path in filter(pathlib.Path.is_file, self.local.iterdir()):
+        (self._directory / path.name).write_bytes(path.read_bytes())
 
   def forget_after(self, step):
     """Drops metrics that a run which resumes at `step` will write again."""

@@ -18,7 +18,7 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.reporting.page import write_report
-from attnfd_jax.runs import checkpoints, code, lock, loggers, logs
+from attnfd_jax.runs import checkpoints, lock, loggers, logs
 from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.training import finite, loop, results, task_loss
 from attnfd_jax.training.stage import (
@@ -328,8 +328,8 @@ def _describe(stage, directory):
   for other in directory.parent.glob('*/config.json'):
     with contextlib.suppress(ValueError, AttributeError):
       stored |= json.loads(other.read_text()).get('code', {})
-  if code.specs(stage.config) and processes.is_first():
-    kept = {'code': code.store(directory, stage.config, stored)}
+  if user_code.specs(stage.config) and processes.is_first():
+    kept = {'code': user_code.store(directory, stage.config, stored)}
   logs.write_json(path, stage.description() | kept)
   logs.write_json(directory / 'environment.json', logs.environment())
 
