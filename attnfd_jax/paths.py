@@ -20,18 +20,15 @@ def as_path(path):
   Raises:
     InputError: for an address whose package is missing.
   """
-  path = os.fspath(path)
   if not is_remote(path):
     return epath.Path(os.path.abspath(path))
   try:
-    path = epath.Path(path)
-    path.exists()
+    epath.Path(path).exists()
   except ImportError as error:
     raise InputError(
-      f'{path}: reading {str(path).partition(":")[0]}:// needs gcsfs; pip '
-      "install 'attnfd_jax[gcs]'."
+      f"{path}: reading it needs gcsfs; pip install 'attnfd_jax[gcs]'."
     ) from error
-  return path
+  return epath.Path(path)
 
 
 @contextlib.contextmanager

@@ -19,13 +19,6 @@ from etils import epath
 from attnfd_jax import paths
 from attnfd_jax.errors import InputError
 
-_KEYS = (
-  ('student', 'network'),
-  ('teacher', 'network'),
-  ('teacher', 'factory'),
-  ('distill', 'method'),
-)
-
 
 def is_code(spec):
   """Whether `spec` names an object of Python, rather than one of ours."""
@@ -58,10 +51,7 @@ def load_object(spec, *, option):
   """The object that `spec` names, the value of `option` in messages.
 
   Two calls with the same file give the same object, so that compiled programs
-  are shared.
-
-  Raises:
-    InputError: if there is no such file or object, or its code raises.
+  are shared. InputError if there is no such object, or its code raises.
   """
   given = f'{option}={spec!r}'
   where, _, name = spec.rpartition(':')
@@ -104,7 +94,9 @@ def _digest(source):
 
 def specs(config):
   """Each 'file.py:Object' or 'package.module:Object' of a config."""
-  named = [config[group][key] for group, key in _KEYS if key in config[group]]
+  groups = [config[name] for name in ('student', 'teacher', 'distill')]
+  keys = ('network', 'factory', 'method')
+  named = [group.get(key, '') for group in groups for key in keys]
   return [spec for spec in named if is_code(spec)]
 
 
@@ -112,10 +104,8 @@ def store(directory, config, stored):
   """Copies the files that `config` names into a stage's folder.
 
   `stored` is what the stages of the run have recorded so far, and what comes
-  back, for this one's config.json: {spec: sha256}.
-
-  Raises:
-    InputError: if a file has changed since the run was begun.
+  back, for this one's config.json: {spec: sha256}. InputError if a file has
+  changed since the run was begun.
   """
   digests = {}
   for spec in filter(_is_file, specs(config)):
@@ -139,10 +129,8 @@ def _copy_of(spec, directory, digest):
 
 
 def stored_spec(directory, info, spec, *, allow_code):
-  """The copy that a stage keeps of `spec`, an object that its `info` names.
-
-  Raises:
-    InputError: if it may not be run, or is not what `store` returned.
+  """The copy that a stage keeps of `spec`, an object that its `info` names;
+  InputError if it may not be run, or is not what `store` recorded.
   """
   if not allow_code:
     raise InputError(

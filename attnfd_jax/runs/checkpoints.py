@@ -30,57 +30,47 @@ def steps(directory):
   return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
 
 
-def make_manager(directory, *, keep_best=1, read_only=False):
-  """A CheckpointManager; use it as a context manager, for errors come late.
-
-  `best_fn` looks redundant and is not: without it metrics stay in memory and
-  the best checkpoint is lost after a restart. Checkpoints without an
-  evaluation are never the best. Two are kept for the case that the last one
-  cannot be read.
-
-  Raises:
-    InputError: if the mIoU of a checkpoint cannot be read.
-  """
-  directory = paths.as_path(directory)
+def _scores(directory):
+  """{step: mIoU} of the checkpoints that were evaluated."""
+  scores = {}
   for step in steps(directory):
     path = directory / str(step) / 'metrics' / 'metrics'
     try:
       if path.exists():
-        float(json.loads(path.read_text())['miou'])
+        scores[step] = float(json.loads(path.read_text())['miou'])
     except (ValueError, KeyError, TypeError):
       raise InputError(
         f'{path}: damaged; put a copy back, or move the folder {step} away to '
         'resume without this checkpoint.'
       ) from None
-  policies = ocp.checkpoint_managers
-  get_metric = operator.itemgetter('miou')
+  return scores
+
+
+@contextlib.contextmanager
+def managed(directory, *, keep_best=1):
+  """A CheckpointManager; what it saves is complete at exit.
+
+  `best_fn` looks redundant and is not: without it metrics stay in memory and
+  the best checkpoint is lost after a restart. Checkpoints without an
+  evaluation are never the best. Two are kept for the case that the last one
+  cannot be read. InputError if something cannot be saved, or an mIoU not read.
+  """
+  directory = paths.as_path(directory)
+  _scores(directory)  # Orbax says less about what it cannot read.
+  policies, miou = ocp.checkpoint_managers, operator.itemgetter('miou')
   best = policies.BestN(
-    get_metric_fn=get_metric,
-    n=keep_best,
-    keep_checkpoints_without_metrics=False,
+    get_metric_fn=miou, n=keep_best, keep_checkpoints_without_metrics=False
   )
   options = ocp.CheckpointManagerOptions(
     save_decision_policy=policies.FixedIntervalPolicy(1),
     preservation_policy=policies.AnyPreservationPolicy(
       [policies.LatestN(2), best]
     ),
-    best_fn=get_metric,
-    # What a killed process had half written.
-    cleanup_tmp_directories=not read_only,
-    read_only=read_only,
+    best_fn=miou,
+    cleanup_tmp_directories=True,  # What a killed process had half written.
   )
-  return ocp.CheckpointManager(directory, options=options)
-
-
-@contextlib.contextmanager
-def managed(directory, *, keep_best=1):
-  """`make_manager` for a run that writes; what it saves is complete at exit.
-
-  Raises:
-    InputError: if a checkpoint could not be saved.
-  """
   with _saving(directory):
-    manager = make_manager(directory, keep_best=keep_best)
+    manager = ocp.CheckpointManager(directory, options=options)
   try:
     yield manager
   except BaseException:
@@ -96,10 +86,8 @@ def save(manager, step, state, run, *, miou=None):
   """Saves a state in the background; one of the same step is replaced.
 
   `run` is what the data order depends on: seed, batch, records. Without `miou`
-  it is never the best.
-
-  Raises:
-    InputError: if this one, or the one before it, could not be saved.
+  it is never the best. InputError if this one, or the one before it, could not
+  be saved.
   """
   facts = {'run': run, 'checksums': _checksums(state)}
   args = ocp.args.Composite(
@@ -152,12 +140,11 @@ def _reason(error):
 
 def _checksums(tree):
   """{path: CRC-32} of the arrays of a tree; all processes call this."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): zlib.crc32(
       np.ascontiguousarray(shardings.to_host(leaf)).reshape(-1).view(np.uint8)
     )
-    for path, leaf in leaves
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 
 
@@ -206,10 +193,7 @@ def restore_latest(directory, state, run, *, log=print):
   Newer ones that cannot be read are moved out of `directory`, beside it, with a
   line to `log`; nothing else may write there. Of several processes the first
   one decides which can be read. `state` has the shardings; `run`: see `save`.
-
-  Raises:
-    InputError: if there are some and none can be read, or another run wrote
-      them.
+  InputError if there are some and none can be read, or another run wrote them.
   """
   directory = paths.as_path(directory)
   alone, found, decided = jax.process_count() > 1, None, None
@@ -277,16 +261,13 @@ def _move_aside(folder):
 def restore(directory, shapes, *, step=None):
   """A saved state, or a part of it, of the best or another step; and the step.
 
-  `shapes` is a tree of arrays or ShapeDtypeStruct with shardings.
-
-  Raises:
-    InputError: if there is none, it is damaged, or it has no such part.
+  `shapes` is a tree of arrays or ShapeDtypeStruct with shardings. InputError if
+  there is no checkpoint, it is damaged, or it has no such part.
   """
   directory = paths.as_path(directory)
   known = steps(directory)
-  if known and step is None:
-    with make_manager(directory, read_only=True) as manager:
-      step = manager.best_step()
+  if step is None and (scores := _scores(directory)):
+    step = sorted(scores, key=scores.get)[-1]  # As Orbax: the last of equals.
   if step not in known:
     wanted = 'evaluated checkpoint' if step is None else f'checkpoint {step}'
     raise InputError(f'{directory}: no {wanted}; have {known}.')

@@ -31,11 +31,7 @@ _DATASETS = {
 
 
 def convert(source, target, *, config, allow_code=False, **options):
-  """`import_stage` of a file, with options, or `export_stage` of a folder.
-
-  Raises:
-    InputError: whenever the user can fix it; nothing is written then.
-  """
+  """`import_stage` of a file, with options, or `export_stage` of a folder."""
   for name, path in (('source', source), ('target', target)):
     if not path:
       raise InputError(f'--{name} is missing; name a file or a folder.')
@@ -217,10 +213,7 @@ def _write_folder(target, info, variables, attention):
 
 
 def check_format(network, kind):
-  """Raises InputError for 'onnx' and 'pth', unless it is DeepLabV3Plus.
-
-  These two name its layers one by one.
-  """
+  """InputError for 'onnx' and 'pth', which name the layers of DeepLabV3Plus."""
   name = {'onnx': 'ONNX', 'pth': '.pth'}.get(kind)
   if name and not networks.is_ours(network):
     raise InputError(
@@ -244,10 +237,7 @@ def write_weights(path, directory, network, variables, info):
 
   DeepLabV3Plus gets the authors' names, another network '<collection>/<path>'.
   The ending of `path` decides the format. Returns number of tensors and lines
-  to print.
-
-  Raises:
-    InputError: if the network cannot be written so.
+  to print; InputError if the network cannot be written so.
   """
   is_safetensors, remarks = path.suffix == '.safetensors', []
   check_format(network, 'safetensors' if is_safetensors else 'pth')

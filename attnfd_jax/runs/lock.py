@@ -21,10 +21,7 @@ def locked(workdir):
 
   The file stays: removing it would let two processes hold two files of one
   name. Addresses such as gs:// have no locks: there, see to it that one process
-  writes.
-
-  Raises:
-    InputError: if another process holds it.
+  writes. InputError if another process holds it.
   """
   if paths.is_remote(workdir):
     yield

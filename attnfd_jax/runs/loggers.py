@@ -12,6 +12,8 @@ import importlib
 import os
 import uuid
 
+from flax import traverse_util
+
 from attnfd_jax import paths
 from attnfd_jax.devices import processes
 from attnfd_jax.errors import InputError
@@ -28,19 +30,18 @@ def check(names):
     package = _PACKAGES[name]
     try:
       module = importlib.import_module(package)
+      if name == 'wandb' and processes.is_first():
+        module.login()  # Asks on a terminal; without one it raises.
     except ImportError as error:
       raise InputError(
         f'config.loggers={tuple(names)} needs {package} ({error}): pip install '
         f"-e '.[{name}]', or leave {name} out."
       ) from error
-    if name == 'wandb' and processes.is_first():
-      try:
-        module.login()  # Asks on a terminal; without one it raises.
-      except Exception as error:
-        raise InputError(
-          f'config.loggers={tuple(names)}: {_first_line(error).rstrip(".")}; '
-          'run wandb login, or set WANDB_MODE=offline to keep the numbers here.'
-        ) from error
+    except Exception as error:
+      raise InputError(
+        f'config.loggers={tuple(names)}: {_first_line(error).rstrip(".")}; '
+        'run wandb login, or set WANDB_MODE=offline to keep the numbers here.'
+      ) from error
 
 
 @contextlib.contextmanager
@@ -65,7 +66,7 @@ def attached(names, log, facts):
         )
 
   def write(record):
-    values = dict(_scalars(record))
+    values = _scalars(record)
     each(lambda sink: sink.send((record['step'], values)))
 
   each(next)
@@ -83,15 +84,11 @@ def _first_line(error):
 
 
 def _scalars(record):
-  """Pairs 'kind/name', number; of a table 'kind/name/entry'."""
-  for name, value in record.items():
-    path = f'{record["kind"]}/{name}'
-    if isinstance(value, dict):
-      for entry, number in value.items():
-        if number is not None:  # A class that does not occur.
-          yield f'{path}/{entry}', number
-    elif name not in ('kind', 'step'):
-      yield path, value
+  """{'kind/name': number}; of a table 'kind/name/entry'."""
+  values = {k: x for k, x in record.items() if k not in ('kind', 'step')}
+  flat = traverse_util.flatten_dict({record['kind']: values}, sep='/')
+  # A class that does not occur has None.
+  return {name: x for name, x in flat.items() if x is not None}
 
 
 def _tensorboard(directory, facts):

@@ -19,15 +19,11 @@ from attnfd_jax.devices import processes
 
 
 def write_json(path, value):
-  """Writes atomically: the file is the old or the new one, never half.
-
-  The first process of several does it, the others nothing.
-  """
-  if not processes.is_first():
-    return
-  text = json.dumps(value, indent=2, sort_keys=True) + '\n'
-  with paths.replacing(path) as file:
-    file.write(text.encode())
+  """Writes a file, the old or the new one and never half, in process 0."""
+  if processes.is_first():
+    text = json.dumps(value, indent=2, sort_keys=True) + '\n'
+    with paths.replacing(path) as file:
+      file.write(text.encode())
 
 
 def versions():
@@ -44,10 +40,9 @@ def versions():
 
 def device_name():
   """Kind and number of the devices, e.g. '1 x NVIDIA H100 80GB HBM3'."""
-  devices = jax.devices()
-  kind = devices[0].device_kind
+  kind = jax.devices()[0].device_kind
   kind = f'CPU ({os.cpu_count()} cores)' if kind == 'cpu' else kind
-  return f'{len(devices)} x {kind}'
+  return f'{jax.device_count()} x {kind}'
 
 
 def environment():

@@ -21,10 +21,8 @@ from attnfd_jax.teachers.teacher import FrozenNetwork
 def from_config(config, workdir, class_names, mesh):
   """The teacher of a resolved config, its variables on the mesh.
 
-  `workdir` is where its own stage is, `class_names` are those of the data set.
-
-  Raises:
-    InputError: if it is absent, damaged or of other classes.
+  `workdir` has the teacher of its own, `class_names` are those of the data set.
+  InputError if the teacher is absent, damaged or of other classes.
   """
   options, everywhere = config.teacher, sharding.replicated(mesh)
   if options.factory:

@@ -44,15 +44,12 @@ class FrozenNetwork:
 
   Attributes:
     network: the module; no ASPP dropout in a teacher (aspp.py:104-111).
-    variables: of the module.
-    name, class_names: see Teacher.
     batch_statistics: normalize by the batch while a student learns, as the
       authors' teacher does; its running statistics never change.
     dropout: drop at random while a student learns; a network of the user's
       drops where it normalizes by the batch.
     gates: frozen CBAMs at its taps, {'params', 'batch_stats'}, or None.
-    source: folder, file, or 'this run'.
-    miou: on val, or None.
+    The rest: see Teacher.
   """
 
   network: Any

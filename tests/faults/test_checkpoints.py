@@ -138,7 +138,7 @@ def test_a_damaged_best_one_is_not_replaced_silently(folder):
       checkpoints.restore(folder, part)
   (folder / '1' / 'metrics' / 'metrics').write_text('{"mi')
   with pytest.raises(InputError, match='move the folder 1 away'):
-    checkpoints.make_manager(folder)
+    checkpoints.managed(folder).__enter__()
 
 
 def test_another_run_is_no_damage(folder):

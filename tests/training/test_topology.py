@@ -206,7 +206,7 @@ def places_on(name):
 )
 def test_a_checkpoint_goes_to_another_mesh(tmp_path, before, after):
   state = jax.device_put(example_state(1), places_on(before))
-  with checkpoints.make_manager(tmp_path) as manager:
+  with checkpoints.managed(tmp_path) as manager:
     checkpoints.save(manager, 3, state, {'seed': 0}, miou=0.5)
   target = jax.device_put(example_state(2), places_on(after))
   found, _ = checkpoints.restore(tmp_path, target)
