@@ -6,6 +6,7 @@ that returns a Teacher; `teacher.checkpoint`, the folder of a stage or a PyTorch
 file; neither: the stage `teacher` of the run.
 """
 
+import dataclasses
 import json
 
 from attnfd_jax import paths, user_code
@@ -27,25 +28,26 @@ def from_config(config, workdir, class_names, mesh):
   options, everywhere = config.teacher, sharding.replicated(mesh)
   if options.factory:
     return _from_factory(options.factory, class_names, everywhere)
-  given = options.checkpoint
+  teacher, given = _without_variables(config, class_names), options.checkpoint
   directory = paths.as_path(given or workdir / 'teacher')
   if given and directory.is_file():
-    return _from_file(config, class_names, everywhere)
-  # The code of this run's own stage is that of its config.
-  own = None if given else _make_network(config, class_names)
+    return _from_file(given, teacher, everywhere)
   network, variables, info = loading.load_network(
-    directory, sharding=everywhere, network=own, allow_code=options.allow_code
+    directory,
+    sharding=everywhere,
+    # The code of this run's own stage is that of its config.
+    network=None if given else teacher.network,
+    allow_code=options.allow_code,
   )
   _check_classes(directory, info['class_names'], class_names)
   result = directory / 'result.json'
   if networks.is_ours(network):
     dtype = networks.compute_dtype(config.optim.dtype)
     network = network.clone(dtype=dtype, aspp_dropout=0.0)
-  return _freeze(
-    config,
-    network,
-    variables,
-    class_names,
+  return dataclasses.replace(
+    teacher,
+    network=network,
+    variables=variables,
     name=networks.describe(info[loading.role_of(info)]),
     gates=loading.load_attention(directory, network),
     source=str(given) or 'this run',
@@ -54,31 +56,23 @@ def from_config(config, workdir, class_names, mesh):
 
 
 def abstract(config, class_names):
-  """The teacher that a stage of this run will train, without variables."""
-  network = _make_network(config, class_names)
-  variables = networks.abstract_variables(network)
-  return _freeze(config, network, variables, class_names)
+  """The teacher that a stage of this run will train: shapes as variables."""
+  teacher = _without_variables(config, class_names)
+  variables = networks.abstract_variables(teacher.network)
+  return dataclasses.replace(teacher, variables=variables)
 
 
-def _make_network(config, class_names):
-  """The network of config.teacher; what drops in it, ASPP does not."""
-  return networks.make_network(
-    config.teacher,
-    len(class_names),
-    dtype=config.optim.dtype,
-    aspp_dropout=0.0,
-  )
-
-
-def _freeze(config, network, variables, class_names, *, name='', **facts):
+def _without_variables(config, class_names):
+  options, dtype = config.teacher, config.optim.dtype
   return FrozenNetwork(
-    network,
-    variables,
-    name or networks.describe(config.teacher),
-    class_names,
+    networks.make_network(
+      options, len(class_names), dtype=dtype, aspp_dropout=0.0
+    ),
+    variables={},
+    name=networks.describe(options),
+    class_names=class_names,
     batch_statistics=config.distill.teacher_bn == 'batch',
     dropout=config.distill.teacher_dropout,
-    **facts,
   )
 
 
@@ -116,17 +110,17 @@ class _Placed:
     return getattr(self._teacher, name)
 
 
-def _from_file(config, class_names, everywhere):
-  path, network = config.teacher.checkpoint, _make_network(config, class_names)
+def _from_file(path, teacher, everywhere):
   variables, gates, report = torch_networks.import_network(
-    torch_networks.reference_names(files.read_state_dict(path)), network
+    torch_networks.reference_names(files.read_state_dict(path)), teacher.network
   )
   if not report.complete:
-    name = networks.describe(config.teacher)
     raise InputError(
-      f'{path}: not a whole {name} with {len(class_names)} classes: {report}. '
-      'A part of a network can be config.teacher.pretrained.'
+      f'{path}: not a whole {teacher.name} with {len(teacher.class_names)} '
+      f'classes: {report}. A part of a network can be '
+      'config.teacher.pretrained.'
     )
   variables = sharding.place(variables, everywhere)
-  facts = {'gates': gates, 'source': str(path)}
-  return _freeze(config, network, variables, class_names, **facts)
+  return dataclasses.replace(
+    teacher, variables=variables, gates=gates, source=str(path)
+  )
