@@ -102,10 +102,8 @@ def load_network(
 
 
 def load_attention(directory, network):
-  """The CBAMs at the taps of a stored network, outside its forward path.
-
-  Returns:
-    {'params', 'batch_stats'} with the taps as keys, NumPy arrays, or None.
+  """The CBAMs at the taps of a stored network, outside its forward path:
+  {'params', 'batch_stats'} with the taps as keys, or None.
   """
   path = directory / ATTENTION_FILE
   if getattr(network, 'in_path_attention', False) or not path.is_file():

@@ -51,7 +51,6 @@ def locked(workdir):
 def _owner(file):
   file.seek(0)
   try:
-    owner = json.load(file)
-    return f'process {owner["pid"]} on {owner["host"]}'
+    return 'process {pid} on {host}'.format(**json.load(file))
   except (ValueError, KeyError):
     return 'another process'  # It has not written who it is yet.

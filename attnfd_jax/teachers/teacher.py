@@ -70,17 +70,12 @@ class FrozenNetwork:
     """See Teacher."""
     if rng is None:
       return self.network.apply(variables, image, train=False)
-    train, rngs = self.batch_statistics, {'dropout': rng}
+    mode = {'train': self.batch_statistics, 'rngs': {'dropout': rng}}
     if networks.is_ours(self.network):
       # Statistics are not mutable here: the teacher stays as it is.
-      return self.network.apply(
-        variables, image, train=train, dropout=self.dropout, rngs=rngs
-      )
+      return self.network.apply(variables, image, dropout=self.dropout, **mode)
     changing = [name for name in variables if name != 'params']
-    outputs, _ = self.network.apply(
-      variables, image, train=train, rngs=rngs, mutable=changing
-    )
-    return outputs
+    return self.network.apply(variables, image, mutable=changing, **mode)[0]
 
 
 @dataclasses.dataclass(frozen=True)
