@@ -16,12 +16,12 @@ import jax
 import numpy as np
 from PIL import Image
 
+from attnfd_jax import paths as run_paths
 from attnfd_jax.data import files, masks, sources
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import video as videos
 from attnfd_jax.inference.predictor import Predictor
 from attnfd_jax.progress import progress
-from attnfd_jax.runs import paths as run_paths
 
 # What a folder is searched for; a file that is named may be anything.
 ENDINGS = (*sources.IMAGE_ENDINGS, '.bmp', '.tif', '.tiff', '.webp')

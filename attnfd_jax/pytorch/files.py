@@ -25,6 +25,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from attnfd_jax import paths
 from attnfd_jax.pytorch import pickles
 from attnfd_jax.pytorch.pickles import damaged, TorchFileError
 
@@ -213,21 +214,6 @@ def _plain(array):
   return np.asarray(array, array.dtype.newbyteorder('='), order='C')
 
 
-@contextlib.contextmanager
-def _replacing(path):
-  """A file that becomes `path` at the end, or leaves no trace."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
-    with open(temporary, 'wb') as file:
-      yield file
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
 def write_safetensors(path, tensors, metadata=None):
   """Writes {name: array} and {str: str} atomically.
 
@@ -238,7 +224,7 @@ def write_safetensors(path, tensors, metadata=None):
   with _errors(path, 'cannot be written'):
     plain = {name: _plain(array) for name, array in tensors.items()}
     data = safetensors.numpy.save(plain, metadata)
-  with _replacing(path) as file:
+  with paths.replacing(path) as file:
     file.write(data)
 
 
@@ -310,7 +296,7 @@ def write_torch(path, obj):
   for index, array in arrays.values():
     records[f'data/{index}'] = _plain(array).reshape(-1).view(np.uint8).data
   records['version'] = b'3\n'
-  with _replacing(path) as file, zipfile.ZipFile(file, 'w') as archive:
+  with paths.replacing(path) as file, zipfile.ZipFile(file, 'w') as archive:
     for name, record in records.items():
       # ZipInfo's fixed date makes equal contents equal files.
       info = zipfile.ZipInfo(f'archive/{name}')

@@ -8,9 +8,10 @@ import statistics
 from flax.traverse_util import flatten_dict
 import jinja2
 
+from attnfd_jax import paths
 from attnfd_jax.reporting import figures, scores
 from attnfd_jax.reporting.run_folder import Run
-from attnfd_jax.runs import logs, paths
+from attnfd_jax.runs import logs
 
 _SCENES = 4  # Pictures are most of the bytes: fewer of each run of several.
 _FILTERS = (

@@ -10,8 +10,8 @@ import zipfile
 
 import numpy as np
 
+from attnfd_jax import paths
 from attnfd_jax.errors import InputError
-from attnfd_jax.runs import paths
 
 STAGES = ('teacher', 'student', 'distill')
 # Every other number of a train line is the loss or one of its terms.
