@@ -8,11 +8,12 @@ in memory while training, and the filter by pixels costs nothing later.
 """
 
 import collections
-import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 import tempfile
+from typing import NamedTuple
 import warnings
 import zipfile
 
@@ -35,14 +36,12 @@ _FIELDS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class DrawnLabels:
+class DrawnLabels(NamedTuple):
   """Masks that were drawn from one JSON file."""
 
   class_names: tuple[str, ...]  # By train id; the first one is background.
-  image_names: tuple[str, ...]  # Paths of the images that were kept, sorted.
-  archive: str  # A zip with the PNG of each of them.
-  problems: tuple[DataError, ...]  # Of the annotations.
+  masks: dict[str, files.File]  # By path of the image; those kept, sorted.
+  problems: list[DataError]  # Of the annotations.
 
 
 def _hash(*values):
@@ -84,13 +83,12 @@ def _read_json(path):
     what = 'not COCO annotations: needs images, annotations and categories'
     raise unsound(path, what) from error
   for entries, fields in zip(lists, _FIELDS.values(), strict=True):
-    for entry in entries:
-      for field, kind in fields.items():
-        value = entry.get(field)
-        if type(value) is not kind:  # True would be a height.
-          raise unsound(path, f'{field} is absent or no {kind.__name__}')
-        if kind is str and not _is_name(value):
-          raise unsound(path, f'{field} {value[:40]!r} cannot be a name')
+    for entry, (field, kind) in itertools.product(entries, fields.items()):
+      value = entry.get(field)
+      if type(value) is not kind:  # True would be a height.
+        raise unsound(path, f'{field} is absent or no {kind.__name__}')
+      if kind is str and not _is_name(value):
+        raise unsound(path, f'{field} {value[:40]!r} cannot be a name')
   for image in lists[0]:
     height, width = image['height'], image['width']
     if min(height, width) < 1 or height * width > masks.MAX_PIXELS:
@@ -99,26 +97,25 @@ def _read_json(path):
   return lists
 
 
-def _numbers(path, categories, class_names):
-  """Class names, () meaning all, and {category id: train id}; others are 0."""
-  categories = sorted(categories, key=lambda category: category['id'])
-  known = list(dict.fromkeys(category['name'] for category in categories))
-  if not class_names:
-    foreground = [name for name in known if name != _BACKGROUND]
-    class_names = (_BACKGROUND, *foreground)
-  lacking = [name for name in class_names[1:] if name not in known]
-  if lacking:
-    what = f'no category {lacking[0]!r}; it has {", ".join(known[:90])}'
-    raise unsound(path, what)
+def check_classes(path, class_names, known):
+  """Raises the DataError of class names that are too many, or not known."""
   if len(class_names) > IGNORE_LABEL:
     what = f'{len(class_names)} classes, more than {IGNORE_LABEL}'
     raise unsound(path, f'{what}; choose by config.data.class_names')
-  numbers = {
-    category['id']: class_names.index(category['name'])
-    for category in categories
-    if category['name'] in class_names[1:]
-  }
-  return class_names, numbers
+  for name in class_names:
+    if name not in known:
+      what = f'no class {name!r}; it has {", ".join([*known][:90])}'
+      raise unsound(path, what)
+
+
+def _numbers(path, categories, class_names):
+  """Class names, () meaning all, and {category id: train id}."""
+  known = [x['name'] for x in sorted(categories, key=lambda x: x['id'])]
+  class_names = tuple(dict.fromkeys(class_names or (_BACKGROUND, *known)))
+  # The first one is what no annotation covers, whatever its name.
+  check_classes(path, class_names, dict.fromkeys((class_names[0], *known)))
+  train_ids = {name: i for i, name in enumerate(class_names)}
+  return class_names, {x['id']: train_ids.get(x['name'], 0) for x in categories}
 
 
 def _runs_of_text(text):
@@ -248,7 +245,6 @@ def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
     DataError: 'annotation', if nothing of it can be used.
     InputError: without pycocotools.
   """
-  path, class_names = pathlib.Path(path), tuple(class_names)
   stat = path.stat()
   folder = user_cache.folder('coco')
   what = _hash(_VERSION, str(path.resolve()), class_names, min_pixels, limit)
@@ -267,56 +263,46 @@ def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
   index = json.loads(files.File(str(target), 'index.json').read())
   return DrawnLabels(
     tuple(index['class_names']),
-    tuple(index['images']),
-    str(target),
-    tuple(unsound(path, problem) for problem in index['problems']),
+    {name: files.File(str(target), f'{name}.png') for name in index['images']},
+    [unsound(path, problem) for problem in index['problems']],
   )
 
 
-def _match(path, labels, folder, problems):
-  """[Pair, ...] of the DrawnLabels of `path` and the folder of their images."""
+def _match(path, labels, folder):
+  """Yields what a split has: the DrawnLabels of `path`, images of `folder`."""
+  yield from labels.problems
   images = files.list_tree(folder, pairs.IMAGE_ENDINGS)
   if not images:
-    what = f'{", ".join(pairs.IMAGE_ENDINGS)} files'
-    problems.append(pairs.empty(folder, what))
-    return []
-  found = []
-  for name in labels.image_names:
-    if name not in images:
-      what = f'{folder}: no partner for {name}, which has annotations.'
-      problems.append(DataError(what, 'partner', folder / name))
-      continue
-    key = str(pathlib.PurePosixPath(name).with_suffix('')).replace('/', '_')
-    mask = files.File(labels.archive, f'{name}.png')
-    found.append(pairs.Pair(key, images[name], mask, f'{path} ({name})'))
-  return found
+    raise pairs.empty(folder)
+  for name, mask in labels.masks.items():
+    if name in images:
+      key = str(pathlib.PurePosixPath(name).with_suffix('')).replace('/', '_')
+      yield pairs.Pair(key, images[name], mask, f'{path} ({name})')
+    else:
+      why = ', which has annotations'
+      yield pairs.lonely(folder, name, folder / name, why)
 
 
-def find_pairs(places, problems, *, class_names=(), min_pixels=-1, limit=0):
-  """Class names and {split: [Pair, ...]}; see `draw_labels` for the options.
+def find_pairs(places, *, class_names=(), **options):
+  """Class names, and the splits of `make_dataset`.
 
   Args:
     places: {split: (path of its JSON file, folder of its images)}; the names
       of the first split hold for all.
-    problems: what is missing or wrong is appended.
+    class_names, options: see `draw_labels`.
   """
-  found = {}
+  splits = {}
   for split, (path, folder) in places.items():
-    gone = [place for place in (path, folder) if not place.exists()]
-    if gone:
-      problems.append(pairs.absent(gone[0]))
-      continue
     try:
-      labels = draw_labels(
-        path, class_names=class_names, min_pixels=min_pixels, limit=limit
-      )
+      for place in (path, folder):
+        if not place.exists():
+          raise pairs.absent(place)
+      labels = draw_labels(path, class_names=class_names, **options)
+      class_names = labels.class_names
+      splits[split] = _match(path, labels, folder)
     except DataError as error:
-      problems.append(error)
-      continue
-    class_names = labels.class_names
-    problems += labels.problems
-    found[split] = _match(path, labels, folder, problems)
-  return class_names, found
+      splits[split] = [error]
+  return class_names, splits
 
 
 def coco(config):
@@ -326,20 +312,17 @@ def coco(config):
   background, crowds count, and images with 1000 labelled pixels or fewer are
   left out, of val too.
   """
-  root, problems, places = pairs.check_root(config), [], {}
+  root, places = pairs.check_root(config), {}
   for split in ('train', 'val'):
-    path = root / 'annotations' / f'instances_{split}2017.json'
     folders = (root / f'{split}2017', root / 'images' / f'{split}2017')
-    there = [folder for folder in folders if folder.is_dir()]
-    places[split] = path, (*there, folders[0])[0]
-  names, found = find_pairs(
+    folder = next((x for x in folders if x.is_dir()), folders[0])
+    path = root / 'annotations' / f'instances_{split}2017.json'
+    places[split] = path, folder
+  names, splits = find_pairs(
     places,
-    problems,
-    class_names=('background', *classes.COCO_NAMES),
+    class_names=(_BACKGROUND, *classes.COCO_NAMES),
     min_pixels=1000,
     limit=config['limit'],
   )
   ids = masks.IndexLabels(tuple(range(len(names))))
-  return pairs.make_dataset(
-    config, classes.VOC, found, ids, problems, upright=False
-  )
+  return pairs.make_dataset(config, classes.VOC, splits, ids, upright=False)

@@ -13,7 +13,7 @@ import csv
 import re
 
 from attnfd_jax.data import classes, coco, files, masks, pairs, voc
-from attnfd_jax.errors import DataError, InputError
+from attnfd_jax.errors import InputError, one_of
 from attnfd_jax.losses import IGNORE_LABEL
 
 # What a folder of each split may be called; a set without test is fine.
@@ -45,20 +45,15 @@ def _places(root, patterns, *, half_a_test=False):
   unless half_a_test says that it is a mistake to tell.
   """
 
-  def there(count, pattern, name):
-    paths = [root / part.format(name) for part in pattern]
-    return sum(path.exists() for path in paths) >= count
+  def count(pattern, name):
+    return sum((root / part.format(name)).exists() for part in pattern)
 
-  candidates = [p for n in (2, 1) for p in patterns if there(n, p, 'train')]
-  pattern = (*candidates, *patterns)[0]
+  pattern = max(patterns, key=lambda pattern: count(pattern, 'train'))
   found = {}
   for split, names in SPLITS.items():
-    whole, half = (
-      [name for name in names if there(count, pattern, name)]
-      for count in (2, 1)
-    )
-    if whole or split != 'test' or (half and half_a_test):
-      name = (*whole, *half, *names)[0]
+    name = max(names, key=lambda name: count(pattern, name))
+    least = 1 if half_a_test else 2
+    if split != 'test' or count(pattern, name) >= least:
       found[split] = tuple(root / part.format(name) for part in pattern)
   return found
 
@@ -71,14 +66,15 @@ def _is_colour(x):
   return isinstance(x, (tuple, list)) and len(x) == 3 and all(map(_is_byte, x))
 
 
-def _with_voc_colours(names):
-  return dict(zip(names, classes.voc_palette(len(names)), strict=True))
-
-
-def _given_labels(config, names):
+def _given_labels(config):
   """{name: colour} and read_label of masks that the config describes."""
-  palette, id_map = tuple(config['palette']), tuple(config['id_map'])
-  k = len(names)
+  names, id_map = tuple(config['class_names']), tuple(config['id_map'])
+  palette, k = tuple(config['palette']), len(names)
+  if not names:
+    raise InputError(
+      'config.data.class_names is empty; name the classes in the order of '
+      "their ids, e.g. --config.data.class_names=\"('background', 'road')\"."
+    )
   if palette and id_map:
     raise InputError(
       'config.data.palette is for masks of colours, config.data.id_map for '
@@ -103,17 +99,7 @@ def _given_labels(config, names):
         f'config.data.id_map={ids} must have a different id of 0 to 254 for '
         f'each of the {k} class_names.'
       )
-  return _with_voc_colours(names), masks.IndexLabels(ids, ignored)
-
-
-def _given_names(config):
-  names = tuple(config['class_names'])
-  if not names:
-    raise InputError(
-      'config.data.class_names is empty; name the classes in the order of '
-      "their ids, e.g. --config.data.class_names=\"('background', 'road')\"."
-    )
-  return names
+  return classes.with_voc_colours(names), masks.IndexLabels(ids, ignored)
 
 
 def _refuse_tables(config, layout):
@@ -128,13 +114,7 @@ def _refuse_tables(config, layout):
 def _chosen(config, path, table):
   """{name: value} in the order of config.data.class_names, and other values."""
   names = tuple(config['class_names']) or tuple(table)
-  if len(names) > IGNORE_LABEL:
-    what = f'{len(names)} classes, more than {IGNORE_LABEL}'
-    raise coco.unsound(path, what)
-  lacking = [name for name in names if name not in table]
-  if lacking:
-    what = f'no class {lacking[0]!r} of config.data.class_names; it has '
-    raise coco.unsound(path, what + ', '.join(table))
+  coco.check_classes(path, names, table)
   rest = tuple(v for name, v in table.items() if name not in names)
   return {name: table[name] for name in names}, rest
 
@@ -155,16 +135,14 @@ def _make_table(path, rows):
 def read_labelmap(path):
   """{name: (r, g, b)} of CVAT's labelmap.txt, lines name:r,g,b:x:y."""
   rows, number = [], r'(\d{1,3})'
+  pattern = f'(.+?):{number},{number},{number}(:[^:]*){{0,2}}'
   for line in files.read_lines(path):
-    if not line or line.startswith('#'):
-      continue
-    found = re.fullmatch(
-      f'(.+?):{number},{number},{number}(:[^:]*){{0,2}}', line
-    )
-    colour = tuple(map(int, found.group(2, 3, 4))) if found else ()
-    if not _is_colour(colour):
-      raise coco.unsound(path, f'{line[:90]!r} is not name:red,green,blue::')
-    rows.append((line, found[1], colour))
+    if line and not line.startswith('#'):
+      found = re.fullmatch(pattern, line)
+      colour = tuple(map(int, found.group(2, 3, 4))) if found else ()
+      if not _is_colour(colour):
+        raise coco.unsound(path, f'{line[:90]!r} is not name:red,green,blue::')
+      rows.append((line, found[1], colour))
   return _make_table(path, rows)
 
 
@@ -185,14 +163,10 @@ def read_classes_csv(path):
 
 
 def _read_pairs(config, root):
-  names, problems = _given_names(config), []
-  table, read_label = _given_labels(config, names)
+  table, read_label = _given_labels(config)
   places = _places(root, _PAIRS, half_a_test=True)
-  found = {
-    split: pairs.match_folders(*where, problems)
-    for split, where in places.items()
-  }
-  return pairs.make_dataset(config, table, found, read_label, problems)
+  splits = {s: pairs.match_folders(*where) for s, where in places.items()}
+  return pairs.make_dataset(config, table, splits, read_label)
 
 
 def _read_voc(config, root):
@@ -202,68 +176,61 @@ def _read_voc(config, root):
     table, rest = _chosen(config, labelmap, read_labelmap(labelmap))
     read_label = masks.ColourLabels(tuple(table.values()), rest)
   else:
-    table, read_label = _given_labels(config, _given_names(config))
-  where = (root / 'JPEGImages', root / 'SegmentationClass')
-  endings = (pairs.IMAGE_ENDINGS, pairs.IMAGE_ENDINGS)
-  problems, found = [], {}
-  for split in SPLITS:
-    path = root / 'ImageSets' / 'Segmentation' / f'{split}.txt'
-    if split != 'test' or path.exists():
-      ids = voc.read_list(path, problems)
-      found[split] = voc.pair_listed(ids, where, endings, problems)
-  return pairs.make_dataset(config, table, found, read_label, problems)
+    table, read_label = _given_labels(config)
+  splits = {
+    split: voc.read_split(root, split)
+    for split in SPLITS
+    if split != 'test' or voc.list_path(root, split).exists()
+  }
+  return pairs.make_dataset(config, table, splits, read_label)
 
 
-def _pair_roboflow(folder, problems):
-  """[Pair, ...] of images and their <stem>_mask in one folder."""
-  found = files.list_folder(folder, pairs.IMAGE_ENDINGS)
-  images, labels = {}, {}
-  for stem, file in pairs.by_stem(found, problems).items():
-    group = labels if stem.endswith('_mask') else images
-    group[stem.removesuffix('_mask')] = file
+def _match_roboflow(folder, path, tables):
+  """Yields pairs of images and their <stem>_mask in one folder.
+
+  Its table is added to `tables`, of which the first one holds for all splits.
+  """
+  if not path.is_file():
+    raise pairs.absent(path)
+  tables[path] = read_classes_csv(path)
+  if tables[path] != next(iter(tables.values())):
+    raise coco.unsound(path, 'other classes than those of train')
+  images, labels = [], []
+  for file in files.list_folder(folder, pairs.IMAGE_ENDINGS):
+    group = labels if file.stem.endswith('_mask') else images
+    group.append((file.stem.removesuffix('_mask'), file))
   if not images:
-    problems.append(pairs.empty(folder, 'images'))
-    return []
-  return pairs.match(images, labels, (folder, folder), problems)
+    raise pairs.empty(folder)
+  yield from pairs.match(images, labels, (folder, folder))
 
 
 def _read_roboflow(config, root):
   _refuse_tables(config, 'roboflow')
-  problems, found, known = [], {}, None
-  places = _places(root, [('{}', '{}/_classes.csv')])
-  for split, (folder, path) in places.items():
-    if not path.is_file():
-      problems.append(pairs.absent(path))
-      continue
-    try:
-      table = read_classes_csv(path)
-    except DataError as error:
-      problems.append(error)
-      continue
-    known = known or table
-    if table != known:
-      problems.append(coco.unsound(path, 'other classes than those of train'))
-    else:
-      found[split] = _pair_roboflow(folder, problems)
-  if known is None:
-    raise problems[0]
-  ids, rest = _chosen(config, path, known)
+  tables = {}
+  splits = {
+    split: pairs.collect(_match_roboflow(*where, tables))
+    for split, where in _places(root, [('{}', '{}/_classes.csv')]).items()
+  }
+  if not tables:
+    raise splits['train'][0]
+  ids, rest = _chosen(config, *next(iter(tables.items())))
   read_label = masks.IndexLabels(tuple(ids.values()), rest)
-  table = _with_voc_colours(tuple(ids))
-  return pairs.make_dataset(config, table, found, read_label, problems)
+  table = classes.with_voc_colours(ids)
+  return pairs.make_dataset(config, table, splits, read_label)
 
 
 def _read_coco(config, root):
   _refuse_tables(config, 'coco')
-  problems, names = [], config['class_names']
-  names, found = coco.find_pairs(
-    _places(root, _COCO), problems, class_names=names, limit=config['limit']
+  names, splits = coco.find_pairs(
+    _places(root, _COCO),
+    class_names=config['class_names'],
+    limit=config['limit'],
   )
   if not names:
-    raise problems[0]
+    raise splits['train'][0]
+  table = classes.with_voc_colours(names)
   read_label = masks.IndexLabels(tuple(range(len(names))))
-  table = _with_voc_colours(names)
-  return pairs.make_dataset(config, table, found, read_label, problems)
+  return pairs.make_dataset(config, table, splits, read_label)
 
 
 # Name -> (reader, *glob patterns, one of which is there).
@@ -283,13 +250,13 @@ def folder(config):
   """The layout config.data.layout, or the only one that is there."""
   root, layout = pairs.check_root(config), config['layout']
   names = config['class_names']
-  if not all(isinstance(name, str) and name.strip() for name in names) or not (
-    len({*names}) == len(names) <= IGNORE_LABEL
-  ):
+  sound = all(isinstance(name, str) and name.strip() for name in names)
+  if not sound or not len({*names}) == len(names) <= IGNORE_LABEL:
     raise InputError(
       'config.data.class_names must be different names, at most '
       f"{IGNORE_LABEL}, such as \"('background', 'road')\"."
     )
+  one_of('config.data.layout', layout, ('auto', *LAYOUTS))
   if layout == 'auto':
     found = [
       name
@@ -301,9 +268,5 @@ def folder(config):
         f'{root}: could be {" or ".join(found)}; say --config.data.layout='
         f'{found[0]}, for example.'
       )
-    layout = found[0] if found else 'pairs'
-  if layout not in LAYOUTS:
-    raise InputError(
-      f'config.data.layout={layout!r} must be auto, {", ".join(LAYOUTS)}.'
-    )
+    layout = (*found, 'pairs')[0]
   return LAYOUTS[layout][0](config, root)

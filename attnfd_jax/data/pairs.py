@@ -3,7 +3,6 @@
 
 import collections
 import dataclasses
-import os
 import pathlib
 
 import numpy as np
@@ -72,7 +71,7 @@ class PairSource(Decoded):
 
   def __init__(self, pairs, read_label, *, limit=0, cache=False, upright=True):
     super().__init__(cache=cache)
-    self._pairs, self.read_label, self._upright = pairs, read_label, upright
+    self.pairs, self.read_label, self._upright = pairs, read_label, upright
     self._length = min(limit or len(pairs), len(pairs))
 
   def __len__(self):
@@ -80,41 +79,36 @@ class PairSource(Decoded):
 
   def encoded(self, index):
     """{'image': bytes as stored, 'label': as in [index]}; checked as well."""
-    data = self.image_bytes(index)
-    return {'image': data, 'label': self._read(index, data)['label']}
-
-  def image_bytes(self, index):
-    """As stored."""
-    return self._pairs[index].image.read()
-
-  def mask(self, index):
-    """Its File."""
-    return self._pairs[index].mask
+    pair = self.pairs[index]
+    data = pair.image.read()
+    return self._decode(pair, data) | {'image': data}
 
   def label(self, index):
     """As in [index], without its image."""
-    return self.read_label(self._pairs[index].mask)
+    return self.read_label(self.pairs[index].mask)
 
   def fingerprint(self, start=0, stop=None):
     """Hex digest that changes with the files and with what is read of them."""
-    pairs = self._pairs[: len(self)][start:stop]
+    pairs = self.pairs[: len(self)][start:stop]
     found = [file for pair in pairs for file in (pair.image, pair.mask)]
     return cache.digest(found, repr(self.read_label).encode())
 
   def key(self, index):
     """Unique in the split."""
-    return self._pairs[index].key
+    return self.pairs[index].key
 
   def name(self, index):
-    return str(self._pairs[index].image)
+    return str(self.pairs[index].image)
 
   def size(self, index):
     """(height, width) without decoding."""
-    return masks.read_size(self._pairs[index].image)
+    return masks.read_size(self.pairs[index].image)
 
-  def _read(self, index, data=None):
-    pair = self._pairs[index]
-    data = self.image_bytes(index) if data is None else data
+  def _read(self, index):
+    pair = self.pairs[index]
+    return self._decode(pair, pair.image.read())
+
+  def _decode(self, pair, data):
     image = masks.decode_image(pair.image, data)
     if self._upright:
       masks.check_upright(pair.image, data)
@@ -129,89 +123,105 @@ class PairSource(Decoded):
     return {'image': image, 'label': label}
 
 
-def make_dataset(config, table, pairs, read_label, problems, *, upright=True):
+def collect(entries):
+  """[Pair or DataError, ...] of an iterable; what it raises is the last."""
+  found = []
+  try:
+    for entry in entries:
+      found.append(entry)
+  except DataError as error:
+    found.append(error)
+  return found
+
+
+def make_dataset(config, table, splits, read_label, *, upright=True):
   """The Dataset of some pairs as the group `data` of a config asks for.
 
   Args:
     config: with name, limit and cache.
     table: {class: (r, g, b)} in the order of train ids.
-    pairs: {split: [Pair, ...]}; a split without any is left out.
+    splits: {split: iterable of Pair, and of DataError for what is missing}; it
+      may raise one, too. A split without any pair is left out.
     read_label, upright: see PairSource.
-    problems: of the layout.
   """
-  options = {k: config[k] for k in ('limit', 'cache')} | {'upright': upright}
-  splits = {
-    split: PairSource(found, read_label, **options)
-    for split, found in pairs.items()
-    if found
-  }
+  sources, problems = {}, []
+  for split, entries in splits.items():
+    entries = collect(entries)
+    problems += [x for x in entries if isinstance(x, DataError)]
+    found = [x for x in entries if isinstance(x, Pair)]
+    if found:
+      sources[split] = PairSource(
+        found,
+        read_label,
+        limit=config['limit'],
+        cache=config['cache'],
+        upright=upright,
+      )
   names, palette = classes.names_and_palette(table)
-  return Dataset(config['name'], names, palette, splits, tuple(problems))
+  return Dataset(config['name'], names, palette, sources, tuple(problems))
+
+
+def absent(path, what='not found'):
+  """The DataError of a folder or list that a split needs."""
+  hint = 'is config.data.root right? (--config.data.root=PATH)'
+  return files.fault(path, 'split', f'{what}; {hint}')
 
 
 def check_root(config):
   """config.data.root as a path; DataError if there is no such folder."""
-  root = pathlib.Path(config['root'])
-  if not config['root'] or not root.is_dir():
-    raise DataError(
-      f'{config["root"] or "config.data.root"}: no such folder; is '
-      'config.data.root right? (--config.data.root=PATH)',
-      'split',
-      root,
-    )
-  return root
+  root = config['root']
+  if not root or not pathlib.Path(root).is_dir():
+    raise absent(root or 'config.data.root', 'no such folder')
+  return pathlib.Path(root)
 
 
-def absent(path):
-  """The DataError of a folder or list that a split needs."""
-  what = 'not found; is config.data.root right? (--config.data.root=PATH)'
-  return DataError(f'{path}: {what}', 'split', path)
-
-
-def empty(path, what):
+def empty(path, what='.jpg, .jpeg, .png files'):
+  """The DataError of a folder or list without what a split needs."""
   return files.fault(path, 'split', f'no {what} in it')
 
 
-def by_stem(found, problems):
-  """{stem: File}; of files with the same stem the first, and a problem."""
-  groups = collections.defaultdict(list)
-  for file in found:
-    groups[file.stem].append(file)
-  for group in groups.values():
-    if len(group) > 1:
-      names = ', '.join(file.name for file in group)
-      folder = os.path.dirname(str(group[0]))
-      what = f'{folder}: {names} have the same stem; keep one of them.'
-      problems.append(DataError(what, 'partner', group[1]))
-  return {stem: group[0] for stem, group in groups.items()}
+def lonely(folder, name, file, why=''):
+  """The DataError of a file whose partner `folder` lacks."""
+  what = f'{folder}: no partner for {name}{why}.'
+  return DataError(what, 'partner', file)
 
 
-def match(images, labels, where, problems):
-  """[Pair, ...] of two {key: File}, sorted; the rest become problems.
+def match(images, labels, where):
+  """Yields Pairs of equal keys, sorted, and DataErrors of all other files.
 
-  `where` has the folders of both, for messages.
+  Both are [(key, File), ...]; `where` has their folders, for messages.
   """
+  sides = []
+  for folder, found in zip(where, (images, labels), strict=True):
+    groups = collections.defaultdict(list)
+    for key, file in found:
+      groups[key].append(file)
+    for group in groups.values():
+      if len(group) > 1:
+        names = ', '.join(file.name for file in group)
+        what = f'{folder}: {names} have the same stem; keep one of them.'
+        yield DataError(what, 'partner', group[1])
+    sides.append({key: group[0] for key, group in groups.items()})
+  left, right = sides
   for ours, theirs, folder in (
-    (images, labels, where[1]),
-    (labels, images, where[0]),
+    (left, right, where[1]),
+    (right, left, where[0]),
   ):
     for key in sorted(ours.keys() - theirs.keys()):
-      what = f'{folder}: no partner for {ours[key].name}.'
-      problems.append(DataError(what, 'partner', ours[key]))
-  both = sorted(images.keys() & labels.keys())
-  return [Pair(key, images[key], labels[key]) for key in both]
+      yield lonely(folder, ours[key].name, ours[key])
+  for key in sorted(left.keys() & right.keys()):
+    yield Pair(key, left[key], right[key])
 
 
-def match_folders(images, labels, problems):
-  """[Pair, ...] of two folders by stem; absent and empty ones are problems."""
-  gone = [folder for folder in (images, labels) if not folder.is_dir()]
-  if gone:
-    problems.append(absent(gone[0]))
-    return []
-  left = by_stem(files.list_folder(images, IMAGE_ENDINGS), problems)
-  if not left:
-    problems.append(empty(images, f'{", ".join(IMAGE_ENDINGS)} files'))
-    return []
-  # A JPEG mask is found here and refused when it is read: its reason is told.
-  right = by_stem(files.list_folder(labels, IMAGE_ENDINGS), problems)
-  return match(left, right, (images, labels), problems)
+def match_folders(images, labels):
+  """`match` of the stems in two folders; raises if one is absent or empty."""
+  where, sides = (images, labels), []
+  for folder in where:
+    if not folder.is_dir():
+      raise absent(folder)
+    # A JPEG mask is found here and refused when it is read: its reason is told.
+    found = files.list_folder(folder, IMAGE_ENDINGS)
+    sides.append([(file.stem, file) for file in found])
+  if not sides[0]:
+    raise empty(images)
+  yield from match(*sides, where)

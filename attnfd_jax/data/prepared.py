@@ -214,7 +214,7 @@ class PreparedSource(pairs.PairSource):
 
   def fingerprint(self):
     """Hex digest that changes with the shards and with what is read of them."""
-    info = self._pairs.folder / 'dataset_info.json'
+    info = self.pairs.folder / 'dataset_info.json'
     return cache.digest([], info.read_bytes() + repr(self.read_label).encode())
 
 
