@@ -9,29 +9,25 @@ _IMAGES = ('leftImg8bit', 'images', 'leftImg8bit_trainvaltest.zip')
 _MASKS = ('gtFine', 'gtFine_trainvaltest.zip')
 
 
-def _find(root, split, places, ending):
-  """Folder of a split and its [(city_sequence_frame, File), ...]."""
+def _find(root, split, places):
+  """Files of a split, and their folder."""
   place = next((p for p in places if (root / p).exists()), places[0])
   if place.endswith('.zip'):
     prefix = f'{place.split("_")[0]}/{split}/'
-    folder = files.File(str(root / place), prefix)
     found = files.list_zip(root / place, prefix, ('.png',))
-  else:
-    folder = root / place / split
-    if not folder.is_dir():
-      raise pairs.absent(folder)
-    found = files.list_tree(folder, ('.png',)).values()
-  # Beside the label ids lie instance ids and colours.
-  found = [file for file in found if file.stem.endswith(ending)]
-  return folder, [(file.stem.removesuffix(ending), file) for file in found]
+    return found, files.File(str(root / place), prefix)
+  folder = root / place / split
+  if not folder.is_dir():
+    raise pairs.absent(folder)
+  return files.list_tree(folder, ('.png',)).values(), folder
 
 
 def _find_pairs(root, split):
-  left, images = _find(root, split, _IMAGES, '_leftImg8bit')
-  right, labels = _find(root, split, _MASKS, '_gtFine_labelIds')
-  if not images:
-    raise pairs.empty(left, '*_leftImg8bit.png files')
-  yield from pairs.match(images, labels, (left, right))
+  images, left = _find(root, split, _IMAGES)
+  labels, right = _find(root, split, _MASKS)
+  # Beside the label ids lie instance ids and colours.
+  endings = ('_leftImg8bit', '_gtFine_labelIds')
+  yield from pairs.match(images, labels, (left, right), endings)
 
 
 def cityscapes(config):

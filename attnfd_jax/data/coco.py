@@ -11,10 +11,10 @@ import collections
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 import tempfile
 from typing import NamedTuple
-import warnings
 import zipfile
 
 import cv2
@@ -118,14 +118,15 @@ def _numbers(path, categories, class_names):
   return class_names, {x['id']: train_ids.get(x['name'], 0) for x in categories}
 
 
-def _runs_of_text(text):
-  """Runs of a compressed RLE: 5 bits a character from '0' on, low ones first;
+def _decode_runs(data):
+  """Runs of a compressed RLE: 5 bits a byte from '0' on, low ones first.
+
   32 says that more follow, and from the fourth on runs are differences.
   """
   # On damage pycocotools itself would write past the end of its memory.
   runs, value, shift = [], 0, 0
-  for character in text:
-    code = ord(character) - ord('0')
+  for code in data:
+    code -= ord('0')
     if not 0 <= code < 64 or shift > 30:
       raise ValueError('its RLE is damaged')
     value |= (code & 31) << shift
@@ -140,32 +141,28 @@ def _runs_of_text(text):
 
 
 def _area(segmentation, size):
-  """uint8 [h, w], 1 inside of polygons or an RLE; ValueError if it is wrong."""
+  """Inside of polygons or an RLE, bool [h, w]; ValueError if it is wrong."""
   if isinstance(segmentation, list):
-    coco_masks = _pycocotools()
     # Two corners would be taken for a box.
-    if not segmentation or any(
-      len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation
-    ):
+    if not segmentation or any(len(x) < 6 or len(x) % 2 for x in segmentation):
       raise ValueError('needs polygons of at least three corners')
     # pycocotools walks along the edges, and NaN out of its memory.
     far = 10 * max(size)
     if not all(abs(x) <= far for polygon in segmentation for x in polygon):
       raise ValueError('has a corner far outside of the image')
-    rle = coco_masks.merge(coco_masks.frPyObjects(segmentation, *size))
-    with warnings.catch_warnings():
-      # pycocotools 2.0.11 with NumPy 2.
-      warnings.filterwarnings('ignore', '__array__', DeprecationWarning)
-      return coco_masks.decode(rle)
+    mask = _pycocotools()
+    segmentation = mask.merge(mask.frPyObjects(segmentation, *size))
   if tuple(segmentation['size']) != size:
     raise ValueError(f'its RLE is of size {segmentation["size"]}')
   runs = segmentation['counts']
-  runs = _runs_of_text(runs) if isinstance(runs, str) else runs
+  runs = runs.encode() if isinstance(runs, str) else runs
+  runs = _decode_runs(runs) if isinstance(runs, bytes) else runs
   whole = all(type(n) is int and n >= 0 for n in runs)
   if not whole or sum(runs) != size[0] * size[1]:
     raise ValueError('its RLE does not fill the image')
   # Runs go down the columns; every second one is inside.
-  return np.repeat(np.arange(len(runs)) % 2, runs).reshape(size, order='F')
+  inside = np.arange(len(runs)) % 2 > 0
+  return np.repeat(inside, runs).reshape(size, order='F')
 
 
 def draw_label(annotations, size, numbers):
@@ -190,7 +187,7 @@ def draw_label(annotations, size, numbers):
     except Exception as error:  # pycocotools raises many types.
       wrong.append((annotation, error))
       continue
-    label[area > 0] = number
+    label[area] = number
   return np.ascontiguousarray(label), wrong[::-1]
 
 
@@ -276,7 +273,7 @@ def _match(path, labels, folder):
     raise pairs.empty(folder)
   for name, mask in labels.masks.items():
     if name in images:
-      key = str(pathlib.PurePosixPath(name).with_suffix('')).replace('/', '_')
+      key = os.path.splitext(name)[0].replace('/', '_')
       yield pairs.Pair(key, images[name], mask, f'{path} ({name})')
     else:
       why = ', which has annotations'

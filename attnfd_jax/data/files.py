@@ -62,34 +62,24 @@ class _Archive:
     return data
 
 
-_archive = functools.lru_cache(maxsize=None)(_Archive)
+_archive = functools.cache(_Archive)
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """A plain file, or a member of a zip that is read in place."""
+  """A plain file, a member of a zip, read in place, or what was read before."""
 
   path: str
   member: str = ''
+  data: bytes | None = dataclasses.field(default=None, repr=False)
 
   def __str__(self):
     return f'{self.path}!{self.member}' if self.member else self.path
 
   @property
-  def _name(self):
+  def inner(self):
+    """Its path, in the zip if it lies in one."""
     return pathlib.PurePath(self.member or self.path)
-
-  @property
-  def name(self):
-    return self._name.name
-
-  @property
-  def stem(self):
-    return self._name.stem
-
-  @property
-  def suffix(self):
-    return self._name.suffix
 
   def read(self, limit=None):
     """The first `limit` bytes, or all.
@@ -97,29 +87,16 @@ class File:
     Raises:
       DataError: 'unreadable', if it is gone, damaged or not ours to read.
     """
+    if self.data is not None:
+      return self.data[:limit]
     try:
       if self.member:
         return _archive(self.path).read(self.member, limit)
       with open(self.path, 'rb') as file:
-        return file.read(-1 if limit is None else limit)
+        return file.read(limit)
     except OSError as error:
       what = f'cannot be read ({error.strerror or error})'
       raise fault(self, 'unreadable', what) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class InMemory:
-  """What is read as a File, but was already."""
-
-  name: str
-  data: bytes
-
-  def __str__(self):
-    return self.name
-
-  def read(self, limit=None):
-    """The first `limit` bytes, or all."""
-    return self.data[:limit]
 
 
 def as_file(path):
@@ -133,11 +110,21 @@ def read_lines(path):
   return [line.strip() for line in text.splitlines()]
 
 
+def _chosen(names, endings):
+  """Names of files with one of the endings, sorted; hidden ones are not."""
+  paths = [(name, pathlib.PurePath(name)) for name in sorted(names)]
+  return [
+    name
+    for name, path in paths
+    if path.suffix.lower() in endings and path.name[0] != '.'
+  ]
+
+
 def list_folder(folder, endings):
   """Files in `folder` with one of the endings, sorted; hidden ones are not."""
   with os.scandir(folder) as entries:
-    names = sorted(e.name for e in entries if e.is_file())
-  return _with_ending([File(os.path.join(folder, n)) for n in names], endings)
+    names = _chosen([e.name for e in entries if e.is_file()], endings)
+  return [File(os.path.join(folder, name)) for name in names]
 
 
 def list_tree(folder, endings):
@@ -150,23 +137,7 @@ def list_tree(folder, endings):
   return found
 
 
-def without_ending(found):
-  """{path: File} with keys that lack their ending, as lists name files."""
-  return {
-    str(pathlib.PurePosixPath(path).with_suffix('')): file
-    for path, file in found.items()
-  }
-
-
 def list_zip(path, prefix, endings):
-  """Members whose names start with `prefix`, sorted."""
+  """Members whose names start with `prefix`, as of `list_folder`."""
   names = [n for n in _archive(str(path)).members if n.startswith(prefix)]
-  return _with_ending([File(str(path), n) for n in sorted(names)], endings)
-
-
-def _with_ending(files, endings):
-  return [
-    file
-    for file in files
-    if file.suffix.lower() in endings and file.name[0] != '.'
-  ]
+  return [File(str(path), name) for name in _chosen(names, endings)]

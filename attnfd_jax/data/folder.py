@@ -195,13 +195,9 @@ def _match_roboflow(folder, path, tables):
   tables[path] = read_classes_csv(path)
   if tables[path] != next(iter(tables.values())):
     raise coco.unsound(path, 'other classes than those of train')
-  images, labels = [], []
-  for file in files.list_folder(folder, pairs.IMAGE_ENDINGS):
-    group = labels if file.stem.endswith('_mask') else images
-    group.append((file.stem.removesuffix('_mask'), file))
-  if not images:
-    raise pairs.empty(folder)
-  yield from pairs.match(images, labels, (folder, folder))
+  found = files.list_folder(folder, pairs.IMAGE_ENDINGS)
+  images = [file for file in found if not file.inner.stem.endswith('_mask')]
+  yield from pairs.match(images, found, (folder, folder), ('', '_mask'))
 
 
 def _read_roboflow(config, root):

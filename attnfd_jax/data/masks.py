@@ -2,9 +2,11 @@
 """Pixels of image and mask files, and what makes train ids of mask values."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import struct
 
 import cv2
@@ -23,17 +25,12 @@ _SIZE_KNOWN = 1 << 16  # So many bytes nearly always hold the header.
 
 
 def open_image(data):
-  """A Pillow image of which only the header was read.
-
-  Raises:
-    Exception: of many types, for what is no image, or damaged; Pillow's
-      DecompressionBombError if it declares more than MAX_PIXELS.
-  """
+  """A Pillow image of which only the header was read; raises many types."""
   return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
 def _unreadable(file, error):
-  """The DataError of an image from the exception of a decoder, or None."""
+  """The DataError of an image from the exception of a decoder."""
   what = 'not a readable image; replace or remove it'
   if isinstance(error, Image.DecompressionBombError):
     what = f'declares more than the {MAX_PIXELS} pixels allowed; cut it up'
@@ -51,10 +48,9 @@ def _chunks_fit(data):
 
 
 def _jpeg_pixels(data):
-  """What the frame of a JPEG declares: Pillow takes ten times as long.
+  """What the first frame of a JPEG declares: Pillow takes ten times as long.
 
-  Segments are followed up to the first frame, as decoders do; 0 where they are
-  not one after the other.
+  It is 0 where segments are not one after the other.
   """
   at = 2
   while data[at : at + 1] == b'\xff' and at + 9 <= len(data):
@@ -69,15 +65,18 @@ def _jpeg_pixels(data):
 
 
 def _decode(data, how):
-  """What OpenCV makes of the bytes of a file, None or an exception if nothing.
+  """What OpenCV makes of the bytes of a file; raises if that is nothing.
 
   It takes the memory that headers declare before it sees the pixels, so that
   they are looked at first.
   """
   small = data[:2] == b'\xff\xd8' and 0 < _jpeg_pixels(data) <= MAX_PIXELS
   if not small and open_image(data).format == 'PNG' and not _chunks_fit(data):
-    return None
-  return cv2.imdecode(np.frombuffer(data, np.uint8), how)
+    raise ValueError('a chunk is longer than the file')
+  image = cv2.imdecode(np.frombuffer(data, np.uint8), how)
+  if image is None:
+    raise ValueError('not decoded')
+  return image
 
 
 def decode_image(file, data):
@@ -89,12 +88,9 @@ def decode_image(file, data):
   # EXIF rotation would turn the image and not its mask.
   how = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
   try:
-    image = _decode(data, how)
+    return _decode(data, how)
   except Exception as error:
     raise _unreadable(file, error) from error
-  if image is None:
-    raise _unreadable(file, None)
-  return image
 
 
 def read_image(path):
@@ -109,8 +105,7 @@ def read_size(path):
   for limit in (_SIZE_KNOWN, None):
     data = file.read(limit)
     try:
-      width, height = open_image(data).size
-      return height, width
+      return open_image(data).size[::-1]
     except Exception as error:
       problem = _unreadable(file, error)
   raise problem
@@ -122,12 +117,12 @@ def check_upright(file, data):
   exif = data.find(b'Exif\0\0', 0, _SIZE_KNOWN) >= 0
   if not exif and (jpeg or b'eXIf' not in data):
     return
-  try:
+  turned = 1
+  # Damaged tags turn nothing; damaged pixels are told elsewhere.
+  with contextlib.suppress(Exception):
     image = open_image(data)
-    # Pillow would decode a PNG to look for a tag behind the pixels.
-    turned = image.getexif().get(_ORIENTATION, 1) if 'exif' in image.info else 1
-  except Exception:
-    return  # Damaged tags turn nothing; damaged pixels are told elsewhere.
+    if 'exif' in image.info:  # Else Pillow would decode a PNG to look behind.
+      turned = image.getexif().get(_ORIENTATION, 1)
   if turned != 1:
     raise files.fault(
       file,
@@ -135,22 +130,6 @@ def check_upright(file, data):
       f'the camera rotated it by EXIF orientation {turned}, its mask is stored '
       'as drawn; save the image upright, without the tag',
     )
-
-
-def _grey_ids(data):
-  """uint8 [h, w] of a PNG of 8-bit greys, else, or if damaged, None.
-
-  OpenCV takes three quarters of Pillow's time. It gives colours for a palette.
-  """
-  # Behind the signature: its header ends in depth 8, colour type 0.
-  if data[:8] != b'\x89PNG\r\n\x1a\n' or data[24:26] != b'\x08\0':
-    return None
-  try:
-    ids = _decode(data, cv2.IMREAD_UNCHANGED)
-  except Exception:
-    return None
-  # A transparent grey makes OpenCV return four channels.
-  return ids if ids is not None and ids.ndim == 2 else None
 
 
 def open_mask(file, data):
@@ -189,9 +168,13 @@ def read_mask(path):
   """
   file = files.as_file(path)
   data = file.read()
-  ids = _grey_ids(data)
-  if ids is not None:
-    return ids
+  # Behind the signature: its header ends in depth 8, colour type 0. For greys
+  # OpenCV takes three quarters of Pillow's time; of a palette it gives colours.
+  if data[:8] == b'\x89PNG\r\n\x1a\n' and data[24:26] == b'\x08\0':
+    with contextlib.suppress(Exception):  # Pillow says what is wrong.
+      ids = _decode(data, cv2.IMREAD_UNCHANGED)
+      if ids.ndim == 2:  # A transparent grey has four channels.
+        return ids
   image = open_mask(file, data)
   if image.mode not in ('L', 'P'):
     raise files.fault(
@@ -221,35 +204,27 @@ def _no_class(file, counts, expected):
 
 def _ranges(ids):
   """'0 to 10, 255' of any set of ids."""
-  ids, found = sorted(set(ids)), []
-  for value in ids:
-    if found and value == found[-1][1] + 1:
-      found[-1][1] = value
-    else:
-      found.append([value, value])
-  return ', '.join(f'{a}' if a == b else f'{a} to {b}' for a, b in found)
+  # Ids in a row are as far from their places in the order.
+  order = enumerate(sorted({*ids}))
+  runs = itertools.groupby(order, lambda item: item[1] - item[0])
+  runs = [[value for _, value in run] for _, run in runs]
+  return ', '.join(f'{x[0]} to {x[-1]}' if x[1:] else f'{x[0]}' for x in runs)
 
 
 @functools.lru_cache
-def _index_tables(ids, ignored):
-  """Train ids, uint8 [256], and whether an id must not occur, bool [256].
-
-  The train id of those that must not is the number of classes.
-  """
-  # Of 255 classes nothing is forbidden, and their number is what is ignored.
+def _index_table(ids, ignored):
+  """Train ids, uint8 [256]; their number where an id must not occur."""
   table = np.full(256, len(ids), np.uint8)
-  table[[*ignored, *ids]] = [IGNORE_LABEL] * len(ignored) + [*range(len(ids))]
-  forbidden = ~np.isin(np.arange(256), [*ids, *ignored])
-  return table, forbidden
+  table[[*ignored]] = IGNORE_LABEL
+  table[[*ids]] = range(len(ids))
+  return table
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexLabels:
   """Masks of ids to train ids."""
 
-  ids: tuple[
-    int, ...
-  ]  # The file's id of each class, in the order of train ids.
+  ids: tuple[int, ...]  # In the file, in the order of train ids.
   ignored: tuple[int, ...] = ()  # Become 255, which itself may always occur.
 
   def __call__(self, file):
@@ -257,12 +232,13 @@ class IndexLabels:
 
   def from_ids(self, file, ids):
     """Train ids, uint8 [h, w], of the file's ids; DataError if none fits."""
-    ignored = (*self.ignored, IGNORE_LABEL)
-    table, forbidden = _index_tables(self.ids, ignored)
-    label = cv2.LUT(ids, table)  # Several times as fast as NumPy's indexing.
-    if forbidden.any() and (label == len(self.ids)).any():
+    k, ignored = len(self.ids), (*self.ignored, IGNORE_LABEL)
+    # Several times as fast as NumPy's indexing.
+    label = cv2.LUT(ids, _index_table(self.ids, ignored))
+    wrong = label == k
+    if k < IGNORE_LABEL and wrong.any():  # Of 255 classes no id is left.
       expected = f'classes are {_ranges(self.ids)}, ignored {_ranges(ignored)}'
-      raise _no_class(file, _counted(ids[forbidden[ids]]), expected)
+      raise _no_class(file, _counted(ids[wrong]), expected)
     return label
 
 
@@ -311,9 +287,6 @@ class ColourLabels:
         f'{code >> 16},{code >> 8 & 255},{code & 255}': count
         for code, count in sorted(wrong.items())
       }
-      expected = (
-        f'the {len(known)} colours are those of config.data.palette or of '
-        'labelmap.txt'
-      )
-      raise _no_class(file, counts, expected)
+      of = f'the {len(known)} colours are those of config.data.palette or of '
+      raise _no_class(file, counts, f'{of}labelmap.txt')
     return label

@@ -175,9 +175,10 @@ def check_root(config):
   return pathlib.Path(root)
 
 
-def empty(path, what='.jpg, .jpeg, .png files'):
-  """The DataError of a folder or list without what a split needs."""
-  return files.fault(path, 'split', f'no {what} in it')
+def empty(folder, ending=''):
+  """The DataError of a folder without images."""
+  what = f'no files *{ending}{", ".join(IMAGE_ENDINGS)} in it'
+  return files.fault(folder, 'split', what)
 
 
 def lonely(folder, name, file, why=''):
@@ -186,42 +187,43 @@ def lonely(folder, name, file, why=''):
   return DataError(what, 'partner', file)
 
 
-def match(images, labels, where):
-  """Yields Pairs of equal keys, sorted, and DataErrors of all other files.
+def match(images, labels, where, endings=('', '')):
+  """Yields Pairs, and DataErrors of the Files that are in no pair.
 
-  Both are [(key, File), ...]; `where` has their folders, for messages.
+  Partners have the same stem but for its ending, and are sorted by what is left
+  of it; files with another ending are overlooked. `where` has the folders of
+  both, for messages.
   """
   sides = []
-  for folder, found in zip(where, (images, labels), strict=True):
+  for found, folder, ending in zip(
+    (images, labels), where, endings, strict=True
+  ):
     groups = collections.defaultdict(list)
-    for key, file in found:
-      groups[key].append(file)
+    for file in found:
+      if file.inner.stem.endswith(ending):
+        groups[file.inner.stem.removesuffix(ending)].append(file)
     for group in groups.values():
       if len(group) > 1:
-        names = ', '.join(file.name for file in group)
+        names = ', '.join(file.inner.name for file in group)
         what = f'{folder}: {names} have the same stem; keep one of them.'
         yield DataError(what, 'partner', group[1])
     sides.append({key: group[0] for key, group in groups.items()})
-  left, right = sides
-  for ours, theirs, folder in (
-    (left, right, where[1]),
-    (right, left, where[0]),
-  ):
-    for key in sorted(ours.keys() - theirs.keys()):
-      yield lonely(folder, ours[key].name, ours[key])
-  for key in sorted(left.keys() & right.keys()):
-    yield Pair(key, left[key], right[key])
+  images, labels = sides
+  if not images:
+    raise empty(where[0], endings[0])
+  for key in sorted(images.keys() - labels.keys()):
+    yield lonely(where[1], images[key].inner.name, images[key])
+  for key in sorted(labels.keys() - images.keys()):
+    yield lonely(where[0], labels[key].inner.name, labels[key])
+  for key in sorted(images.keys() & labels.keys()):
+    yield Pair(key, images[key], labels[key])
 
 
-def match_folders(images, labels):
-  """`match` of the stems in two folders; raises if one is absent or empty."""
-  where, sides = (images, labels), []
+def match_folders(*where):
+  """`match` of the files in two folders; raises if one of them is absent."""
   for folder in where:
     if not folder.is_dir():
       raise absent(folder)
-    # A JPEG mask is found here and refused when it is read: its reason is told.
-    found = files.list_folder(folder, IMAGE_ENDINGS)
-    sides.append([(file.stem, file) for file in found])
-  if not sides[0]:
-    raise empty(images)
-  yield from match(*sides, where)
+  # A JPEG mask is found here and refused when it is read: its reason is told.
+  found = (files.list_folder(folder, IMAGE_ENDINGS) for folder in where)
+  yield from match(*found, where)

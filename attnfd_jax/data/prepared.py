@@ -205,7 +205,7 @@ class _Pairs:
     key = key.decode() if isinstance(key, bytes) else str(key)
     name = f'{self.folder}, record {key}'
     return pairs.Pair(
-      key, files.InMemory(name, image), files.InMemory(name, label)
+      key, files.File(name, data=image), files.File(name, data=label)
     )
 
 

@@ -2,6 +2,7 @@
 """PASCAL VOC 2012 in its devkit, with the masks of SBD where asked for."""
 
 import io
+import os
 import pathlib
 
 import numpy as np
@@ -23,7 +24,7 @@ def read_list(path):
     raise files.fault(path, 'split', what)
   ids = [key for key in dict.fromkeys(files.read_lines(path)) if key]
   if not ids:
-    raise pairs.empty(path, 'names')
+    raise files.fault(path, 'split', 'no names in it')
   yield from ids
 
 
@@ -33,7 +34,7 @@ def pair_listed(ids, where, label_endings=pairs.IMAGE_ENDINGS):
   `where` are the folders of images and labels, in and below which they lie.
   """
   images, labels = (
-    files.without_ending(files.list_tree(*given))
+    {os.path.splitext(k)[0]: x for k, x in files.list_tree(*given).items()}
     for given in zip(where, (pairs.IMAGE_ENDINGS, label_endings), strict=True)
   )
   for key in ids:
@@ -48,7 +49,7 @@ class _VocLabels(masks.IndexLabels):
   """PNGs of VOC and .mat files of SBD to train ids."""
 
   def __call__(self, file):
-    read = read_sbd if file.suffix == '.mat' else masks.read_mask
+    read = read_sbd if file.inner.suffix == '.mat' else masks.read_mask
     return self.from_ids(file, read(file))
 
 

@@ -142,7 +142,7 @@ def test_threads_read_a_zip_at_once(tmp_path, method):
     heads = list(pool.map(lambda file: file.read(100), found))
   assert read == [contents[file.member] for file in found] * 5
   assert heads == [contents[file.member][:100] for file in found]
-  assert (found[0].stem, found[0].suffix) == ('0', '.png')
+  assert found[0].inner.name == '0.png'
   assert str(found[0]) == f'{path}!a/0.png'
 
 
