@@ -8,6 +8,7 @@ any colour, puddles and windows show the sky, and posters show people and cars
 that are 'building'. All sizes and probabilities are our choice.
 """
 
+import functools
 import math
 import random
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import cv2
 import numpy as np
 
 from attnfd_jax.data import pairs
+from attnfd_jax.errors import within
 from attnfd_jax.losses import IGNORE_LABEL
 
 CLASS_NAMES = tuple(
@@ -119,6 +121,14 @@ class Painter:
     self.centre = rng.uniform(0.3, 0.7) * 2 * width  # Vanishing point.
     self.bend = rng.uniform(-1, 1) ** 3 * 0.005
     self.sun = rng.uniform(-1.2, 1.2)  # Length of shadows, to the right.
+    # Where the road ends.
+    self.left, self.right = -rng.uniform(2, 6), rng.uniform(2, 4.5)
+    self.things = []  # (z, function that draws it).
+    self.gaps = []  # Between houses: (x, near, far).
+    self.shadows = []  # Shapes on the ground.
+
+  def add(self, z, draw, *arguments):
+    self.things.append((z, functools.partial(draw, self, *arguments)))
 
   def pick(self, colours, spread=14):
     """One of the colours, somewhat lighter or darker, warmer or colder."""
@@ -137,12 +147,10 @@ class Painter:
     return near + self.rng.random() ** 2 * max(far - near, 4)
 
   def pixels(self, plane, shape):
-    focal, centre, horizon = self.focal, self.centre, self.horizon
-    bend, eye, corners = self.bend, self.eye, []
-    for s, t in shape:
-      x, y, z = plane(s, t)
-      column = centre + focal * (x / z + bend * z)
-      corners.append((column, horizon - focal * (y - eye) / z))
+    corners = []
+    for x, y, z in (plane(*corner) for corner in shape):
+      column = self.centre + self.focal * (x / z + self.bend * z)
+      corners.append((column, self.horizon - self.focal * (y - self.eye) / z))
     return np.array(corners, np.int32)
 
   def fill(self, plane, shapes, colour, class_id=None):
@@ -151,11 +159,10 @@ class Painter:
     # One depth per call would not do for the ground: see `draw_ground`.
     depth = 0 if plane is ground else plane(*shapes[0][0])[2]
     clear = math.exp(-depth / self.light.visibility)
+    channels = zip(colour, self.light.sun, self.light.skyline, strict=True)
     colour = [
       min(max(c * sun, 0), 255) * clear + fog * (1 - clear)
-      for c, sun, fog in zip(
-        colour, self.light.sun, self.light.skyline, strict=True
-      )
+      for c, sun, fog in channels
     ]
     cv2.fillPoly(self.image, pixels, colour)
     if class_id is not None:
@@ -197,9 +204,9 @@ def draw_skyline(p):
     x += width
 
 
-def draw_ground(p, left, right, gaps, shadows):
+def draw_ground(p):
   """Pavement everywhere, the road on it, side streets in the gaps."""
-  rng, below = p.rng, slice(p.horizon, None)
+  rng, below, left, right = p.rng, slice(p.horizon, None), p.left, p.right
   road, paving = p.pick(GREYS), p.pick(GREYS)
   p.image[below] = np.clip(np.multiply(paving, p.light.sun), 0, 255)
   p.label[below] = PAVEMENT
@@ -209,7 +216,7 @@ def draw_ground(p, left, right, gaps, shadows):
   kerbs = [strip(left - 0.3, left, 1, 150), strip(right, right + 0.3, 1, 150)]
   p.fill(ground, kerbs, p.pick(GREYS, 30))
   p.fill(ground, [strip(left, right, 1, 150)], road, ROAD)
-  for x, near, far in gaps:
+  for x, near, far in p.gaps:
     street = box(left if x < 0 else right, near + 1, 8 * x, far - 1)
     p.fill(ground, [street], road, ROAD)
   for _ in range(rng.randrange(4)):  # Repairs and manhole covers.
@@ -217,7 +224,7 @@ def draw_ground(p, left, right, gaps, shadows):
     patch = strip(x, x + rng.uniform(0.5, 1.5), z, z * 1.3)
     p.fill(ground, [patch], p.pick([road], 18))
     p.fill(ground, [disc(x, z - 1, 0.35)], scaled(road, 0.6))
-  draw_markings(p, left, right)
+  draw_markings(p)
   for _ in range(rng.randrange(3) if p.light.shade > 0.5 else 0):  # Puddles.
     x, z = rng.uniform(left - 1, right + 1), rng.uniform(4, 15)
     puddle = disc(x, z, rng.uniform(0.5, 1.8), rng.uniform(0.5, 1.5))
@@ -225,7 +232,7 @@ def draw_ground(p, left, right, gaps, shadows):
     p.fill(ground, [puddle], sky * rng.uniform(0.75, 1))
 
   shaded = np.zeros(p.label.shape, np.uint8)
-  for shadow in shadows:
+  for shadow in p.shadows:
     cv2.fillPoly(shaded, [p.pixels(ground, shadow)], 255)
   dark = cv2.convertScaleAbs(p.image, alpha=p.light.shade)
   cv2.copyTo(dark[below], shaded[below], p.image[below])
@@ -235,8 +242,8 @@ def draw_ground(p, left, right, gaps, shadows):
   p.image[below] = p.image[below] * clear + fog
 
 
-def draw_markings(p, left, right):
-  rng, width = p.rng, p.rng.uniform(0.14, 0.24)
+def draw_markings(p):
+  rng, width, left, right = p.rng, p.rng.uniform(0.14, 0.24), p.left, p.right
   lanes = max(2, round((right - left) / 3.2))
   paint = scaled(p.pick(LINES, 10), rng.uniform(0.7, 1.05))  # Worn.
   lines = []
@@ -250,8 +257,8 @@ def draw_markings(p, left, right):
     starts = [first + i * pitch for i in range(10)]
     lines += [box(x, z, x + width, z + dash) for z in starts]
   if rng.random() < 0.6:
-    for x in (left + 0.4, right - 0.4 - width):
-      lines.append(strip(x, x + width, 1, 70))
+    edges = (left + 0.4, right - 0.4 - width)
+    lines += [strip(x, x + width, 1, 70) for x in edges]
   p.fill(ground, lines, paint, MARKING)
   if rng.random() < 0.4:  # Zebra crossing.
     z, bar = rng.uniform(5, 16), rng.uniform(0.4, 0.6)
@@ -284,15 +291,16 @@ def draw_building(p, x, near, far):
     p.fill(plane, ledges, scaled(colour, rng.uniform(0.7, 1.2)))
   if rng.random() < 0.5:  # Pitched roof.
     slope, rise = side * rng.uniform(0.5, 1.5), rng.uniform(1, 3)
-    roof = along(x, near, top, run=slope)
+    roof, ridge = along(x, near, top, run=slope), top + rise
     p.fill(roof, [box(0, 0, length, rise)], p.pick(WALLS), BUILDING)
-    ridge = top + rise
     gable = [(0, top), (abs(slope) * rise, ridge), (12, ridge), (12, top)]
     p.fill(front, [gable], base, BUILDING)
   if rng.random() < 0.5:  # Shop with an awning.
     p.fill(wall, [box(0.4, 0.3, length - 0.4, 2.6)], glass)
-    awning = along(x, near, 3.3, run=side * 1.3)
-    shape = box(0.4, -0.8, length - 0.4, 0)
+    awning, shape = (
+      along(x, near, 3.3, run=side * 1.3),
+      box(0.4, -0.8, length - 0.4, 0),
+    )
     p.fill(awning, [shape], p.pick(PAINTS), BUILDING)
   if rng.random() < 0.4:  # A drainpipe looks like a pole.
     p.fill(wall, [box(length - 0.4, 0, length - 0.15, top)], p.pick(METALS))
@@ -370,9 +378,8 @@ def draw_car(p, x, z, oncoming):
 
   draw_car_side(p, flank, CAR, scaled(paint, p.rng.uniform(0.6, 1.1)), top)
   p.fill(end, [box(-0.85, 0, 0.85, 0.4)], BLACK, CAR)
-  p.fill(
-    end, [box(-0.9, 0.28, 0.9, 0.95), box(-0.9, 0.95, 0.9, top)], paint, CAR
-  )
+  back = [box(-0.9, 0.28, 0.9, 0.95), box(-0.9, 0.95, 0.9, top)]
+  p.fill(end, back, paint, CAR)
   p.fill(end, [box(-0.75, 0.98, 0.75, top - 0.1)], p.pick((DARK, BLACK)))
   lamps = [box(s, 0.65, s + 0.3, 0.85) for s in (-0.85, 0.55)]
   p.fill(end, lamps, (250, 246, 220) if oncoming else (190, 24, 24))
@@ -402,77 +409,66 @@ def draw_person(p, plane, class_id):
   p.fill(plane, [disc(0.01, 0.9, 0.05)], skin, class_id)
 
 
-def furnish_side(p, side, edge, add, shadows):
-  """Adds what stands beyond the kerb at x=edge; returns gaps for streets."""
-  rng, gaps = p.rng, []
-  pavement = rng.uniform(2.5, 6)
+def furnish_side(p, side, edge):
+  """What stands beyond the kerb at x=edge."""
+  rng, pavement = p.rng, p.rng.uniform(2.5, 6)
   wall, z = edge + side * pavement, rng.uniform(1, 6)
   while z < 75:
     length = rng.uniform(6, 18)
     if rng.random() < 0.2:
-      gaps.append((wall, z, z + length))
+      p.gaps.append((wall, z, z + length))
     elif z + length > p.nearest(wall):
       # Sorted by the far end: what stands before the wall is drawn later.
-      add(z + length, draw_building, wall, z, z + length)
+      p.add(z + length, draw_building, wall, z, z + length)
     z += length
   if side * p.sun < -0.3:  # These houses stand before the sun.
     reach = edge - side * rng.uniform(0, 4)
-    shadows.append(strip(2 * wall, reach, 1, rng.uniform(20, 90)))
+    p.shadows.append(strip(2 * wall, reach, 1, rng.uniform(20, 90)))
 
   for _ in range(rng.randrange(4)):
     x, height = edge + side * rng.uniform(0.7, 1.5), rng.uniform(3.5, 9)
     z = p.depth(x, 45)
-    add(z, draw_tree, x, z, height)
+    p.add(z, draw_tree, x, z, height)
     for t in (0.5, 0.6, 0.7, 0.8, 0.9):
       s = x + p.sun * t * height + rng.uniform(-1, 1)
-      shadows.append(disc(s, z + rng.uniform(-1, 1), rng.uniform(0.4, 1)))
+      p.shadows.append(disc(s, z + rng.uniform(-1, 1), rng.uniform(0.4, 1)))
   for kind in rng.choices(('lamp', 'light', 'sign', 'bollard'), k=2):
     x = edge + side * rng.uniform(0.4, 0.9)
     z = p.depth(x, 24)
-    add(z, draw_pole, x, z, kind)
-    shadows.append(box(x, z, x + 4 * p.sun, z + 0.15))
+    p.add(z, draw_pole, x, z, kind)
+    p.shadows.append(box(x, z, x + 4 * p.sun, z + 0.15))
   for _ in range(rng.randint(1, 3)):
     x = edge + side * rng.uniform(0.2, pavement - 0.4)
     z = p.depth(x, 22)
-    add(z, draw_person, facing(x, z, 0, rng.uniform(1.2, 1.9)), PERSON)
+    p.add(z, draw_person, facing(x, z, 0, rng.uniform(1.2, 1.9)), PERSON)
   if rng.random() < 0.55:  # Parked cars.
     first = p.depth(edge, 20)
     for i in range(rng.randint(1, 3)):
       z = first + 5.4 * i
-      add(z, draw_car, edge - side * 1.1, z, rng.random() < 0.3)
-      shadows.append(box(edge - side * 2.3, z - 0.3, edge, z + 4.5))
-  return gaps
+      p.add(z, draw_car, edge - side * 1.1, z, rng.random() < 0.3)
+      p.shadows.append(box(edge - side * 2.3, z - 0.3, edge, z + 4.5))
 
 
-def furnish(p, left, right):
-  """Returns things as (z, draw), gaps between houses, shadow shapes."""
-  rng, things, shadows = p.rng, [], []
-
-  def add(z, draw, *arguments):
-    things.append((z, lambda: draw(p, *arguments)))
-
-  gaps = furnish_side(p, -1, left, add, shadows)
-  gaps += furnish_side(p, 1, right, add, shadows)
+def furnish_road(p):
+  rng = p.rng
   for _ in range(rng.randrange(3)):  # Traffic.
     lane = rng.choice((0.28, 0.72))
-    x = left + lane * (right - left)
+    x = p.left + lane * (p.right - p.left)
     z = p.depth(x, 45) + 2
-    add(z, draw_car, x, z, lane < 0.5)
-    shadows.append(box(x - 1.1, z - 0.3, x + 1.1 + p.sun, z + 4.5))
+    p.add(z, draw_car, x, z, lane < 0.5)
+    p.shadows.append(box(x - 1.1, z - 0.3, x + 1.1 + p.sun, z + 4.5))
   if rng.random() < 0.4:  # Someone or something crosses.
-    x, z = rng.uniform(left, right), rng.uniform(8, 20)
+    x, z = rng.uniform(p.left, p.right), rng.uniform(8, 20)
     if rng.random() < 0.6:
-      add(z, draw_person, facing(x, z, 0, 1.7), PERSON)
+      p.add(z, draw_person, facing(x, z, 0, 1.7), PERSON)
     else:
-      add(z, draw_car_side, facing(x, z, side=rng.choice((-1, 1))), CAR)
-  return things, gaps, shadows
+      p.add(z, draw_car_side, facing(x, z, side=rng.choice((-1, 1))), CAR)
 
 
 def photograph(p):
   """Canvas to image: smaller, with texture, a lens, noise and JPEG."""
   rng, shape = p.rng, (p.label.shape[0] // 2, p.label.shape[1] // 2)
-  size = shape[::-1]
-  image = cv2.resize(p.image, size, interpolation=cv2.INTER_AREA)
+  image = cv2.resize(p.image, shape[::-1], interpolation=cv2.INTER_AREA)
   if rng.random() < 0.5:
     image = cv2.GaussianBlur(image, (3, 3), rng.uniform(0.3, 0.8))
   texture = sum(smooth_noise(p.generator, *shape, n) for n in (4, 16, 48))
@@ -497,12 +493,13 @@ def render_scene(generator, *, height, width):
     CLASS_NAMES or 255 (ignored).
   """
   p = Painter(generator, height, width)
-  left, right = -p.rng.uniform(2, 6), p.rng.uniform(2, 4.5)
-  things, gaps, shadows = furnish(p, left, right)
+  furnish_side(p, -1, p.left)
+  furnish_side(p, 1, p.right)
+  furnish_road(p)
   draw_sky(p)
-  draw_ground(p, left, right, gaps, shadows)
+  draw_ground(p)
   draw_skyline(p)
-  for _, draw in sorted(things, key=lambda thing: -thing[0]):
+  for _, draw in sorted(p.things, key=lambda thing: -thing[0]):
     draw()
   if p.rng.random() < 0.25:  # Of the car that carries the camera.
     bonnet = (width, 2 * height), (width, int(0.14 * height))
@@ -523,11 +520,9 @@ class StreetScenes(pairs.Decoded):
 
   def __init__(self, num_scenes, *, height, width, seed):
     super().__init__(cache=True)
-    if num_scenes < 1:
-      raise ValueError(f'{num_scenes=} leaves nothing to draw; use 1 or more.')
-    for name, value in (('height', height), ('width', width)):
-      if value < 32:
-        raise ValueError(f'{name}={value} is too small; use 32 or more.')
+    within('num_scenes', num_scenes, 1)
+    within('height', height, 32)
+    within('width', width, 32)
     self._num_scenes, self._size, self._seed = num_scenes, (height, width), seed
 
   def __len__(self):
@@ -542,7 +537,6 @@ class StreetScenes(pairs.Decoded):
     return {'image': image, 'label': label}
 
   def size(self, index):
-    del index
     return self._size
 
   def name(self, index):
@@ -554,15 +548,11 @@ class StreetScenes(pairs.Decoded):
 
 def scenes(config):
   """Drawn scenes; val is drawn from another seed than train."""
-  height, width = config['image_size']
+  (height, width), seed = config['image_size'], 2 * config['scenes_seed']
+  train, val = config['train_scenes'], config['val_scenes']
+  # Even and odd: no scene of val is one of another run's train.
   splits = {
-    split: StreetScenes(
-      config[f'{split}_scenes'],
-      height=height,
-      width=width,
-      # Far apart, so that no scene of val is one of another run's train.
-      seed=2 * config['scenes_seed'] + i,
-    )
-    for i, split in enumerate(('train', 'val'))
+    'train': StreetScenes(train, height=height, width=width, seed=seed),
+    'val': StreetScenes(val, height=height, width=width, seed=seed + 1),
   }
   return pairs.Dataset('scenes', CLASS_NAMES, PALETTE, splits)
