@@ -5,11 +5,9 @@ import dataclasses
 import functools
 import os
 import pathlib
-import struct
 import zipfile
-import zlib
 
-from attnfd_jax.errors import DataError
+from attnfd_jax.errors import DataError, first_line
 
 # Bytes of an unpacked member: more than any image, and not a bomb.
 _LARGEST_MEMBER = 1 << 29
@@ -20,49 +18,15 @@ def fault(file, kind, what, values=None):
   return DataError(f'{file}: {what}.', kind, file, values)
 
 
-class _Archive:
-  """Members of a zip by position: no seek, so threads and forks share it."""
-
-  def __init__(self, path):
-    try:
-      with zipfile.ZipFile(path) as archive:
-        self.members = {m.filename: m for m in archive.infolist()}
-      # Closed by the end of the process.
-      self._handle = os.open(path, os.O_RDONLY)
-      self._size = os.fstat(self._handle).st_size
-    except Exception as error:  # zipfile has many types for damaged headers.
-      what = f'not a readable zip ({error}); copy it again'
-      raise fault(path, 'unreadable', what) from error
-
-  def read(self, member, limit=None):
-    """The first `limit` bytes of a member, or all; OSError if damaged."""
-    if member not in self.members:
-      raise FileNotFoundError('no such member')
-    info = self.members[member]
-    start = info.header_offset + 30
-    if start < 30 or start + info.compress_size > self._size:
-      raise OSError('it lies outside of the zip; copy it again')
-    if info.file_size > _LARGEST_MEMBER:
-      raise OSError(f'{info.file_size} bytes, more than an image has')
-    # Its own header has names of other lengths than the directory.
-    header = os.pread(self._handle, 30, info.header_offset)
-    start += sum(struct.unpack('<HH', header[26:]))
-    size = info.compress_size if limit is None else limit
-    data = os.pread(self._handle, min(size, info.compress_size), start)
-    if info.compress_type == zipfile.ZIP_DEFLATED:
-      most = info.file_size + 1 if limit is None else limit
-      try:
-        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, most)
-      except zlib.error as error:
-        raise OSError(str(error)) from error
-    elif info.compress_type != zipfile.ZIP_STORED:
-      raise OSError('packed by another method than deflate; unpack the zip')
-    if limit is None and zlib.crc32(data) != info.CRC:
-      raise OSError('checksum differs; copy the zip again')
-    return data
-
-
-_archive = functools.cache(_Archive)
+@functools.cache
+def _archive(path, process):
+  """The open zip: each process has its own, threads may share it."""
+  del process
+  try:
+    return zipfile.ZipFile(path)
+  except Exception as error:  # zipfile has many types for damaged headers.
+    what = f'not a readable zip ({error}); copy it again'
+    raise fault(path, 'unreadable', what) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +53,21 @@ class File:
     """
     if self.data is not None:
       return self.data[:limit]
+    archive = self.member and _archive(self.path, os.getpid())
     try:
-      if self.member:
-        return _archive(self.path).read(self.member, limit)
-      with open(self.path, 'rb') as file:
-        return file.read(limit)
-    except OSError as error:
-      what = f'cannot be read ({error.strerror or error})'
-      raise fault(self, 'unreadable', what) from error
+      if not archive:
+        with open(self.path, 'rb') as file:
+          return file.read(limit)
+      size = archive.getinfo(self.member).file_size
+      if size > _LARGEST_MEMBER:
+        raise ValueError(f'{size} bytes, more than an image has')
+      with archive.open(self.member) as file:
+        # No more is unpacked than it says, but for one byte to notice more.
+        return file.read(size + 1 if limit is None else limit)
+    except Exception as error:  # zipfile raises many types.
+      what = f'cannot be read ({first_line(error)})'
+      remedy = '; copy the zip again' if archive else ''
+      raise fault(self, 'unreadable', what + remedy) from error
 
 
 def as_file(path):
@@ -139,5 +110,6 @@ def list_tree(folder, endings):
 
 def list_zip(path, prefix, endings):
   """Members whose names start with `prefix`, as of `list_folder`."""
-  names = [n for n in _archive(str(path)).members if n.startswith(prefix)]
+  names = _archive(str(path), os.getpid()).namelist()
+  names = [name for name in names if name.startswith(prefix)]
   return [File(str(path), name) for name in _chosen(names, endings)]

