@@ -8,13 +8,13 @@ in memory while training, and the filter by pixels costs nothing later.
 """
 
 import collections
+import functools
 import hashlib
 import itertools
 import json
 import os
 import pathlib
 import tempfile
-from typing import NamedTuple
 import zipfile
 
 import cv2
@@ -36,18 +36,6 @@ _FIELDS = {
 }
 
 
-class DrawnLabels(NamedTuple):
-  """Masks that were drawn from one JSON file."""
-
-  class_names: tuple[str, ...]  # By train id; the first one is background.
-  masks: dict[str, files.File]  # By path of the image; those kept, sorted.
-  problems: list[DataError]  # Of the annotations.
-
-
-def _hash(*values):
-  return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
-
-
 def _pycocotools():
   try:
     import pycocotools.mask  # Only to draw.
@@ -65,9 +53,8 @@ def unsound(path, what):
 
 def _is_name(text):
   """Whether a file can have this name, and a terminal print it."""
-  if len(text) > 4096 or '\0' in text:
-    return False
-  return text.encode(errors='replace').decode() == text  # No lone surrogates.
+  printed = text.encode(errors='replace').decode()  # No lone surrogates.
+  return len(text) <= 4096 and '\0' not in text and text == printed
 
 
 def _read_json(path):
@@ -205,9 +192,9 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
       for i in sorted(named - {entry['id'] for entry in entries})
     ]
   kept, previous = [], None
-  text = f'Drawing {path.name}, once'
-  with progress(len(images), text, delay=1) as bar:
-    for image in sorted(images, key=lambda image: image['file_name']):
+  images.sort(key=lambda image: image['file_name'])
+  with progress(len(images), f'Drawing {path.name}, once', delay=1) as bar:
+    for image in images:
       bar.update()
       name, size = image['file_name'], (image['height'], image['width'])
       if name == previous:
@@ -229,7 +216,7 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
 
 
 def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
-  """The DrawnLabels of a JSON file, from the cache if it has them.
+  """What was drawn from a JSON file, by now or before.
 
   Args:
     path: of instances_*.json or the like.
@@ -238,14 +225,18 @@ def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
     min_pixels: only images with more labelled pixels than this are kept.
     limit: stop after so many images, 0 for all.
 
+  Returns:
+    Class names by train id, {path of an image: File of its mask} in the order
+    of paths, and a DataError for each annotation that is left out.
+
   Raises:
     DataError: 'annotation', if nothing of it can be used.
     InputError: without pycocotools.
   """
-  stat = path.stat()
-  folder = user_cache.folder('coco')
-  what = _hash(_VERSION, str(path.resolve()), class_names, min_pixels, limit)
-  target = folder / f'{what}-{_hash(stat.st_size, stat.st_mtime_ns)}.zip'
+  stat, folder = path.stat(), user_cache.folder('coco')
+  what = [_VERSION, str(path.resolve()), class_names, min_pixels, limit]
+  what = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+  target = folder / f'{what}-{stat.st_size}-{stat.st_mtime_ns}.zip'
   if not target.exists():
     _pycocotools()  # Is told before the work.
     folder.mkdir(parents=True, exist_ok=True)
@@ -257,21 +248,20 @@ def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
       for old in folder.glob(f'{what}-*.zip'):
         old.unlink()
       partial.replace(target)
-  index = json.loads(files.File(str(target), 'index.json').read())
-  return DrawnLabels(
-    tuple(index['class_names']),
-    {name: files.File(str(target), f'{name}.png') for name in index['images']},
-    [unsound(path, problem) for problem in index['problems']],
-  )
+  member = functools.partial(files.File, str(target))
+  index = json.loads(member('index.json').read())
+  labels = {name: member(f'{name}.png') for name in index['images']}
+  problems = [unsound(path, problem) for problem in index['problems']]
+  return tuple(index['class_names']), labels, problems
 
 
-def _match(path, labels, folder):
-  """Yields what a split has: the DrawnLabels of `path`, images of `folder`."""
-  yield from labels.problems
+def _match(path, folder, labels, problems):
+  """Yields what a split has, from `draw_labels` and the folder of images."""
+  yield from problems
   images = files.list_tree(folder, pairs.IMAGE_ENDINGS)
   if not images:
     raise pairs.empty(folder)
-  for name, mask in labels.masks.items():
+  for name, mask in labels.items():
     if name in images:
       key = os.path.splitext(name)[0].replace('/', '_')
       yield pairs.Pair(key, images[name], mask, f'{path} ({name})')
@@ -294,9 +284,10 @@ def find_pairs(places, *, class_names=(), **options):
       for place in (path, folder):
         if not place.exists():
           raise pairs.absent(place)
-      labels = draw_labels(path, class_names=class_names, **options)
-      class_names = labels.class_names
-      splits[split] = _match(path, labels, folder)
+      class_names, *found = draw_labels(
+        path, class_names=class_names, **options
+      )
+      splits[split] = _match(path, folder, *found)
     except DataError as error:
       splits[split] = [error]
   return class_names, splits

@@ -66,9 +66,17 @@ def _is_colour(x):
   return isinstance(x, (tuple, list)) and len(x) == 3 and all(map(_is_byte, x))
 
 
+def _as_labels(chosen, ignored):
+  """{class: colour} and read_label of {class: id or colour in the masks}."""
+  values = tuple(chosen.values())
+  if isinstance(values[0], tuple):
+    return chosen, masks.ColourLabels(values, ignored)
+  return classes.with_voc_colours(chosen), masks.IndexLabels(values, ignored)
+
+
 def _given_labels(config):
-  """{name: colour} and read_label of masks that the config describes."""
-  names, id_map = tuple(config['class_names']), tuple(config['id_map'])
+  """`_as_labels` of what the config says of the masks."""
+  names, id_map = config['class_names'], tuple(config['id_map'])
   palette, k = tuple(config['palette']), len(names)
   if not names:
     raise InputError(
@@ -80,26 +88,35 @@ def _given_labels(config):
       'config.data.palette is for masks of colours, config.data.id_map for '
       'masks of ids; give one of them.'
     )
+  values, ignored = id_map or range(k), ()
   if palette:
     sound = all(map(_is_colour, palette))
-    colours = tuple(map(tuple, palette)) if sound else ()
-    if not len({*colours}) == len(colours) >= k:
+    values = tuple(map(tuple, palette)) if sound else ()
+    if not len({*values}) == len(values) >= k:
       raise InputError(
         f'config.data.palette has {len(palette)} entries; needs a different '
         f'(r, g, b) of 0 to 255 for each of the {k} class_names, then those to '
         'ignore.'
       )
-    table = dict(zip(names, colours, strict=False))
-    return table, masks.ColourLabels(colours[:k], colours[k:])
-  ids, ignored = id_map or tuple(range(k)), ()
-  if id_map:
-    ignored = tuple(i for i in range(256) if i not in ids)
-    if not all(map(_is_byte, ids)) or not len({*ids} - {255}) == len(ids) == k:
+    ignored = values[k:]
+  elif id_map:
+    if not all(map(_is_byte, values)) or not (
+      len({*values} - {IGNORE_LABEL}) == len(values) == k
+    ):
       raise InputError(
-        f'config.data.id_map={ids} must have a different id of 0 to 254 for '
+        f'config.data.id_map={id_map} must have a different id of 0 to 254 for '
         f'each of the {k} class_names.'
       )
-  return classes.with_voc_colours(names), masks.IndexLabels(ids, ignored)
+    ignored = tuple(i for i in range(256) if i not in id_map)
+  return _as_labels(dict(zip(names, values, strict=False)), ignored)
+
+
+def _chosen_labels(config, path, known):
+  """`_as_labels` of the config's classes among those that a file lists."""
+  names = config['class_names'] or tuple(known)
+  coco.check_classes(path, names, known)
+  others = tuple(known[name] for name in known if name not in names)
+  return _as_labels({name: known[name] for name in names}, others)
 
 
 def _refuse_tables(config, layout):
@@ -109,14 +126,6 @@ def _refuse_tables(config, layout):
         f'config.data.{key} does not go with the layout {layout}, whose files '
         'say what the masks mean.'
       )
-
-
-def _chosen(config, path, table):
-  """{name: value} in the order of config.data.class_names, and other values."""
-  names = tuple(config['class_names']) or tuple(table)
-  coco.check_classes(path, names, table)
-  rest = tuple(v for name, v in table.items() if name not in names)
-  return {name: table[name] for name in names}, rest
 
 
 def _make_table(path, rows):
@@ -170,11 +179,10 @@ def _read_pairs(config, root):
 
 
 def _read_voc(config, root):
-  labelmap = root / 'labelmap.txt'
-  if labelmap.is_file():
+  path = root / 'labelmap.txt'
+  if path.is_file():
     _refuse_tables(config, 'voc with labelmap.txt')
-    table, rest = _chosen(config, labelmap, read_labelmap(labelmap))
-    read_label = masks.ColourLabels(tuple(table.values()), rest)
+    table, read_label = _chosen_labels(config, path, read_labelmap(path))
   else:
     table, read_label = _given_labels(config)
   splits = {
@@ -209,9 +217,7 @@ def _read_roboflow(config, root):
   }
   if not tables:
     raise splits['train'][0]
-  ids, rest = _chosen(config, *next(iter(tables.items())))
-  read_label = masks.IndexLabels(tuple(ids.values()), rest)
-  table = classes.with_voc_colours(ids)
+  table, read_label = _chosen_labels(config, *next(iter(tables.items())))
   return pairs.make_dataset(config, table, splits, read_label)
 
 
@@ -224,8 +230,8 @@ def _read_coco(config, root):
   )
   if not names:
     raise splits['train'][0]
-  table = classes.with_voc_colours(names)
-  read_label = masks.IndexLabels(tuple(range(len(names))))
+  ids = {name: i for i, name in enumerate(names)}
+  table, read_label = _as_labels(ids, ())
   return pairs.make_dataset(config, table, splits, read_label)
 
 
