@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from attnfd_jax.data import files
+from attnfd_jax.errors import first_line
 from attnfd_jax.losses import IGNORE_LABEL
 
 MAX_PIXELS = 178_956_970  # Of an image: Pillow opens none that declares more.
@@ -28,12 +29,17 @@ def open_image(data):
   return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
-def _unreadable(file, error):
-  """The DataError of an image from the exception of a decoder."""
-  what = 'not a readable image; replace or remove it'
-  if isinstance(error, Image.DecompressionBombError):
-    what = f'declares more than the {MAX_PIXELS} pixels allowed; cut it up'
-  return files.fault(file, 'unreadable', what)
+@contextlib.contextmanager
+def decoding(file, kind):
+  """Whatever a decoder raises becomes a DataError."""
+  try:
+    yield
+  except Exception as error:
+    reason = first_line(error)
+    if isinstance(error, UnidentifiedImageError):
+      reason = 'empty, or no image'  # Pillow's names an object in memory.
+    what = f'not a readable {kind} ({reason}); replace or remove it'
+    raise files.fault(file, 'unreadable', what) from error
 
 
 def _chunks_fit(data):
@@ -47,11 +53,8 @@ def _chunks_fit(data):
 
 
 def _decode(data, how):
-  """What OpenCV makes of the bytes of a file; raises if that is nothing.
-
-  It takes the memory that headers declare before it sees the pixels, so that
-  they are looked at first.
-  """
+  """What OpenCV makes of the bytes of a file; raises if that is nothing."""
+  # It takes what headers declare of memory: Pillow looks at them first.
   if open_image(data).format == 'PNG' and not _chunks_fit(data):
     raise ValueError('a chunk is longer than the file')
   image = cv2.imdecode(np.frombuffer(data, np.uint8), how)
@@ -61,17 +64,11 @@ def _decode(data, how):
 
 
 def decode_image(file, data):
-  """Pixels as they are stored, uint8 [h, w, 3] RGB, from the bytes of `file`.
-
-  Raises:
-    DataError: 'unreadable', also if it declares more than MAX_PIXELS.
-  """
+  """Pixels of the bytes of `file`, as stored, uint8 [h, w, 3] RGB."""
   # EXIF rotation would turn the image and not its mask.
   how = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-  try:
+  with decoding(file, 'image'):
     return _decode(data, how)
-  except Exception as error:
-    raise _unreadable(file, error) from error
 
 
 def read_image(path):
@@ -83,21 +80,15 @@ def read_image(path):
 def read_size(path):
   """(height, width) as stored, from the header alone."""
   file = files.as_file(path)
-  for limit in (_SIZE_KNOWN, None):
-    data = file.read(limit)
-    try:
-      return open_image(data).size[::-1]
-    except Exception as error:
-      problem = _unreadable(file, error)
-  raise problem
+  with contextlib.suppress(Exception):
+    return open_image(file.read(_SIZE_KNOWN)).size[::-1]
+  data = file.read()
+  with decoding(file, 'image'):
+    return open_image(data).size[::-1]
 
 
 def check_upright(file, data):
   """Raises DataError 'exif' if viewers would show the image rotated."""
-  jpeg = data[:2] == b'\xff\xd8'
-  exif = data.find(b'Exif\0\0', 0, _SIZE_KNOWN) >= 0
-  if not exif and (jpeg or b'eXIf' not in data):
-    return
   turned = 1
   # Damaged tags turn nothing; damaged pixels are told elsewhere.
   with contextlib.suppress(Exception):
@@ -105,37 +96,25 @@ def check_upright(file, data):
     if 'exif' in image.info:  # Else Pillow would decode a PNG to look behind.
       turned = image.getexif().get(_ORIENTATION, 1)
   if turned != 1:
-    raise files.fault(
-      file,
-      'exif',
+    what = (
       f'the camera rotated it by EXIF orientation {turned}, its mask is stored '
-      'as drawn; save the image upright, without the tag',
+      'as drawn; save the image upright, without the tag'
     )
+    raise files.fault(file, 'exif', what)
 
 
 def open_mask(file, data):
-  """A Pillow image of a lossless file with the bytes `data`, decoded.
-
-  Raises:
-    DataError: 'unreadable', 'lossy' or 'depth'.
-  """
-  try:
+  """A Pillow image of a lossless file with the bytes `data`, decoded."""
+  with decoding(file, 'mask'):
     image = open_image(data)
     image.load()
-  except Exception as error:
-    # Pillow's message names an object in memory.
-    unknown = isinstance(error, UnidentifiedImageError)
-    what = f'not a readable mask ({"empty, or no image" if unknown else error})'
-    raise files.fault(file, 'unreadable', what) from error
   if image.format in ('JPEG', 'MPO'):
     what = 'a JPEG mask; compression changes ids. Export the masks as PNG'
     raise files.fault(file, 'lossy', what)
-  depth = None
-  if image.mode in ('I', 'F') or ';16' in image.mode:
-    depth = 16 if ';16' in image.mode else 32
-  elif image.format == 'PNG' and data[25] == 0 and data[24] in (2, 4):
+  depth = 32 if image.mode in ('I', 'F') else 16 if ';16' in image.mode else 8
+  if image.format == 'PNG' and data[25] == 0:
     depth = data[24]  # Grey of few bits: Pillow spreads it over 0 to 255.
-  if depth:
+  if depth not in (1, 8):
     what = f'mask has {depth} bits a pixel; save ids as an 8-bit PNG'
     raise files.fault(file, 'depth', what)
   return image
@@ -145,7 +124,7 @@ def read_mask(path):
   """Class ids of an index or palette PNG, uint8 [h, w].
 
   Raises:
-    DataError: as `open_mask`, or 'mode'.
+    DataError: 'unreadable', 'lossy', 'depth' or 'mode'.
   """
   file = files.as_file(path)
   data = file.read()

@@ -60,13 +60,10 @@ class Decoded:
 class PairSource(Decoded):
   """Random access to pairs; what cannot be used raises DataError when read.
 
-  Args:
-    pairs: sequence of Pair; keys differ.
-    read_label: mask -> uint8 [h, w] of train ids; it must pickle.
-    limit: the first so many, 0 for all.
-    cache: keep decoded pairs in memory.
-    upright: refuse images with an EXIF rotation. Where annotations are known
-      to belong to the stored pixels there is nothing to refuse.
+  `read_label` makes uint8 [h, w] of train ids of a mask, and must pickle. If
+  `upright`, images with an EXIF rotation are refused: where annotations are
+  known to belong to the stored pixels there is nothing to refuse. A `limit` of 0
+  is none; `cache` keeps decoded pairs in memory.
   """
 
   def __init__(self, pairs, read_label, *, limit=0, cache=False, upright=True):
@@ -115,11 +112,8 @@ class PairSource(Decoded):
     label = self.read_label(pair.mask)
     (h, w), (rows, columns) = image.shape[:2], label.shape
     if (h, w) != (rows, columns):
-      raise files.fault(
-        pair.mask_name or pair.mask,
-        'size',
-        f'mask is {columns}x{rows}, its image {w}x{h} (width x height)',
-      )
+      what = f'mask is {columns}x{rows}, its image {w}x{h} (width x height)'
+      raise files.fault(pair.mask_name or pair.mask, 'size', what)
     return {'image': image, 'label': label}
 
 
@@ -144,19 +138,14 @@ def make_dataset(config, table, splits, read_label, *, upright=True):
       may raise one, too. A split without any pair is left out.
     read_label, upright: see PairSource.
   """
+  options = {k: config[k] for k in ('limit', 'cache')} | {'upright': upright}
   sources, problems = {}, []
   for split, entries in splits.items():
     entries = collect(entries)
     problems += [x for x in entries if isinstance(x, DataError)]
     found = [x for x in entries if isinstance(x, Pair)]
     if found:
-      sources[split] = PairSource(
-        found,
-        read_label,
-        limit=config['limit'],
-        cache=config['cache'],
-        upright=upright,
-      )
+      sources[split] = PairSource(found, read_label, **options)
   names, palette = classes.names_and_palette(table)
   return Dataset(config['name'], names, palette, sources, tuple(problems))
 

@@ -57,16 +57,13 @@ def read_sbd(file):
   """Class ids 0 to 20 of a file of SBD's folder cls, uint8 [h, w]."""
   import scipy.io  # Only for SBD.
 
-  data = file.read()
-  try:
-    ids = scipy.io.loadmat(io.BytesIO(data))['GTcls'][0]['Segmentation'][0]
+  data = io.BytesIO(file.read())
+  with masks.decoding(file, 'SBD mask'):
+    ids = scipy.io.loadmat(data)['GTcls'][0]['Segmentation'][0]
     ids = np.ascontiguousarray(ids, np.uint8)  # It comes by columns.
     if ids.ndim != 2:
       raise ValueError(f'of shape {ids.shape}')
     return ids
-  except Exception as error:  # Of many types; all say that it is damaged.
-    what = f'not a readable SBD mask ({error})'
-    raise files.fault(file, 'unreadable', what) from error
 
 
 def _sbd_pairs(root, taken):
