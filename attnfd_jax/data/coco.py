@@ -22,7 +22,7 @@ import numpy as np
 
 from attnfd_jax import user_cache
 from attnfd_jax.data import classes, files, masks, pairs
-from attnfd_jax.errors import DataError, InputError
+from attnfd_jax.errors import DataError
 from attnfd_jax.losses import IGNORE_LABEL
 from attnfd_jax.progress import progress
 
@@ -37,13 +37,7 @@ _FIELDS = {
 
 
 def _pycocotools():
-  try:
-    import pycocotools.mask  # Only to draw.
-  except ImportError as error:
-    raise InputError(
-      "COCO annotations need pycocotools: pip install 'attnfd_jax[data]'."
-    ) from error
-  return pycocotools.mask
+  return files.need('pycocotools.mask', 'The format of COCO')
 
 
 def unsound(path, what):

@@ -3,14 +3,24 @@
 
 import dataclasses
 import functools
+import importlib
 import os
 import pathlib
 import zipfile
 
-from attnfd_jax.errors import DataError, first_line
+from attnfd_jax.errors import DataError, first_line, InputError
 
 # Bytes of an unpacked member: more than any image, and not a bomb.
 _LARGEST_MEMBER = 1 << 29
+
+
+def need(module, what):
+  """A module of the extra 'data'; InputError if it is not installed."""
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    name = f'{module.split(".")[0]}: pip install'
+    raise InputError(f"{what} needs {name} 'attnfd_jax[data]'.") from error
 
 
 def fault(file, kind, what, values=None):

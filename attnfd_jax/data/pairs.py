@@ -62,8 +62,8 @@ class PairSource(Decoded):
 
   `read_label` makes uint8 [h, w] of train ids of a mask, and must pickle. If
   `upright`, images with an EXIF rotation are refused: where annotations are
-  known to belong to the stored pixels there is nothing to refuse. A `limit` of 0
-  is none; `cache` keeps decoded pairs in memory.
+  known to belong to the stored pixels there is nothing to refuse. A `limit` of
+  0 is none; `cache` keeps decoded pairs in memory.
   """
 
   def __init__(self, pairs, read_label, *, limit=0, cache=False, upright=True):

@@ -68,12 +68,7 @@ def read_sbd(file):
 
 def _sbd_pairs(root, taken):
   """Those of SBD's train and val, sorted, but for the ids in `taken`."""
-  try:
-    import scipy.io  # noqa: F401
-  except ImportError as error:
-    raise InputError(
-      "config.data.sbd_root needs scipy: pip install 'attnfd_jax[data]'."
-    ) from error
+  files.need('scipy.io', 'config.data.sbd_root')
   if (root / 'dataset').is_dir():  # As unpacked: benchmark_RELEASE/dataset.
     root = root / 'dataset'
   if not (root / 'cls').is_dir():

@@ -260,7 +260,7 @@ def test_coco_is_drawn_once(coco_root, cache_folder, monkeypatch):
   assert len(made) == 2
   with monkeypatch.context() as patch:
     patch.delattr(coco, 'draw_label')
-    patch.setitem(sys.modules, 'pycocotools', None)  # Is needed once.
+    patch.setitem(sys.modules, 'pycocotools.mask', None)  # Is needed once.
     load(coco_root, 'coco').splits['train'][0]
   # Another file: drawn again, and the old masks are gone.
   path = coco_root / 'annotations' / 'instances_val2017.json'
@@ -419,8 +419,8 @@ def test_coco_without_json_or_pycocotools(coco_root, monkeypatch):
   edit_json(edit, lambda c: c['categories'][0].update(name='cactus'))
   problems = load(coco_root, 'coco', strict=False).problems
   assert "no class 'airplane'; it has background, person" in str(problems[1])
-  monkeypatch.setitem(sys.modules, 'pycocotools', None)
-  message = r"need pycocotools: pip install 'attnfd_jax\[data\]'"
+  monkeypatch.setitem(sys.modules, 'pycocotools.mask', None)
+  message = r"needs pycocotools: pip install 'attnfd_jax\[data\]'"
   with pytest.raises(InputError, match=message):
     load(coco_root, 'coco')
 
