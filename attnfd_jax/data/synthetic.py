@@ -11,7 +11,6 @@ that are 'building'. All sizes and probabilities are our choice.
 import functools
 import math
 import random
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -26,25 +25,17 @@ CLASS_NAMES = tuple(
 SKY, BUILDING, ROAD, MARKING, PAVEMENT, TREE, POLE, CAR, PERSON = range(9)
 
 
-class Lighting(NamedTuple):
-  """One weather at one time of day."""
-
-  zenith: tuple  # RGB of the sky at the top of the image.
-  skyline: tuple  # RGB of the sky at the horizon, and of fog.
-  sun: tuple  # Factors on the colours of things.
-  shade: float  # Brightness inside a shadow; 1 for no shadows.
-  visibility: float  # Metres until 63 % of the light comes from fog.
-  clouds: float  # 0 for none to 1 for a covered sky.
-
-
 # fmt: off
+# Of each weather and time of day: RGB of the sky at the top of the image and at
+# the horizon (also of fog), factors of the sun on colours, brightness inside a
+# shadow (1 for none), metres until 63 % of the light comes from fog, clouds.
 LIGHTINGS = (
-  Lighting((62, 112, 190), (178, 205, 228), (1.08, 1.03, .98), .5, 400, .4),
-  Lighting((120, 150, 190), (208, 215, 220), (1., 1., 1.), .6, 250, .7),
-  Lighting((150, 156, 162), (196, 198, 200), (.8, .82, .86), .93, 160, 1.),
-  Lighting((98, 134, 178), (248, 212, 156), (1.2, .99, .76), .42, 200, .3),
-  Lighting((54, 58, 98), (212, 134, 112), (.74, .66, .7), .8, 200, .6),
-  Lighting((178, 182, 184), (188, 190, 190), (.8, .82, .83), 1., 55, 0.),
+  ((62, 112, 190), (178, 205, 228), (1.08, 1.03, .98), .5, 400, .4),
+  ((120, 150, 190), (208, 215, 220), (1., 1., 1.), .6, 250, .7),
+  ((150, 156, 162), (196, 198, 200), (.8, .82, .86), .93, 160, 1.),
+  ((98, 134, 178), (248, 212, 156), (1.2, .99, .76), .42, 200, .3),
+  ((54, 58, 98), (212, 134, 112), (.74, .66, .7), .8, 200, .6),
+  ((178, 182, 184), (188, 190, 190), (.8, .82, .83), 1., 55, 0.),
 )
 # Cityscapes, but lane markings white and poles yellow, to be seen.
 PALETTE = np.uint8([
@@ -75,9 +66,9 @@ def ground(x, z):
   return x, 0.0, z
 
 
-def facing(x, z, y=0.0, scale=1.0, side=1):
+def facing(x, z, scale=1.0, side=1):
   """Upright plane across the road; s runs right, or left if side is -1."""
-  return lambda s, t: (x + side * scale * s, y + scale * t, z)
+  return lambda s, t: (x + side * scale * s, scale * t, z)
 
 
 def along(x, z, y=0.0, scale=1.0, run=0.0):
@@ -114,7 +105,8 @@ class Painter:
     self.rng = rng = random.Random(int(generator.integers(2**63)))
     self.image = np.zeros((2 * height, 2 * width, 3), np.uint8)
     self.label = np.zeros((2 * height, 2 * width), np.uint8)
-    self.light = rng.choice(LIGHTINGS)
+    self.zenith, self.skyline, self.light, *rest = rng.choice(LIGHTINGS)
+    self.shade, self.visibility, self.clouds = rest
     self.focal = rng.uniform(1.4, 1.9) * width
     self.eye = rng.uniform(1.25, 2.0)  # Metres above the ground.
     self.horizon = int(rng.uniform(0.36, 0.52) * 2 * height)
@@ -158,8 +150,8 @@ class Painter:
     pixels = [self.pixels(plane, shape) for shape in shapes]
     # One depth per call would not do for the ground: see `draw_ground`.
     depth = 0 if plane is ground else plane(*shapes[0][0])[2]
-    clear = math.exp(-depth / self.light.visibility)
-    channels = zip(colour, self.light.sun, self.light.skyline, strict=True)
+    clear = math.exp(-depth / self.visibility)
+    channels = zip(colour, self.light, self.skyline, strict=True)
     colour = [
       min(max(c * sun, 0), 255) * clear + fog * (1 - clear)
       for c, sun, fog in channels
@@ -177,13 +169,14 @@ def smooth_noise(generator, height, width, cells):
 
 
 def draw_sky(p):
-  shape = p.horizon // 2 + 1, p.image.shape[1] // 2  # It is smooth anyway.
-  skyline = np.float32(p.light.skyline)
+  # Half the size: it is smooth anyway.
+  shape = p.horizon // 2 + 1, p.image.shape[1] // 2
+  skyline = np.float32(p.skyline)
   mix = np.linspace(0, 1, shape[0], dtype=np.float32)[:, None, None]
-  sky = np.float32(p.pick([p.light.zenith])) * (1 - mix) + skyline * mix
+  sky = np.float32(p.pick([p.zenith])) * (1 - mix) + skyline * mix
   noise = smooth_noise(p.generator, *shape, 5)
   noise += 0.5 * smooth_noise(p.generator, *shape, 17)
-  cover = np.clip(noise + 2 * p.light.clouds - 1, 0, p.light.clouds)
+  cover = np.clip(noise + 2 * p.clouds - 1, 0, p.clouds)
   cloud = 0.5 * skyline + p.rng.uniform(80, 125)
   sky = sky + 0.8 * cover[..., None] * (cloud - sky)
   sky = np.clip(sky, 0, 255).astype(np.uint8)
@@ -195,12 +188,11 @@ def draw_skyline(p):
   x, z = -80, 110
   while x < 80:
     width, height = p.rng.uniform(8, 24), p.rng.uniform(2, 10)
+    shape, colours, class_id = box(0, -2, width, height + 4), WALLS, BUILDING
     if p.rng.random() < 0.4:
-      crown = disc(width / 2, 0, width * 0.7, height)
-      p.fill(facing(x, z), [crown], p.pick(LEAVES), TREE)
-    else:
-      house = box(0, -2, width, height + 4)
-      p.fill(facing(x, z), [house], p.pick(WALLS), BUILDING)
+      shape = disc(width / 2, 0, width * 0.7, height)
+      colours, class_id = LEAVES, TREE
+    p.fill(facing(x, z), [shape], p.pick(colours), class_id)
     x += width
 
 
@@ -208,7 +200,7 @@ def draw_ground(p):
   """Pavement everywhere, the road on it, side streets in the gaps."""
   rng, below, left, right = p.rng, slice(p.horizon, None), p.left, p.right
   road, paving = p.pick(GREYS), p.pick(GREYS)
-  p.image[below] = np.clip(np.multiply(paving, p.light.sun), 0, 255)
+  p.image[below] = np.clip(np.multiply(paving, p.light), 0, 255)
   p.label[below] = PAVEMENT
   slabs = [box(-40, z, 40, z + 0.06) for z in range(4, 32, 3)]
   slabs += [strip(x, x + 0.05, 2, 60) for x in (left - 2, right + 2)]
@@ -221,24 +213,23 @@ def draw_ground(p):
     p.fill(ground, [street], road, ROAD)
   for _ in range(rng.randrange(4)):  # Repairs and manhole covers.
     x, z = rng.uniform(left + 0.5, right - 2), rng.uniform(4, 20)
-    patch = strip(x, x + rng.uniform(0.5, 1.5), z, z * 1.3)
-    p.fill(ground, [patch], p.pick([road], 18))
+    repair = strip(x, x + rng.uniform(0.5, 1.5), z, z * 1.3)
+    p.fill(ground, [repair], p.pick([road], 18))
     p.fill(ground, [disc(x, z - 1, 0.35)], scaled(road, 0.6))
   draw_markings(p)
-  for _ in range(rng.randrange(3) if p.light.shade > 0.5 else 0):  # Puddles.
+  for _ in range(rng.randrange(3) if p.shade > 0.5 else 0):  # Puddles.
     x, z = rng.uniform(left - 1, right + 1), rng.uniform(4, 15)
     puddle = disc(x, z, rng.uniform(0.5, 1.8), rng.uniform(0.5, 1.5))
-    sky = np.divide(p.light.skyline, p.light.sun)
+    sky = np.divide(p.skyline, p.light)
     p.fill(ground, [puddle], sky * rng.uniform(0.75, 1))
-
   shaded = np.zeros(p.label.shape, np.uint8)
   for shadow in p.shadows:
     cv2.fillPoly(shaded, [p.pixels(ground, shadow)], 255)
-  dark = cv2.convertScaleAbs(p.image, alpha=p.light.shade)
+  dark = cv2.convertScaleAbs(p.image, alpha=p.shade)
   cv2.copyTo(dark[below], shaded[below], p.image[below])
   rows = np.arange(0.5, p.image.shape[0] - p.horizon, dtype=np.float32)
-  clear = np.exp(-p.focal * p.eye / rows / p.light.visibility)[:, None, None]
-  fog = np.float32(p.light.skyline) * (1 - clear)
+  clear = np.exp(-p.focal * p.eye / rows / p.visibility)[:, None, None]
+  fog = np.float32(p.skyline) * (1 - clear)
   p.image[below] = p.image[below] * clear + fog
 
 
@@ -253,8 +244,8 @@ def draw_markings(p):
       lines.append(strip(x, x + width, 2, 60))
       continue
     dash, pitch = rng.choice(((2, 4), (3, 6), (3, 5)))
-    first = rng.uniform(2, 4)
-    starts = [first + i * pitch for i in range(10)]
+    z = rng.uniform(2, 4)
+    starts = [z + i * pitch for i in range(10)]
     lines += [box(x, z, x + width, z + dash) for z in starts]
   if rng.random() < 0.6:
     edges = (left + 0.4, right - 0.4 - width)
@@ -271,10 +262,10 @@ def draw_building(p, x, near, far):
   rng, side, length = p.rng, math.copysign(1, x), far - near
   storey, base = rng.uniform(2.8, 3.4), p.pick(WALLS)
   top = 1 + storey * rng.randint(1, 5)
-  glass = rng.choice((DARK, BLACK, p.light.skyline, scaled(base, 0.55)))
+  glass = rng.choice((DARK, BLACK, p.skyline, scaled(base, 0.55)))
   pitch, pier = rng.uniform(1.8, 3.5), rng.uniform(0.8, 1.4)
   front, wall = facing(x, near, side=side), along(x, near)
-  sunny = 1.1 if side * p.sun > 0 else p.light.shade**0.5
+  sunny = 1.1 if side * p.sun > 0 else p.shade**0.5
   faces = [(wall, length, sunny)]
   if near > p.nearest(x):
     faces.append((front, 12, rng.uniform(0.7, 1.1)))
@@ -283,10 +274,10 @@ def draw_building(p, x, near, far):
     p.fill(plane, [box(0, 0, span, top)], colour, BUILDING)
     if near < 50:  # Bands of glass behind piers: fewer shapes than windows.
       floors = np.arange(1.3, top - 1.8, storey).tolist()
-      piers = np.arange(0, span, pitch).tolist()
       bands = [box(0, t, span, t + 1.5) for t in floors]
       p.fill(plane, bands, scaled(glass, gain))
-      p.fill(plane, [box(s, 0, s + pier, top) for s in piers], colour)
+      starts = np.arange(0, span, pitch).tolist()
+      p.fill(plane, [box(s, 0, s + pier, top) for s in starts], colour)
     ledges = [box(0, top - 0.5, span, top), box(0, 0, span, 0.5)]
     p.fill(plane, ledges, scaled(colour, rng.uniform(0.7, 1.2)))
   if rng.random() < 0.5:  # Pitched roof.
@@ -297,11 +288,8 @@ def draw_building(p, x, near, far):
     p.fill(front, [gable], base, BUILDING)
   if rng.random() < 0.5:  # Shop with an awning.
     p.fill(wall, [box(0.4, 0.3, length - 0.4, 2.6)], glass)
-    awning, shape = (
-      along(x, near, 3.3, run=side * 1.3),
-      box(0.4, -0.8, length - 0.4, 0),
-    )
-    p.fill(awning, [shape], p.pick(PAINTS), BUILDING)
+    awning, end = along(x, near, 3.3, run=side * 1.3), length - 0.4
+    p.fill(awning, [box(0.4, -0.8, end, 0)], p.pick(PAINTS), BUILDING)
   if rng.random() < 0.4:  # A drainpipe looks like a pole.
     p.fill(wall, [box(length - 0.4, 0, length - 0.15, top)], p.pick(METALS))
   if rng.random() < 0.5 and near < 30:  # Poster.
@@ -358,7 +346,7 @@ def draw_car_side(p, plane, class_id, paint=None, top=1.45):
   front = [(1.65, 0.95), (2.8, 0.95), (2.4, top - 0.1), (1.65, top - 0.1)]
   p.fill(plane, [body], paint, class_id)
   p.fill(plane, [cabin], scaled(paint, 0.9), class_id)
-  p.fill(plane, [rear, front], p.pick((DARK, p.light.skyline)))
+  p.fill(plane, [rear, front], p.pick((DARK, p.skyline)))
   p.fill(plane, [disc(s, 0.33, 0.34) for s in (0.8, 3.4)], BLACK, class_id)
 
 
@@ -440,7 +428,7 @@ def furnish_side(p, side, edge):
   for _ in range(rng.randint(1, 3)):
     x = edge + side * rng.uniform(0.2, pavement - 0.4)
     z = p.depth(x, 22)
-    p.add(z, draw_person, facing(x, z, 0, rng.uniform(1.2, 1.9)), PERSON)
+    p.add(z, draw_person, facing(x, z, rng.uniform(1.2, 1.9)), PERSON)
   if rng.random() < 0.55:  # Parked cars.
     first = p.depth(edge, 20)
     for i in range(rng.randint(1, 3)):
@@ -460,7 +448,7 @@ def furnish_road(p):
   if rng.random() < 0.4:  # Someone or something crosses.
     x, z = rng.uniform(p.left, p.right), rng.uniform(8, 20)
     if rng.random() < 0.6:
-      p.add(z, draw_person, facing(x, z, 0, 1.7), PERSON)
+      p.add(z, draw_person, facing(x, z, 1.7), PERSON)
     else:
       p.add(z, draw_car_side, facing(x, z, side=rng.choice((-1, 1))), CAR)
 
@@ -485,12 +473,11 @@ def photograph(p):
   return cv2.imdecode(cv2.imencode('.jpg', image, quality)[1], 1)
 
 
-def render_scene(generator, *, height, width):
-  """Draws one scene; the same state of the generator, the same scene.
+def render_scene(generator, height, width):
+  """RGB image, uint8 [h, w, 3], and label, uint8 [h, w], of one scene.
 
-  Returns:
-    RGB image, uint8 [h, w, 3], and label, uint8 [h, w]: an index of
-    CLASS_NAMES or 255 (ignored).
+  A label is an index of CLASS_NAMES or 255 (ignored). The same state of the
+  generator gives the same scene.
   """
   p = Painter(generator, height, width)
   furnish_side(p, -1, p.left)
@@ -513,9 +500,6 @@ class StreetScenes(pairs.Decoded):
 
   A scene is a pure function of (seed, index): sets with other seeds do not
   overlap, and any reader may read in any order or process.
-
-  Raises:
-    ValueError: if num_scenes < 1 or a size is under 32.
   """
 
   def __init__(self, num_scenes, *, height, width, seed):
@@ -532,8 +516,7 @@ class StreetScenes(pairs.Decoded):
     if not 0 <= index < self._num_scenes:
       raise IndexError(f'{index=} is outside [0, {self._num_scenes}).')
     generator = np.random.default_rng([self._seed, index])
-    height, width = self._size
-    image, label = render_scene(generator, height=height, width=width)
+    image, label = render_scene(generator, *self._size)
     return {'image': image, 'label': label}
 
   def size(self, index):
@@ -548,11 +531,10 @@ class StreetScenes(pairs.Decoded):
 
 def scenes(config):
   """Drawn scenes; val is drawn from another seed than train."""
-  (height, width), seed = config['image_size'], 2 * config['scenes_seed']
-  train, val = config['train_scenes'], config['val_scenes']
-  # Even and odd: no scene of val is one of another run's train.
-  splits = {
-    'train': StreetScenes(train, height=height, width=width, seed=seed),
-    'val': StreetScenes(val, height=height, width=width, seed=seed + 1),
-  }
+  height, width = config['image_size']
+  splits = {}
+  for i, split in enumerate(('train', 'val')):
+    # Even and odd: no scene of val is one of another run's train.
+    seed, count = 2 * config['scenes_seed'] + i, config[f'{split}_scenes']
+    splits[split] = StreetScenes(count, height=height, width=width, seed=seed)
   return pairs.Dataset('scenes', CLASS_NAMES, PALETTE, splits)
