@@ -147,28 +147,20 @@ def _area(segmentation, size):
 
 
 def draw_label(annotations, size, numbers):
-  """uint8 [h, w] of train ids; where they overlap, the first one wins.
+  """Train ids, uint8 [h, w]; where annotations overlap, the first one wins.
 
-  Args:
-    annotations: of one image, in the order of the file.
-    size: (height, width).
-    numbers: {category id: train id}; others are background.
-
-  Returns:
-    The label; and what was left out, as [(annotation, its ValueError), ...].
+  `numbers` is {category id: train id}; others are background. What is left out
+  is returned, too: [(annotation, its error), ...].
   """
-  # By columns, as pycocotools decodes; the last one first.
+  # By columns, as runs go; the last annotation first.
   label, wrong = np.zeros(size, np.uint8, order='F'), []
   for annotation in reversed(annotations):
-    number = numbers.get(annotation['category_id'], 0)
-    if not number:
-      continue
-    try:
-      area = _area(annotation.get('segmentation') or [], size)
-    except Exception as error:  # pycocotools raises many types.
-      wrong.append((annotation, error))
-      continue
-    label[area] = number
+    if number := numbers.get(annotation['category_id'], 0):
+      try:
+        area = _area(annotation.get('segmentation') or [], size)
+        label[area] = number
+      except Exception as error:  # pycocotools raises many types.
+        wrong.append((annotation, error))
   return np.ascontiguousarray(label), wrong[::-1]
 
 
@@ -185,16 +177,15 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
       f'annotations of {key} {i}, which the file does not list'
       for i in sorted(named - {entry['id'] for entry in entries})
     ]
-  kept, previous = [], None
-  images.sort(key=lambda image: image['file_name'])
-  with progress(len(images), f'Drawing {path.name}, once', delay=1) as bar:
-    for image in images:
+  counts = collections.Counter(image['file_name'] for image in images)
+  problems += [f'{name} is listed twice' for name in counts if counts[name] > 1]
+  # Of an image that is listed twice the first entry counts.
+  by_name = {image['file_name']: image for image in reversed(images)}
+  kept = []
+  with progress(len(by_name), f'Drawing {path.name}, once', delay=1) as bar:
+    for name, image in sorted(by_name.items()):
       bar.update()
-      name, size = image['file_name'], (image['height'], image['width'])
-      if name == previous:
-        problems.append(f'{name} is listed twice')
-        continue
-      previous = name
+      size = image['height'], image['width']
       label, wrong = draw_label(groups[image['id']], size, numbers)
       problems += [
         f'annotation {a.get("id", "")} of {name}: {error}' for a, error in wrong
@@ -210,22 +201,12 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
 
 
 def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
-  """What was drawn from a JSON file, by now or before.
+  """Class names, {path of an image: File of its mask}, [DataError, ...].
 
-  Args:
-    path: of instances_*.json or the like.
-    class_names: the first one is background, others are names of categories;
-      () for all categories.
-    min_pixels: only images with more labelled pixels than this are kept.
-    limit: stop after so many images, 0 for all.
-
-  Returns:
-    Class names by train id, {path of an image: File of its mask} in the order
-    of paths, and a DataError for each annotation that is left out.
-
-  Raises:
-    DataError: 'annotation', if nothing of it can be used.
-    InputError: without pycocotools.
+  The masks of a JSON file are drawn, or were before; errors are those of what
+  was left out. The first of `class_names` is background, others are categories;
+  () for all. Images with more labelled pixels than `min_pixels` are kept, the
+  first `limit` of them, 0 for all.
   """
   stat, folder = path.stat(), user_cache.folder('coco')
   what = [_VERSION, str(path.resolve()), class_names, min_pixels, limit]
@@ -265,12 +246,10 @@ def _match(path, folder, labels, problems):
 
 
 def find_pairs(places, *, class_names=(), **options):
-  """Class names, and the splits of `make_dataset`.
+  """Class names, and the splits of `make_dataset`; options of `draw_labels`.
 
-  Args:
-    places: {split: (path of its JSON file, folder of its images)}; the names
-      of the first split hold for all.
-    class_names, options: see `draw_labels`.
+  `places` is {split: (path of its JSON file, folder of its images)}; the names
+  of the first split hold for all.
   """
   splits = {}
   for split, (path, folder) in places.items():

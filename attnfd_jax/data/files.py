@@ -56,11 +56,7 @@ class File:
     return pathlib.PurePath(self.member or self.path)
 
   def read(self, limit=None):
-    """The first `limit` bytes, or all.
-
-    Raises:
-      DataError: 'unreadable', if it is gone, damaged or not ours to read.
-    """
+    """The first `limit` bytes, or all; DataError 'unreadable' if it cannot."""
     if self.data is not None:
       return self.data[:limit]
     archive = self.member and _archive(self.path, os.getpid())
@@ -93,16 +89,15 @@ def read_lines(path):
 
 def _chosen(names, endings):
   """Names of files with one of the endings, sorted; hidden ones are not."""
-  paths = [(name, pathlib.PurePath(name)) for name in sorted(names)]
   return [
     name
-    for name, path in paths
-    if path.suffix.lower() in endings and path.name[0] != '.'
+    for name in sorted(names)
+    if name.lower().endswith(endings) and pathlib.PurePath(name).name[0] != '.'
   ]
 
 
 def list_folder(folder, endings):
-  """Files in `folder` with one of the endings, sorted; hidden ones are not."""
+  """Files in `folder`, see `_chosen`."""
   with os.scandir(folder) as entries:
     names = _chosen([e.name for e in entries if e.is_file()], endings)
   return [File(os.path.join(folder, name)) for name in names]
@@ -119,7 +114,7 @@ def list_tree(folder, endings):
 
 
 def list_zip(path, prefix, endings):
-  """Members whose names start with `prefix`, as of `list_folder`."""
+  """Members whose names start with `prefix`, see `_chosen`."""
   names = _archive(str(path), os.getpid()).namelist()
   names = [name for name in names if name.startswith(prefix)]
   return [File(str(path), name) for name in _chosen(names, endings)]

@@ -37,12 +37,10 @@ _COCO = (
 
 
 def _places(root, patterns, *, half_a_test=False):
-  """{split: (path, path)} of the first pattern of which train is there.
+  """{split: (path, path)} of the pattern of which most of train is there.
 
-  Without train it is the first pattern of which a part is there, and a split
-  that is absent has the first of its names: what is missing is told by path. A
-  test split of one path, such as images without annotations, is an absent one
-  unless half_a_test says that it is a mistake to tell.
+  What is missing is told by path. A test split of one path, such as images
+  without annotations, is absent unless half_a_test makes it a mistake to tell.
   """
 
   def count(pattern, name):
