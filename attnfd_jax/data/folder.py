@@ -27,6 +27,10 @@ _PAIRS = (
   ('{}/images', '{}/masks'),
   ('{}/data', '{}/labels'),
 )
+_NAMES = (
+  'config.data.class_names must be the different names of the classes, at most '
+  f"{IGNORE_LABEL}, by id: --config.data.class_names=\"('sky', 'road')\"."
+)
 # Where the JSON file and the images of a split may be.
 _COCO = (
   ('annotations/instances_{}.json', 'images/{}'),
@@ -77,15 +81,10 @@ def _given_labels(config):
   names, id_map = config['class_names'], tuple(config['id_map'])
   palette, k = tuple(config['palette']), len(names)
   if not names:
-    raise InputError(
-      'config.data.class_names is empty; name the classes in the order of '
-      "their ids, e.g. --config.data.class_names=\"('background', 'road')\"."
-    )
+    raise InputError(_NAMES)
   if palette and id_map:
-    raise InputError(
-      'config.data.palette is for masks of colours, config.data.id_map for '
-      'masks of ids; give one of them.'
-    )
+    what = 'config.data.palette is of colours, config.data.id_map of ids'
+    raise InputError(f'{what}; give one of them.')
   values, ignored = id_map or range(k), ()
   if palette:
     sound = all(map(_is_colour, palette))
@@ -98,9 +97,8 @@ def _given_labels(config):
       )
     ignored = values[k:]
   elif id_map:
-    if not all(map(_is_byte, values)) or not (
-      len({*values} - {IGNORE_LABEL}) == len(values) == k
-    ):
+    sound = all(_is_byte(i) and i != IGNORE_LABEL for i in id_map)
+    if not sound or not len({*id_map}) == len(id_map) == k:
       raise InputError(
         f'config.data.id_map={id_map} must have a different id of 0 to 254 for '
         f'each of the {k} class_names.'
@@ -120,10 +118,8 @@ def _chosen_labels(config, path, known):
 def _refuse_tables(config, layout):
   for key in ('palette', 'id_map'):
     if config[key]:
-      raise InputError(
-        f'config.data.{key} does not go with the layout {layout}, whose files '
-        'say what the masks mean.'
-      )
+      what = f'config.data.{key} does not go with the layout {layout}'
+      raise InputError(f'{what}, whose files say what the masks mean.')
 
 
 def _make_table(path, rows):
@@ -221,11 +217,8 @@ def _read_roboflow(config, root):
 
 def _read_coco(config, root):
   _refuse_tables(config, 'coco')
-  names, splits = coco.find_pairs(
-    _places(root, _COCO),
-    class_names=config['class_names'],
-    limit=config['limit'],
-  )
+  options = {key: config[key] for key in ('class_names', 'limit')}
+  names, splits = coco.find_pairs(_places(root, _COCO), **options)
   if not names:
     raise splits['train'][0]
   ids = {name: i for i, name in enumerate(names)}
@@ -238,11 +231,7 @@ LAYOUTS = {
   'pairs': (_read_pairs, 'masks/train', 'train/masks', 'train/labels'),
   'voc': (_read_voc, 'SegmentationClass'),
   'roboflow': (_read_roboflow, '*/_classes.csv'),
-  'coco': (
-    _read_coco,
-    'annotations/instances_*.json',
-    '*/_annotations.coco.json',
-  ),
+  'coco': (_read_coco, 'annotations/instances_*', '*/_annotations.coco.json'),
 }
 
 
@@ -252,10 +241,7 @@ def folder(config):
   names = config['class_names']
   sound = all(isinstance(name, str) and name.strip() for name in names)
   if not sound or not len({*names}) == len(names) <= IGNORE_LABEL:
-    raise InputError(
-      'config.data.class_names must be different names, at most '
-      f"{IGNORE_LABEL}, such as \"('background', 'road')\"."
-    )
+    raise InputError(_NAMES)
   one_of('config.data.layout', layout, ('auto', *LAYOUTS))
   if layout == 'auto':
     found = [
@@ -264,9 +250,7 @@ def folder(config):
       if any(next(root.glob(p), None) for p in patterns)
     ]
     if len(found) > 1:
-      raise InputError(
-        f'{root}: could be {" or ".join(found)}; say --config.data.layout='
-        f'{found[0]}, for example.'
-      )
+      flag = f'say --config.data.layout={found[0]}, for example'
+      raise InputError(f'{root}: could be {" or ".join(found)}; {flag}.')
     layout = (*found, 'pairs')[0]
   return LAYOUTS[layout][0](config, root)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pairs of image and mask, matched by name, decoded and checked when read."""
 
-import collections
 import dataclasses
 import pathlib
 
@@ -187,16 +186,15 @@ def match(images, labels, where, endings=('', '')):
   for found, folder, ending in zip(
     (images, labels), where, endings, strict=True
   ):
-    groups = collections.defaultdict(list)
+    side = {}
     for file in found:
       if file.inner.stem.endswith(ending):
-        groups[file.inner.stem.removesuffix(ending)].append(file)
-    for group in groups.values():
-      if len(group) > 1:
-        names = ', '.join(file.inner.name for file in group)
-        what = f'{folder}: {names} have the same stem; keep one of them.'
-        yield DataError(what, 'partner', group[1])
-    sides.append({key: group[0] for key, group in groups.items()})
+        key = file.inner.stem.removesuffix(ending)
+        if (first := side.setdefault(key, file)) != file:
+          names = f'{first.inner.name}, {file.inner.name}'
+          what = f'{folder}: {names} have the same stem; keep one of them.'
+          yield DataError(what, 'partner', file)
+    sides.append(side)
   images, labels = sides
   if not images:
     raise empty(where[0], endings[0])

@@ -72,9 +72,7 @@ def _sbd_pairs(root, taken):
   if (root / 'dataset').is_dir():  # As unpacked: benchmark_RELEASE/dataset.
     root = root / 'dataset'
   if not (root / 'cls').is_dir():
-    what = (
-      'no such folder; config.data.sbd_root is the folder benchmark_RELEASE'
-    )
+    what = 'no such folder; config.data.sbd_root is that of benchmark_RELEASE'
     raise files.fault(root / 'cls', 'split', what)
   ids = {*read_list(root / 'train.txt'), *read_list(root / 'val.txt')}
   ids = sorted(ids - taken)

@@ -282,7 +282,7 @@ def test_folder_reads_test_if_it_is_there(folder):
 
 
 def test_folder_needs_names(folder):
-  with pytest.raises(InputError, match=r'config\.data\.class_names is empty'):
+  with pytest.raises(InputError, match=r'config\.data\.class_names must be'):
     load_folder(folder, ())
 
 
