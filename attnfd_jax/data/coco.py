@@ -55,11 +55,10 @@ def _read_json(path):
   """The lists images, annotations and categories, whose fields are sound."""
   try:
     content = json.loads(path.read_bytes())
-  except (ValueError, RecursionError) as error:
-    raise unsound(path, f'not JSON ({error})') from error
-  try:
     # Of dicts only: else AttributeError.
     lists = [[x for x in content[key] if x.keys()] for key in _FIELDS]
+  except (ValueError, RecursionError) as error:
+    raise unsound(path, f'not JSON ({error})') from error
   except (AttributeError, KeyError, TypeError) as error:
     what = 'not COCO annotations: needs images, annotations and categories'
     raise unsound(path, what) from error

@@ -4,7 +4,6 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import io
 import itertools
 
@@ -52,23 +51,18 @@ def _chunks_fit(data):
   return at <= len(data)
 
 
-def _decode(data, how):
-  """What OpenCV makes of the bytes of a file; raises if that is nothing."""
-  # It takes what headers declare of memory: Pillow looks at them first.
-  if open_image(data).format == 'PNG' and not _chunks_fit(data):
-    raise ValueError('a chunk is longer than the file')
-  image = cv2.imdecode(np.frombuffer(data, np.uint8), how)
-  if image is None:
-    raise ValueError('not decoded')
-  return image
-
-
 def decode_image(file, data):
   """Pixels of the bytes of `file`, as stored, uint8 [h, w, 3] RGB."""
   # EXIF rotation would turn the image and not its mask.
   how = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
   with decoding(file, 'image'):
-    return _decode(data, how)
+    # OpenCV takes what headers declare of memory: Pillow looks at them first.
+    if open_image(data).format == 'PNG' and not _chunks_fit(data):
+      raise ValueError('a chunk is longer than the file')
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), how)
+    if image is None:
+      raise ValueError('cut off or damaged')
+    return image
 
 
 def read_image(path):
@@ -103,8 +97,9 @@ def check_upright(file, data):
     raise files.fault(file, 'exif', what)
 
 
-def open_mask(file, data):
-  """A Pillow image of a lossless file with the bytes `data`, decoded."""
+def _open_mask(file):
+  """A Pillow image of a lossless file, decoded."""
+  data = file.read()
   with decoding(file, 'mask'):
     image = open_image(data)
     image.load()
@@ -127,23 +122,14 @@ def read_mask(path):
     DataError: 'unreadable', 'lossy', 'depth' or 'mode'.
   """
   file = files.as_file(path)
-  data = file.read()
-  # Behind the signature: its header ends in depth 8, colour type 0. For greys
-  # OpenCV takes three quarters of Pillow's time; of a palette it gives colours.
-  if data[:8] == b'\x89PNG\r\n\x1a\n' and data[24:26] == b'\x08\0':
-    with contextlib.suppress(Exception):  # Pillow says what is wrong.
-      ids = _decode(data, cv2.IMREAD_UNCHANGED)
-      if ids.ndim == 2:  # A transparent grey has four channels.
-        return ids
-  image = open_mask(file, data)
+  image = _open_mask(file)
   if image.mode not in ('L', 'P'):
-    raise files.fault(
-      file,
-      'mode',
+    what = (
       f'mask has mode {image.mode}; expected an 8-bit PNG of class ids (L or '
       'P). Convert colours to ids, or pass their table: data set folder with '
-      '--config.data.palette="((r,g,b), ...)"',
+      '--config.data.palette="((r,g,b), ...)"'
     )
+    raise files.fault(file, 'mode', what)
   return np.asarray(image)
 
 
@@ -171,15 +157,6 @@ def _ranges(ids):
   return ', '.join(f'{x[0]} to {x[-1]}' if x[1:] else f'{x[0]}' for x in runs)
 
 
-@functools.lru_cache
-def _index_table(ids, ignored):
-  """Train ids, uint8 [256]; their number where an id must not occur."""
-  table = np.full(256, len(ids), np.uint8)
-  table[[*ignored]] = IGNORE_LABEL
-  table[[*ids]] = range(len(ids))
-  return table
-
-
 @dataclasses.dataclass(frozen=True)
 class IndexLabels:
   """Masks of ids to train ids."""
@@ -192,9 +169,11 @@ class IndexLabels:
 
   def from_ids(self, file, ids):
     """Train ids, uint8 [h, w], of the file's ids; DataError if none fits."""
-    k, ignored = len(self.ids), (*self.ignored, IGNORE_LABEL)
-    # Several times as fast as NumPy's indexing.
-    label = cv2.LUT(ids, _index_table(self.ids, ignored))
+    k, ignored = len(self.ids), [*self.ignored, IGNORE_LABEL]
+    table = np.full(256, k, np.uint8)
+    table[ignored] = IGNORE_LABEL
+    table[[*self.ids]] = range(k)
+    label = cv2.LUT(ids, table)  # Several times as fast as NumPy's indexing.
     wrong = label == k
     if k < IGNORE_LABEL and wrong.any():  # Of 255 classes no id is left.
       expected = f'classes are {_ranges(self.ids)}, ignored {_ranges(ignored)}'
@@ -208,15 +187,6 @@ def _codes(colours):
   return red << 16 | green << 8 | blue
 
 
-@functools.lru_cache
-def _colour_tables(colours, ignored):
-  """Codes of all colours, sorted, and their train ids."""
-  codes = _codes(np.array([*colours, *ignored], np.uint8))
-  ids = [*range(len(colours))] + [IGNORE_LABEL] * len(ignored)
-  order = np.argsort(codes)
-  return codes[order], np.array(ids, np.uint8)[order]
-
-
 @dataclasses.dataclass(frozen=True)
 class ColourLabels:
   """Masks of colours to train ids; grey and palette files have colours, too."""
@@ -225,21 +195,24 @@ class ColourLabels:
   ignored: tuple[tuple[int, int, int], ...] = ()  # Further ones; become 255.
 
   def __call__(self, file):
-    image = open_mask(file, file.read())
+    image = _open_mask(file)
     try:
       pixels = np.asarray(image.convert('RGB'))
     except ValueError as error:
       what = f'mask has mode {image.mode}; save its colours as an RGB PNG'
       raise files.fault(file, 'mode', what) from error
-    known, ids = _colour_tables(self.colours, self.ignored)
+    known = _codes(np.array([*self.colours, *self.ignored], np.uint8))
+    order = np.argsort(known)
+    ids = np.full(len(known), IGNORE_LABEL, np.uint8)
+    ids[: len(self.colours)] = range(len(self.colours))
     label = np.empty(pixels.shape[:2], np.uint8)
     wrong = collections.Counter()
     # By bands: what is computed takes seven times the memory of the colours.
     rows = max(_BAND // label.shape[1], 1)
     for top in range(0, len(label), rows):
       codes = _codes(pixels[top : top + rows])
-      found = np.searchsorted(known, codes)
-      found[found == len(known)] = 0
+      found = np.searchsorted(known, codes, sorter=order)
+      found = order[np.minimum(found, len(known) - 1)]
       label[top : top + rows] = ids[found]
       wrong.update(_counted(codes[known[found] != codes]))
     if wrong:
