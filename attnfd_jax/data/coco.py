@@ -234,14 +234,14 @@ def _match(path, folder, labels, problems):
   yield from problems
   images = files.list_tree(folder, pairs.IMAGE_ENDINGS)
   if not images:
-    raise pairs.empty(folder)
+    raise pairs.no_images(folder)
   for name, mask in labels.items():
     if name in images:
       key = os.path.splitext(name)[0].replace('/', '_')
       yield pairs.Pair(key, images[name], mask, f'{path} ({name})')
     else:
       why = ', which has annotations'
-      yield pairs.lonely(folder, name, folder / name, why)
+      yield pairs.no_partner(folder / name, folder, name, why)
 
 
 def find_pairs(places, *, class_names=(), **options):

@@ -206,7 +206,7 @@ def _read_roboflow(config, root):
   _refuse_tables(config, 'roboflow')
   tables = {}
   splits = {
-    split: pairs.collect(_match_roboflow(*where, tables))
+    split: list(pairs.with_error(_match_roboflow(*where, tables)))
     for split, where in _places(root, [('{}', '{}/_classes.csv')]).items()
   }
   if not tables:

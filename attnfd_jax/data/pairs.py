@@ -86,8 +86,8 @@ class PairSource(Decoded):
   def fingerprint(self, start=0, stop=None):
     """Hex digest that changes with the files and with what is read of them."""
     pairs = self.pairs[: len(self)][start:stop]
-    found = [file for pair in pairs for file in (pair.image, pair.mask)]
-    return cache.digest(found, repr(self.read_label).encode())
+    read = [file for pair in pairs for file in (pair.image, pair.mask)]
+    return cache.digest(read, repr(self.read_label).encode())
 
   def key(self, index):
     """Unique in the split."""
@@ -116,15 +116,12 @@ class PairSource(Decoded):
     return {'image': image, 'label': label}
 
 
-def collect(entries):
-  """[Pair or DataError, ...] of an iterable; what it raises is the last."""
-  found = []
+def with_error(entries):
+  """Yields the entries and, as the last one, a DataError that they raise."""
   try:
-    for entry in entries:
-      found.append(entry)
+    yield from entries
   except DataError as error:
-    found.append(error)
-  return found
+    yield error
 
 
 def make_dataset(config, table, splits, read_label, *, upright=True):
@@ -140,11 +137,10 @@ def make_dataset(config, table, splits, read_label, *, upright=True):
   options = {k: config[k] for k in ('limit', 'cache')} | {'upright': upright}
   sources, problems = {}, []
   for split, entries in splits.items():
-    entries = collect(entries)
+    entries = list(with_error(entries))
     problems += [x for x in entries if isinstance(x, DataError)]
-    found = [x for x in entries if isinstance(x, Pair)]
-    if found:
-      sources[split] = PairSource(found, read_label, **options)
+    if pairs := [x for x in entries if isinstance(x, Pair)]:
+      sources[split] = PairSource(pairs, read_label, **options)
   names, palette = classes.names_and_palette(table)
   return Dataset(config['name'], names, palette, sources, tuple(problems))
 
@@ -163,54 +159,52 @@ def check_root(config):
   return pathlib.Path(root)
 
 
-def empty(folder, ending=''):
-  """The DataError of a folder without images."""
-  what = f'no files *{ending}{", ".join(IMAGE_ENDINGS)} in it'
+def no_images(folder, suffix=''):
+  """The DataError of a folder without images whose stems end with `suffix`."""
+  what = f'no files *{suffix}{", ".join(IMAGE_ENDINGS)} in it'
   return files.fault(folder, 'split', what)
 
 
-def lonely(folder, name, file, why=''):
-  """The DataError of a file whose partner `folder` lacks."""
+def no_partner(file, folder, name, why=''):
+  """The DataError of a file called `name` whose partner `folder` lacks."""
   what = f'{folder}: no partner for {name}{why}.'
   return DataError(what, 'partner', file)
 
 
-def match(images, labels, where, endings=('', '')):
-  """Yields Pairs, and DataErrors of the Files that are in no pair.
+def match(images, labels, folders, suffixes=('', '')):
+  """Yields Pairs of Files, and a DataError for each File without partner.
 
-  Partners have the same stem but for its ending, and are sorted by what is left
-  of it; files with another ending are overlooked. `where` has the folders of
-  both, for messages.
+  Partners have the same stem but for its suffix; Files without the suffix are
+  skipped. `folders` are those of images and labels, for messages.
   """
-  sides = []
-  for found, folder, ending in zip(
-    (images, labels), where, endings, strict=True
+  by_key = []
+  for group, folder, suffix in zip(
+    (images, labels), folders, suffixes, strict=True
   ):
-    side = {}
-    for file in found:
-      if file.inner.stem.endswith(ending):
-        key = file.inner.stem.removesuffix(ending)
-        if (first := side.setdefault(key, file)) != file:
+    by_key.append({})
+    for file in group:
+      if file.inner.stem.endswith(suffix):
+        key = file.inner.stem.removesuffix(suffix)
+        if (first := by_key[-1].setdefault(key, file)) != file:
           names = f'{first.inner.name}, {file.inner.name}'
           what = f'{folder}: {names} have the same stem; keep one of them.'
           yield DataError(what, 'partner', file)
-    sides.append(side)
-  images, labels = sides
+  images, labels = by_key
   if not images:
-    raise empty(where[0], endings[0])
+    raise no_images(folders[0], suffixes[0])
   for key in sorted(images.keys() - labels.keys()):
-    yield lonely(where[1], images[key].inner.name, images[key])
+    yield no_partner(images[key], folders[1], images[key].inner.name)
   for key in sorted(labels.keys() - images.keys()):
-    yield lonely(where[0], labels[key].inner.name, labels[key])
+    yield no_partner(labels[key], folders[0], labels[key].inner.name)
   for key in sorted(images.keys() & labels.keys()):
     yield Pair(key, images[key], labels[key])
 
 
-def match_folders(*where):
+def match_folders(*folders):
   """`match` of the files in two folders; raises if one of them is absent."""
-  for folder in where:
+  for folder in folders:
     if not folder.is_dir():
       raise absent(folder)
-  # A JPEG mask is found here and refused when it is read: its reason is told.
-  found = (files.list_folder(folder, IMAGE_ENDINGS) for folder in where)
-  yield from match(*found, where)
+  # A JPEG mask is matched here and refused when it is read, with the reason.
+  groups = (files.list_folder(folder, IMAGE_ENDINGS) for folder in folders)
+  yield from match(*groups, folders)

@@ -2,6 +2,7 @@
 """PASCAL VOC 2012 in its devkit, with the masks of SBD where asked for."""
 
 import io
+import itertools
 import os
 import pathlib
 
@@ -42,7 +43,7 @@ def pair_listed(ids, where, label_endings=pairs.IMAGE_ENDINGS):
       yield pairs.Pair(key, images[key], labels[key])
     else:
       folder, why = where[key in images], ', which the list of the split names'
-      yield pairs.lonely(folder, key, folder / key, why)
+      yield pairs.no_partner(folder / key, folder, key, why)
 
 
 class _VocLabels(masks.IndexLabels):
@@ -108,9 +109,9 @@ def pascal_voc(config):
   splits = {'train': train, 'val': read_split(root, 'val')}
   if sbd_root:
     lists = (read_list(list_path(root, split)) for split in splits)
-    taken = {key for ids in lists for key in pairs.collect(ids)}
+    taken = {key for ids in lists for key in pairs.with_error(ids)}
     extra = _sbd_pairs(pathlib.Path(sbd_root), taken)
-    splits['train'] = pairs.collect(train) + pairs.collect(extra)
+    splits['train'] = itertools.chain(pairs.with_error(train), extra)
   read_label = _VocLabels(tuple(range(len(classes.VOC))))
   # Annotated as stored.
   return pairs.make_dataset(
