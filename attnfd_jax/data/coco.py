@@ -28,16 +28,13 @@ from attnfd_jax.progress import progress
 
 _VERSION = 1  # Of the archives; another one makes them anew.
 _BACKGROUND = 'background'
+_NEEDED = 'pycocotools.mask', 'The format of COCO'
 # What is read of the lists of a JSON file.
 _FIELDS = {
   'images': {'id': int, 'file_name': str, 'height': int, 'width': int},
   'annotations': {'image_id': int, 'category_id': int},
   'categories': {'id': int, 'name': str},
 }
-
-
-def _pycocotools():
-  return files.need('pycocotools.mask', 'The format of COCO')
 
 
 def unsound(path, what):
@@ -130,7 +127,7 @@ def _area(segmentation, size):
     far = 10 * max(size)
     if not all(abs(x) <= far for polygon in segmentation for x in polygon):
       raise ValueError('has a corner far outside of the image')
-    mask = _pycocotools()
+    mask = files.need(*_NEEDED)
     segmentation = mask.merge(mask.frPyObjects(segmentation, *size))
   if tuple(segmentation['size']) != size:
     raise ValueError(f'its RLE is of size {segmentation["size"]}')
@@ -156,8 +153,7 @@ def draw_label(annotations, size, numbers):
   for annotation in reversed(annotations):
     if number := numbers.get(annotation['category_id'], 0):
       try:
-        area = _area(annotation.get('segmentation') or [], size)
-        label[area] = number
+        label[_area(annotation.get('segmentation') or [], size)] = number
       except Exception as error:  # pycocotools raises many types.
         wrong.append((annotation, error))
   return np.ascontiguousarray(label), wrong[::-1]
@@ -212,7 +208,7 @@ def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
   what = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
   target = folder / f'{what}-{stat.st_size}-{stat.st_mtime_ns}.zip'
   if not target.exists():
-    _pycocotools()  # Is told before the work.
+    files.need(*_NEEDED)  # Or raise before the work starts.
     folder.mkdir(parents=True, exist_ok=True)
     # Renamed when complete, so that nobody sees half of it.
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -244,7 +240,7 @@ def _match(path, folder, labels, problems):
       yield pairs.no_partner(folder / name, folder, name, why)
 
 
-def find_pairs(places, *, class_names=(), **options):
+def find_pairs(places, **options):
   """Class names, and the splits of `make_dataset`; options of `draw_labels`.
 
   `places` is {split: (path of its JSON file, folder of its images)}; the names
@@ -256,13 +252,11 @@ def find_pairs(places, *, class_names=(), **options):
       for place in (path, folder):
         if not place.exists():
           raise pairs.absent(place)
-      class_names, *found = draw_labels(
-        path, class_names=class_names, **options
-      )
-      splits[split] = _match(path, folder, *found)
+      options['class_names'], *drawn = draw_labels(path, **options)
+      splits[split] = _match(path, folder, *drawn)
     except DataError as error:
       splits[split] = [error]
-  return class_names, splits
+  return options['class_names'], splits
 
 
 def coco(config):
@@ -274,10 +268,9 @@ def coco(config):
   """
   root, places = pairs.check_root(config), {}
   for split in ('train', 'val'):
-    folders = (root / f'{split}2017', root / 'images' / f'{split}2017')
-    folder = next((x for x in folders if x.is_dir()), folders[0])
     path = root / 'annotations' / f'instances_{split}2017.json'
-    places[split] = path, folder
+    inner = root / 'images' / f'{split}2017'
+    places[split] = path, inner if inner.is_dir() else root / f'{split}2017'
   names, splits = find_pairs(
     places,
     class_names=(_BACKGROUND, *classes.COCO_NAMES),

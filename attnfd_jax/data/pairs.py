@@ -38,10 +38,13 @@ class Pair:
 
 
 class Decoded:
-  """Records by `_read(index)`; those that were read stay if `cache`."""
+  """Records by `_read(index)`, kept in memory if `cache`."""
 
-  def __init__(self, *, cache):
-    self._cache = {} if cache else None
+  def __init__(self, length, *, cache):
+    self._length, self._cache = length, {} if cache else None
+
+  def __len__(self):
+    return self._length
 
   def __getitem__(self, index):
     """{'image': uint8 [h, w, 3] RGB, 'label': uint8 [h, w] of train ids}."""
@@ -66,12 +69,8 @@ class PairSource(Decoded):
   """
 
   def __init__(self, pairs, read_label, *, limit=0, cache=False, upright=True):
-    super().__init__(cache=cache)
+    super().__init__(min(limit or len(pairs), len(pairs)), cache=cache)
     self.pairs, self.read_label, self._upright = pairs, read_label, upright
-    self._length = min(limit or len(pairs), len(pairs))
-
-  def __len__(self):
-    return self._length
 
   def encoded(self, index):
     """{'image': bytes as stored, 'label': as in [index]}; checked as well."""

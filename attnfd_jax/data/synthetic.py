@@ -503,18 +503,15 @@ class StreetScenes(pairs.Decoded):
   """
 
   def __init__(self, num_scenes, *, height, width, seed):
-    super().__init__(cache=True)
+    super().__init__(num_scenes, cache=True)
     within('num_scenes', num_scenes, 1)
     within('height', height, 32)
     within('width', width, 32)
-    self._num_scenes, self._size, self._seed = num_scenes, (height, width), seed
-
-  def __len__(self):
-    return self._num_scenes
+    self._size, self._seed = (height, width), seed
 
   def _read(self, index):
-    if not 0 <= index < self._num_scenes:
-      raise IndexError(f'{index=} is outside [0, {self._num_scenes}).')
+    if not 0 <= index < len(self):
+      raise IndexError(f'{index=} is outside [0, {len(self)}).')
     generator = np.random.default_rng([self._seed, index])
     image, label = render_scene(generator, *self._size)
     return {'image': image, 'label': label}
