@@ -10,7 +10,7 @@ import zipfile
 
 from attnfd_jax.errors import DataError, first_line, InputError
 
-# Bytes of an unpacked member: more than any image, and not a bomb.
+# Bytes of an unpacked member: more than any image needs.
 _LARGEST_MEMBER = 1 << 29
 
 
@@ -30,7 +30,7 @@ def fault(file, kind, what, values=None):
 
 @functools.cache
 def _archive(path, process):
-  """The open zip: each process has its own, threads may share it."""
+  """The open ZipFile; threads may share one, processes may not."""
   del process
   try:
     return zipfile.ZipFile(path)
@@ -41,7 +41,7 @@ def _archive(path, process):
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """A plain file, a member of a zip, read in place, or what was read before."""
+  """A file on the disk, a member of a zip archive, or bytes in memory."""
 
   path: str
   member: str = ''
@@ -56,7 +56,7 @@ class File:
     return pathlib.PurePath(self.member or self.path)
 
   def read(self, limit=None):
-    """The first `limit` bytes, or all; DataError 'unreadable' if it cannot."""
+    """The first `limit` bytes, or all; raises DataError 'unreadable'."""
     if self.data is not None:
       return self.data[:limit]
     archive = self.member and _archive(self.path, os.getpid())
@@ -68,7 +68,7 @@ class File:
       if size > _LARGEST_MEMBER:
         raise ValueError(f'{size} bytes, more than an image has')
       with archive.open(self.member) as file:
-        # No more is unpacked than it says, but for one byte to notice more.
+        # A member that is larger than declared must not fill the memory.
         return file.read(size + 1 if limit is None else limit)
     except Exception as error:  # zipfile raises many types.
       what = f'cannot be read ({first_line(error)})'
@@ -82,13 +82,13 @@ def as_file(path):
 
 
 def read_lines(path):
-  """Lines of a text file, stripped; a mark of Windows at its start is not."""
+  """Stripped lines of a text file, without a byte order mark."""
   text = pathlib.Path(path).read_text(encoding='utf-8-sig', errors='replace')
   return [line.strip() for line in text.splitlines()]
 
 
-def _chosen(names, endings):
-  """Names of files with one of the endings, sorted; hidden ones are not."""
+def _with_ending(names, endings):
+  """Sorted names that have one of the endings and are not hidden."""
   return [
     name
     for name in sorted(names)
@@ -97,24 +97,24 @@ def _chosen(names, endings):
 
 
 def list_folder(folder, endings):
-  """Files in `folder`, see `_chosen`."""
+  """Files in `folder`, see `_with_ending`."""
   with os.scandir(folder) as entries:
-    names = _chosen([e.name for e in entries if e.is_file()], endings)
+    names = _with_ending([e.name for e in entries if e.is_file()], endings)
   return [File(os.path.join(folder, name)) for name in names]
 
 
 def list_tree(folder, endings):
   """Files in and below `folder`, {path inside of it: File}; none if absent."""
-  found = {}
+  tree = {}
   for parent, folders, _ in os.walk(folder):
     folders[:] = sorted(name for name in folders if name[0] != '.')
     for file in list_folder(parent, endings):
-      found[pathlib.Path(file.path).relative_to(folder).as_posix()] = file
-  return found
+      tree[pathlib.Path(file.path).relative_to(folder).as_posix()] = file
+  return tree
 
 
 def list_zip(path, prefix, endings):
-  """Members whose names start with `prefix`, see `_chosen`."""
+  """Members whose names start with `prefix`, see `_with_ending`."""
   names = _archive(str(path), os.getpid()).namelist()
   names = [name for name in names if name.startswith(prefix)]
-  return [File(str(path), name) for name in _chosen(names, endings)]
+  return [File(str(path), name) for name in _with_ending(names, endings)]

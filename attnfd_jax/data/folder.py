@@ -40,24 +40,23 @@ _COCO = (
 )
 
 
-def _places(root, patterns, *, half_a_test=False):
-  """{split: (path, path)} of the pattern of which most of train is there.
+def _find_paths(root, patterns, *, half_a_test=False):
+  """{split: (path, path)} by the pattern with the most existing paths of train.
 
-  What is missing is told by path. A test split of one path, such as images
-  without annotations, is absent unless half_a_test makes it a mistake to tell.
+  A test split is left out if a path is missing, as of images without labels;
+  with `half_a_test` only if both are.
   """
 
   def count(pattern, name):
     return sum((root / part.format(name)).exists() for part in pattern)
 
   pattern = max(patterns, key=lambda pattern: count(pattern, 'train'))
-  found = {}
+  paths = {}
   for split, names in SPLITS.items():
     name = max(names, key=lambda name: count(pattern, name))
-    least = 1 if half_a_test else 2
-    if split != 'test' or count(pattern, name) >= least:
-      found[split] = tuple(root / part.format(name) for part in pattern)
-  return found
+    if split != 'test' or count(pattern, name) >= (1 if half_a_test else 2):
+      paths[split] = tuple(root / part.format(name) for part in pattern)
+  return paths
 
 
 def _is_byte(x):
@@ -107,12 +106,12 @@ def _given_labels(config):
   return _as_labels(dict(zip(names, values, strict=False)), ignored)
 
 
-def _chosen_labels(config, path, known):
-  """`_as_labels` of the config's classes among those that a file lists."""
-  names = config['class_names'] or tuple(known)
-  coco.check_classes(path, names, known)
-  others = tuple(known[name] for name in known if name not in names)
-  return _as_labels({name: known[name] for name in names}, others)
+def _chosen_labels(config, path, table):
+  """`_as_labels` of the config's classes among those of the file `path`."""
+  names = config['class_names'] or tuple(table)
+  coco.check_classes(path, names, table)
+  others = tuple(table[name] for name in table if name not in names)
+  return _as_labels({name: table[name] for name in names}, others)
 
 
 def _refuse_tables(config, layout):
@@ -141,11 +140,11 @@ def read_labelmap(path):
   pattern = f'(.+?):{number},{number},{number}(:[^:]*){{0,2}}'
   for line in files.read_lines(path):
     if line and not line.startswith('#'):
-      found = re.fullmatch(pattern, line)
-      colour = tuple(map(int, found.group(2, 3, 4))) if found else ()
+      match = re.fullmatch(pattern, line)
+      colour = tuple(map(int, match.group(2, 3, 4))) if match else ()
       if not _is_colour(colour):
         raise coco.unsound(path, f'{line[:90]!r} is not name:red,green,blue::')
-      rows.append((line, found[1], colour))
+      rows.append((line, match[1], colour))
   return _make_table(path, rows)
 
 
@@ -167,8 +166,8 @@ def read_classes_csv(path):
 
 def _read_pairs(config, root):
   table, read_label = _given_labels(config)
-  places = _places(root, _PAIRS, half_a_test=True)
-  splits = {s: pairs.match_folders(*where) for s, where in places.items()}
+  paths = _find_paths(root, _PAIRS, half_a_test=True)
+  splits = {s: pairs.match_folders(*folders) for s, folders in paths.items()}
   return pairs.make_dataset(config, table, splits, read_label)
 
 
@@ -188,26 +187,26 @@ def _read_voc(config, root):
 
 
 def _match_roboflow(folder, path, tables):
-  """Yields pairs of images and their <stem>_mask in one folder.
+  """Pairs of images and their <stem>_mask in one folder.
 
-  Its table is added to `tables`, of which the first one holds for all splits.
+  The class table at `path` is added to `tables`, and must equal the first one.
   """
   if not path.is_file():
     raise pairs.absent(path)
   tables[path] = read_classes_csv(path)
   if tables[path] != next(iter(tables.values())):
     raise coco.unsound(path, 'other classes than those of train')
-  found = files.list_folder(folder, pairs.IMAGE_ENDINGS)
-  images = [file for file in found if not file.inner.stem.endswith('_mask')]
-  yield from pairs.match(images, found, (folder, folder), ('', '_mask'))
+  both = files.list_folder(folder, pairs.IMAGE_ENDINGS)
+  images = [file for file in both if not file.inner.stem.endswith('_mask')]
+  yield from pairs.match(images, both, (folder, folder), ('', '_mask'))
 
 
 def _read_roboflow(config, root):
   _refuse_tables(config, 'roboflow')
   tables = {}
   splits = {
-    split: list(pairs.with_error(_match_roboflow(*where, tables)))
-    for split, where in _places(root, [('{}', '{}/_classes.csv')]).items()
+    split: list(pairs.with_error(_match_roboflow(*paths, tables)))
+    for split, paths in _find_paths(root, [('{}', '{}/_classes.csv')]).items()
   }
   if not tables:
     raise splits['train'][0]
@@ -218,7 +217,7 @@ def _read_roboflow(config, root):
 def _read_coco(config, root):
   _refuse_tables(config, 'coco')
   options = {key: config[key] for key in ('class_names', 'limit')}
-  names, splits = coco.find_pairs(_places(root, _COCO), **options)
+  names, splits = coco.find_pairs(_find_paths(root, _COCO), **options)
   if not names:
     raise splits['train'][0]
   ids = {name: i for i, name in enumerate(names)}
@@ -244,13 +243,13 @@ def folder(config):
     raise InputError(_NAMES)
   one_of('config.data.layout', layout, ('auto', *LAYOUTS))
   if layout == 'auto':
-    found = [
+    layouts = [
       name
       for name, (_, *patterns) in LAYOUTS.items()
       if any(next(root.glob(p), None) for p in patterns)
     ]
-    if len(found) > 1:
-      flag = f'say --config.data.layout={found[0]}, for example'
-      raise InputError(f'{root}: could be {" or ".join(found)}; {flag}.')
-    layout = (*found, 'pairs')[0]
+    if len(layouts) > 1:
+      flag = f'say --config.data.layout={layouts[0]}, for example'
+      raise InputError(f'{root}: could be {" or ".join(layouts)}; {flag}.')
+    layout = (*layouts, 'pairs')[0]
   return LAYOUTS[layout][0](config, root)
