@@ -16,27 +16,20 @@ from attnfd_jax.data import classes, coco, files, masks, pairs, voc
 from attnfd_jax.errors import InputError, one_of
 from attnfd_jax.losses import IGNORE_LABEL
 
-# What a folder of each split may be called; a set without test is fine.
-SPLITS = {
-  'train': ('train',),
-  'val': ('val', 'valid', 'validation'),
-  'test': ('test',),
-}
-_PAIRS = (
-  ('images/{}', 'masks/{}'),
-  ('{}/images', '{}/masks'),
-  ('{}/data', '{}/labels'),
-)
+# Splits, and other names of their folders; a set without test is fine.
+SPLITS = {'train': (), 'val': ('valid', 'validation'), 'test': ()}
+# Where the images and the masks of a split may be.
+_PAIRS = 'images/{} masks/{}', '{}/images {}/masks', '{}/data {}/labels'
 _NAMES = (
-  'config.data.class_names must be the different names of the classes, at most '
-  f"{IGNORE_LABEL}, by id: --config.data.class_names=\"('sky', 'road')\"."
+  'config.data.class_names must be different names by id, at most '
+  f"{IGNORE_LABEL}: --config.data.class_names=\"('sky', 'road')\"."
 )
 # Where the JSON file and the images of a split may be.
 _COCO = (
-  ('annotations/instances_{}.json', 'images/{}'),
-  ('annotations/instances_{}.json', '{}'),
-  ('annotations/instances_{}.json', 'images'),
-  ('{}/_annotations.coco.json', '{}'),
+  'annotations/instances_{}.json images/{}',
+  'annotations/instances_{}.json {}',
+  'annotations/instances_{}.json images',
+  '{}/_annotations.coco.json {}',
 )
 
 
@@ -47,16 +40,19 @@ def _find_paths(root, patterns, *, half_a_test=False):
   with `half_a_test` only if both are.
   """
 
-  def count(pattern, name):
-    return sum((root / part.format(name)).exists() for part in pattern)
+  def locate(pattern, name):
+    return tuple(root / part.format(name) for part in pattern.split())
 
-  pattern = max(patterns, key=lambda pattern: count(pattern, 'train'))
-  paths = {}
-  for split, names in SPLITS.items():
-    name = max(names, key=lambda name: count(pattern, name))
-    if split != 'test' or count(pattern, name) >= (1 if half_a_test else 2):
-      paths[split] = tuple(root / part.format(name) for part in pattern)
-  return paths
+  def count(paths):
+    return sum(path.exists() for path in paths)
+
+  pattern = max(patterns, key=lambda pattern: count(locate(pattern, 'train')))
+  found = {}
+  for split, others in SPLITS.items():
+    paths = max((locate(pattern, x) for x in (split, *others)), key=count)
+    if split != 'test' or count(paths) >= (1 if half_a_test else 2):
+      found[split] = paths
+  return found
 
 
 def _is_byte(x):
@@ -206,7 +202,7 @@ def _read_roboflow(config, root):
   tables = {}
   splits = {
     split: list(pairs.with_error(_match_roboflow(*paths, tables)))
-    for split, paths in _find_paths(root, [('{}', '{}/_classes.csv')]).items()
+    for split, paths in _find_paths(root, ['{} {}/_classes.csv']).items()
   }
   if not tables:
     raise splits['train'][0]

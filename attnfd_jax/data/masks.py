@@ -196,11 +196,8 @@ class ColourLabels:
 
   def __call__(self, file):
     image = _open_mask(file)
-    try:
+    with decoding(file, 'mask'):
       pixels = np.asarray(image.convert('RGB'))
-    except ValueError as error:
-      what = f'mask has mode {image.mode}; save its colours as an RGB PNG'
-      raise files.fault(file, 'mode', what) from error
     known = _codes(np.array([*self.colours, *self.ignored], np.uint8))
     order = np.argsort(known)
     ids = np.full(len(known), IGNORE_LABEL, np.uint8)

@@ -23,8 +23,6 @@ CLASS_NAMES = tuple(
   'sky building road marking pavement tree pole car person'.split()
 )
 SKY, BUILDING, ROAD, MARKING, PAVEMENT, TREE, POLE, CAR, PERSON = range(9)
-
-
 # fmt: off
 # Of each weather and time of day: RGB of the sky at the top of the image and at
 # the horizon (also of fog), factors of the sun on colours, brightness inside a

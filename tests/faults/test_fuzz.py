@@ -158,7 +158,7 @@ def test_colours_of_another_kind(tmp_path, monkeypatch):
   path = tmp_path / 'mask.png'
   Image.new('RGB', (8, 8)).convert('LAB').save(path, 'TIFF')
   monkeypatch.setattr(Image.Image, 'convert', convert)
-  with pytest.raises(DataError, match='has mode LAB; save its colours'):
+  with pytest.raises(DataError, match='conversion from LAB to RGB'):
     masks.ColourLabels(((0, 0, 0),))(files.File(str(path)))
 
 
