@@ -3,31 +3,31 @@
 
 from attnfd_jax.data import classes, files, masks, pairs
 
-# Folders or archives that may hold each kind of file, the first one wins;
+# Folders or archives that may hold images and masks, the first one wins;
 # `images` is where the authors' code looks.
-_IMAGES = ('leftImg8bit', 'images', 'leftImg8bit_trainvaltest.zip')
-_MASKS = ('gtFine', 'gtFine_trainvaltest.zip')
-
-
-def _find(root, split, places):
-  """Files of a split, and their folder."""
-  place = next((p for p in places if (root / p).exists()), places[0])
-  if place.endswith('.zip'):
-    prefix = f'{place.split("_")[0]}/{split}/'
-    found = files.list_zip(root / place, prefix, ('.png',))
-    return found, files.File(str(root / place), prefix)
-  folder = root / place / split
-  if not folder.is_dir():
-    raise pairs.absent(folder)
-  return files.list_tree(folder, ('.png',)).values(), folder
+_PLACES = (
+  ('leftImg8bit', 'images', 'leftImg8bit_trainvaltest.zip'),
+  ('gtFine', 'gtFine_trainvaltest.zip'),
+)
 
 
 def _find_pairs(root, split):
-  images, left = _find(root, split, _IMAGES)
-  labels, right = _find(root, split, _MASKS)
+  groups, folders = [], []
+  for places in _PLACES:
+    place = next((p for p in places if (root / p).exists()), places[0])
+    folder = root / place / split
+    if place.endswith('.zip'):
+      prefix = f'{place.split("_")[0]}/{split}/'
+      folder = files.File(str(root / place), prefix)
+      groups.append(files.list_zip(root / place, prefix, ('.png',)))
+    elif folder.is_dir():
+      groups.append(files.list_tree(folder, ('.png',)).values())
+    else:
+      raise pairs.absent(folder)
+    folders.append(folder)
   # Beside the label ids lie instance ids and colours.
-  endings = ('_leftImg8bit', '_gtFine_labelIds')
-  yield from pairs.match(images, labels, (left, right), endings)
+  suffixes = ('_leftImg8bit', '_gtFine_labelIds')
+  yield from pairs.match(*groups, folders, suffixes)
 
 
 def cityscapes(config):

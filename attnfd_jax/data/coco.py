@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class masks of COCO annotations, and COCO 2017 with the classes of VOC.
 
-Polygons and RLE are drawn once: the masks are kept as PNGs of train ids in a
-zip in the user's cache folder, which is read in place and is made anew when
-the JSON file has another size or time. So neither the JSON nor its polygons are
-in memory while training, and the filter by pixels costs nothing later.
+Polygons and RLE are drawn once, into a zip of PNGs of train ids in the user's
+cache folder, and again when the JSON file has another size or time. So neither
+the JSON nor its polygons are in memory while training.
 """
 
 import collections

@@ -116,11 +116,7 @@ def _open_mask(file):
 
 
 def read_mask(path):
-  """Class ids of an index or palette PNG, uint8 [h, w].
-
-  Raises:
-    DataError: 'unreadable', 'lossy', 'depth' or 'mode'.
-  """
+  """Class ids of an index or palette PNG, uint8 [h, w]; else DataError."""
   file = files.as_file(path)
   image = _open_mask(file)
   if image.mode not in ('L', 'P'):

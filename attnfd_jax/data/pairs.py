@@ -126,12 +126,9 @@ def with_error(entries):
 def make_dataset(config, table, splits, read_label, *, upright=True):
   """The Dataset of some pairs as the group `data` of a config asks for.
 
-  Args:
-    config: with name, limit and cache.
-    table: {class: (r, g, b)} in the order of train ids.
-    splits: {split: iterable of Pair, and of DataError for what is missing}; it
-      may raise one, too. A split without any pair is left out.
-    read_label, upright: see PairSource.
+  `table` is {class: (r, g, b)} in the order of train ids. `splits` is {split:
+  iterable of Pair, and of DataError for what is missing}, which may also raise
+  one; a split without any pair is left out. For the others see PairSource.
   """
   options = {k: config[k] for k in ('limit', 'cache')} | {'upright': upright}
   sources, problems = {}, []

@@ -8,7 +8,6 @@ any colour, puddles and windows show the sky, and posters show people and cars
 that are 'building'. All sizes and probabilities are our choice.
 """
 
-import functools
 import math
 import random
 
@@ -113,12 +112,12 @@ class Painter:
     self.sun = rng.uniform(-1.2, 1.2)  # Length of shadows, to the right.
     # Where the road ends.
     self.left, self.right = -rng.uniform(2, 6), rng.uniform(2, 4.5)
-    self.things = []  # (z, function that draws it).
+    self.things = []  # (z, function that draws it, its arguments).
     self.gaps = []  # Between houses: (x, near, far).
     self.shadows = []  # Shapes on the ground.
 
   def add(self, z, draw, *arguments):
-    self.things.append((z, functools.partial(draw, self, *arguments)))
+    self.things.append((z, draw, arguments))
 
   def pick(self, colours, spread=14):
     """One of the colours, somewhat lighter or darker, warmer or colder."""
@@ -484,8 +483,8 @@ def render_scene(generator, height, width):
   draw_sky(p)
   draw_ground(p)
   draw_skyline(p)
-  for _, draw in sorted(p.things, key=lambda thing: -thing[0]):
-    draw()
+  for _, draw, arguments in sorted(p.things, key=lambda thing: -thing[0]):
+    draw(p, *arguments)
   if p.rng.random() < 0.25:  # Of the car that carries the camera.
     bonnet = (width, 2 * height), (width, int(0.14 * height))
     cv2.ellipse(p.image, *bonnet, 0, 0, 360, p.pick(PAINTS), -1)
