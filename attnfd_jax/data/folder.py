@@ -80,24 +80,22 @@ def _given_labels(config):
   if palette and id_map:
     what = 'config.data.palette is of colours, config.data.id_map of ids'
     raise InputError(f'{what}; give one of them.')
-  values, ignored = id_map or range(k), ()
+  values, ignored, each = id_map or range(k), (), f'each of {k} class_names'
   if palette:
     sound = all(map(_is_colour, palette))
     values = tuple(map(tuple, palette)) if sound else ()
     if not len({*values}) == len(values) >= k:
-      raise InputError(
-        f'config.data.palette has {len(palette)} entries; needs a different '
-        f'(r, g, b) of 0 to 255 for each of the {k} class_names, then those to '
-        'ignore.'
+      what = (
+        f'config.data.palette has {len(palette)} entries; needs a different'
       )
+      rgb = f'(r, g, b) of 0 to 255 for {each}, then those to ignore'
+      raise InputError(f'{what} {rgb}.')
     ignored = values[k:]
   elif id_map:
     sound = all(_is_byte(i) and i != IGNORE_LABEL for i in id_map)
     if not sound or not len({*id_map}) == len(id_map) == k:
-      raise InputError(
-        f'config.data.id_map={id_map} must have a different id of 0 to 254 for '
-        f'each of the {k} class_names.'
-      )
+      what = f'must have a different id of 0 to 254 for {each}'
+      raise InputError(f'config.data.id_map={id_map} {what}.')
     ignored = tuple(i for i in range(256) if i not in id_map)
   return _as_labels(dict(zip(names, values, strict=False)), ignored)
 
@@ -108,13 +106,6 @@ def _chosen_labels(config, path, table):
   coco.check_classes(path, names, table)
   others = tuple(table[name] for name in table if name not in names)
   return _as_labels({name: table[name] for name in names}, others)
-
-
-def _refuse_tables(config, layout):
-  for key in ('palette', 'id_map'):
-    if config[key]:
-      what = f'config.data.{key} does not go with the layout {layout}'
-      raise InputError(f'{what}, whose files say what the masks mean.')
 
 
 def _make_table(path, rows):
@@ -170,7 +161,6 @@ def _read_pairs(config, root):
 def _read_voc(config, root):
   path = root / 'labelmap.txt'
   if path.is_file():
-    _refuse_tables(config, 'voc with labelmap.txt')
     table, read_label = _chosen_labels(config, path, read_labelmap(path))
   else:
     table, read_label = _given_labels(config)
@@ -198,7 +188,6 @@ def _match_roboflow(folder, path, tables):
 
 
 def _read_roboflow(config, root):
-  _refuse_tables(config, 'roboflow')
   tables = {}
   splits = {
     split: list(pairs.with_error(_match_roboflow(*paths, tables)))
@@ -211,7 +200,6 @@ def _read_roboflow(config, root):
 
 
 def _read_coco(config, root):
-  _refuse_tables(config, 'coco')
   options = {key: config[key] for key in ('class_names', 'limit')}
   names, splits = coco.find_pairs(_find_paths(root, _COCO), **options)
   if not names:
@@ -248,4 +236,9 @@ def folder(config):
       flag = f'say --config.data.layout={layouts[0]}, for example'
       raise InputError(f'{root}: could be {" or ".join(layouts)}; {flag}.')
     layout = (*layouts, 'pairs')[0]
+  labelmap = layout == 'voc' and (root / 'labelmap.txt').is_file()
+  for key in ('palette', 'id_map'):
+    if config[key] and (labelmap or layout in ('roboflow', 'coco')):
+      what = f'config.data.{key} does not go with the layout {layout}'
+      raise InputError(f'{what}, whose files say what the masks mean.')
   return LAYOUTS[layout][0](config, root)
