@@ -12,7 +12,6 @@ from attnfd_jax import user_code
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
-from attnfd_jax.pytorch import files
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.runs import loading
 from attnfd_jax.runs.paths import as_path
@@ -138,9 +137,7 @@ class _Placed:
 
 def _from_file(path, network, options, class_names, everywhere, behavior):
   name = networks.describe(options)
-  variables, gates, report = torch_networks.import_network(
-    torch_networks.reference_names(files.read_state_dict(path)), network
-  )
+  variables, gates, report = torch_networks.import_network(path, network)
   if not report.complete:
     raise InputError(
       f'{path}: not a whole {name} with {len(class_names)} classes: {report}. '

@@ -209,7 +209,9 @@ def test_who_cannot_meet(monkeypatch, joined, launched):
     processes.initialise()  # A laptop, or a notebook: no cluster.
     return
   monkeypatch.setenv('JOB_COMPLETION_INDEX', '0')
-  with pytest.raises(InputError, match=r'cannot meet: No pod there\. Give'):
+  with pytest.raises(
+    InputError, match=r'cannot meet: RuntimeError No pod there\. Give'
+  ):
     processes.initialise()
 
 
