@@ -85,11 +85,9 @@ def _given_labels(config):
     sound = all(map(_is_colour, palette))
     values = tuple(map(tuple, palette)) if sound else ()
     if not len({*values}) == len(values) >= k:
-      what = (
-        f'config.data.palette has {len(palette)} entries; needs a different'
-      )
-      rgb = f'(r, g, b) of 0 to 255 for {each}, then those to ignore'
-      raise InputError(f'{what} {rgb}.')
+      what = f'has {len(palette)} entries; needs a different (r, g, b) of'
+      what = f'{what} 0 to 255 for {each}, then those to ignore'
+      raise InputError(f'config.data.palette {what}.')
     ignored = values[k:]
   elif id_map:
     sound = all(_is_byte(i) and i != IGNORE_LABEL for i in id_map)
