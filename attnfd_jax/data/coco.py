@@ -162,7 +162,7 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
   """Writes PNGs of the images that stay, and index.json, to an open zip."""
   images, annotations, categories = _read_json(path)
   class_names, numbers = _numbers(path, categories, class_names)
-  problems, groups = [], collections.defaultdict(list)
+  problems, kept, groups = [], [], collections.defaultdict(list)
   for annotation in annotations:
     groups[annotation['image_id']].append(annotation)
   for key, entries in (('image', images), ('category', categories)):
@@ -175,7 +175,6 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
   problems += [f'{name} is listed twice' for name in counts if counts[name] > 1]
   # Of an image that is listed twice the first entry counts.
   by_name = {image['file_name']: image for image in reversed(images)}
-  kept = []
   with progress(len(by_name), f'Drawing {path.name}, once', delay=1) as bar:
     for name, image in sorted(by_name.items()):
       bar.update()
@@ -235,8 +234,7 @@ def _match(path, folder, labels, problems):
       key = os.path.splitext(name)[0].replace('/', '_')
       yield pairs.Pair(key, images[name], mask, f'{path} ({name})')
     else:
-      why = ', which has annotations'
-      yield pairs.no_partner(folder / name, folder, name, why)
+      yield pairs.no_partner(folder, name, ', which has annotations')
 
 
 def find_pairs(places, **options):

@@ -161,10 +161,10 @@ def no_images(folder, suffix=''):
   return files.fault(folder, 'split', what)
 
 
-def no_partner(file, folder, name, why=''):
-  """The DataError of a file called `name` whose partner `folder` lacks."""
+def no_partner(folder, name, why='', file=None):
+  """The DataError of a `name`, or its file, whose partner `folder` lacks."""
   what = f'{folder}: no partner for {name}{why}.'
-  return DataError(what, 'partner', file)
+  return DataError(what, 'partner', file or folder / name)
 
 
 def match(images, labels, folders, suffixes=('', '')):
@@ -189,9 +189,9 @@ def match(images, labels, folders, suffixes=('', '')):
   if not images:
     raise no_images(folders[0], suffixes[0])
   for key in sorted(images.keys() - labels.keys()):
-    yield no_partner(images[key], folders[1], images[key].inner.name)
+    yield no_partner(folders[1], images[key].inner.name, file=images[key])
   for key in sorted(labels.keys() - images.keys()):
-    yield no_partner(labels[key], folders[0], labels[key].inner.name)
+    yield no_partner(folders[0], labels[key].inner.name, file=labels[key])
   for key in sorted(images.keys() & labels.keys()):
     yield Pair(key, images[key], labels[key])
 

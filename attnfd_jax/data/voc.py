@@ -18,10 +18,7 @@ def read_list(path):
     others = ', '.join(sorted(p.name for p in path.parent.glob('*.txt'))[:3])
     if not others:
       raise pairs.absent(path)
-    what = (
-      f'no such list, there is {others}; it names the images of this split, '
-      'one a line, without their ending'
-    )
+    what = f'no such list, there is {others}; it names images without endings'
     raise files.fault(path, 'split', what)
   ids = [key for key in dict.fromkeys(files.read_lines(path)) if key]
   if not ids:
@@ -42,8 +39,8 @@ def pair_listed(ids, where, label_endings=pairs.IMAGE_ENDINGS):
     if key in images and key in labels:
       yield pairs.Pair(key, images[key], labels[key])
     else:
-      folder, why = where[key in images], ', which the list of the split names'
-      yield pairs.no_partner(folder / key, folder, key, why)
+      why = ', which the list of the split names'
+      yield pairs.no_partner(where[key in images], key, why)
 
 
 class _VocLabels(masks.IndexLabels):
