@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The errors that a user can fix, and checks of single values."""
 
+import difflib
 import math
 
 
@@ -43,6 +44,16 @@ def one_of(name, value, choices):
   """Raises InputError unless `value` is one of the choices."""
   if value not in choices:
     raise InputError(f'{name}={value!r} must be one of {", ".join(choices)}.')
+
+
+def known(what, name, names, *, others=''):
+  """Raises InputError with the nearest of `names` unless `name` is one."""
+  if name not in names:
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise InputError(
+      f'Unknown {what} {name!r}.{hint} Have: {", ".join(names)}{others}.'
+    )
 
 
 def first_line(error):

@@ -4,8 +4,6 @@
 method.py has the contract; to add a method, write its file and a line here.
 """
 
-import dataclasses
-import difflib
 import functools
 
 import jax
@@ -14,7 +12,8 @@ from attnfd_jax import user_code
 from attnfd_jax.distill.attnfd_method import AttnFDMethod
 from attnfd_jax.distill.kd import LogitKD
 from attnfd_jax.distill.weighted_sum import SCHEDULES, WeightedSum
-from attnfd_jax.errors import first_line, InputError, one_of, within
+from attnfd_jax.errors import first_line, InputError, known, one_of, within
+from attnfd_jax.models import layers
 
 METHODS = {}  # Name -> class.
 WEIGHTS = {}  # Name -> default weight.
@@ -24,13 +23,9 @@ TITLES = {}  # Name -> as people write it.
 
 
 def register(name, method, *, weight=1.0, title=None):
-  """Makes a Method known as config.distill.method=`name`.
+  """Makes the class of a Method known as config.distill.method=`name`.
 
-  Args:
-    name: of the method.
-    method: its class.
-    weight: published, or 1.
-    title: for people; `name` in capitals by default.
+  `weight` is the published one, or 1, and `title` is for people.
   """
   METHODS[name], WEIGHTS[name] = method, weight
   TITLES[name] = title or name.upper()
@@ -38,16 +33,8 @@ def register(name, method, *, weight=1.0, title=None):
 
 register('attnfd', AttnFDMethod, weight=2.0, title='AttnFD')
 register('kd', LogitKD)
-
-
-def option_defaults(method):
-  """{field: default} of a Method's class: what its config has."""
-  ours = {'parent', 'name'}  # Of every module.
-  return {
-    field.name: field.default
-    for field in dataclasses.fields(method)
-    if field.name not in ours and field.default is not dataclasses.MISSING
-  }
+# {field: default} of a Method's class: what its config has.
+option_defaults = layers.options_of
 
 
 def _build(method, options, name):
@@ -77,10 +64,6 @@ def make_method(name, student_outputs, teacher_outputs, **options):
 def abstract_variables(method, student, teacher):
   """Shapes of the variables of a method, or of a sum, for two Outputs.
 
-  Args:
-    method: Method or WeightedSum.
-    student, teacher: Outputs, arrays or their shapes.
-
   Raises:
     InputError: if it cannot compare these outputs; one line.
   """
@@ -96,13 +79,8 @@ def abstract_variables(method, student, teacher):
 def _find(name):
   if user_code.is_code(name):
     return user_code.load_object(name, option='config.distill.method')
-  if name not in METHODS:
-    near = difflib.get_close_matches(name, METHODS, 1)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise InputError(
-      f'Unknown method {name!r} in config.distill.method.{hint} Have: '
-      f'{", ".join(METHODS)}, joined by "+", or \'file.py:Class\'.'
-    )
+  others = ', joined by "+", or \'file.py:Class\''
+  known('method', name, METHODS, others=others)
   return METHODS[name]
 
 

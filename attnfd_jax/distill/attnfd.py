@@ -11,6 +11,7 @@ where ||.|| runs over the whole batch (distiller.py:40-51 of the authors).
 """
 
 from collections.abc import Mapping
+import math
 
 import flax.core
 import flax.linen as nn
@@ -28,16 +29,16 @@ NORM_AXES = {
   'pixel': (3,),
   'channel': (1, 2),
 }
-TEACHER_ATTENTION = (
-  'checkpoint',
-  'random',
-  'parameter_free',
-  'in_path',
-  'none',
-)
-STUDENT_ATTENTION = ('learnable', 'mlp_frozen', 'parameter_free', 'none')
-REDUCTIONS = ('batchmean', 'unitmean', 'mean')
-MATCH_SIZES = ('none', 'to_teacher', 'to_student')
+# Those of teachers' gates that have parameters of their own.
+STORED = ('checkpoint', 'random')
+CHOICES = {
+  'teacher_attention': (*STORED, 'parameter_free', 'in_path', 'none'),
+  'student_attention': ('learnable', 'mlp_frozen', 'parameter_free', 'none'),
+  'norm_scope': tuple(NORM_AXES),
+  'reduction': ('batchmean', 'unitmean', 'mean'),
+  'teacher_bn': ('batch', 'running'),
+  'match_size': ('none', 'to_teacher', 'to_student'),
+}
 # Squared length below which a map has no direction.
 TINY = 1e-12
 
@@ -74,11 +75,9 @@ def direction_distance(student, teacher, *, norm_scope, reduction):
   axes = NORM_AXES[norm_scope]
   target = jax.lax.stop_gradient(unit(teacher, axes))
   distance = jnp.sum(jnp.square(unit(student, axes) - target))
-  b = student.shape[0]
-  units = student.size
-  for axis in axes:
-    units //= student.shape[axis]
-  divisor = {'batchmean': b, 'unitmean': units, 'mean': student.size}
+  b, size = student.shape[0], student.size
+  units = size // math.prod(student.shape[axis] for axis in axes)
+  divisor = {'batchmean': b, 'unitmean': units, 'mean': size}
   return distance / divisor[reduction]
 
 
@@ -99,20 +98,24 @@ class Connector(nn.Module):
     )(x, train=train)
 
 
-def check_options(module):
-  """Raises InputError for an option of AttnFD that does not exist."""
-  for name, allowed in (
-    ('teacher_attention', TEACHER_ATTENTION),
-    ('student_attention', STUDENT_ATTENTION),
-    ('norm_scope', tuple(NORM_AXES)),
-    ('reduction', REDUCTIONS),
-    ('teacher_bn', ('batch', 'running')),
-    ('match_size', MATCH_SIZES),
-  ):
-    one_of(name, getattr(module, name), allowed)
+class AttnFDOptions(nn.Module, kw_only=True):
+  """The options of AttnFD, which describes them, and of its Method."""
+
+  teacher_attention: str = 'parameter_free'
+  student_attention: str = 'learnable'
+  norm_scope: str = 'batch'
+  reduction: str = 'unitmean'
+  teacher_bn: str = 'running'
+  match_size: str = 'none'
+  fan_out_taps: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    for name, choices in CHOICES.items():
+      one_of(name, getattr(self, name), choices)
+    super().__post_init__()
 
 
-class AttnFD(nn.Module):
+class AttnFD(AttnFDOptions):
   """Attention gates, connectors and the distance of refined maps.
 
   Attributes:
@@ -136,26 +139,20 @@ class AttnFD(nn.Module):
 
   student_channels: Mapping[str, int]
   teacher_channels: Mapping[str, int]
-  teacher_attention: str = 'parameter_free'
-  student_attention: str = 'learnable'
-  norm_scope: str = 'batch'
-  reduction: str = 'unitmean'
-  teacher_bn: str = 'running'
-  match_size: str = 'none'
-  fan_out_taps: tuple[str, ...] = ()
 
   def __post_init__(self):
-    check_options(self)
     if set(self.student_channels) != set(self.teacher_channels):
       raise ValueError(
         f'Taps differ: student {sorted(self.student_channels)}, teacher '
         f'{sorted(self.teacher_channels)}.'
       )
     # Hashable, so that jit can take a module as a static argument.
-    for name in ('student_channels', 'teacher_channels'):
-      frozen = flax.core.FrozenDict(getattr(self, name))
-      object.__setattr__(self, name, frozen)
-    object.__setattr__(self, 'fan_out_taps', tuple(self.fan_out_taps))
+    for name, kind in (
+      ('student_channels', flax.core.FrozenDict),
+      ('teacher_channels', flax.core.FrozenDict),
+      ('fan_out_taps', tuple),
+    ):
+      object.__setattr__(self, name, kind(getattr(self, name)))
     super().__post_init__()
 
   def setup(self):
@@ -173,27 +170,23 @@ class AttnFD(nn.Module):
       tap: Connector(self.teacher_channels[tap]) for tap in taps
     }
     # The teacher's gates are constants: a collection of their own, not params.
-    if self.teacher_attention in ('checkpoint', 'random'):
-      gates = {}
-
-      def variables():
-        if not gates:
-          rng = self.make_rng('params')
-          for i, tap in enumerate(taps):
-            x = jnp.zeros((1, 1, 1, self.teacher_channels[tap]))
-            gates[tap] = self._gate(tap, parent=None).init(
-              jax.random.fold_in(rng, i), x, train=False
-            )
-        return gates
-
-      self.teacher_variables = {
-        part: self.variable(
-          'teacher',
-          part,
-          lambda part=part: {tap: variables()[tap][part] for tap in taps},
+    parts = ()
+    if self.teacher_attention in STORED:
+      parts = ('params', 'batch_stats')
+    gates = {}
+    if parts and not self.has_variable('teacher', 'params'):
+      rng = self.make_rng('params')
+      for i, tap in enumerate(taps):
+        x = jnp.zeros((1, 1, 1, self.teacher_channels[tap]))
+        gates[tap] = self._gate(tap, parent=None).init(
+          jax.random.fold_in(rng, i), x, train=False
         )
-        for part in ('params', 'batch_stats')
-      }
+    self.teacher_variables = {
+      part: self.variable(
+        'teacher', part, lambda x: {tap: gates[tap][x] for tap in taps}, part
+      )
+      for part in parts
+    }
 
   def _gate(self, tap, **options):
     init = layers.fan_in_normal
@@ -230,23 +223,16 @@ class AttnFD(nn.Module):
     self._check(student_features, teacher_features)
     students, teachers = {}, {}
     for tap in sorted(self.student_channels):
-      students[tap], teachers[tap] = (
-        student_features[tap],
-        teacher_features[tap],
-      )
+      ours, theirs = student_features[tap], teacher_features[tap]
       if self.student_attention != 'none':
-        students[tap] = self.student_gates[tap](students[tap], train=train)
-      if self.teacher_attention == 'parameter_free':
-        gate = CBAM(parameter_free=True, parent=None)
-        teachers[tap] = gate.apply({}, teachers[tap], train=False)
-      elif self.teacher_attention in ('checkpoint', 'random'):
-        variables = {
-          part: variable.value[tap]
-          for part, variable in self.teacher_variables.items()
-        }
-        teachers[tap] = self._gate(tap, parent=None).apply(
-          variables, teachers[tap], train=train and self.teacher_bn == 'batch'
+        ours = self.student_gates[tap](ours, train=train)
+      if self.teacher_attention in (*STORED, 'parameter_free'):
+        free = self.teacher_attention == 'parameter_free'
+        variables = {k: x.value[tap] for k, x in self.teacher_variables.items()}
+        theirs = self._gate(tap, parameter_free=free, parent=None).apply(
+          variables, theirs, train=train and self.teacher_bn == 'batch'
         )
+      students[tap], teachers[tap] = ours, theirs
     return students, jax.lax.stop_gradient(teachers)
 
   def __call__(self, student_features, teacher_features, *, train):

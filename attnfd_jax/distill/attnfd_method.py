@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """AttnFD as a method of the registry: any two networks, stored gates, maps."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attnfd_jax.distill import attnfd
 from attnfd_jax.distill import taps as matching
-from attnfd_jax.distill.attnfd import AttnFD
+from attnfd_jax.distill.attnfd import AttnFD, AttnFDOptions
 from attnfd_jax.distill.method import CONNECTOR_SCHEDULES
 from attnfd_jax.errors import InputError, one_of
+from attnfd_jax.models import layers
 
 
-class AttnFDMethod(nn.Module):
+class AttnFDMethod(AttnFDOptions):
   """`AttnFD` between the taps that two networks share.
 
   Attributes:
@@ -28,13 +27,6 @@ class AttnFDMethod(nn.Module):
   """
 
   taps: tuple[str, ...] = ('backbone', 'aspp', 'decoder')
-  teacher_attention: str = 'parameter_free'
-  student_attention: str = 'learnable'
-  norm_scope: str = 'batch'
-  reduction: str = 'unitmean'
-  teacher_bn: str = 'running'
-  match_size: str = 'none'
-  fan_out_taps: tuple[str, ...] = ()
   connector_schedule: str = 'always'
 
   pictures_note = (
@@ -43,7 +35,6 @@ class AttnFDMethod(nn.Module):
   )
 
   def __post_init__(self):
-    attnfd.check_options(self)
     schedule = self.connector_schedule
     one_of('connector_schedule', schedule, CONNECTOR_SCHEDULES)
     super().__post_init__()
@@ -141,28 +132,14 @@ class AttnFDMethod(nn.Module):
     """Length of the refined vector at each pixel of each tap."""
     distiller, maps = self._distiller(student, teacher)
     refined = distiller.refined_maps(*maps, train=train)
-    return dict(
-      zip(
-        ('student', 'teacher'),
-        jax.tree.map(lambda x: jnp.linalg.norm(x, axis=-1), refined),
-        strict=True,
-      )
-    )
+    lengths = jax.tree.map(lambda x: jnp.linalg.norm(x, axis=-1), refined)
+    return dict(zip(('student', 'teacher'), lengths, strict=True))
 
   def _distiller(self, student, teacher):
     """The AttnFD, in the scope of this module, and its two sets of maps."""
     maps = matching.shared(student, teacher, self.taps)
     channels = [{tap: x.shape[-1] for tap, x in side.items()} for side in maps]
-    reduction = 'unitmean' if self.divides_by_batch else self.reduction
-    distiller = AttnFD(
-      *channels,
-      teacher_attention=self.teacher_attention,
-      student_attention=self.student_attention,
-      norm_scope=self.norm_scope,
-      reduction=reduction,
-      teacher_bn=self.teacher_bn,
-      match_size=self.match_size,
-      fan_out_taps=self.fan_out_taps,
-      parent=self.scope,
-    )
-    return distiller, maps
+    options = layers.options_of(self, AttnFDOptions)
+    if self.divides_by_batch:
+      options['reduction'] = 'unitmean'
+    return AttnFD(*channels, **options, parent=self.scope), maps

@@ -62,10 +62,6 @@ def shifted(x, kernel, strides, dilation):
   return sum(window * tap for window, tap in zip(windows, taps, strict=True))
 
 
-def _shifted_forward(x, kernel, strides, dilation):
-  return shifted(x, kernel, strides, dilation), (x, kernel)
-
-
 def _shifted_backward(strides, dilation, residuals, gradient):
   x, kernel = residuals
   size = kernel.shape[0]
@@ -96,7 +92,7 @@ def _shifted_backward(strides, dilation, residuals, gradient):
   return of_x, of_kernel.astype(kernel.dtype)
 
 
-shifted.defvjp(_shifted_forward, _shifted_backward)
+shifted.defvjp(lambda *args: (shifted(*args), args[:2]), _shifted_backward)
 
 
 def by_taps(x, kernel, dilation):
@@ -105,21 +101,15 @@ def by_taps(x, kernel, dilation):
   Each tap of the kernel sees the part of the map that it moves over the map;
   those of high dilation see little of it, or none, and the rest is no work.
   """
-  h, w = x.shape[1:3]
-  size = kernel.shape[0]
-  total = 0
-  for i in range(size):
-    for j in range(size):
-      down, right = (dilation * (n - size // 2) for n in (i, j))
-      if abs(down) >= h or abs(right) >= w:
-        continue
-      window = x[
-        :,
-        max(down, 0) : h + min(down, 0),
-        max(right, 0) : w + min(right, 0),
-      ]
-      rows, columns = ((max(-n, 0), max(n, 0)) for n in (down, right))
-      total += jnp.pad(window @ kernel[i, j], ((0, 0), rows, columns, (0, 0)))
+  (h, w), total = x.shape[1:3], 0
+  for tap in np.ndindex(kernel.shape[:2]):
+    down, right = (dilation * (n - kernel.shape[0] // 2) for n in tap)
+    if abs(down) < h and abs(right) < w:
+      rows = slice(max(down, 0), h + min(down, 0))
+      columns = slice(max(right, 0), w + min(right, 0))
+      pads = [(max(-n, 0), max(n, 0)) for n in (down, right)]
+      product = x[:, rows, columns] @ kernel[tap]
+      total += jnp.pad(product, ((0, 0), *pads, (0, 0)))
   return total
 
 
@@ -158,25 +148,11 @@ def convolve_resized(x, kernel, height, width):
 
 
 def hold(x, known):
-  """x, computed once for all that read it; as lax.optimization_barrier.
-
-  On a CPU, barriers are gone before operations are merged; a branch that XLA
-  cannot foresee stays.
-
-  Args:
-    x: of any shape.
-    known: a scalar that is no constant of the program, such as a weight.
+  """layers.finished: on a CPU, barriers are gone before operations are merged;
+  a branch that XLA cannot foresee stays.
   """
   broken = jnp.isnan(lax.stop_gradient(known))
   return lax.cond(broken, lambda x: jnp.full_like(x, jnp.nan), lambda x: x, x)
-
-
-def _after(first, x):
-  """The tree x, but not before all of the float tree `first` is computed."""
-  known = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(first))
-  zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-  # If a gradient is not finite, the step is lost anyhow.
-  return lax.cond(jnp.isnan(known), zeros, lambda x: x, x)
 
 
 def scan(body, start, parts, *, platform):
@@ -185,16 +161,15 @@ def scan(body, start, parts, *, platform):
   In a loop XLA's convolutions for a CPU are plain ones on one core: there the
   loop is unrolled, and a part waits for the float tree of the one before, else
   memory would hold all parts at once.
-
-  Args:
-    body, start, parts: see lax.scan.
-    platform: of the devices.
   """
   if platform != 'cpu':
     return lax.scan(body, start, parts)
 
   def ordered(carry, part):
-    return body(carry, _after(carry[1], part))
+    known = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(carry[1]))
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    # If a gradient is not finite, the step is lost anyhow.
+    return body(carry, lax.cond(jnp.isnan(known), zeros, lambda x: x, part))
 
   length = len(jax.tree.leaves(parts)[0])
   return lax.scan(ordered, start, parts, unroll=length)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that agree with PyTorch up to rounding, on maps [b, h, w, c]."""
 
+import dataclasses
+import functools
+
 import flax.linen as nn
 import jax
 from jax import lax
@@ -35,18 +38,30 @@ def per_channel(values, x):
   return values.reshape((1,) * (x.ndim - 1) + values.shape)
 
 
-class Conv(nn.Module):
-  """Convolution with explicit symmetric padding, as in PyTorch."""
+def options_of(module, kind=None):
+  """{field: value} of a module, or default of its class; of those of its base
+  `kind`, if given, and without those that every module has.
+  """
+  names = [field.name for field in dataclasses.fields(kind or module)]
+  own = [x for x in names if x not in ('parent', 'name') and hasattr(module, x)]
+  return {name: getattr(module, name) for name in own}
 
+
+class _Convolution(nn.Module):
   features: int
   kernel_size: int = 3
   strides: int = 1
   dilation: int = 1
   padding: int | None = None  # None keeps the size at stride 1.
   depthwise: bool = False
-  use_bias: bool = False
   kernel_init: nn.initializers.Initializer = fan_in_normal
   dtype: jnp.dtype | None = None
+
+
+class Conv(_Convolution):
+  """Convolution with explicit symmetric padding, as in PyTorch."""
+
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x, affine=None, *, coarse=None):
@@ -63,10 +78,10 @@ class Conv(nn.Module):
       ValueError: if coarse is given, and the kernel is not dense, of odd size,
         at stride 1, undilated and with the default padding.
     """
-    k = self.kernel_size
+    k, dilation, padding = self.kernel_size, self.dilation, self.padding
     inputs = 1 if self.depthwise else x.shape[-1]
     if coarse is not None:
-      form = (self.strides, self.dilation, self.padding, self.depthwise, k % 2)
+      form = (self.strides, dilation, padding, self.depthwise, k % 2)
       if form != (1, 1, None, False, 1):
         raise ValueError(
           'coarse needs a dense kernel of odd size at stride 1, undilated and '
@@ -87,15 +102,14 @@ class Conv(nn.Module):
     x, coarse, kernel, bias = nn.dtypes.promote_dtype(
       x, coarse, kernel, bias, dtype=self.dtype
     )
-    padding = self.padding
     if padding is None:
       # 'SAME' would pad (0, 1) at stride 2 on even sizes; torch pads (1, 1).
-      padding = self.dilation * (k - 1) // 2
+      padding = dilation * (k - 1) // 2
     if coarse is not None:
       x = convolution.convolve_joined(coarse, x, kernel)
     else:
       x = convolution.convolve(
-        x, kernel, strides=self.strides, dilation=self.dilation, padding=padding
+        x, kernel, strides=self.strides, dilation=dilation, padding=padding
       )
     return x if bias is None else x + per_channel(bias, x)
 
@@ -147,63 +161,35 @@ class BatchNorm(nn.Module):
     return factor, bias - mean * factor
 
 
-class ConvNorm(nn.Module):
+class ConvNorm(_Convolution):
   """Convolution without bias, then batch normalisation.
 
   With running statistics they are one convolution, with a scaled kernel.
   """
 
-  features: int
-  kernel_size: int = 3
-  strides: int = 1
-  dilation: int = 1
-  padding: int | None = None
-  depthwise: bool = False
-  kernel_init: nn.initializers.Initializer = fan_in_normal
-  dtype: jnp.dtype | None = None
-
   @nn.compact
   def __call__(self, x, *, train, coarse=None):
     """Of x, and of what Conv joins to it."""
-    conv = Conv(
-      self.features,
-      self.kernel_size,
-      self.strides,
-      self.dilation,
-      self.padding,
-      self.depthwise,
-      kernel_init=self.kernel_init,
-      dtype=self.dtype,
-      name='conv',
-    )
+    conv = Conv(**options_of(self), name='conv')
     norm = BatchNorm(dtype=self.dtype, name='bn')
     if train or self.is_initializing():
       return norm(conv(x, coarse=coarse), train=train)
     return conv(x, norm.affine(), coarse=coarse)
 
 
-def finished(x, known):
-  """x, computed once for all that read it.
+def finished(x, params):
+  """x, computed once for all that read it; `params` must not be constants.
 
   XLA computes sums and activations again in each reader rather than store
   them. Along a chain of residual sums that is each block in all later ones:
   work that grows with the square of the depth, and maps that stay in memory.
-
-  Args:
-    x: of any shape.
-    known: a scalar that is no constant of the program, such as a weight.
   """
   return lax.platform_dependent(
     x,
-    known,
+    jax.tree.leaves(params)[0].ravel()[0],
     cpu=cpu_forms.hold,
     default=lambda x, _: lax.optimization_barrier(x),
   )
-
-
-def any_weight(module):
-  """A scalar of the parameters that `module` has by now, for `finished`."""
-  return jax.tree.leaves(module.variables['params'])[0].ravel()[0]
 
 
 def max_pool(x):
@@ -212,15 +198,11 @@ def max_pool(x):
   As maxima of shifted maps: their gradient needs no scatter, which is slow, and
   not deterministic on a GPU. Of equal values each gets a part of it.
   """
-
-  def along(axis, x):
-    half = (x.shape[axis] + 1) // 2
+  for axis in (1, 2):
+    reach = 2 * ((x.shape[axis] + 1) // 2) - 1
     padding = [(0, 0)] * x.ndim
     padding[axis] = (1, 1)
     x = jnp.pad(x, padding, constant_values=-np.inf)
-    first, second, third = (
-      lax.slice_in_dim(x, i, i + 2 * half - 1, 2, axis) for i in range(3)
-    )
-    return jnp.maximum(jnp.maximum(first, second), third)
-
-  return along(2, along(1, x))
+    shifted = [lax.slice_in_dim(x, i, i + reach, 2, axis) for i in range(3)]
+    x = functools.reduce(jnp.maximum, shifted)
+  return x

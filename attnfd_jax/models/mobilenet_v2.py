@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dilated MobileNetV2 of the AttnFD reference, border quirk included."""
 
+import functools
 from typing import ClassVar
 
 import flax.linen as nn
@@ -55,31 +56,20 @@ class InvertedResidual(nn.Module):
 
   @nn.compact
   def __call__(self, x, *, train):
-    def conv_norm(name, features, size=1, strides=1, dilation=1):
-      return layers.ConvNorm(
-        features,
-        size,
-        strides,
-        dilation,
-        padding=0,
-        depthwise=size > 1,
-        dtype=self.dtype,
-        name=name,
-      )
-
-    pad = (self.dilation, self.dilation)
+    conv_norm = functools.partial(layers.ConvNorm, padding=0, dtype=self.dtype)
+    hidden, pad = self.expansion * x.shape[-1], (self.dilation, self.dilation)
     y = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
-    hidden = self.expansion * x.shape[-1]
     if self.expansion != 1:
-      expand = conv_norm('expand', hidden)
+      expand = conv_norm(hidden, 1, name='expand')
       y = nn.relu6(expand(y, train=train))
       if self.update_twice and train:
         expand(x, train=train)
-    depthwise = conv_norm('depthwise', hidden, 3, self.strides, self.dilation)
+    form = (hidden, 3, self.strides, self.dilation)
+    depthwise = conv_norm(*form, depthwise=True, name='depthwise')
     y = nn.relu6(depthwise(y, train=train))
-    y = conv_norm('project', self.features)(y, train=train)
+    y = conv_norm(self.features, 1, name='project')(y, train=train)
     if self.strides == 1 and x.shape[-1] == self.features:
-      y = layers.finished(x + y, layers.any_weight(self))
+      y = layers.finished(x + y, self.variables['params'])
     return checkpoint_name(y, 'block')
 
 
@@ -102,13 +92,11 @@ class MobileNetV2(nn.Module):
       # Multiples of 8, as in the MobileNetV2 paper's smaller networks.
       return max(8, int(channels * self.width_multiplier + 4) // 8 * 8)
 
-    x = layers.ConvNorm(scaled(32), strides=2, dtype=self.dtype, name='stem')(
-      x, train=train
-    )
-    x = nn.relu6(x)
+    stem = layers.ConvNorm(scaled(32), 3, 2, dtype=self.dtype, name='stem')
+    x = nn.relu6(stem(x, train=train))
     rows = enumerate(block_table(self.output_stride), start=1)
     for index, (expansion, channels, strides, dilation) in rows:
-      x = InvertedResidual(
+      block = InvertedResidual(
         expansion,
         scaled(channels),
         strides,
@@ -116,7 +104,8 @@ class MobileNetV2(nn.Module):
         self.update_norms_twice and index in TWICE_UPDATED,
         dtype=self.dtype,
         name=f'block{index}',
-      )(x, train=train)
+      )
+      x = block(x, train=train)
       if index == 3:
         low_level = x
     return low_level, x

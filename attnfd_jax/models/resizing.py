@@ -19,14 +19,8 @@ def score_precision(dtype):
 def resize(x, height, width, *, precision=lax.Precision.HIGHEST):
   """Bilinear with align_corners: corner pixels of x stay corner pixels.
 
-  Args:
-    x: [b, h, w, c].
-    height: of the result.
-    width: of the result.
-    precision: of its products, which a TPU or GPU may round.
-
-  Returns:
-    [b, height, width, c], of the type of x.
+  [b, h, w, c] -> [b, height, width, c], of the same type; `precision` is that
+  of its products, which a TPU or GPU may round.
   """
   b, h, w, c = x.shape
   if (h, w) == (height, width):

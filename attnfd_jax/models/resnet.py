@@ -5,6 +5,7 @@ Forward values are those of a standard ResNet; the entry ReLU lets the last
 map be tapped before its activation (AttnFD, modeling/backbone/resnet.py).
 """
 
+import functools
 from typing import ClassVar
 
 import flax.linen as nn
@@ -12,6 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from attnfd_jax.models import layers
+
+_conv_norm = functools.partial(
+  layers.ConvNorm, kernel_init=layers.fan_out_normal
+)
 
 
 class Block(nn.Module):
@@ -25,33 +30,20 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, *, train):
-    def conv_norm(name, features, size, strides=1, dilation=1):
-      return layers.ConvNorm(
-        features,
-        size,
-        strides,
-        dilation,
-        kernel_init=layers.fan_out_normal,
-        dtype=self.dtype,
-        name=name,
-      )
-
-    x = nn.relu(x)
+    conv_norm = functools.partial(_conv_norm, dtype=self.dtype)
     width, strides, dilation = self.width, self.strides, self.dilation
+    # Features, kernel size, strides, dilation.
+    forms = [(width, 3, strides, dilation), (width, 3, 1, dilation)]
     if self.bottleneck:
-      features = 4 * width
-      y = conv_norm('conv1', width, 1)(x, train=train)
-      y = conv_norm('conv2', width, 3, strides, dilation)(
-        nn.relu(y), train=train
-      )
-      y = conv_norm('conv3', features, 1)(nn.relu(y), train=train)
-    else:
-      features = width
-      y = conv_norm('conv1', width, 3, strides, dilation)(x, train=train)
-      y = conv_norm('conv2', width, 3, 1, dilation)(nn.relu(y), train=train)
+      forms = [(width, 1), forms[0], (4 * width, 1)]
+    features = forms[-1][0]
+    x = y = nn.relu(x)
+    for i, form in enumerate(forms, 1):
+      y = y if i == 1 else nn.relu(y)
+      y = conv_norm(*form, name=f'conv{i}')(y, train=train)
     if strides != 1 or x.shape[-1] != features:
-      x = conv_norm('downsample', features, 1, strides)(x, train=train)
-    x = layers.finished(x + y, layers.any_weight(self))
+      x = conv_norm(features, 1, strides, name='downsample')(x, train=train)
+    x = layers.finished(x + y, self.variables['params'])
     return checkpoint_name(x, 'block')
 
 
@@ -89,25 +81,12 @@ class ResNet(nn.Module):
   def __call__(self, x, *, train):
     """[b, h, w, 3] -> low level [b, h/4, w/4, c], last map [b, h/s, w/s, c]."""
     base = round(64 * self.width_multiplier)
-    x = layers.ConvNorm(
-      base,
-      7,
-      2,
-      kernel_init=layers.fan_out_normal,
-      dtype=self.dtype,
-      name='stem',
-    )(x, train=train)
-    x = layers.max_pool(nn.relu(x))
+    stem = _conv_norm(base, 7, 2, dtype=self.dtype, name='stem')
+    x = layers.max_pool(nn.relu(stem(x, train=train)))
     table = block_table(self.stage_sizes, self.bottleneck, self.output_stride)
     for name, stage, strides, dilation in table:
       if stage == 2 and strides == 2:
         low_level = nn.relu(x)
-      x = Block(
-        base * 2 ** (stage - 1),
-        strides,
-        dilation,
-        self.bottleneck,
-        dtype=self.dtype,
-        name=name,
-      )(x, train=train)
+      form = (base * 2 ** (stage - 1), strides, dilation, self.bottleneck)
+      x = Block(*form, dtype=self.dtype, name=name)(x, train=train)
     return low_level, x
