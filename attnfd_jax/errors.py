@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The errors that a user can fix, and checks of single values."""
 
+import contextlib
 import difflib
 import math
 
@@ -63,3 +64,12 @@ def first_line(error):
   """
   kind = '' if isinstance(error, ValueError) else f'{type(error).__name__} '
   return kind + next(iter(str(error).splitlines()), '')
+
+
+@contextlib.contextmanager
+def explained(what):
+  """Whatever the user's code raises becomes InputError('<what>: <line>')."""
+  try:
+    yield
+  except Exception as error:
+    raise InputError(f'{what}: {first_line(error)}') from error

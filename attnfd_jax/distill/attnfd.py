@@ -56,15 +56,13 @@ def unit(x, axes):
 
 
 def direction_distance(student, teacher, *, norm_scope, reduction):
-  """Squared distance of two maps after each is scaled to unit length.
+  """Squared distance of two maps [b, h, w, c], each scaled to unit length.
 
   With the cosine of each pair of unit arrays a distance is 2 - 2 cos. With
   norm_scope 'batch' the length is over the whole array, on a sharded batch a
-  global one.
+  global one. The teacher's map is a constant.
 
   Args:
-    student: [b, h, w, c].
-    teacher: [b, h, w, c]; treated as a constant.
     norm_scope: key of NORM_AXES.
     reduction: of the distances: 'batchmean' sums and divides by b, 'unitmean'
       averages, 'mean' divides by the number of elements.
@@ -88,14 +86,11 @@ class Connector(nn.Module):
 
   @nn.compact
   def __call__(self, x, *, train):
-    # N(0, 2 / c_teacher), distiller.py:10-22.
-    return layers.ConvNorm(
-      self.features,
-      1,
-      kernel_init=layers.fan_out_normal,
-      dtype=x.dtype,
-      name='conv_norm',
-    )(x, train=train)
+    init = layers.fan_out_normal  # N(0, 2 / c_teacher), distiller.py:10-22.
+    conv_norm = layers.ConvNorm(
+      self.features, 1, kernel_init=init, dtype=x.dtype, name='conv_norm'
+    )
+    return conv_norm(x, train=train)
 
 
 class AttnFDOptions(nn.Module, kw_only=True):
@@ -147,40 +142,27 @@ class AttnFD(AttnFDOptions):
         f'{sorted(self.teacher_channels)}.'
       )
     # Hashable, so that jit can take a module as a static argument.
-    for name, kind in (
-      ('student_channels', flax.core.FrozenDict),
-      ('teacher_channels', flax.core.FrozenDict),
-      ('fan_out_taps', tuple),
-    ):
-      object.__setattr__(self, name, kind(getattr(self, name)))
+    self.student_channels = flax.core.FrozenDict(self.student_channels)
+    self.teacher_channels = flax.core.FrozenDict(self.teacher_channels)
+    self.fan_out_taps = tuple(self.fan_out_taps)
     super().__post_init__()
 
   def setup(self):
-    taps = sorted(self.student_channels)
+    taps, channels = sorted(self.student_channels), self.teacher_channels
     if self.student_attention != 'none':
       self.student_gates = {
-        tap: self._gate(
-          tap,
-          parameter_free=self.student_attention == 'parameter_free',
-          freeze_mlp=self.student_attention == 'mlp_frozen',
-        )
-        for tap in taps
+        tap: self._gate(tap, self.student_attention) for tap in taps
       }
-    self.connectors = {
-      tap: Connector(self.teacher_channels[tap]) for tap in taps
-    }
+    self.connectors = {tap: Connector(channels[tap]) for tap in taps}
     # The teacher's gates are constants: a collection of their own, not params.
-    parts = ()
-    if self.teacher_attention in STORED:
-      parts = ('params', 'batch_stats')
-    gates = {}
+    stored, gates = self.teacher_attention in STORED, {}
+    parts = ('params', 'batch_stats') if stored else ()
     if parts and not self.has_variable('teacher', 'params'):
       rng = self.make_rng('params')
       for i, tap in enumerate(taps):
-        x = jnp.zeros((1, 1, 1, self.teacher_channels[tap]))
-        gates[tap] = self._gate(tap, parent=None).init(
-          jax.random.fold_in(rng, i), x, train=False
-        )
+        gate = self._gate(tap, self.teacher_attention, parent=None)
+        x = jnp.zeros((1, 1, 1, channels[tap]))
+        gates[tap] = gate.init(jax.random.fold_in(rng, i), x, train=False)
     self.teacher_variables = {
       part: self.variable(
         'teacher', part, lambda x: {tap: gates[tap][x] for tap in taps}, part
@@ -188,11 +170,14 @@ class AttnFD(AttnFDOptions):
       for part in parts
     }
 
-  def _gate(self, tap, **options):
-    init = layers.fan_in_normal
-    if tap in self.fan_out_taps:
-      init = layers.fan_out_normal
-    return CBAM(spatial_init=init, **options)
+  def _gate(self, tap, attention, **options):
+    fan_out = tap in self.fan_out_taps
+    return CBAM(
+      attention == 'parameter_free',
+      freeze_mlp=attention == 'mlp_frozen',
+      spatial_init=layers.fan_out_normal if fan_out else layers.fan_in_normal,
+      **options,
+    )
 
   def _check(self, student_features, teacher_features):
     for role, features, channels in (
@@ -227,31 +212,19 @@ class AttnFD(AttnFDOptions):
       if self.student_attention != 'none':
         ours = self.student_gates[tap](ours, train=train)
       if self.teacher_attention in (*STORED, 'parameter_free'):
-        free = self.teacher_attention == 'parameter_free'
+        gate = self._gate(tap, self.teacher_attention, parent=None)
         variables = {k: x.value[tap] for k, x in self.teacher_variables.items()}
-        theirs = self._gate(tap, parameter_free=free, parent=None).apply(
-          variables, theirs, train=train and self.teacher_bn == 'batch'
-        )
+        batch = train and self.teacher_bn == 'batch'
+        theirs = gate.apply(variables, theirs, train=batch)
       students[tap], teachers[tap] = ours, theirs
     return students, jax.lax.stop_gradient(teachers)
 
   def __call__(self, student_features, teacher_features, *, train):
-    """Sum over the taps, and the term of each tap.
-
-    Args:
-      student_features: tap -> [b, h, w, c_student].
-      teacher_features: tap -> [b, h', w', c_teacher]; constants.
-      train: normalise connectors and gates by the statistics of the batch.
-
-    Returns:
-      float32 scalar and {tap: float32 scalar}.
-
-    Raises:
-      ValueError: names the tap and both shapes that do not fit.
+    """Sum over the taps, and {tap: its term}; see `attnfd_loss`. ValueError
+    names a tap and both shapes that do not fit.
     """
-    students, teachers = self.refined_maps(
-      student_features, teacher_features, train=train
-    )
+    maps = student_features, teacher_features
+    students, teachers = self.refined_maps(*maps, train=train)
     terms = {}
     for tap, target in teachers.items():
       student = self.connectors[tap](students[tap], train=train)

@@ -21,9 +21,8 @@ class AttnFDMethod(AttnFDOptions):
       'parameter_free' for a teacher without trained gates, 'checkpoint' becomes
       'random' for one without stored gates, as the authors' own training leaves
       them.
-    student_attention, norm_scope, reduction, teacher_bn, match_size,
-      fan_out_taps: see AttnFD.
     connector_schedule: see training/optim.py; 'first_epoch' is the authors'.
+    others: see AttnFD.
   """
 
   taps: tuple[str, ...] = ('backbone', 'aspp', 'decoder')
@@ -35,8 +34,7 @@ class AttnFDMethod(AttnFDOptions):
   )
 
   def __post_init__(self):
-    schedule = self.connector_schedule
-    one_of('connector_schedule', schedule, CONNECTOR_SCHEDULES)
+    one_of('connector_schedule', self.connector_schedule, CONNECTOR_SCHEDULES)
     super().__post_init__()
 
   @property
@@ -45,11 +43,7 @@ class AttnFDMethod(AttnFDOptions):
     return self.reduction == 'batchmean' and self.norm_scope == 'batch'
 
   def adapted(self, student, teacher):
-    """With the attention that this teacher has, and starts by the networks.
-
-    Raises:
-      ValueError: for an attention that does not go with its forward path.
-    """
+    """With the attention that this teacher has, and starts by the networks."""
     attention = self.teacher_attention
     if getattr(teacher, 'in_path_attention', False):
       if attention not in ('in_path', 'checkpoint'):
@@ -62,36 +56,24 @@ class AttnFDMethod(AttnFDOptions):
       attention = 'parameter_free'  # Gates that nobody trained would be noise.
     elif attention == 'checkpoint' and getattr(teacher, 'gates', None) is None:
       attention = 'random'
-    backbones = [
-      getattr(network, 'backbone', '') or ''
-      for network in (student, getattr(teacher, 'network', None))
-    ]
+    networks = student, getattr(teacher, 'network', None)
+    backbones = [str(getattr(x, 'backbone', '')) for x in networks]
     # Those of ResNets start as their convolutions, resnet.py of the authors.
     resnets = all(name.startswith('resnet') for name in backbones)
-    return self.clone(
-      teacher_attention=attention,
-      fan_out_taps=self.fan_out_taps or (('backbone',) if resnets else ()),
-    )
+    taps = self.fan_out_taps or (('backbone',) if resnets else ())
+    return self.clone(teacher_attention=attention, fan_out_taps=taps)
 
   def adopt(self, variables, teacher):
-    """`variables` with the gates of the teacher's checkpoint.
-
-    Raises:
-      InputError: if they do not fit the teacher's maps.
-    """
+    """`variables` with the gates of the teacher's checkpoint."""
     gates = getattr(teacher, 'gates', None)
     if self.teacher_attention != 'checkpoint' or gates is None:
       return variables
     own = variables['teacher']
-    try:
-      chosen = {
-        part: {tap: gates[part][tap] for tap in taps}
-        for part, taps in own.items()
-      }
-      fits = jax.tree.map(lambda x, y: x.shape == y.shape, own, chosen)
-    except (KeyError, ValueError):
-      fits = False
-    if not all(jax.tree.leaves(fits)):
+    chosen = {
+      part: {tap: gates[part].get(tap) for tap in taps}
+      for part, taps in own.items()
+    }
+    if jax.tree.map(jnp.shape, chosen) != jax.tree.map(jnp.shape, own):
       raise InputError(
         'The gates in the checkpoint of the teacher do not fit its maps; use '
         '--config.distill.attnfd.teacher_attention=parameter_free.'

@@ -3,11 +3,7 @@
 
 
 def shared(student, teacher, taps):
-  """The maps of `taps` that both sides have, two dicts {tap: [b, h, w, c]}.
-
-  Raises:
-    ValueError: if there is none, with what each side has.
-  """
+  """The maps of `taps` that both sides have, two dicts {tap: [b, h, w, c]}."""
   sides = student['features'], teacher['features']
   both = [tap for tap in taps if all(tap in maps for maps in sides)]
   if not both:

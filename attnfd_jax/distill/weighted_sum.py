@@ -14,21 +14,13 @@ SCHEDULES = ('constant', 'linear_to_zero')
 
 
 class WeightedSum(nn.Module):
-  """Methods by name, with their weights.
-
-  It has the optional members of a Method, each with what its methods say.
-
-  Attributes:
-    methods: name -> Method.
-    weights: name -> weight.
-    weight_schedules: name -> one of SCHEDULES, 'constant' by default.
-    num_steps: of the stage, where 'linear_to_zero' arrives.
-  """
+  """Methods by name; has each optional member that one of them has."""
 
   methods: Mapping[str, nn.Module]
   weights: Mapping[str, float]
+  # Of SCHEDULES, 'constant' by default.
   weight_schedules: Mapping[str, str] = flax.core.FrozenDict()
-  num_steps: int = 1
+  num_steps: int = 1  # Of the stage, where 'linear_to_zero' arrives.
 
   @nn.nowrap
   def weight(self, name, step):
@@ -39,14 +31,9 @@ class WeightedSum(nn.Module):
     return self.weights[name] * jnp.maximum(left, 0)
 
   def __call__(self, student, teacher, labels, *, train, step, batch_size=None):
-    """Each method's loss before its weight, and all terms for the log.
-
-    Args:
-      student, teacher, labels, train, step: see distill/method.py.
-      batch_size: images of the whole batch, where this is a part of it.
-
-    Returns:
-      {name: Mean} and {'<name>_<term>': scalar}.
+    """{name: Mean} of the losses before their weights, and {'<name>_<term>':
+    scalar} for the log; `batch_size` is that of the whole batch, where this is
+    a part of it.
     """
     if batch_size is None:
       batch_size = student['logits'].shape[0]

@@ -86,12 +86,8 @@ def convolve_joined(coarse, fine, kernel):
   """`convolve` of [coarse, resized to the size of fine; fine], the same size.
 
   On a CPU coarse is never resized: with a sixteenth of the pixels its part of
-  the work is a tenth (docs/speed.md).
-
-  Args:
-    coarse: [b, h', w', c'].
-    fine: [b, h, w, c].
-    kernel: [k, k, c' + c, features], k odd.
+  the work is a tenth (docs/speed.md). The kernel, [k, k, c' + c, features], is
+  of odd size.
   """
   height, width = fine.shape[1:3]
   padding = kernel.shape[0] // 2

@@ -19,32 +19,26 @@ from attnfd_jax.models import resizing
 # Convolutions.
 
 
-def _strided(x, top, left, height, width, strides):
-  """Every `strides`-th pixel of x from (top, left), height x width of them."""
-  b, _, _, c = x.shape
-  bottom = top + (height - 1) * strides + 1
-  right = left + (width - 1) * strides + 1
-  return lax.slice(
-    x, (0, top, left, 0), (b, bottom, right, c), (1, strides, strides, 1)
-  )
+def _windows(x, size, strides, dilation):
+  """What each tap of a kernel sees of x, in the order of the taps."""
+  b, h, w, c = x.shape
+  reach = dilation * (size - 1)
+  rows, columns = ((n - reach - 1) // strides * strides + 1 for n in (h, w))
+  return [
+    lax.slice(
+      x, (0, i, j, 0), (b, i + rows, j + columns, c), (1, strides, strides, 1)
+    )
+    for i in range(0, reach + 1, dilation)
+    for j in range(0, reach + 1, dilation)
+  ]
 
 
 def pointwise(x, kernel, strides):
   """A 1x1 convolution as a matrix product."""
-  b, h, w, c = x.shape
-  h, w = ((n - 1) // strides + 1 for n in (h, w))
+  (seen,) = _windows(x, 1, strides, 1)
   # Pixels as a list: of maps, XLA would transpose a copy for the gradient.
-  pixels = _strided(x, 0, 0, h, w, strides).reshape(-1, c)
-  return (pixels @ kernel[0, 0]).reshape(b, h, w, kernel.shape[-1])
-
-
-def _windows(x, size, dilation, height, width, strides):
-  """The part of x that each tap of a kernel sees, in the order of its taps."""
-  return [
-    _strided(x, i * dilation, j * dilation, height, width, strides)
-    for i in range(size)
-    for j in range(size)
-  ]
+  pixels = seen.reshape(-1, seen.shape[-1])
+  return (pixels @ kernel[0, 0]).reshape(*seen.shape[:3], kernel.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -54,10 +48,7 @@ def shifted(x, kernel, strides, dilation):
   Its own rule for gradients: that of the operations would keep what each tap
   sees as a map of its own, and pad a gradient for each.
   """
-  size = kernel.shape[0]
-  reach = dilation * (size - 1) + 1
-  height, width = ((n - reach) // strides + 1 for n in x.shape[1:3])
-  windows = _windows(x, size, dilation, height, width, strides)
+  windows = _windows(x, kernel.shape[0], strides, dilation)
   taps = kernel.reshape(-1, 1, 1, 1, x.shape[-1])
   return sum(window * tap for window, tap in zip(windows, taps, strict=True))
 
@@ -65,14 +56,11 @@ def shifted(x, kernel, strides, dilation):
 def _shifted_backward(strides, dilation, residuals, gradient):
   x, kernel = residuals
   size = kernel.shape[0]
-  before = dilation * (size - 1)
-  _, height, width, _ = gradient.shape
   pads = [
-    (before, n - (m - 1) * strides - 1, strides - 1)
-    for n, m in zip(x.shape[1:3], (height, width), strict=True)
+    (dilation * (size - 1), n - (m - 1) * strides - 1, strides - 1)
+    for n, m in zip(x.shape[1:3], gradient.shape[1:3], strict=True)
   ]
-  none = (0, 0, 0)
-  zero = jnp.zeros((), gradient.dtype)
+  none, zero = (0, 0, 0), jnp.zeros((), gradient.dtype)
   spread = lax.pad(gradient, zero, (none, *pads, none))
   of_x = shifted(spread, kernel[::-1, ::-1], 1, dilation)
   # One pass for the sums of all taps, along rows first: a row is short enough
@@ -80,7 +68,7 @@ def _shifted_backward(strides, dilation, residuals, gradient):
   wide = np.promote_types(x.dtype, np.float32)
   products = [
     window.astype(wide) * gradient.astype(wide)
-    for window in _windows(x, size, dilation, height, width, strides)
+    for window in _windows(x, size, strides, dilation)
   ]
   sums = lax.reduce(
     products,
@@ -119,9 +107,8 @@ def _interpolation(size_out, size_in, taps):
   Row y has, for tap i, what pixel y + i - taps // 2 of the line is made of, and
   zeros beyond its ends.
   """
-  line = jnp.pad(
-    resizing.matrix(size_out, size_in), ((taps // 2, taps // 2), (0, 0))
-  )
+  pad = (taps // 2, taps // 2)
+  line = jnp.pad(resizing.matrix(size_out, size_in), (pad, (0, 0)))
   shifted = [line[i : i + size_out] for i in range(taps)]
   return jnp.stack(shifted, -1).reshape(size_out, size_in * taps)
 
@@ -171,5 +158,4 @@ def scan(body, start, parts, *, platform):
     # If a gradient is not finite, the step is lost anyhow.
     return body(carry, lax.cond(jnp.isnan(known), zeros, lambda x: x, part))
 
-  length = len(jax.tree.leaves(parts)[0])
-  return lax.scan(ordered, start, parts, unroll=length)
+  return lax.scan(ordered, start, parts, unroll=True)

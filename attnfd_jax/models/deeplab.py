@@ -154,41 +154,36 @@ class DeepLabV3Plus(nn.Module):
       raise ValueError(f'{image.shape=} must be [b, h, w, 3].')
     dropout = train if dropout is None else dropout
 
-    def refine(tap, x):
+    features = {}
+
+    def tapped(tap, x):
       if self.in_path_attention:
         x = CBAM(dtype=self.dtype, name=f'attention_{tap}')(x, train=train)
+      features[tap] = x
       return x
 
     def drop(name, rate, x):
       return nn.Dropout(rate, name=name)(x, deterministic=not dropout)
 
-    options = {}
+    names = ['output_stride', 'width_multiplier', 'dtype']
     if self.backbone.startswith('mobilenet'):
-      options['update_norms_twice'] = self.update_norms_twice
-    backbone = BACKBONES[self.backbone](
-      output_stride=self.output_stride,
-      width_multiplier=self.width_multiplier,
-      dtype=self.dtype,
-      name='backbone',
-      **options,
-    )
+      names.append('update_norms_twice')
+    options = {name: getattr(self, name) for name in names}
+    backbone = BACKBONES[self.backbone](**options, name='backbone')
     low_level, x = backbone(image, train=train)
-    features = {'backbone': refine('backbone', x)}
-    x = features['backbone']
+    x = tapped('backbone', x)
     if backbone.relu_after_tap:
       x = nn.relu(x)
     aspp = ASPP(self.aspp_channels, self.output_stride, self.dtype, name='aspp')
-    features['aspp'] = x = refine('aspp', aspp(x, train=train))
+    x = tapped('aspp', aspp(x, train=train))
     x = drop('aspp_dropout', self.aspp_dropout, x)
-    decoder = Decoder(
+    form = (
       self.decoder_channels,
       self.low_level_channels,
       self.decoder_dropout,
-      self.dtype,
-      name='decoder',
     )
-    x = decoder(low_level, x, train=train, dropout=dropout)
-    features['decoder'] = x = refine('decoder', x)
+    decoder = Decoder(*form, self.dtype, name='decoder')
+    x = tapped('decoder', decoder(low_level, x, train=train, dropout=dropout))
     x = drop('head_dropout', self.head_dropout, x)
     head = layers.Conv(
       self.num_classes, 1, use_bias=True, dtype=self.dtype, name='classifier'

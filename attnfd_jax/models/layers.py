@@ -19,12 +19,10 @@ fan_out_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 def torch_uniform(fan_in):
   """PyTorch's default for Linear and Conv2d: U(-1, 1) / sqrt(fan_in)."""
-
-  def init(rng, shape, dtype=jnp.float32):
-    bound = fan_in**-0.5
-    return jax.random.uniform(rng, shape, dtype, -bound, bound)
-
-  return init
+  bound = fan_in**-0.5
+  return functools.partial(
+    jax.random.uniform, dtype=jnp.float32, minval=-bound, maxval=bound
+  )
 
 
 def at_least_float32(dtype):
@@ -39,9 +37,7 @@ def per_channel(values, x):
 
 
 def options_of(module, kind=None):
-  """{field: value} of a module, or default of its class; of those of its base
-  `kind`, if given, and without those that every module has.
-  """
+  """{field: value} of a module, {field: default} of a class; of base `kind`."""
   names = [field.name for field in dataclasses.fields(kind or module)]
   own = [x for x in names if x not in ('parent', 'name') and hasattr(module, x)]
   return {name: getattr(module, name) for name in own}
@@ -67,16 +63,9 @@ class Conv(_Convolution):
   def __call__(self, x, affine=None, *, coarse=None):
     """[b, h, w, c] -> [b, h', w', features].
 
-    Args:
-      x: the map.
-      affine: (factor, shift) of the result, [features] each, as part of the
-        kernel and as bias; not together with use_bias.
-      coarse: a smaller map [b, h'', w'', c''], which is resized to x and whose
-        channels come before those of x.
-
-    Raises:
-      ValueError: if coarse is given, and the kernel is not dense, of odd size,
-        at stride 1, undilated and with the default padding.
+    `affine` is (factor, shift) of the result, [features] each, as part of the
+    kernel and as bias; not together with use_bias. `coarse` is a smaller map,
+    which is resized to x and whose channels come before those of x.
     """
     k, dilation, padding = self.kernel_size, self.dilation, self.padding
     inputs = 1 if self.depthwise else x.shape[-1]
@@ -88,10 +77,8 @@ class Conv(_Convolution):
           'with the default padding.'
         )
       inputs += coarse.shape[-1]
-    kernel = self.param(
-      'kernel', self.kernel_init, (k, k, inputs, self.features)
-    )
-    bias = None
+    shape, bias = (k, k, inputs, self.features), None
+    kernel = self.param('kernel', self.kernel_init, shape)
     if affine is not None:
       factor, bias = affine
       # Not in place: a parameter may be an array of NumPy, and the caller's.
@@ -102,12 +89,11 @@ class Conv(_Convolution):
     x, coarse, kernel, bias = nn.dtypes.promote_dtype(
       x, coarse, kernel, bias, dtype=self.dtype
     )
-    if padding is None:
-      # 'SAME' would pad (0, 1) at stride 2 on even sizes; torch pads (1, 1).
-      padding = dilation * (k - 1) // 2
     if coarse is not None:
       x = convolution.convolve_joined(coarse, x, kernel)
     else:
+      # 'SAME' would pad (0, 1) at stride 2 on even sizes; torch pads (1, 1).
+      padding = dilation * (k - 1) // 2 if padding is None else padding
       x = convolution.convolve(
         x, kernel, strides=self.strides, dilation=dilation, padding=padding
       )
@@ -141,9 +127,8 @@ class BatchNorm(nn.Module):
       # Two passes: E[x^2] - E[x]^2 loses everything for maps far from zero.
       mean = jnp.mean(x, axes)
       var = jnp.mean(jnp.square(x - per_channel(mean, x)), axes)
-      if (
-        self.is_mutable_collection('batch_stats') and not self.is_initializing()
-      ):
+      moves = self.is_mutable_collection('batch_stats')
+      if moves and not self.is_initializing():
         n = x.size // x.shape[-1]
         unbiased = var * (n / max(n - 1, 1))
         keep, new = self.momentum, 1 - self.momentum

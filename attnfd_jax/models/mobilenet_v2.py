@@ -2,7 +2,6 @@
 """Dilated MobileNetV2 of the AttnFD reference, border quirk included."""
 
 import functools
-from typing import ClassVar
 
 import flax.linen as nn
 from jax.ad_checkpoint import checkpoint_name
@@ -29,15 +28,11 @@ def block_table(output_stride):
   """Yields (expansion, channels, stride, dilation) of blocks 1 to 17."""
   stride, dilation = 2, 1
   for expansion, channels, blocks, first in STAGES:
-    if stride == output_stride:
-      # The stride that is not taken becomes dilation of the *next* stage.
-      used, following = 1, dilation * first
-    else:
-      used, following = first, dilation
-      stride *= first
+    taken = first if stride < output_stride else 1
     for i in range(blocks):
-      yield expansion, channels, used if i == 0 else 1, dilation
-    dilation = following
+      yield expansion, channels, taken if i == 0 else 1, dilation
+    # A stride that is not taken becomes dilation of the *next* stage.
+    stride, dilation = stride * taken, dilation * (first // taken)
 
 
 class InvertedResidual(nn.Module):
@@ -82,7 +77,7 @@ class MobileNetV2(nn.Module):
   update_norms_twice: bool = False
   dtype: jnp.dtype | None = None
 
-  relu_after_tap: ClassVar[bool] = False
+  relu_after_tap = False
 
   @nn.compact
   def __call__(self, x, *, train):
@@ -96,15 +91,9 @@ class MobileNetV2(nn.Module):
     x = nn.relu6(stem(x, train=train))
     rows = enumerate(block_table(self.output_stride), start=1)
     for index, (expansion, channels, strides, dilation) in rows:
-      block = InvertedResidual(
-        expansion,
-        scaled(channels),
-        strides,
-        dilation,
-        self.update_norms_twice and index in TWICE_UPDATED,
-        dtype=self.dtype,
-        name=f'block{index}',
-      )
+      twice = self.update_norms_twice and index in TWICE_UPDATED
+      form = (expansion, scaled(channels), strides, dilation, twice)
+      block = InvertedResidual(*form, dtype=self.dtype, name=f'block{index}')
       x = block(x, train=train)
       if index == 3:
         low_level = x

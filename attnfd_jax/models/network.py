@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnfd_jax import user_code
-from attnfd_jax.errors import first_line, InputError, known, one_of
+from attnfd_jax.errors import explained, InputError, known, one_of
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.flops import count_flops
@@ -62,11 +62,7 @@ NETWORKS = {'deeplabv3plus': DeepLabV3Plus}
 
 
 def compute_dtype(name):
-  """The `dtype` of modules: None leaves float32 images in float32.
-
-  Raises:
-    InputError: for another type than float32 and bfloat16.
-  """
+  """The `dtype` of modules: None leaves float32 images in float32."""
   one_of('config.optim.dtype', name, ('float32', 'bfloat16'))
   return None if name == 'float32' else jnp.dtype(name)
 
@@ -77,9 +73,6 @@ def make_network(config, num_classes, *, dtype='float32', **changes):
   Its 'network' is one of NETWORKS, whose fields are keys of the group; or a
   class of the user's, whose fields are 'options'. `changes` are fields that
   differ; those that the network lacks are left out.
-
-  Raises:
-    InputError: for a network, a field or a value that does not exist.
   """
   name = config['network']
   if user_code.is_code(name):
@@ -97,12 +90,10 @@ def make_network(config, num_classes, *, dtype='float32', **changes):
     options = {key: config[key] for key in keys}
   fields = getattr(network_class, '__dataclass_fields__', {})
   options |= {key: x for key, x in changes.items() if key in fields}
-  try:
+  with explained(f'network={name!r}'):
     return network_class(
       num_classes=num_classes, dtype=compute_dtype(dtype), **options
     )
-  except (ValueError, TypeError) as error:
-    raise InputError(f'network={name!r}: {error}') from error
 
 
 def is_ours(network):
@@ -115,38 +106,28 @@ def describe(config):
   if user_code.is_code(config['network']):
     return config['network'].rpartition(':')[2]
   width = config['width_multiplier']
-  suffix = '' if width == 1 else f' x{width:g}'
-  return f'{config["backbone"]}{suffix}'
+  return config['backbone'] + ('' if width == 1 else f' x{width:g}')
 
 
 def abstract_variables(network):
   """Shapes and types of the variables, without computing or compiling."""
   image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-  return jax.eval_shape(
-    lambda x: network.init(jax.random.key(0), x, train=False), image
-  )
+  init = functools.partial(network.init, jax.random.key(0), train=False)
+  return jax.eval_shape(init, image)
 
 
-def abstract_outputs(network, image_size, *, batch=2):
-  """Shapes and types of its Outputs for images of `image_size`."""
-  image = jax.ShapeDtypeStruct((batch, *image_size, 3), jnp.float32)
+def abstract_outputs(network, image_size):
+  """Shapes and types of its Outputs for two images of `image_size`."""
+  image = jax.ShapeDtypeStruct((2, *image_size, 3), jnp.float32)
   forward = functools.partial(network.apply, train=False)
   return jax.eval_shape(forward, abstract_variables(network), image)
 
 
 def check_outputs(network, num_classes, image_size):
-  """Holds a network of the user's to the contract, before anything is trained.
-
-  Raises:
-    InputError: names the output that differs and what is expected.
-  """
+  """Holds a user's network to the contract; InputError names what differs."""
   name = type(network).__name__
-  try:
+  with explained(f'{name} fails on images {image_size}'):
     out = abstract_outputs(network, image_size)
-  except Exception as error:  # Whatever the user's code raises.
-    raise InputError(
-      f'{name} fails on images {image_size}: {first_line(error)}'
-    ) from error
   check_shapes(out, name, num_classes, image_size)
   if 'coarse_logits' not in out:
     return
@@ -170,11 +151,7 @@ def check_outputs(network, num_classes, image_size):
 
 
 def check_shapes(out, name, num_classes, image_size):
-  """Holds Outputs, or their shapes, for two images to the contract.
-
-  Raises:
-    InputError: names what differs and what is expected.
-  """
+  """Holds Outputs, or their shapes, for two images to the contract."""
   found = out if isinstance(out, Mapping) else {}
   whole = isinstance(found.get('features'), Mapping)
   if not whole or not hasattr(found.get('logits'), 'shape'):

@@ -6,7 +6,6 @@ map be tapped before its activation (AttnFD, modeling/backbone/resnet.py).
 """
 
 import functools
-from typing import ClassVar
 
 import flax.linen as nn
 from jax.ad_checkpoint import checkpoint_name
@@ -48,22 +47,16 @@ class Block(nn.Module):
 
 
 def block_table(stage_sizes, bottleneck, output_stride):
-  """[(name, stage from 1, strides, dilation), ...] of the blocks in order."""
+  """Yields (name, stage from 1, stride, dilation) of the blocks."""
   if output_stride == 16:
     strides, dilations = (1, 2, 2, 1), (1, 1, 1, 2)
   else:
     strides, dilations = (1, 2, 1, 1), (1, 1, 2, 4)
-  return [
-    (
-      f'layer{stage + 1}_{i}',
-      stage + 1,
-      strides[stage] if i == 0 else 1,
-      # Multi-grid (1, 2, 4).
-      dilations[stage] * (2**i if bottleneck and stage == 3 else 1),
-    )
-    for stage, blocks in enumerate(stage_sizes)
-    for i in range(blocks)
-  ]
+  stages = zip(stage_sizes, strides, dilations, strict=True)
+  for stage, (blocks, stride, dilation) in enumerate(stages, start=1):
+    for i in range(blocks):
+      grid = 2**i if bottleneck and stage == 4 else 1  # Multi-grid (1, 2, 4).
+      yield f'layer{stage}_{i}', stage, stride if i == 0 else 1, dilation * grid
 
 
 class ResNet(nn.Module):
@@ -75,7 +68,7 @@ class ResNet(nn.Module):
   width_multiplier: float = 1.0
   dtype: jnp.dtype | None = None
 
-  relu_after_tap: ClassVar[bool] = True
+  relu_after_tap = True  # In the network that follows.
 
   @nn.compact
   def __call__(self, x, *, train):
