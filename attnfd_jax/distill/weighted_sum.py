@@ -18,8 +18,7 @@ class WeightedSum(nn.Module):
 
   methods: Mapping[str, nn.Module]
   weights: Mapping[str, float]
-  # Of SCHEDULES, 'constant' by default.
-  weight_schedules: Mapping[str, str] = flax.core.FrozenDict()
+  weight_schedules: Mapping[str, str] = flax.core.FrozenDict()  # Of SCHEDULES
   num_steps: int = 1  # Of the stage, where 'linear_to_zero' arrives.
 
   @nn.nowrap
@@ -35,8 +34,7 @@ class WeightedSum(nn.Module):
     scalar} for the log; `batch_size` is that of the whole batch, where this is
     a part of it.
     """
-    if batch_size is None:
-      batch_size = student['logits'].shape[0]
+    batch_size = batch_size or student['logits'].shape[0]
     losses, terms = {}, {}
     for name, method in sorted(self.methods.items()):
       loss, parts = method(student, teacher, labels, train=train, step=step)

@@ -35,13 +35,12 @@ class Block(nn.Module):
     forms = [(width, 3, strides, dilation), (width, 3, 1, dilation)]
     if self.bottleneck:
       forms = [(width, 1), forms[0], (4 * width, 1)]
-    features = forms[-1][0]
     x = y = nn.relu(x)
     for i, form in enumerate(forms, 1):
       y = y if i == 1 else nn.relu(y)
       y = conv_norm(*form, name=f'conv{i}')(y, train=train)
-    if strides != 1 or x.shape[-1] != features:
-      x = conv_norm(features, 1, strides, name='downsample')(x, train=train)
+    if strides != 1 or x.shape[-1] != y.shape[-1]:
+      x = conv_norm(y.shape[-1], 1, strides, name='downsample')(x, train=train)
     x = layers.finished(x + y, self.variables['params'])
     return checkpoint_name(x, 'block')
 
