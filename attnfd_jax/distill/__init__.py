@@ -20,6 +20,8 @@ WEIGHTS = {}  # Name -> default weight.
 TITLES = {}  # Name -> as people write it.
 # Of other terms in the log of a step.
 _TAKEN = ('loss', 'ce', 'ohem', 'focal', 'dice', 'grad_norm', 'learning_rate')
+# {field: default} of a Method's class: what its config has.
+option_defaults = layers.options_of
 
 
 def register(name, method, *, weight=1.0, title=None):
@@ -30,8 +32,6 @@ def register(name, method, *, weight=1.0, title=None):
 
 register('attnfd', AttnFDMethod, weight=2.0, title='AttnFD')
 register('kd', LogitKD)
-# {field: default} of a Method's class: what its config has.
-option_defaults = layers.options_of
 
 
 def make_method(name, student_outputs, teacher_outputs, **options):
