@@ -173,7 +173,7 @@ class AttnFD(AttnFDOptions):
   def _gate(self, tap, attention, **options):
     fan_out = tap in self.fan_out_taps
     return CBAM(
-      attention == 'parameter_free',
+      parameter_free=attention == 'parameter_free',
       freeze_mlp=attention == 'mlp_frozen',
       spatial_init=layers.fan_out_normal if fan_out else layers.fan_in_normal,
       **options,
