@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnfd_jax import user_code
-from attnfd_jax.errors import explained, InputError, known, one_of
+from attnfd_jax.errors import explained, InputError, one_of
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.flops import count_flops
@@ -79,7 +79,7 @@ def make_network(config, num_classes, *, dtype='float32', **changes):
     network_class = user_code.load_object(name, option='network')
     options = dict(config['options'])
   else:
-    known('network', name, NETWORKS, others=", or 'file.py:Class' of your own")
+    one_of('network', name, (*NETWORKS, "or 'file.py:Class' of your own"))
     if config['options']:
       raise InputError(
         f'options={dict(config["options"])} are of a class of your own; those '

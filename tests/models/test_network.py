@@ -85,7 +85,7 @@ def test_networks_of_ours_and_of_files(tmp_path):
 @pytest.mark.parametrize(
   ('spec', 'message'),
   [
-    ('unet', "Unknown network 'unet'. Have: deeplabv3plus.* or 'file.py:Cla"),
+    ('unet', "network='unet' must be one of deeplabv3plus.* or 'file.py:Cla"),
     ('none.py:Net', 'there is no file none.py'),
     ('{}/net.py:Nat', 'net.py has no Nat'),
     ('{}/bad.py:Net', 'it raised NameError: .*see where with --debug'),
