@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from attnfd_jax import distill, paths
 from attnfd_jax.devices import processes, sharding
@@ -43,7 +44,7 @@ def write(stage, state, directory, *, step, log):
     'seed': config.seed,
     'network': networks.describe(stage.options),
     'pretrained': stage.options.pretrained or None,
-    'params': networks.count_params(variables),
+    'params': optax.tree.size(variables.get('params', {})),
     'gflops': networks.count_gflops(stage.network, *image_size),
     'image_size': list(image_size),
     'dtype': config.optim.dtype,
