@@ -3,30 +3,33 @@
 
 from attnfd_jax.data import classes, files, masks, pairs
 
-# Folders or archives that may hold images and masks, the first one wins;
-# `images` is where the authors' code looks.
-_PLACES = (
-  ('leftImg8bit', 'images', 'leftImg8bit_trainvaltest.zip'),
-  ('gtFine', 'gtFine_trainvaltest.zip'),
-)
+# Where images and masks may lie, the first place with a split wins; `images` is
+# where the authors' code looks.
+IMAGES = ('leftImg8bit', 'images', 'leftImg8bit_trainvaltest.zip')
+_MASKS = ('gtFine', 'gtFine_trainvaltest.zip')
+
+
+def list_split(root, places, split):
+  """The folder, or zip, of a split and the PNGs in it, perhaps none."""
+  for place in places:
+    folder = root / place / split
+    found = files.list_tree(folder, ('.png',)).values()
+    if place.endswith('.zip') and (root / place).is_file():
+      folder = files.File(str(root / place), f'{place.split("_")[0]}/{split}/')
+      found = files.list_zip(folder.path, folder.member, ('.png',))
+    if found:
+      return folder, found
+  return root / places[0] / split, ()
 
 
 def _find_pairs(root, split):
-  groups, folders = [], []
-  for places in _PLACES:
-    place = next((p for p in places if (root / p).exists()), places[0])
-    folder = root / place / split
-    if place.endswith('.zip'):
-      prefix = f'{place.split("_")[0]}/{split}/'
-      folder = files.File(str(root / place), prefix)
-      groups.append(files.list_zip(root / place, prefix, ('.png',)))
-    elif folder.is_dir():
-      groups.append(files.list_tree(folder, ('.png',)).values())
-    else:
-      raise pairs.absent(folder)
-    folders.append(folder)
+  images, labels = (list_split(root, x, split) for x in (IMAGES, _MASKS))
+  for folder, found in (images, labels):
+    if not found:
+      raise pairs.absent(folder, 'not found or empty, and in no zip')
   # Beside the label ids lie instance ids and colours.
   suffixes = ('_leftImg8bit', '_gtFine_labelIds')
+  folders, groups = zip(images, labels, strict=True)
   yield from pairs.match(*groups, folders, suffixes)
 
 

@@ -9,12 +9,12 @@ from the files gives. TensorFlow is needed on neither side.
 import contextlib
 import functools
 import hashlib
-import os
 import pathlib
 
 import cv2
 import numpy as np
 
+from attnfd_jax import paths
 from attnfd_jax.data import cache, classes, files, frequencies, masks, pairs
 from attnfd_jax.errors import InputError
 from attnfd_jax.losses import IGNORE_LABEL
@@ -63,20 +63,13 @@ def _write_shard(source, records, path, workers, bar):
     example['label'] = cv2.imencode('.png', example['label'])[1].tobytes()
     return serializer.serialize_example(features.encode_example(example))
 
-  temporary = path.with_name(f'{path.name}.part')
-  try:
+  with paths.replacing(path) as file:
     # group_size 1 is what random access is fast with.
-    writer = ArrayRecordWriter(str(temporary), 'group_size:1')
+    writer = ArrayRecordWriter(file.name, 'group_size:1')
     with contextlib.closing(writer):
       for example in frequencies.map_records(serialized, records, workers):
         writer.write(example)
         bar.update()
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
-  with open(temporary, 'rb') as file:
-    os.fsync(file)  # The name means that all of it is there.
-  temporary.rename(path)
 
 
 def _write_shards(dataset, folder, workers):

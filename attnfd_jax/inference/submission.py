@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from attnfd_jax.data import classes, files, masks
+from attnfd_jax.data import cityscapes, classes, masks
 from attnfd_jax.data.pairs import Pair, PairSource
 from attnfd_jax.errors import InputError
 from attnfd_jax.losses import IGNORE_LABEL
@@ -21,17 +21,12 @@ def test_images(root):
 
   `root` has leftImg8bit/test, images/test or leftImg8bit_trainvaltest.zip.
   """
-  root, found = pathlib.Path(root), []
-  for name in ('leftImg8bit', 'images'):
-    tree = files.list_tree(root / name / 'test', ('.png',))
-    found = found or list(tree.values())
-  archive = root / 'leftImg8bit_trainvaltest.zip'
-  if not found and archive.is_file():
-    found = files.list_zip(archive, 'leftImg8bit/test/', ('.png',))
+  places = cityscapes.IMAGES
+  folder, found = cityscapes.list_split(pathlib.Path(root), places, 'test')
   if not found:
     raise InputError(
-      f'{root / "leftImg8bit" / "test"}: no images of the test split, nor '
-      f'{archive.name} beside it; is the folder right? (--data_root=PATH)'
+      f'{folder}: no images of the test split, nor {places[-1]} beside it; is '
+      'the folder right? (--data_root=PATH)'
     )
   pairs = [Pair(file.inner.stem, file, file) for file in found]
   return PairSource(pairs, _all_ignored, upright=False)
