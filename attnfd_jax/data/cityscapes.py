@@ -29,8 +29,7 @@ def _find_pairs(root, split):
       raise pairs.absent(folder, 'not found or empty, and in no zip')
   # Beside the label ids lie instance ids and colours.
   suffixes = ('_leftImg8bit', '_gtFine_labelIds')
-  folders, groups = zip(images, labels, strict=True)
-  yield from pairs.match(*groups, folders, suffixes)
+  yield from pairs.match(*zip(images, labels, strict=True), suffixes)
 
 
 def cityscapes(config):

@@ -182,7 +182,7 @@ def _match_roboflow(folder, path, tables):
     raise coco.unsound(path, 'other classes than those of train')
   both = files.list_folder(folder, pairs.IMAGE_ENDINGS)
   images = [file for file in both if not file.inner.stem.endswith('_mask')]
-  yield from pairs.match(images, both, (folder, folder), ('', '_mask'))
+  yield from pairs.match((folder, folder), (images, both), ('', '_mask'))
 
 
 def _read_roboflow(config, root):

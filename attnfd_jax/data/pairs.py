@@ -74,9 +74,8 @@ class PairSource(Decoded):
 
   def encoded(self, index):
     """{'image': bytes as stored, 'label': as in [index]}; checked as well."""
-    pair = self.pairs[index]
-    data = pair.image.read()
-    return self._decode(pair, data) | {'image': data}
+    data = self.pairs[index].image.read()
+    return self._read(index, data) | {'image': data}
 
   def label(self, index):
     """As in [index], without its image."""
@@ -99,17 +98,15 @@ class PairSource(Decoded):
     """(height, width) without decoding."""
     return masks.read_size(self.pairs[index].image)
 
-  def _read(self, index):
+  def _read(self, index, data=None):
     pair = self.pairs[index]
-    return self._decode(pair, pair.image.read())
-
-  def _decode(self, pair, data):
+    data = pair.image.read() if data is None else data
     image = masks.decode_image(pair.image, data)
     if self._upright:
       masks.check_upright(pair.image, data)
     label = self.read_label(pair.mask)
-    (h, w), (rows, columns) = image.shape[:2], label.shape
-    if (h, w) != (rows, columns):
+    if image.shape[:2] != label.shape:
+      (h, w, _), (rows, columns) = image.shape, label.shape
       what = f'mask is {columns}x{rows}, its image {w}x{h} (width x height)'
       raise files.fault(pair.mask_name or pair.mask, 'size', what)
     return {'image': image, 'label': label}
@@ -167,33 +164,37 @@ def no_partner(folder, name, why='', file=None):
   return DataError(what, 'partner', file or folder / name)
 
 
-def match(images, labels, folders, suffixes=('', '')):
-  """Yields Pairs of Files, and a DataError for each File without partner.
+def join(keys, folders, images, labels, why=''):
+  """Yields the Pair, or the DataError, of each key of {key: File}."""
+  for key in keys:
+    if key in images and key in labels:
+      yield Pair(key, images[key], labels[key])
+    else:
+      file = images.get(key) or labels.get(key)
+      name = file.inner.name if file else key
+      yield no_partner(folders[key in images], name, why, file)
 
-  Partners have the same stem but for its suffix; Files without the suffix are
-  skipped. `folders` are those of images and labels, for messages.
+
+def match(folders, groups, suffixes=('', '')):
+  """Yields Pairs, and a DataError for each File without partner.
+
+  The `groups` are Files of images and of labels. Partners have the same stem
+  but for its suffix; Files without the suffix are skipped.
   """
-  by_key = []
-  for group, folder, suffix in zip(
-    (images, labels), folders, suffixes, strict=True
+  both = {}, {}
+  for by_key, folder, group, suffix in zip(
+    both, folders, groups, suffixes, strict=True
   ):
-    by_key.append({})
     for file in group:
       if file.inner.stem.endswith(suffix):
         key = file.inner.stem.removesuffix(suffix)
-        if (first := by_key[-1].setdefault(key, file)) != file:
+        if (first := by_key.setdefault(key, file)) != file:
           names = f'{first.inner.name}, {file.inner.name}'
           what = f'{folder}: {names} have the same stem; keep one of them.'
           yield DataError(what, 'partner', file)
-  images, labels = by_key
-  if not images:
+  if not both[0]:
     raise no_images(folders[0], suffixes[0])
-  for key in sorted(images.keys() - labels.keys()):
-    yield no_partner(folders[1], images[key].inner.name, file=images[key])
-  for key in sorted(labels.keys() - images.keys()):
-    yield no_partner(folders[0], labels[key].inner.name, file=labels[key])
-  for key in sorted(images.keys() & labels.keys()):
-    yield Pair(key, images[key], labels[key])
+  yield from join(sorted(both[0].keys() | both[1].keys()), folders, *both)
 
 
 def match_folders(*folders):
@@ -203,4 +204,4 @@ def match_folders(*folders):
       raise absent(folder)
   # A JPEG mask is matched here and refused when it is read, with the reason.
   groups = (files.list_folder(folder, IMAGE_ENDINGS) for folder in folders)
-  yield from match(*groups, folders)
+  yield from match(folders, groups)

@@ -31,16 +31,12 @@ def pair_listed(ids, where, label_endings=pairs.IMAGE_ENDINGS):
 
   `where` are the folders of images and labels, in and below which they lie.
   """
-  images, labels = (
+  both = (
     {os.path.splitext(k)[0]: x for k, x in files.list_tree(*given).items()}
     for given in zip(where, (pairs.IMAGE_ENDINGS, label_endings), strict=True)
   )
-  for key in ids:
-    if key in images and key in labels:
-      yield pairs.Pair(key, images[key], labels[key])
-    else:
-      why = ', which the list of the split names'
-      yield pairs.no_partner(where[key in images], key, why)
+  why = ', which the list of the split names'
+  yield from pairs.join(ids, where, *both, why)
 
 
 class _VocLabels(masks.IndexLabels):
