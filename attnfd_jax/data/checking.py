@@ -43,7 +43,7 @@ def _by_class(class_names, values):
 
 
 def _read_split(source, class_names, threads, bar):
-  """Facts of a split, {index: DataError}, {index: digest}, weights [k]."""
+  """Facts of a split, {index: DataError}, {index: digest}, {class: weight}."""
   k = len(class_names)
 
   def read(index):
@@ -80,7 +80,7 @@ def _read_split(source, class_names, threads, bar):
     ],
   }
   weights = frequencies.median_frequency_weights(rows)
-  return facts, problems, digests, weights
+  return facts, problems, digests, _by_class(class_names, weights)
 
 
 def _duplicates(sources, digests):
@@ -114,15 +114,12 @@ def check(dataset, threads, *, required=('train', 'val')):
     The report, a dict that JSON can hold and `as_text` shows, and
     {split: {index: DataError}} of the pairs that cannot be used.
   """
-  splits, problems, digests = {}, {}, {}
-  weights = np.ones(dataset.num_classes)
+  splits, problems, digests, weights = {}, {}, {}, {}
   with progress(sum(map(len, dataset.splits.values())), 'checking') as bar:
     for name, source in dataset.splits.items():
-      splits[name], problems[name], digests[name], found = _read_split(
+      splits[name], problems[name], digests[name], weights[name] = _read_split(
         source, dataset.class_names, threads, bar
       )
-      if name == 'train':
-        weights = found
   listed = [('', problem) for problem in dataset.problems]
   # What the layout lacks is the better reason.
   for name in () if listed else required:
@@ -130,10 +127,8 @@ def check(dataset, threads, *, required=('train', 'val')):
       text = f'{dataset.name}: no pairs in the split {name}.'
       listed.append((name, DataError(text, 'split', name)))
   listed += [(name, x) for name in problems for x in problems[name].values()]
-  warnings = {
-    'duplicate': [*_duplicates(dataset.splits, digests)],
-    'unseen': [*_unseen(splits)],
-  }
+  duplicates, unseen = _duplicates(dataset.splits, digests), _unseen(splits)
+  warnings = {'duplicate': [*duplicates], 'unseen': [*unseen]}
   warnings = {kind: lines for kind, lines in warnings.items() if lines}
   report = {
     'dataset': dataset.name,
@@ -151,7 +146,7 @@ def check(dataset, threads, *, required=('train', 'val')):
       for split, problem in listed
     ],
     'warnings': warnings,
-    'weights': _by_class(dataset.class_names, weights),
+    'weights': weights.get('train', dict.fromkeys(dataset.class_names, 1.0)),
     'splits': splits,
   }
   return report, problems
@@ -160,10 +155,8 @@ def check(dataset, threads, *, required=('train', 'val')):
 def _verdict(splits, problems, warnings):
   pairs = _count(sum(x['pairs'] for x in splits.values()), 'pair')
   if problems:
-    return (
-      f'not usable: {_count(problems, "problem")}, {pairs} read; fix what is '
-      'listed and check again.'
-    )
+    what = f'{_count(problems, "problem")}, {pairs} read'
+    return f'not usable: {what}; fix what is listed and check again.'
   names = ', '.join(f'{x["pairs"]} {name}' for name, x in splits.items())
   return f'usable: {pairs} ({names}), {_count(warnings, "warning")}.'
 
@@ -216,10 +209,8 @@ def _size_text(sizes):
   ]
   if len(sizes) == 1:
     return f'all {texts[0]}'
-  return (
-    f'{len(sizes)} sizes from {texts[0]} to {texts[-1]}, '
-    f'median {texts[len(texts) // 2]}'
-  )
+  limits, median = f'{texts[0]} to {texts[-1]}', texts[len(texts) // 2]
+  return f'{len(sizes)} sizes from {limits}, median {median}'
 
 
 def split_lines(splits):
