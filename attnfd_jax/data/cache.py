@@ -21,7 +21,7 @@ from attnfd_jax.data import frequencies
 from attnfd_jax.errors import InputError
 from attnfd_jax.progress import progress
 
-_GROUP = 64  # Records that an interrupted build may have to read again.
+_HEADER = 128  # Bytes of an .npy file before its array.
 
 
 def digest(files, *facts):
@@ -40,7 +40,7 @@ def digest(files, *facts):
   return found.hexdigest()[:32]
 
 
-@functools.cache
+@functools.cache  # Not in the source: in a pickle the array goes by value.
 def _map_pixels(path):
   return np.asarray(np.load(path, mmap_mode='r'))
 
@@ -53,8 +53,7 @@ def _starts(sizes):
 class DecodedSource:
   """A source with its pixels in `folder`, as `open_decoded` left it.
 
-  Records are read-only views: the disk is read where a crop looks at them. Each
-  process maps the file itself; in a pickle the array would go by value.
+  Records are read-only views: the disk is read where a crop looks at them.
   """
 
   def __init__(self, source, folder):
@@ -124,49 +123,39 @@ def _locked(folder):
 
 
 def _build(source, folder, threads, text):
-  # `written` has a byte for each record whose pixels are on the disk.
-  partial, written = folder / 'pixels.part', folder / 'written'
-  if not (partial.exists() and written.exists()):
-    _begin(source, folder, threads, text)
-  sizes = np.load(folder / 'sizes.npy')
-  starts = _starts(sizes) + np.load(partial, mmap_mode='r').offset
-  done = written.stat().st_size
+  partial, count = folder / 'pixels.npy.part', len(source)
+  # Records are appended in order: its length tells what was done before.
+  with partial.open('ab', 0) as file:
+    if file.tell() < _HEADER:
+      file.truncate(0)
+      sizes = frequencies.map_records(source.size, range(count), threads)
+      sizes = np.array([*progress(count, f'{text}: sizes', iterable=sizes)])
+      np.save(folder / 'sizes.npy', sizes)
+      total = int(_starts(sizes)[-1])
+      if shutil.disk_usage(folder).free < total:
+        raise _full(folder, total)
+      header = {'descr': '|u1', 'fortran_order': False, 'shape': (total,)}
+      np.lib.format.write_array_header_1_0(file, header)
+    sizes = np.load(folder / 'sizes.npy')
+    starts = _HEADER + _starts(sizes)
+    done = int(np.searchsorted(starts, file.tell(), 'right')) - 1
+    file.truncate(starts[done])
 
-  def write(index):
-    record = source[index]
-    if record['label'].shape != tuple(sizes[index]):
-      raise InputError(
-        f'{source.name(index)}: not of the size that its header tells; '
-        'replace or remove it.'
-      )
-    data = record['image'].tobytes() + record['label'].tobytes()
-    # Not through a map of the file: there, a full disk is a fatal signal.
-    if os.pwrite(file.fileno(), data, starts[index]) < len(data):
-      raise _full(folder, len(data))
+    def read(index):
+      record = source[index]
+      if record['label'].shape != tuple(sizes[index]):
+        raise InputError(
+          f'{source.name(index)}: not of the size that its header tells; '
+          'replace or remove it.'
+        )
+      return record['image'].tobytes() + record['label'].tobytes()
 
-  bar = progress(len(sizes), text, initial=done)
-  with bar, partial.open('r+b') as file, written.open('ab', 0) as marks:
-    for first in range(done, len(sizes), _GROUP):
-      group = range(len(sizes))[first : first + _GROUP]
-      for _ in frequencies.map_records(write, group, threads):
-        bar.update()
-      os.fsync(file)
-      marks.write(bytes(len(group)))
+    records = frequencies.map_records(read, range(done, count), threads)
+    for data in progress(count, text, initial=done, iterable=records):
+      if file.write(data) < len(data):
+        raise _full(folder, len(data))
+    os.fsync(file)
   partial.rename(folder / 'pixels.npy')
-  written.unlink()
-
-
-def _begin(source, folder, threads, text):
-  count = len(source)
-  sizes = frequencies.map_records(source.size, range(count), threads)
-  sizes = np.array([*progress(count, f'{text}: sizes', iterable=sizes)])
-  np.save(folder / 'sizes.npy', sizes)
-  total = int(_starts(sizes)[-1])
-  if shutil.disk_usage(folder).free < total:
-    raise _full(folder, total)
-  # Sparse: the disk fills as records come.
-  np.lib.format.open_memmap(folder / 'pixels.part', 'w+', np.uint8, (total,))
-  (folder / 'written').write_bytes(b'')
 
 
 def _full(folder, size):
