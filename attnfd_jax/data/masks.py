@@ -90,11 +90,9 @@ def check_upright(file, data):
     if 'exif' in image.info:  # Else Pillow would decode a PNG to look behind.
       turned = image.getexif().get(_ORIENTATION, 1)
   if turned != 1:
-    what = (
-      f'the camera rotated it by EXIF orientation {turned}, its mask is stored '
-      'as drawn; save the image upright, without the tag'
-    )
-    raise files.fault(file, 'exif', what)
+    what = f'rotated by EXIF orientation {turned}, unlike its mask'
+    remedy = 'save the image upright, without the tag'
+    raise files.fault(file, 'exif', f'{what}; {remedy}')
 
 
 def _open_mask(file):
@@ -120,12 +118,10 @@ def read_mask(path):
   file = files.as_file(path)
   image = _open_mask(file)
   if image.mode not in ('L', 'P'):
-    what = (
-      f'mask has mode {image.mode}; expected an 8-bit PNG of class ids (L or '
-      'P). Convert colours to ids, or pass their table: data set folder with '
-      '--config.data.palette="((r,g,b), ...)"'
-    )
-    raise files.fault(file, 'mode', what)
+    what = f'mask has mode {image.mode}; expected an 8-bit PNG of class ids'
+    remedy = 'Convert colours to ids, or, with the data set folder, add'
+    flag = '--config.data.palette="((r,g,b), ...)"'
+    raise files.fault(file, 'mode', f'{what}. {remedy} {flag}')
   return np.asarray(image)
 
 
@@ -195,17 +191,16 @@ class ColourLabels:
     with decoding(file, 'mask'):
       pixels = np.asarray(image.convert('RGB'))
     known = _codes(np.array([*self.colours, *self.ignored], np.uint8))
-    order = np.argsort(known)
-    ids = np.full(len(known), IGNORE_LABEL, np.uint8)
-    ids[: len(self.colours)] = range(len(self.colours))
+    order, k = np.argsort(known), len(self.colours)
+    ids = np.where(order < k, order, IGNORE_LABEL).astype(np.uint8)
+    known = known[order]
     label = np.empty(pixels.shape[:2], np.uint8)
     wrong = collections.Counter()
     # By bands: what is computed takes seven times the memory of the colours.
     rows = max(_BAND // label.shape[1], 1)
     for top in range(0, len(label), rows):
       codes = _codes(pixels[top : top + rows])
-      found = np.searchsorted(known, codes, sorter=order)
-      found = order[np.minimum(found, len(known) - 1)]
+      found = np.minimum(np.searchsorted(known, codes), len(known) - 1)
       label[top : top + rows] = ids[found]
       wrong.update(_counted(codes[known[found] != codes]))
     if wrong:

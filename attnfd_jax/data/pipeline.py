@@ -120,26 +120,21 @@ def eval_batches(
 
   Images of one size share batches, so there are as many compilations as sizes;
   the last batch of a size is filled with images whose labels are all ignored.
-
-  Args:
-    source: see sources.py.
-    batch_size: over all processes.
-    short_side, resize_labels: see transforms.fit_record.
-    size_multiple: pad right and bottom to multiples, to have fewer sizes;
-      images repeat their edges, labels are ignored there.
-    threads: that read.
+  `batch_size` is over all processes. Records are as transforms.fit_record makes
+  them, padded right and bottom to multiples, to have fewer sizes: images repeat
+  their edges, labels are ignored there.
   """
   share, share_size = _share(batch_size)
+  pixel = np.zeros((1, 1, 3), np.uint8)
+  blank = {'image': pixel, 'label': pixel[..., 0] + IGNORE_LABEL}
 
   def read(entry):
     index, image_size, label_size = entry
-    if index is None:
-      image = np.zeros((*image_size, 3), np.uint8)
-      label = np.full(label_size, IGNORE_LABEL, np.uint8)
-      return {'image': image, 'label': label}
-    record = transforms.fit_record(
-      source[index], short_side, resize_labels=resize_labels
-    )
+    record = blank
+    if index is not None:
+      record = transforms.fit_record(
+        source[index], short_side, resize_labels=resize_labels
+      )
     return {
       'image': transforms.pad_edges(record['image'], image_size),
       'label': transforms.pad_edges(record['label'], label_size, IGNORE_LABEL),

@@ -19,10 +19,9 @@ from attnfd_jax.losses import IGNORE_LABEL
 
 
 def pad_edges(x, size, value=None):
-  """Pads [h, w] or [h, w, c] right and bottom to `size`.
+  """Pads [h, w] or [h, w, c] right and bottom to `size`, by default with edges.
 
-  Without a value the last pixels are repeated: a border of another color would
-  be one more object, and its mean would enter the pooled branch.
+  Another color would be one more object, and its mean enter the pooled branch.
   """
   bottom, right = size[0] - x.shape[0], size[1] - x.shape[1]
   if not bottom and not right:
@@ -35,8 +34,7 @@ def pad_edges(x, size, value=None):
 def distort(image, generator, *, strength):
   """Random brightness, contrast, saturation and hue of uint8 [h, w, 3] RGB.
 
-  Strength 1 is brightness +-25 %, contrast and saturation 0.5 to 1.5, hue +-18
-  degrees; smaller values shrink the ranges in proportion.
+  By `strength` times 25 %, a half, a half and 18 degrees at most, either way.
   """
   brightness, contrast, saturation, hue = strength * generator.uniform(-1, 1, 4)
   grey = np.arange(256, dtype=np.float32)
@@ -171,10 +169,7 @@ def next_multiple(size, multiple):
 
 
 def resize(x, size, how=Image.Resampling.BILINEAR):
-  """uint8 [h, w] or [h, w, 3] at (height, width) by Pillow.
-
-  As the reference evaluates; its bilinear form is antialiased.
-  """
+  """uint8 [h, w] or [h, w, 3] at (height, width), antialiased, by Pillow."""
   if x.shape[:2] == tuple(size):
     return x
   return np.asarray(Image.fromarray(x).resize(size[::-1], how))
@@ -186,10 +181,9 @@ def fit_image(image, short_side):
 
 
 def fit_record(record, short_side, *, resize_labels):
-  """A record as the network sees it in evaluation: with an image that fits.
+  """A record with its image as the network sees it in evaluation.
 
-  The label stays untouched without resize_labels, which protocol `reference`
-  has.
+  The label has that size only if resize_labels, as protocol `reference` has it.
   """
   image, label = fit_image(record['image'], short_side), record['label']
   if resize_labels:
