@@ -11,7 +11,7 @@ from absl import app, flags, logging
 import jax
 
 from attnfd_jax import user_cache
-from attnfd_jax.data import tuning
+from attnfd_jax.data import masks
 from attnfd_jax.errors import InputError
 from attnfd_jax.training.stopping import Stopped
 
@@ -101,7 +101,7 @@ def _without_afterthoughts(unraisable):
 
 def prepare_process():
   """Settings of the whole process, which only a command may change."""
-  tuning.tune_process()
+  masks.tune_process()
   # Orbax tells every step it takes, and an error that is raised, too.
   logging.set_verbosity(logging.INFO if DEBUG.value else logging.FATAL)
   if not DEBUG.value:

@@ -10,7 +10,7 @@ _MASKS = ('gtFine', 'gtFine_trainvaltest.zip')
 
 
 def list_split(root, places, split):
-  """The folder, or zip, of a split and the PNGs in it, perhaps none."""
+  """The folder, or zip, of a split and the PNGs in it."""
   for place in places:
     folder = root / place / split
     found = files.list_tree(folder, ('.png',)).values()
@@ -19,14 +19,12 @@ def list_split(root, places, split):
       found = files.list_zip(folder.path, folder.member, ('.png',))
     if found:
       return folder, found
-  return root / places[0] / split, ()
+  where = f'{places[0]}/{split}'
+  raise pairs.absent(root / where, f'not found or empty, nor in {places[-1]}')
 
 
 def _find_pairs(root, split):
   images, labels = (list_split(root, x, split) for x in (IMAGES, _MASKS))
-  for folder, found in (images, labels):
-    if not found:
-      raise pairs.absent(folder, 'not found or empty, and in no zip')
   # Beside the label ids lie instance ids and colours.
   suffixes = ('_leftImg8bit', '_gtFine_labelIds')
   yield from pairs.match(*zip(images, labels, strict=True), suffixes)

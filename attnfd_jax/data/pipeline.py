@@ -13,7 +13,7 @@ import grain
 import jax
 import numpy as np
 
-from attnfd_jax.data import frequencies, transforms, tuning
+from attnfd_jax.data import frequencies, masks, transforms
 from attnfd_jax.losses import IGNORE_LABEL
 
 
@@ -29,7 +29,7 @@ def _iterate(dataset, threads, workers=0):
     options = grain.MultiprocessingOptions(
       num_workers=workers, per_worker_buffer_size=2
     )
-    dataset = dataset.mp_prefetch(options, tuning.tune_process)
+    dataset = dataset.mp_prefetch(options, masks.tune_process)
   return dataset
 
 

@@ -45,14 +45,14 @@ def load_split(info, data_root, split, *, hidden=False):
     info = info | {'data': info['data'] | {'root': data_root, 'prepared': ''}}
   try:
     dataset = load_dataset(info['data'])
+    splits = dict(dataset.splits)
+    hidden = hidden and (dataset.name, split) == ('cityscapes', 'test')
+    if hidden and split not in splits:
+      splits[split] = submissions.test_images(info['data']['root'])
   except InputError as error:
     # The flag has another name here.
     text = str(error).replace('--config.data.root', '--data_root')
     raise InputError(text) from error
-  splits = dict(dataset.splits)
-  hidden = hidden and (dataset.name, split) == ('cityscapes', 'test')
-  if hidden and split not in splits:
-    splits[split] = submissions.test_images(info['data']['root'])
   one_of('--split', split, splits)
   ours, theirs = list(info['class_names']), list(dataset.class_names)
   if ours != theirs:

@@ -25,7 +25,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from attnfd_jax.benchmarks import data as benchmark
 from attnfd_jax.config import resolve
-from attnfd_jax.data import masks, pipeline, transforms, tuning
+from attnfd_jax.data import masks, pipeline, transforms
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.models import deeplab
 
@@ -158,7 +158,7 @@ def main():
   parser.add_argument('--output', type=pathlib.Path)
   options = parser.parse_args()
   flags.FLAGS.mark_as_parsed()
-  tuning.tune_process()  # As the command `benchmark data` does.
+  masks.tune_process()  # As the command `benchmark data` does.
   config = runpy.run_path(options.config)['get_config']()
   for name in ('root', 'threads', 'workers'):
     if getattr(options, name) is not None:

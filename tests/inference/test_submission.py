@@ -132,5 +132,5 @@ def test_the_test_split_without_classes(tmp_path, monkeypatch, zipped):
 
 
 def test_no_images_are_named(tmp_path):
-  with pytest.raises(InputError, match=r'test: no images .*\(--data_root=PATH'):
+  with pytest.raises(InputError, match=r'test: not found .*root=PATH'):
     submission.test_images(tmp_path)
