@@ -24,19 +24,15 @@ from attnfd_jax.progress import progress
 _HEADER = 128  # Bytes of an .npy file before its array.
 
 
-def digest(files, *facts):
-  """Hex digest that changes with name, size or time of a File, or with a fact.
-
-  Facts are bytes that decide what is read from the files.
-  """
+def digest(files, fact):
+  """Hex digest that changes with names, sizes, times of Files, or with bytes."""
   found = hashlib.sha256()
   stat = functools.cache(os.stat)  # Thousands of members lie in one zip.
   for file in files:
     size, time = stat(file.path).st_size, stat(file.path).st_mtime_ns
     # Names of files are bytes, and not always text.
     found.update(os.fsencode(f'{file} {size} {time}\n'))
-  for fact in facts:
-    found.update(hashlib.sha256(fact).digest())
+  found.update(hashlib.sha256(fact).digest())
   return found.hexdigest()[:32]
 
 

@@ -65,12 +65,16 @@ class PairSource(Decoded):
   `read_label` makes uint8 [h, w] of train ids of a mask, and must pickle. If
   `upright`, images with an EXIF rotation are refused: where annotations are
   known to belong to the stored pixels there is nothing to refuse. A `limit` of
-  0 is none; `cache` keeps decoded pairs in memory.
+  0 is none; `cache` keeps decoded pairs in memory. Bytes `mark` change with the
+  pairs if these lie in no files of their own.
   """
 
-  def __init__(self, pairs, read_label, *, limit=0, cache=False, upright=True):
+  def __init__(
+    self, pairs, read_label, *, limit=0, cache=False, upright=True, mark=b''
+  ):
     super().__init__(min(limit or len(pairs), len(pairs)), cache=cache)
     self.pairs, self.read_label, self._upright = pairs, read_label, upright
+    self._mark = mark
 
   def encoded(self, index):
     """{'image': bytes as stored, 'label': as in [index]}; checked as well."""
@@ -83,9 +87,9 @@ class PairSource(Decoded):
 
   def fingerprint(self, start=0, stop=None):
     """Hex digest that changes with the files and with what is read of them."""
-    pairs = self.pairs[: len(self)][start:stop]
+    pairs = () if self._mark else self.pairs[: len(self)][start:stop]
     read = [file for pair in pairs for file in (pair.image, pair.mask)]
-    return cache.digest(read, repr(self.read_label).encode())
+    return cache.digest(read, repr(self.read_label).encode() + self._mark)
 
   def key(self, index):
     """Unique in the split."""

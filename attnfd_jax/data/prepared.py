@@ -12,10 +12,11 @@ import hashlib
 import pathlib
 
 import cv2
+import grain
 import numpy as np
 
 from attnfd_jax import paths
-from attnfd_jax.data import cache, classes, files, frequencies, masks, pairs
+from attnfd_jax.data import classes, files, frequencies, masks, pairs
 from attnfd_jax.errors import InputError
 from attnfd_jax.losses import IGNORE_LABEL
 from attnfd_jax.progress import progress
@@ -107,9 +108,7 @@ def prepare(dataset, target, *, workers):
     InputError: if the data set cannot be prepared or is there already.
   """
   if not all(hasattr(x, 'encoded') for x in dataset.splits.values()):
-    raise InputError(
-      f'{dataset.name} is not a data set of files: nothing to prepare.'
-    )
+    raise InputError(f'{dataset.name} is not a data set of files to prepare.')
   folder = target / dataset.name / VERSION
   if folder.exists():
     raise InputError(f'{folder} exists; remove it, or give another --target.')
@@ -146,34 +145,6 @@ def prepare(dataset, target, *, workers):
   folder.parent.mkdir(exist_ok=True)
   staged.rename(folder)
   return folder, {info.name: sum(info.shard_lengths) for info in infos}
-
-
-class _Pairs:
-  """The pairs of a TFDS data source; keys name id, image, label in a record."""
-
-  def __init__(self, records, folder, keys):
-    self._records, self.folder, self._keys = records, folder, keys
-
-  def __len__(self):
-    return len(self._records)
-
-  def __getitem__(self, index):
-    record = self._records[index]
-    key, image, label = (record[name] for name in self._keys)
-    key = key.decode() if isinstance(key, bytes) else str(key)
-    name = f'{self.folder}, record {key}'
-    return pairs.Pair(
-      key, files.File(name, data=image), files.File(name, data=label)
-    )
-
-
-class PreparedSource(pairs.PairSource):
-  """A PairSource of shards."""
-
-  def fingerprint(self):
-    """Hex digest that changes with the shards and with what is read of them."""
-    info = self.pairs.folder / 'dataset_info.json'
-    return cache.digest([], info.read_bytes() + repr(self.read_label).encode())
 
 
 def _find(folder):
@@ -217,15 +188,23 @@ def load(config):
     read_label = masks.IndexLabels(tuple(range(len(names))))
   else:
     raise InputError(f'{folder}: not written by prepare_data.')
+
+  def make_pair(record):
+    key, image, label = (record[name] for name in keys)
+    key = key.decode() if isinstance(key, bytes) else str(key)
+    in_shard = functools.partial(files.File, f'{folder}, record {key}')
+    return pairs.Pair(key, in_shard(data=image), in_shard(data=label))
+
   skip = dict.fromkeys(keys[1:], tfds.decode.SkipDecoding())
-  sources = {
-    split: PreparedSource(
-      _Pairs(builder.as_data_source(stored, decoders=skip), folder, keys),
+  content, sources = (folder / 'dataset_info.json').read_bytes(), {}
+  for split, stored in splits.items():
+    records = builder.as_data_source(stored, decoders=skip)
+    sources[split] = pairs.PairSource(
+      grain.MapDataset.source(records).map(make_pair),
       read_label,
       limit=config['limit'],
       cache=config['cache'],
       upright=False,
+      mark=f'{split} {config["limit"]} '.encode() + content,
     )
-    for split, stored in splits.items()
-  }
   return pairs.Dataset(config['name'], names, palette, sources)
