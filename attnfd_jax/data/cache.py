@@ -25,7 +25,7 @@ _HEADER = 128  # Bytes of an .npy file before its array.
 
 
 def digest(files, fact):
-  """Hex digest that changes with names, sizes, times of Files, or with bytes."""
+  """Hex digest that changes with name, size or time of a File, and the fact."""
   found = hashlib.sha256()
   stat = functools.cache(os.stat)  # Thousands of members lie in one zip.
   for file in files:
@@ -81,10 +81,8 @@ def open_decoded(source, directory, *, threads=4, text='decoding'):
   build it once. A source without files or a full disk is an InputError.
   """
   if not hasattr(source, 'fingerprint'):
-    raise InputError(
-      'config.data.decoded_cache is for data sets of files, and this one is '
-      'drawn; leave it empty.'
-    )
+    what = 'config.data.decoded_cache is for data sets of files'
+    raise InputError(f'{what}, and this one is drawn; leave it empty.')
   folder = pathlib.Path(directory).expanduser() / source.fingerprint()
   complete = folder / 'pixels.npy'
   if not complete.exists():
@@ -97,14 +95,11 @@ def open_decoded(source, directory, *, threads=4, text='decoding'):
 
 def with_decoded(dataset, directory, *, threads=4):
   """`dataset` with the splits that every epoch reads as DecodedSources."""
-  decoded = {
-    name: open_decoded(
-      source, directory, threads=threads, text=f'decoding {name}'
-    )
-    for name, source in dataset.splits.items()
-    if name in ('train', 'val')  # test is read once.
-  }
-  return dataclasses.replace(dataset, splits=dataset.splits | decoded)
+  splits = dict(dataset.splits)
+  for name in [x for x in splits if x != 'test']:  # It is read once.
+    options = {'threads': threads, 'text': f'decoding {name}'}
+    splits[name] = open_decoded(splits[name], directory, **options)
+  return dataclasses.replace(dataset, splits=splits)
 
 
 @contextlib.contextmanager
@@ -140,10 +135,8 @@ def _build(source, folder, threads, text):
     def read(index):
       record = source[index]
       if record['label'].shape != tuple(sizes[index]):
-        raise InputError(
-          f'{source.name(index)}: not of the size that its header tells; '
-          'replace or remove it.'
-        )
+        what = 'not of the size that its header tells; replace or remove it'
+        raise InputError(f'{source.name(index)}: {what}.')
       return record['image'].tobytes() + record['label'].tobytes()
 
     records = frequencies.map_records(read, range(done, count), threads)
@@ -155,7 +148,8 @@ def _build(source, folder, threads, text):
 
 
 def _full(folder, size):
-  return InputError(
-    f'{folder.parent}: no space for {size / 1e9:.1f} GB of decoded pixels; '
-    'make room, or name another disk by --config.data.decoded_cache.'
+  what = (
+    f'no space for {size / 1e9:.1f} GB of decoded pixels; make room, or name'
   )
+  flag = '--config.data.decoded_cache'
+  return InputError(f'{folder.parent}: {what} another disk by {flag}.')

@@ -50,8 +50,7 @@ def _read_split(source, class_names, threads, bar):
     try:
       record = source[index]
     except DataError as error:
-      # A copy: with its traceback an error would hold what was decoded, and a
-      # photograph taken for a mask has 100000 colours.
+      # A copy: its traceback would hold what was decoded.
       values = collections.Counter(error.values).most_common(_KEPT)
       return DataError(str(error), error.kind, error.file, dict(values))
     image, label = record['image'], record['label']
@@ -136,14 +135,8 @@ def check(dataset, threads, *, required=('train', 'val')):
     'usable': not listed,
     'verdict': _verdict(splits, len(listed), sum(map(len, warnings.values()))),
     'problems': [
-      {
-        'split': split,
-        'kind': problem.kind,
-        'file': problem.file,
-        'message': str(problem),
-        'values': problem.values or {},
-      }
-      for split, problem in listed
+      {'split': split, 'message': str(x), **vars(x), 'values': x.values or {}}
+      for split, x in listed
     ],
     'warnings': warnings,
     'weights': weights.get('train', dict.fromkeys(dataset.class_names, 1.0)),

@@ -95,11 +95,11 @@ def _numbers(path, categories, class_names):
 
 
 def _decode_runs(data):
-  """Runs of a compressed RLE: 5 bits a byte from '0' on, low ones first.
+  """Runs of a compressed RLE; pycocotools writes past the end of a damaged one.
 
-  32 says that more follow, and from the fourth on runs are differences.
+  5 bits a byte from '0' on, low ones first; 32 says that more follow. From the
+  fourth on runs are differences.
   """
-  # On damage pycocotools itself would write past the end of its memory.
   runs, value, shift = [], 0, 0
   for code in data:
     code -= ord('0')
@@ -142,10 +142,9 @@ def _area(segmentation, size):
 
 
 def draw_label(annotations, size, numbers):
-  """Train ids, uint8 [h, w]; where annotations overlap, the first one wins.
+  """Train ids, uint8 [h, w], and [(annotation left out, its error), ...].
 
-  `numbers` is {category id: train id}; others are background. What is left out
-  is returned, too: [(annotation, its error), ...].
+  Where they overlap, the first one wins; `numbers` is {category id: train id}.
   """
   # By columns, as runs go; the last annotation first.
   label, wrong = np.zeros(size, np.uint8, order='F'), []
@@ -196,10 +195,9 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
 def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
   """Class names, {path of an image: File of its mask}, [DataError, ...].
 
-  The masks of a JSON file are drawn, or were before; errors are those of what
-  was left out. The first of `class_names` is background, others are categories;
-  () for all. Images with more labelled pixels than `min_pixels` are kept, the
-  first `limit` of them, 0 for all.
+  Masks are drawn unless they were before; errors are those of what is left out.
+  The first of `class_names` is background; () is all categories. Images with
+  more labelled pixels than `min_pixels` are kept, the first `limit`, 0 for all.
   """
   stat, folder = path.stat(), user_cache.folder('coco')
   what = [_VERSION, str(path.resolve()), class_names, min_pixels, limit]
@@ -238,10 +236,9 @@ def _match(path, folder, labels, problems):
 
 
 def find_pairs(places, **options):
-  """Class names, and the splits of `make_dataset`; options of `draw_labels`.
+  """Class names, those of the first split, and the splits of `make_dataset`.
 
-  `places` is {split: (path of its JSON file, folder of its images)}; the names
-  of the first split hold for all.
+  `places` is {split: (JSON file, folder of images)}; options: `draw_labels`.
   """
   splits = {}
   for split, (path, folder) in places.items():

@@ -36,8 +36,7 @@ _COCO = (
 def _find_paths(root, patterns, *, half_a_test=False):
   """{split: (path, path)} by the pattern with the most existing paths of train.
 
-  A test split is left out if a path is missing, as of images without labels;
-  with `half_a_test` only if both are.
+  A test split may lack both paths, and without `half_a_test` one: its labels.
   """
 
   def locate(pattern, name):
@@ -171,10 +170,7 @@ def _read_voc(config, root):
 
 
 def _match_roboflow(folder, path, tables):
-  """Pairs of images and their <stem>_mask in one folder.
-
-  The class table at `path` is added to `tables`, and must equal the first one.
-  """
+  """Pairs of a folder; its table at `path` joins equal ones in `tables`."""
   if not path.is_file():
     raise pairs.absent(path)
   tables[path] = read_classes_csv(path)

@@ -36,10 +36,7 @@ def count_label(label, num_classes):
 
 
 def count_labels(source, num_classes, threads, text=None):
-  """`count_label` of all records, int64 [n, k + 1]; each label is read once.
-
-  `text` stands before the progress bar.
-  """
+  """`count_label` of all records, int64 [n, k + 1]; each label is read once."""
   # Without their images where the source can: several times as fast.
   read = getattr(source, 'label', None) or (lambda i: source[i]['label'])
   rows = map_records(
@@ -68,10 +65,9 @@ def median_frequency_weights(rows):
 
 
 class Balance(grain.transforms.RandomMap):
-  """Replaces a share of the indices of records by draws that balance classes.
+  """Replaces a share of the indices by draws that balance classes.
 
-  Such a draw picks a class, all that occur alike, and then one of its records.
-  `share` is from 0 to 1; `presence`: see `class_presence`.
+  A draw picks a class that occurs, then a record by its `class_presence`.
   """
 
   def __init__(self, share, presence):
@@ -87,10 +83,7 @@ class Balance(grain.transforms.RandomMap):
 
 
 def class_presence(source, num_classes, *, threads=4):
-  """Whether record n shows class k, bool [n, k].
-
-  Sources with a fingerprint are counted once, into the user's cache folder.
-  """
+  """Whether record n shows class k, bool [n, k]; of files kept in a cache."""
   path = None
   if hasattr(source, 'fingerprint'):
     folder = user_cache.folder('presence')

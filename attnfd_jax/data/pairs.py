@@ -182,8 +182,7 @@ def join(keys, folders, images, labels, why=''):
 def match(folders, groups, suffixes=('', '')):
   """Yields Pairs, and a DataError for each File without partner.
 
-  The `groups` are Files of images and of labels. Partners have the same stem
-  but for its suffix; Files without the suffix are skipped.
+  Partners have one stem but for its suffix; Files without a suffix are skipped.
   """
   both = {}, {}
   for by_key, folder, group, suffix in zip(

@@ -74,10 +74,7 @@ def _write_shard(source, records, path, workers, bar):
 
 
 def _write_shards(dataset, folder, workers):
-  """{split: {path of a shard: number of records}}.
-
-  A path changes with what is in the shard: what is there is not written again.
-  """
+  """{split: {path of a shard, which changes with its files: records}}."""
   shards = {split: {} for split in dataset.splits}
   total = sum(len(source) for source in dataset.splits.values())
   with progress(total, dataset.name) as bar:
@@ -170,10 +167,9 @@ def load(config):
       f'{folder} holds {info.name}, config.data.name is {config["name"]}.'
     )
   if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-    raise InputError(
-      f'{folder}: stored as {info.file_format.value}, which needs TensorFlow; '
-      "prepare it with file_format='array_record'."
-    )
+    what = f'stored as {info.file_format.value}, which needs TensorFlow'
+    remedy = "prepare it with file_format='array_record'"
+    raise InputError(f'{folder}: {what}; {remedy}.')
   # The stock builder of TFDS has other names for splits and keys.
   if f'{info.full_name}/'.startswith('cityscapes/semantic_segmentation/'):
     names, palette = classes.names_and_palette(classes.CITYSCAPES)

@@ -53,11 +53,8 @@ _LEAST_SIGMA = 0.28
 
 
 def _smoothed(image, scale):
-  """uint8 [h, w, 3] that linear interpolation shrinks about as Pillow does.
-
-  Pillow interpolates with a triangle `scale` times as wide, of variance
-  scale^2 / 6. Linear interpolation has 1 / 6 of it, a Gaussian the rest.
-  """
+  """uint8 [h, w, 3] that linear interpolation shrinks about as Pillow does."""
+  # Pillow's triangle has variance scale^2 / 6; linear interpolation has 1 / 6.
   variance = (scale**2 - 1) / 6
   if variance > 0.5:
     return cv2.GaussianBlur(image, (0, 0), math.sqrt(variance))
@@ -87,10 +84,7 @@ def _resized_window(record, *, full, start, size):
 
 
 def _rotated_window(record, *, full, start, size, degrees):
-  """As `_resized_window`, the window turned about its centre.
-
-  Where it leaves the image, the image is black and the label ignored.
-  """
+  """`_resized_window` turned about its centre; black and ignored outside."""
   cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
   h, w = size
   centre = np.array(start) + (h / 2 - 0.5, w / 2 - 0.5)

@@ -27,10 +27,7 @@ def read_list(path):
 
 
 def pair_listed(ids, where, label_endings=pairs.IMAGE_ENDINGS):
-  """Yields the Pair, or the DataError, of each id of a list.
-
-  `where` are the folders of images and labels, in and below which they lie.
-  """
+  """Yields the Pair, or the DataError, of each id in and below two folders."""
   both = (
     {os.path.splitext(k)[0]: x for k, x in files.list_tree(*given).items()}
     for given in zip(where, (pairs.IMAGE_ENDINGS, label_endings), strict=True)
@@ -93,10 +90,8 @@ def pascal_voc(config):
     raise pairs.absent(root / 'JPEGImages')
   train_list, sbd_root = config['train_list'], config['sbd_root']
   if sbd_root and train_list != 'train':
-    raise InputError(
-      f'config.data.train_list={train_list!r} does not go with '
-      "config.data.sbd_root, which adds to the list 'train'."
-    )
+    what = f'config.data.train_list={train_list!r} does not go with'
+    raise InputError(f"{what} config.data.sbd_root, which adds to 'train'.")
   aug = 'Aug' if train_list == 'trainaug' else ''
   train = read_split(root, train_list, f'SegmentationClass{aug}')
   splits = {'train': train, 'val': read_split(root, 'val')}
