@@ -4,11 +4,6 @@
 import numpy as np
 
 
-def names_and_palette(table):
-  """Names and uint8 [k, 3] of one of the tables below."""
-  return tuple(table), np.array(list(table.values()), np.uint8)
-
-
 def voc_palette(num_colours):
   """Colours of the PASCAL VOC devkit, uint8 [num_colours, 3].
 

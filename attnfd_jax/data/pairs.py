@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from attnfd_jax.data import cache, classes, files, masks
+from attnfd_jax.data import cache, files, masks
 from attnfd_jax.errors import DataError
 
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png')
@@ -138,8 +138,10 @@ def make_dataset(config, table, splits, read_label, *, upright=True):
     problems += [x for x in entries if isinstance(x, DataError)]
     if pairs := [x for x in entries if isinstance(x, Pair)]:
       sources[split] = PairSource(pairs, read_label, **options)
-  names, palette = classes.names_and_palette(table)
-  return Dataset(config['name'], names, palette, sources, tuple(problems))
+  palette = np.array(list(table.values()), np.uint8)
+  return Dataset(
+    config['name'], tuple(table), palette, sources, tuple(problems)
+  )
 
 
 def absent(path, what='not found'):

@@ -118,11 +118,8 @@ def prepare(dataset, target, *, workers):
   for split, lengths in shards.items():
     hashes[split] = [_sha256(path) for path in lengths]
     size = sum(path.stat().st_size for path in lengths)
-    infos.append(
-      core.SplitInfo(
-        name=split, shard_lengths=[*lengths.values()], num_bytes=size
-      )
-    )
+    counts = {'shard_lengths': [*lengths.values()], 'num_bytes': size}
+    infos.append(core.SplitInfo(name=split, **counts))
     for i, path in enumerate(lengths):
       end = f'array_record-{i:05d}-of-{len(lengths):05d}'
       path.rename(staged / f'{dataset.name}-{split}.{end}')
@@ -141,7 +138,7 @@ def prepare(dataset, target, *, workers):
   )
   folder.parent.mkdir(exist_ok=True)
   staged.rename(folder)
-  return folder, {info.name: sum(info.shard_lengths) for info in infos}
+  return folder, {split: len(x) for split, x in dataset.splits.items()}
 
 
 def _find(folder):
@@ -172,14 +169,13 @@ def load(config):
     raise InputError(f'{folder}: {what}; {remedy}.')
   # The stock builder of TFDS has other names for splits and keys.
   if f'{info.full_name}/'.startswith('cityscapes/semantic_segmentation/'):
-    names, palette = classes.names_and_palette(classes.CITYSCAPES)
+    names, palette = zip(*classes.CITYSCAPES.items(), strict=True)
     keys = ('image_id', 'image_left', 'segmentation_label')
     splits = {'train': 'train', 'val': 'validation'}
-    ids = tuple(classes.CITYSCAPES_IDS)
+    ids = classes.CITYSCAPES_IDS
     read_label = masks.IndexLabels(ids, tuple(sorted({*range(256)} - {*ids})))
   elif 'class_names' in metadata:
-    names = tuple(metadata['class_names'])
-    palette = np.array(metadata['palette'], np.uint8)
+    names, palette = metadata['class_names'], metadata['palette']
     keys, splits = ('id', 'image', 'label'), {x: x for x in info.splits}
     read_label = masks.IndexLabels(tuple(range(len(names))))
   else:
@@ -203,4 +199,5 @@ def load(config):
       upright=False,
       mark=f'{split} {config["limit"]} '.encode() + content,
     )
-  return pairs.Dataset(config['name'], names, palette, sources)
+  palette = np.array(palette, np.uint8)
+  return pairs.Dataset(config['name'], tuple(names), palette, sources)
