@@ -198,8 +198,7 @@ def _read_coco(config, root):
   names, splits = coco.find_pairs(_find_paths(root, _COCO), **options)
   if not names:
     raise splits['train'][0]
-  ids = {name: i for i, name in enumerate(names)}
-  table, read_label = _as_labels(ids, ())
+  table, read_label = _as_labels({x: i for i, x in enumerate(names)}, ())
   return pairs.make_dataset(config, table, splits, read_label)
 
 

@@ -71,9 +71,8 @@ class Balance(grain.transforms.RandomMap):
   """
 
   def __init__(self, share, presence):
-    members = [np.flatnonzero(column) for column in presence.T]
     self._share = share
-    self._members = [records for records in members if records.size]
+    self._members = [np.flatnonzero(x) for x in presence.T if x.any()]
 
   def random_map(self, index, rng):
     if not self._members or rng.random() >= self._share:

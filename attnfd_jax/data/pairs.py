@@ -63,10 +63,9 @@ class PairSource(Decoded):
   """Random access to pairs; what cannot be used raises DataError when read.
 
   `read_label` makes uint8 [h, w] of train ids of a mask, and must pickle. If
-  `upright`, images with an EXIF rotation are refused: where annotations are
-  known to belong to the stored pixels there is nothing to refuse. A `limit` of
-  0 is none; `cache` keeps decoded pairs in memory. Bytes `mark` change with the
-  pairs if these lie in no files of their own.
+  `upright`, images with an EXIF rotation are refused, unless annotations are
+  known to belong to the stored pixels. A `limit` of 0 is none. Bytes `mark`
+  change with the pairs if these lie in no files of their own.
   """
 
   def __init__(
@@ -82,7 +81,6 @@ class PairSource(Decoded):
     return self._read(index, data) | {'image': data}
 
   def label(self, index):
-    """As in [index], without its image."""
     return self.read_label(self.pairs[index].mask)
 
   def fingerprint(self, start=0, stop=None):
@@ -92,7 +90,6 @@ class PairSource(Decoded):
     return cache.digest(read, repr(self.read_label).encode() + self._mark)
 
   def key(self, index):
-    """Unique in the split."""
     return self.pairs[index].key
 
   def name(self, index):
@@ -127,9 +124,8 @@ def with_error(entries):
 def make_dataset(config, table, splits, read_label, *, upright=True):
   """The Dataset of some pairs as the group `data` of a config asks for.
 
-  `table` is {class: (r, g, b)} in the order of train ids. `splits` is {split:
-  iterable of Pair, and of DataError for what is missing}, which may also raise
-  one; a split without any pair is left out. For the others see PairSource.
+  `table` is {class: (r, g, b)} by train id. `splits` is {split: Pairs and
+  DataErrors}, an iterable that may also raise one; without Pairs it is left out.
   """
   options = {k: config[k] for k in ('limit', 'cache')} | {'upright': upright}
   sources, problems = {}, []
@@ -139,9 +135,7 @@ def make_dataset(config, table, splits, read_label, *, upright=True):
     if pairs := [x for x in entries if isinstance(x, Pair)]:
       sources[split] = PairSource(pairs, read_label, **options)
   palette = np.array(list(table.values()), np.uint8)
-  return Dataset(
-    config['name'], tuple(table), palette, sources, tuple(problems)
-  )
+  return Dataset(config['name'], tuple(table), palette, sources, (*problems,))
 
 
 def absent(path, what='not found'):

@@ -45,11 +45,6 @@ def _features():
   )
 
 
-def _sha256(path):
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
 def _write_shard(source, records, path, workers, bar):
   """Writes some records of a PairSource to `path`, whole or not at all."""
   from array_record.python.array_record_module import ArrayRecordWriter
@@ -92,10 +87,7 @@ def _write_shards(dataset, folder, workers):
 
 
 def prepare(dataset, target, *, workers):
-  """Writes a TFDS data set of files below the folder `target`.
-
-  Args:
-    workers: threads; decoding and encoding release the interpreter lock.
+  """Writes a TFDS data set of files below the folder `target`, by some threads.
 
   Returns:
     Its folder, and {split: number of records}.
@@ -116,11 +108,13 @@ def prepare(dataset, target, *, workers):
     path.unlink()  # Of an attempt with other data.
   infos, hashes = [], {}
   for split, lengths in shards.items():
-    hashes[split] = [_sha256(path) for path in lengths]
+    hashes[split] = []
     size = sum(path.stat().st_size for path in lengths)
     counts = {'shard_lengths': [*lengths.values()], 'num_bytes': size}
     infos.append(core.SplitInfo(name=split, **counts))
     for i, path in enumerate(lengths):
+      with path.open('rb') as file:
+        hashes[split].append(hashlib.file_digest(file, 'sha256').hexdigest())
       end = f'array_record-{i:05d}-of-{len(lengths):05d}'
       path.rename(staged / f'{dataset.name}-{split}.{end}')
   _tfds().folder_dataset.write_metadata(
@@ -146,11 +140,11 @@ def _find(folder):
   depths = ('', '*/', '*/*/')
   found = [x for y in depths for x in folder.glob(f'{y}dataset_info.json')]
   if len(found) != 1:
-    what = 'no' if not found else 'more than one'
-    raise InputError(
-      f'config.data.prepared={folder}: {what} data set of prepare_data in it; '
-      'name the folder that holds dataset_info.json.'
+    what = (
+      f'{"more than one" if found else "no"} data set of prepare_data in it'
     )
+    remedy = 'name the folder that holds dataset_info.json'
+    raise InputError(f'config.data.prepared={folder}: {what}; {remedy}.')
   return found[0].parent
 
 

@@ -31,12 +31,9 @@ DATASETS = {
 
 
 def load_dataset(config, *, strict=True):
-  """The Dataset that the group `data` of a config names.
+  """The Dataset that the group `data` of a config, or a dict like it, names.
 
-  Args:
-    config: the group, or a dict with all of its keys.
-    strict: a problem of the layout is raised; else all are in `problems`, and
-      the rest can be used.
+  Not `strict`, problems of the layout are in `problems`, the rest can be used.
 
   Raises:
     DataError: missing folder; if strict, the first problem.

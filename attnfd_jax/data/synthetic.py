@@ -79,8 +79,7 @@ def box(s0, t0, s1, t1):
 
 
 def disc(s, t, radius, height=None):
-  height = height or radius
-  return [(s + radius * c, t + height * d) for c, d in CIRCLE]
+  return [(s + radius * c, t + (height or radius) * d) for c, d in CIRCLE]
 
 
 def strip(x0, x1, z0, z1):
@@ -241,8 +240,7 @@ def draw_markings(p):
       lines.append(strip(x, x + width, 2, 60))
       continue
     dash, pitch = rng.choice(((2, 4), (3, 6), (3, 5)))
-    z = rng.uniform(2, 4)
-    starts = [z + i * pitch for i in range(10)]
+    starts = rng.uniform(2, 4) + pitch * np.arange(10)
     lines += [box(x, z, x + width, z + dash) for z in starts]
   if rng.random() < 0.6:
     edges = (left + 0.4, right - 0.4 - width)

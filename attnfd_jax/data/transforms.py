@@ -152,9 +152,7 @@ class Augment(grain.transforms.RandomMap):
 
 def fit_short_side(size, short_side):
   """(height, width) with this short side (custom_transforms.py); 0 is none."""
-  if not short_side:
-    return tuple(size)
-  return tuple(n * short_side // min(size) for n in size)
+  return tuple(n * (short_side or min(size)) // min(size) for n in size)
 
 
 def next_multiple(size, multiple):
