@@ -120,9 +120,9 @@ def check(dataset, threads, *, required=('train', 'val')):
         source, dataset.class_names, threads, bar
       )
   listed = [('', problem) for problem in dataset.problems]
-  for name in required:
-    # What the layout lacks is the better reason.
-    if not dataset.problems and not len(dataset.splits.get(name, ())):
+  # What the layout lacks is the better reason.
+  for name in () if listed else required:
+    if name not in splits or not splits[name]['pairs']:
       text = f'{dataset.name}: no pairs in the split {name}.'
       listed.append((name, DataError(text, 'split', name)))
   listed += [(name, x) for name in problems for x in problems[name].values()]

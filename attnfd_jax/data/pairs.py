@@ -124,8 +124,8 @@ def with_error(entries):
 def make_dataset(config, table, splits, read_label, *, upright=True):
   """The Dataset of some pairs as the group `data` of a config asks for.
 
-  `table` is {class: (r, g, b)} by train id. `splits` is {split: Pairs and
-  DataErrors}, an iterable that may also raise one; without Pairs it is left out.
+  `table` is {class: (r, g, b)} by train id, `splits` {split: iterable of Pairs
+  and DataErrors, which may also raise one}; one without Pairs is left out.
   """
   options = {k: config[k] for k in ('limit', 'cache')} | {'upright': upright}
   sources, problems = {}, []
