@@ -24,7 +24,7 @@ from attnfd_jax.progress import progress
 _HEADER = 128  # Bytes of an .npy file before its array.
 
 
-def digest(files, fact):
+def digest(files, fact=b''):
   """Hex digest that changes with name, size or time of a File, and the fact."""
   found = hashlib.sha256()
   stat = functools.cache(os.stat)  # Thousands of members lie in one zip.
