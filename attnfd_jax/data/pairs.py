@@ -63,7 +63,7 @@ class PairSource(Decoded):
   """Random access to pairs; what cannot be used raises DataError when read.
 
   `read_label` makes uint8 [h, w] of train ids of a mask, and must pickle.
-  `upright` refuses images with an EXIF rotation; it is off where annotations are
+  `upright` refuses images with an EXIF rotation; it is off if annotations are
   known to belong to the stored pixels. A `limit` of 0 is none. The bytes `mark`
   change with the pairs, and are needed if these lie in no files of their own.
   """
