@@ -6,6 +6,7 @@ that are None here are filled from the recipe by `resolve`, so that a single
 item can be overridden after it: --config.distill.teacher_bn=batch.
 """
 
+import math
 import os
 
 from ml_collections import config_dict, ConfigDict
@@ -14,42 +15,65 @@ from attnfd_jax import distill
 from attnfd_jax.errors import InputError, one_of, within
 
 # METHOD section 5: what the authors' code does, and what we would advise.
+_BY_RECIPE = {
+  'data.label_pad': ('dataset', 'ignore'),
+  'distill.aspp_dropout': (0.0, 'student'),
+  'distill.ce_batch_division': (True, False),
+  'distill.teacher_bn': ('batch', 'running'),
+  'distill.teacher_dropout': (True, False),
+  'distill.update_norms_twice': (True, False),
+  'distill.attnfd.connector_schedule': ('first_epoch', 'always'),
+  'distill.attnfd.norm_scope': ('batch', 'batch'),
+  'distill.attnfd.reduction': ('batchmean', 'unitmean'),
+  'distill.attnfd.student_attention': ('mlp_frozen', 'learnable'),
+  'distill.attnfd.teacher_attention': ('checkpoint', 'in_path'),
+  'distill.attnfd.teacher_bn': ('batch', 'running'),
+  'eval.protocol': ('reference', 'native'),
+}
 RECIPES = {
-  'reference': {
-    'data.label_pad': 'dataset',
-    'distill.aspp_dropout': 0.0,
-    'distill.ce_batch_division': True,
-    'distill.teacher_bn': 'batch',
-    'distill.teacher_dropout': True,
-    'distill.update_norms_twice': True,
-    'distill.attnfd.connector_schedule': 'first_epoch',
-    'distill.attnfd.norm_scope': 'batch',
-    'distill.attnfd.reduction': 'batchmean',
-    'distill.attnfd.student_attention': 'mlp_frozen',
-    'distill.attnfd.teacher_attention': 'checkpoint',
-    'distill.attnfd.teacher_bn': 'batch',
-    'eval.protocol': 'reference',
-  },
-  'clean': {
-    'data.label_pad': 'ignore',
-    'distill.aspp_dropout': 'student',
-    'distill.ce_batch_division': False,
-    'distill.teacher_bn': 'running',
-    'distill.teacher_dropout': False,
-    'distill.update_norms_twice': False,
-    'distill.attnfd.connector_schedule': 'always',
-    'distill.attnfd.norm_scope': 'batch',
-    'distill.attnfd.reduction': 'unitmean',
-    'distill.attnfd.student_attention': 'learnable',
-    'distill.attnfd.teacher_attention': 'in_path',
-    'distill.attnfd.teacher_bn': 'running',
-    'eval.protocol': 'native',
-  },
+  recipe: {key: values[i] for key, values in _BY_RECIPE.items()}
+  for i, recipe in enumerate(('reference', 'clean'))
 }
 STAGES = ('teacher', 'student', 'distill')
 LOGGERS = ('tensorboard', 'wandb')
-_MOST = 2**31 - 1  # JAX's integers have 32 bits.
-_OPTIONAL = ('optim.clip_norm',)
+_CHOICES = {
+  'data.label_pad': ('ignore', 'background'),
+  'distill.teacher_bn': ('batch', 'running'),
+  'eval.protocol': ('native', 'reference'),
+  'optim.dtype': ('float32', 'bfloat16'),
+}
+# Least and most of a value; what belongs to one room is checked there.
+_RANGES = {
+  'batch_size': (1, math.inf),
+  'log_every_steps': (1, math.inf),
+  'num_epochs': (1e-9, 1e4),  # A step is a number of 32 bits.
+  'seed': (0, math.inf),
+  'checkpoint.every_minutes': (0, math.inf),
+  'checkpoint.keep_best': (1, math.inf),
+  'data.balanced': (0, 1),
+  'data.base_size': (1, math.inf),
+  'data.blur': (0, 1),
+  'data.flip': (0, 1),
+  'data.limit': (0, math.inf),
+  'data.photometric': (0, 2),
+  'data.rotation': (0, 180),
+  'data.scenes_seed': (0, math.inf),
+  'data.threads': (1, 1024),
+  'data.train_scenes': (1, 10**6),
+  'data.val_scenes': (1, 10**6),
+  'data.workers': (0, 1024),
+  'eval.batch_size': (1, math.inf),
+  'eval.every_epochs': (1e-9, math.inf),
+  'eval.num_pictures': (0, math.inf),
+  'eval.short_side': (0, math.inf),
+  'eval.size_multiple': (1, math.inf),
+  'optim.accumulate': (1, math.inf),
+  'optim.ema_decay': (0, 1),
+  'optim.warmup_epochs': (0, 1e4),
+  'student.num_epochs': (1e-9, 1e4),
+  'teacher.min_miou': (0, 1),
+  'teacher.num_epochs': (1e-9, 1e4),
+}
 
 
 def num_cores():
@@ -115,9 +139,9 @@ def default_config():
   config.data.layout = 'auto'  # Or 'pairs', 'voc', 'roboflow', 'coco'.
   config.data.palette = ()  # Masks of colours: (r, g, b) of each class.
   config.data.id_map = ()  # Masks of other ids: the id of each class.
-  config.data.base_size = 513
+  config.data.base_size = 513  # train_kd.py:197.
   config.data.scale_range = (0.5, 2.0)  # Of the short side, times base_size.
-  config.data.crop_size = (513, 513)  # Height, width.
+  config.data.crop_size = (513, 513)  # Height, width; train_kd.py:199.
   config.data.flip = 0.5
   config.data.blur = 0.5
   config.data.photometric = 0.0
@@ -219,8 +243,6 @@ def reference_config():
   config = default_config()
   config.recipe = 'reference'
   config.batch_size = 6  # train_kd.py:281; global here, per GPU there.
-  config.data.base_size = 513  # train_kd.py:197.
-  config.data.crop_size = (513, 513)  # train_kd.py:199.
   return config
 
 
@@ -249,13 +271,6 @@ def with_variant(config, arg):
   return debug(config) if arg else config
 
 
-def _at(config, key):
-  """The item 'group.key'."""
-  for part in key.split('.'):
-    config = config[part]
-  return config
-
-
 def resolve(config):
   """A locked copy in which every None of the recipe is filled.
 
@@ -263,28 +278,22 @@ def resolve(config):
     InputError: for a value outside its choices or its range.
   """
   config = config.copy_and_resolve_references()
-  if config.recipe not in RECIPES:
-    raise InputError(
-      f'config.recipe={config.recipe!r} must be one of {", ".join(RECIPES)}.'
-    )
-  for key, value in RECIPES[config.recipe].items():
-    group, _, name = key.rpartition('.')
-    target = _at(config, group)
-    if target[name] is None:
-      # 'student': as in the baseline, so that only the loss differs. A field
-      # keeps the type of its first value.
-      target[name] = config.student[name] if value == 'student' else value
+  one_of('config.recipe', config.recipe, RECIPES)
+  filled = dict(RECIPES[config.recipe])
+  if filled['distill.aspp_dropout'] == 'student':
+    # As in the baseline, so that only the loss differs.
+    filled['distill.aspp_dropout'] = config.student.aspp_dropout
+  for role in ('teacher', 'student'):
+    filled[f'{role}.num_epochs'] = config.num_epochs
+    filled[f'{role}.lr'] = config.optim.lr
+  given = dict(leaves(config))
+  config.update_from_flattened_dict(
+    {key: value for key, value in filled.items() if given[key] is None}
+  )
   if config.data.label_pad == 'dataset':
     # pascal.py:87 and coco.py:100 pad with background, Cityscapes with 255.
     background = config.data.name in ('pascal_voc', 'coco')
     config.data.label_pad = 'background' if background else 'ignore'
-  for role in ('teacher', 'student'):
-    for name, default in (
-      ('num_epochs', config.num_epochs),
-      ('lr', config.optim.lr),
-    ):
-      if config[role][name] is None:
-        config[role][name] = default
   _check(config)
   return config.lock()
 
@@ -300,24 +309,18 @@ def leaves(config, prefix=''):
 
 def _check(config):
   """What belongs to no single room; the rest is checked where it is used."""
-  for key, value in leaves(config):
-    name = f'config.{key}'
-    if value is None and key not in _OPTIONAL:
-      raise InputError(f'{name}=None; leave it out for its default.')
+  values = dict(leaves(config))
+  for key, value in values.items():
+    if value is None and key != 'optim.clip_norm':
+      raise InputError(f'config.{key}=None; leave it out for its default.')
     if isinstance(value, (int, float)):
-      # What devices cannot count.
-      within(name, value, -_MOST, _MOST if isinstance(value, int) else 1e30)
-  for key in ('batch_size', 'log_every_steps'):
-    within(f'config.{key}', config[key], 1)
-  within('config.seed', config.seed, 0)
-  for key in ('num_epochs', 'teacher.num_epochs', 'student.num_epochs'):
-    # A step is a number of 32 bits.
-    within(f'config.{key}', _at(config, key), 1e-9, 1e4)
-  for key, choices in (
-    ('optim.dtype', ('float32', 'bfloat16')),
-    ('distill.teacher_bn', ('batch', 'running')),
-  ):
-    one_of(f'config.{key}', _at(config, key), choices)
+      # What devices cannot count: JAX's integers have 32 bits.
+      most = 2**31 - 1 if isinstance(value, int) else 1e30
+      within(f'config.{key}', value, -(2**31 - 1), most)
+  for key, (least, most) in _RANGES.items():
+    within(f'config.{key}', values[key], least, most)
+  for key, choices in _CHOICES.items():
+    one_of(f'config.{key}', values[key], choices)
   for key, allowed in (('stages', STAGES), ('loggers', LOGGERS)):
     chosen = {*config[key]}
     if not chosen <= {*allowed} or (key == 'stages' and not chosen):
@@ -326,53 +329,15 @@ def _check(config):
         f'{", ".join(allowed)}.'
       )
   parts = config.optim.accumulate
-  within('config.optim.accumulate', parts, 1)
   if config.batch_size % parts or config.batch_size // parts < 2:
     raise InputError(
       f'config.batch_size={config.batch_size} over optim.accumulate={parts} '
       'must leave at least 2 images a part: the pooled branch of ASPP '
       'normalizes over them.'
     )
-  within('config.optim.warmup_epochs', config.optim.warmup_epochs, 0, 1e4)
-  within('config.optim.ema_decay', config.optim.ema_decay, 0, 1)
-  within('config.teacher.min_miou', config.teacher.min_miou, 0, 1)
-  _check_eval(config.eval)
-  within('config.checkpoint.keep_best', config.checkpoint.keep_best, 1)
-  within('config.checkpoint.every_minutes', config.checkpoint.every_minutes, 0)
-  _check_data(config.data)
-
-
-def _check_eval(options):
-  one_of('config.eval.protocol', options.protocol, ('native', 'reference'))
-  for key, least in (
-    ('batch_size', 1),
-    ('every_epochs', 1e-9),
-    ('short_side', 0),
-    ('size_multiple', 1),
-    ('num_pictures', 0),
-  ):
-    within(f'config.eval.{key}', options[key], least)
-  if options.short_side and options.size_multiple != 1:
+  if config.eval.short_side and config.eval.size_multiple != 1:
     raise InputError('config.eval.short_side needs size_multiple=1.')
-
-
-def _check_data(data):
-  one_of('config.data.label_pad', data.label_pad, ('ignore', 'background'))
-  for key, least, most in (
-    ('base_size', 1, _MOST),
-    ('limit', 0, _MOST),
-    ('workers', 0, 1024),
-    ('threads', 1, 1024),
-    ('flip', 0, 1),
-    ('blur', 0, 1),
-    ('photometric', 0, 2),
-    ('balanced', 0, 1),
-    ('rotation', 0, 180),
-    ('train_scenes', 1, 10**6),
-    ('val_scenes', 1, 10**6),
-    ('scenes_seed', 0, _MOST),
-  ):
-    within(f'config.data.{key}', data[key], least, most)
+  data = config.data
   if data.cache and data.decoded_cache:
     raise InputError(
       'config.data.cache keeps in memory what config.data.decoded_cache keeps '
@@ -387,13 +352,8 @@ def _check_data(data):
         f'and at most {2**15}.'
       )
   scales = tuple(data.scale_range)
-  numbers = all(isinstance(x, (int, float)) for x in scales)
-  if (
-    len(scales) != 2
-    or not numbers
-    or not 0 < scales[0] <= scales[1] <= 100
-    or scales[0] * data.base_size < 1
-  ):
+  pair = len(scales) == 2 and all(isinstance(x, (int, float)) for x in scales)
+  if not pair or not 1 / data.base_size <= scales[0] <= scales[1] <= 100:
     raise InputError(
       f'config.data.scale_range={scales} must be (least, most), above 0 and at '
       'most 100, and leave a pixel of base_size.'
