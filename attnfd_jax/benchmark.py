@@ -15,7 +15,6 @@ prepares. predict: seconds from an image to its class ids, with --student,
 import json
 
 from absl import flags
-from ml_collections import config_flags
 
 from attnfd_jax import cli
 from attnfd_jax.benchmarks import data, predict, train
@@ -25,24 +24,20 @@ from attnfd_jax.errors import InputError
 COMMANDS = {'train': train.run, 'data': data.run, 'predict': predict.run}
 
 
-def main(argv):
-  if len(argv) != 2 or argv[1] not in COMMANDS:
-    given = ' '.join(argv[1:]) or 'nothing'
+def main(*given):
+  if len(given) != 1 or given[0] not in COMMANDS:
     raise InputError(
-      f'Expected one of {", ".join(COMMANDS)}, got {given}; for example '
+      f'Expected one of {", ".join(COMMANDS)}, got '
+      f'{" ".join(given) or "nothing"}; for example '
       'python -m attnfd_jax.benchmark data --config=configs/quickstart.py.'
     )
-  cli.enable_compilation_cache()
-  result = COMMANDS[argv[1]](flags.FLAGS)
+  result = COMMANDS[given[0]](flags.FLAGS)
   if flags.FLAGS.json:
-    print(json.dumps({'benchmark': argv[1]} | result))
+    print(json.dumps({'benchmark': given[0]} | result))
 
 
 if __name__ == '__main__':
-  # Defined here, so that the verbs can be imported together.
-  config_flags.DEFINE_config_file(
-    'config', None, 'configs/NAME.py or configs/NAME.py:VARIANT.'
-  )
+  cli.define_config()
   flags.DEFINE_bool('json', False, 'Print one JSON object as the last line.')
   for name, text in {
     'student': 'backbone',

@@ -14,7 +14,6 @@ import sys
 
 from absl import flags
 import cv2
-from ml_collections import config_flags
 
 from attnfd_jax import cli
 from attnfd_jax.config import resolve
@@ -37,13 +36,10 @@ def _output(flag, ending):
   return path
 
 
-def main(argv):
-  del argv
+def main():
   sheet, output = _output('contact_sheet', '.png'), _output('output', '.json')
-  config, threads = resolve(flags.FLAGS.config), flags.FLAGS.threads
-  threads = config.data.threads if threads is None else threads
-  if threads < 1:
-    raise InputError(f'--threads={threads} must be positive.')
+  config = resolve(flags.FLAGS.config)
+  threads = flags.FLAGS.threads or config.data.threads
   with config.unlocked():
     config.data.cache = False  # Each pair is read once; memory stays small.
   # What OpenCV would write about broken files is in the report.
@@ -68,12 +64,10 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  # Defined here, so that the verbs can be imported together.
-  config_flags.DEFINE_config_file(
-    'config', None, 'configs/NAME.py or configs/NAME.py:VARIANT.'
-  )
+  cli.define_config()
   flags.DEFINE_string('contact_sheet', None, 'PNG with examples, to write.')
   flags.DEFINE_string('output', None, 'JSON file with all that was found.')
-  flags.DEFINE_integer('threads', None, 'As config.data.threads by default.')
+  text = 'As config.data.threads by default.'
+  flags.DEFINE_integer('threads', None, text, lower_bound=1)
   flags.mark_flag_as_required('config')
   cli.run(main)

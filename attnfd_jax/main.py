@@ -14,16 +14,13 @@ import os
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
 
 from attnfd_jax import cli
 from attnfd_jax.devices import processes
 from attnfd_jax.training import experiment
 from attnfd_jax.training.stopping import Stop
 
-CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'configs/NAME.py or configs/NAME.py:VARIANT.'
-)
+CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run, or gs://...; runs/NAME by default.'
 )
@@ -45,16 +42,15 @@ def _default_workdir():
   return f'runs/{name}_{variant}' if variant else f'runs/{name}'
 
 
-def main(argv):
-  del argv
-  if DETERMINISTIC.value:
-    cli.make_deterministic()
+def main():
+  if DETERMINISTIC.value:  # XLA reads it when JAX is first used.
+    given = os.environ.get('XLA_FLAGS', '')
+    os.environ['XLA_FLAGS'] = f'{given} --xla_gpu_deterministic_ops=true'
   processes.initialise(
     coordinator=COORDINATOR.value,
     num_processes=NUM_PROCESSES.value,
     process_id=PROCESS_ID.value,
   )
-  cli.enable_compilation_cache()
   workdir = WORKDIR.value or _default_workdir()
   with contextlib.ExitStack() as stack:
     if not processes.is_first():

@@ -196,7 +196,7 @@ def run(arguments):
       warnings.filterwarnings('ignore', 'the load_module', DeprecationWarning)
       argv = flags.FLAGS(sys.argv)
     assert positional or len(argv) == 1, f'not a flag: {argv[1:]}'
-    main(argv)
+    main(*argv[1:])
 
   with pytest.MonkeyPatch.context() as patch, flags_of_one_verb():
     patch.setattr(cli, 'run', start)
