@@ -42,37 +42,26 @@ _CHOICES = {
   'eval.protocol': ('native', 'reference'),
   'optim.dtype': ('float32', 'bfloat16'),
 }
-# Least and most of a value; what belongs to one room is checked there.
+# Least and most of values; what belongs to one room is checked there.
 _RANGES = {
-  'batch_size': (1, math.inf),
-  'log_every_steps': (1, math.inf),
-  'num_epochs': (1e-9, 1e4),  # A step is a number of 32 bits.
-  'seed': (0, math.inf),
-  'checkpoint.every_minutes': (0, math.inf),
-  'checkpoint.keep_best': (1, math.inf),
-  'data.balanced': (0, 1),
-  'data.base_size': (1, math.inf),
-  'data.blur': (0, 1),
-  'data.flip': (0, 1),
-  'data.limit': (0, math.inf),
-  'data.photometric': (0, 2),
-  'data.rotation': (0, 180),
-  'data.scenes_seed': (0, math.inf),
-  'data.threads': (1, 1024),
-  'data.train_scenes': (1, 10**6),
-  'data.val_scenes': (1, 10**6),
-  'data.workers': (0, 1024),
-  'eval.batch_size': (1, math.inf),
-  'eval.every_epochs': (1e-9, math.inf),
-  'eval.num_pictures': (0, math.inf),
-  'eval.short_side': (0, math.inf),
-  'eval.size_multiple': (1, math.inf),
-  'optim.accumulate': (1, math.inf),
-  'optim.ema_decay': (0, 1),
-  'optim.warmup_epochs': (0, 1e4),
-  'student.num_epochs': (1e-9, 1e4),
-  'teacher.min_miou': (0, 1),
-  'teacher.num_epochs': (1e-9, 1e4),
+  (0, 1): 'data.balanced data.blur data.flip optim.ema_decay teacher.min_miou',
+  (0, 2): 'data.photometric',
+  (0, 180): 'data.rotation',
+  (0, 1024): 'data.workers',
+  (0, 1e4): 'optim.warmup_epochs',
+  (0, math.inf): (
+    'seed checkpoint.every_minutes data.limit data.scenes_seed '
+    'eval.num_pictures eval.short_side'
+  ),
+  (1, 1024): 'data.threads',
+  (1, 1e6): 'data.train_scenes data.val_scenes',
+  (1, math.inf): (
+    'batch_size log_every_steps checkpoint.keep_best data.base_size '
+    'eval.batch_size eval.size_multiple optim.accumulate'
+  ),
+  # A step is a number of 32 bits.
+  (1e-9, 1e4): 'num_epochs student.num_epochs teacher.num_epochs',
+  (1e-9, math.inf): 'eval.every_epochs',
 }
 
 
@@ -317,8 +306,9 @@ def _check(config):
       # What devices cannot count: JAX's integers have 32 bits.
       most = 2**31 - 1 if isinstance(value, int) else 1e30
       within(f'config.{key}', value, -(2**31 - 1), most)
-  for key, (least, most) in _RANGES.items():
-    within(f'config.{key}', values[key], least, most)
+  for limits, keys in _RANGES.items():
+    for key in keys.split():
+      within(f'config.{key}', values[key], *limits)
   for key, choices in _CHOICES.items():
     one_of(f'config.{key}', values[key], choices)
   for key, allowed in (('stages', STAGES), ('loggers', LOGGERS)):

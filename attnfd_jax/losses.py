@@ -67,6 +67,13 @@ def _cross_entropies(logits, labels, valid):
   )
 
 
+def _pixel_losses(logits, labels, ignore_label, class_weights):
+  """Cross-entropies [b, h, w], and True where they count."""
+  _check_shapes(logits, labels, class_weights)
+  valid = labels != ignore_label
+  return _cross_entropies(logits, labels, valid), valid
+
+
 def _mean(losses, labels, counted, class_weights):
   """Over the pixels that are counted, weighted by their labels."""
   if class_weights is None:
@@ -96,26 +103,18 @@ def softmax_cross_entropy(
   Raises:
     ValueError: if the shapes do not fit.
   """
-  _check_shapes(logits, labels, class_weights)
-  valid = labels != ignore_label
-  losses = _cross_entropies(logits, labels, valid)
+  losses, valid = _pixel_losses(logits, labels, ignore_label, class_weights)
   return _mean(losses, labels, valid, class_weights)
 
 
 def upsampled_cross_entropy(
-  logits,
-  labels,
-  *,
-  parts,
-  precision='highest',
-  ignore_label=IGNORE_LABEL,
+  logits, labels, *, parts, precision='highest', ignore_label=IGNORE_LABEL
 ):
   """softmax_cross_entropy of logits resized to the labels, part by part.
 
-  Resized as models.resizing.resize does it.
-
-  Logits at full size, and their gradients, never exist as a whole: a part of
-  the rows is resized, scored, and resized again for the gradient.
+  Resized as models.resizing.resize does it. Logits at full size, and their
+  gradients, never exist as a whole: a part of the rows is resized, scored, and
+  resized again for the gradient.
 
   Args:
     logits: [b, h, w, k].
@@ -133,20 +132,18 @@ def upsampled_cross_entropy(
   rows = -(-height // parts)
   missing = parts * rows - height
   down = jnp.pad(resizing.matrix(height, h), ((0, missing), (0, 0)))
-  across = resizing.matrix(width, w)
+  down = jnp.asarray(down, logits.dtype).reshape(parts, rows, h)
+  across = jnp.asarray(resizing.matrix(width, w), logits.dtype)
   labels = jnp.pad(
     labels, ((0, 0), (0, missing), (0, 0)), constant_values=ignore_label
   )
+  labels = jnp.moveaxis(labels.reshape(b, parts, rows, width), 1, 0)
 
   @jax.checkpoint
   def add_part(sums, part):
     down, labels = part
     resized = jnp.einsum(
-      'Hh,bhwk,Ww->bHWk',
-      down,
-      logits,
-      jnp.asarray(across, logits.dtype),
-      precision=precision,
+      'Hh,bhwk,Ww->bHWk', down, logits, across, precision=precision
     )
     valid = labels != ignore_label
     losses = _cross_entropies(resized, labels, valid)
@@ -155,15 +152,8 @@ def upsampled_cross_entropy(
     return (total, count + jnp.sum(valid, dtype=losses.dtype)), None
 
   zero = jnp.zeros((), logits.dtype)
-  (total, count), _ = jax.lax.scan(
-    add_part,
-    (zero, zero),
-    (
-      jnp.asarray(down, logits.dtype).reshape(parts, rows, h),
-      jnp.moveaxis(labels.reshape(b, parts, rows, width), 1, 0),
-    ),
-  )
-  return Mean(total, count)
+  sums, _ = jax.lax.scan(add_part, (zero, zero), (down, labels))
+  return Mean(*sums)
 
 
 def ohem_cross_entropy(
@@ -189,9 +179,7 @@ def ohem_cross_entropy(
     threshold: in (0, 1]; 1 is the plain cross-entropy.
     min_kept: from 0 to 1.
   """
-  _check_shapes(logits, labels, class_weights)
-  valid = labels != ignore_label
-  losses = _cross_entropies(logits, labels, valid)
+  losses, valid = _pixel_losses(logits, labels, ignore_label, class_weights)
   known = jax.lax.stop_gradient(losses)
   ordered = jnp.sort(jnp.where(valid, known, -1).ravel(), descending=True)
   kept = jnp.ceil(min_kept * jnp.sum(valid, dtype=losses.dtype))
@@ -201,12 +189,7 @@ def ohem_cross_entropy(
 
 
 def focal_loss(
-  logits,
-  labels,
-  *,
-  gamma=2.0,
-  class_weights=None,
-  ignore_label=IGNORE_LABEL,
+  logits, labels, *, gamma=2.0, class_weights=None, ignore_label=IGNORE_LABEL
 ):
   """Mean of (1 - p)^gamma times cross-entropy, p that of the label.
 
@@ -218,9 +201,7 @@ def focal_loss(
       the weights are the paper's alpha.
     gamma: not negative; 0 is the cross-entropy.
   """
-  _check_shapes(logits, labels, class_weights)
-  valid = labels != ignore_label
-  losses = _cross_entropies(logits, labels, valid)
+  losses, valid = _pixel_losses(logits, labels, ignore_label, class_weights)
   # 1 - p without cancellation; a power below 1 has no derivative at 0.
   wrong = jnp.maximum(-jnp.expm1(-losses), 1e-6)
   return _mean(wrong**gamma * losses, labels, valid, class_weights)

@@ -73,22 +73,12 @@ def boundary_band(ids, *, reach):
 
   square = np.ones((2 * reach + 1,) * 2, np.uint8)
   # Of the two only the larger sees the border, which is no id.
-  least = cv2.erode(
-    ids, square, borderType=cv2.BORDER_CONSTANT, borderValue=255
-  )
-  most = cv2.dilate(
-    ids, square, borderType=cv2.BORDER_CONSTANT, borderValue=255
-  )
-  return least != most
+  border = {'borderType': cv2.BORDER_CONSTANT, 'borderValue': 255}
+  return cv2.erode(ids, square, **border) != cv2.dilate(ids, square, **border)
 
 
 def boundary_matrix(
-  predictions,
-  labels,
-  *,
-  num_classes,
-  ratio=0.02,
-  ignore_label=IGNORE_LABEL,
+  predictions, labels, *, num_classes, ratio=0.02, ignore_label=IGNORE_LABEL
 ):
   """What boundary IoU of one image needs, int64 [k + 1, k + 1]; summable.
 
@@ -128,13 +118,18 @@ def _divide(a, b):
   return np.divide(a, b, out=np.full(b.shape, np.nan), where=b > 0)
 
 
+def _sums(counts):
+  """Pixels of each class in float64: hits, of the label, of the prediction."""
+  counts = np.asarray(counts, np.float64)
+  return np.diag(counts), counts.sum(1), counts.sum(0)
+
+
 def iou_per_class(counts):
   """Intersection over union, float64 [k]; NaN for a class that is absent from
   labels and predictions.
   """
-  counts = np.asarray(counts, np.float64)
-  hits = np.diag(counts)
-  return _divide(hits, counts.sum(0) + counts.sum(1) - hits)
+  hits, labeled, predicted = _sums(counts)
+  return _divide(hits, predicted + labeled - hits)
 
 
 def boundary_iou_per_class(counts):
@@ -143,11 +138,11 @@ def boundary_iou_per_class(counts):
 
 
 def accuracy_per_class(counts):
-  """Share of the labelled pixels that is found, float64 [k]; NaN for a class
+  """Share of the labeled pixels that is found, float64 [k]; NaN for a class
   without any.
   """
-  counts = np.asarray(counts, np.float64)
-  return _divide(np.diag(counts), counts.sum(1))
+  hits, labeled, _ = _sums(counts)
+  return _divide(hits, labeled)
 
 
 def _nanmean(values):
@@ -162,8 +157,8 @@ def mean_iou(counts):
 
 def pixel_accuracy(counts):
   """Share of the counted pixels that are right; NaN if there are none."""
-  counts = np.asarray(counts, np.float64)
-  return float(_divide(np.trace(counts), counts.sum()))
+  hits, labeled, _ = _sums(counts)
+  return float(_divide(hits.sum(), labeled.sum()))
 
 
 def class_accuracy(counts):
@@ -175,10 +170,10 @@ def frequency_weighted_iou(counts):
   """Mean IoU weighted by the share of each class in the labels; NaN if there
   are no pixels.
   """
-  counts = np.asarray(counts, np.float64)
-  if not counts.sum():
+  _, labeled, _ = _sums(counts)
+  if not labeled.any():
     return float('nan')
-  share = _divide(counts.sum(1), np.full(len(counts), counts.sum()))
+  share = labeled / labeled.sum()
   return float(np.sum(share * iou_per_class(counts), where=share > 0))
 
 
