@@ -132,8 +132,8 @@ def upsampled_cross_entropy(
   rows = -(-height // parts)
   missing = parts * rows - height
   down = jnp.pad(resizing.matrix(height, h), ((0, missing), (0, 0)))
-  down = jnp.asarray(down, logits.dtype).reshape(parts, rows, h)
-  across = jnp.asarray(resizing.matrix(width, w), logits.dtype)
+  down = down.astype(logits.dtype).reshape(parts, rows, h)
+  across = resizing.matrix(width, w).astype(logits.dtype)
   labels = jnp.pad(
     labels, ((0, 0), (0, missing), (0, 0)), constant_values=ignore_label
   )
