@@ -9,6 +9,7 @@ item can be overridden after it: --config.distill.teacher_bn=batch.
 import math
 import os
 
+from flax.traverse_util import flatten_dict
 from ml_collections import config_dict, ConfigDict
 
 from attnfd_jax import distill
@@ -87,21 +88,11 @@ def _network(backbone):
   config.aspp_dropout = 0.5
   config.decoder_dropout = 0.5
   config.head_dropout = 0.1
-  # PyTorch file of first weights, of a backbone or a whole network.
-  config.pretrained = ''
+  config.pretrained = ''  # PyTorch file of a backbone or a whole network.
   # None: as config.num_epochs and config.optim.lr.
   config.num_epochs = config_dict.placeholder(float)
   config.lr = config_dict.placeholder(float)
   return config
-
-
-def _placeholders(group):
-  """Keys of a group that the recipe fills."""
-  return {
-    key.rpartition('.')[2]: config_dict.placeholder(type(value))
-    for key, value in RECIPES['reference'].items()
-    if key.rpartition('.')[0] == group
-  }
 
 
 def default_config():
@@ -120,8 +111,7 @@ def default_config():
   config.data.root = ''
   config.data.prepared = ''  # Folder of prepare_data, in place of root.
   config.data.train_list = 'train'  # For 'pascal_voc': or 'trainaug'.
-  # For 'pascal_voc': folder benchmark_RELEASE; adds SBD's images to train.
-  config.data.sbd_root = ''
+  config.data.sbd_root = ''  # For 'pascal_voc': SBD's benchmark_RELEASE.
   # For 'folder', see docs/own_data.md. Names in the order of ids; () where the
   # layout has names: its own.
   config.data.class_names = ()
@@ -135,13 +125,10 @@ def default_config():
   config.data.blur = 0.5
   config.data.photometric = 0.0
   config.data.rotation = 0.0  # At most, in degrees, either way.
-  # Share of records drawn by class: any class alike, then one of its images.
-  config.data.balanced = 0.0
-  config.data.label_pad = config_dict.placeholder(str)
+  config.data.balanced = 0.0  # Share drawn by class, then one of its images.
   config.data.limit = 0  # Images of each split, 0 for all.
   config.data.cache = False  # Decoded pairs stay in memory.
-  # Folder for decoded pixels, 4 bytes each, for large images; empty: none.
-  config.data.decoded_cache = ''
+  config.data.decoded_cache = ''  # Folder for decoded pixels, 4 bytes each.
   # One a core. Python's lock lets no more than about eight work.
   config.data.threads = min(max(num_cores(), 2), 8)
   config.data.workers = 0
@@ -153,13 +140,10 @@ def default_config():
 
   config.teacher = _network('resnet101')
   config.teacher.in_path_attention = False
-  # Folder of a stage or PyTorch file; empty: train one.
-  config.teacher.checkpoint = ''
+  config.teacher.checkpoint = ''  # Stage or PyTorch file; empty: train.
   config.teacher.allow_code = False  # Of a checkpoint whose network is a file.
-  # 'file.py:make', a function that returns a teacher; see teachers/teacher.py.
-  config.teacher.factory = ''
-  # From 0 to 1, on val; a worse teacher stops the run before distillation.
-  config.teacher.min_miou = 0.0
+  config.teacher.factory = ''  # 'file.py:make'; see teachers/teacher.py.
+  config.teacher.min_miou = 0.0  # On val; a worse teacher stops the run.
   config.student = _network('resnet18')
 
   config.distill = ConfigDict()
@@ -171,9 +155,7 @@ def default_config():
     config.distill[name] = ConfigDict(
       {'weight': distill.WEIGHTS[name], 'weight_schedule': 'constant'}
       | distill.option_defaults(method)
-      | _placeholders(f'distill.{name}')
     )
-  config.distill.update(_placeholders('distill'))
 
   config.optim = ConfigDict()
   config.optim.name = 'sgd'
@@ -191,8 +173,7 @@ def default_config():
   config.optim.dtype = 'float32'  # Of the computation, or 'bfloat16'.
 
   config.loss = ConfigDict()
-  # 'ce', 'ohem', 'focal', 'dice' or 'ce+dice'; see losses.py.
-  config.loss.name = 'ce'
+  config.loss.name = 'ce'  # Or 'ohem', 'focal', 'dice', 'ce+dice'.
   # 'none', 'given' by class_weights, or 'auto': median frequency, counted on
   # the training split. Of all but 'dice', in which classes count the same.
   config.loss.weighting = 'none'
@@ -204,7 +185,6 @@ def default_config():
   config.loss.focal_gamma = 2.0
 
   config.eval = ConfigDict()
-  config.eval.protocol = config_dict.placeholder(str)
   config.eval.every_epochs = 1.0
   config.eval.batch_size = 8
   # Short side of what the network sees, 0 for the image as it is; scores are
@@ -216,14 +196,16 @@ def default_config():
 
   config.checkpoint = ConfigDict()
   config.checkpoint.keep_best = 1
-  # At most so long without a checkpoint, even between evaluations; 0 is off.
-  config.checkpoint.every_minutes = 10.0
+  config.checkpoint.every_minutes = 10.0  # Between two, at most; 0 is off.
 
   config.mesh = ConfigDict()
   config.mesh.data = -1  # Parts of a batch; -1 is all devices / spatial.
   config.mesh.spatial = 1  # Parts of the height of each image.
-  # Weights, average and momentum are split over the axis data, too.
-  config.mesh.fsdp = False
+  config.mesh.fsdp = False  # Weights, average, momentum are split over data.
+
+  config.update_from_flattened_dict(
+    {k: config_dict.placeholder(type(v)) for k, (v, _) in _BY_RECIPE.items()}
+  )
   return config.lock()  # A typo in a config file is an error, too.
 
 
@@ -275,7 +257,7 @@ def resolve(config):
   for role in ('teacher', 'student'):
     filled[f'{role}.num_epochs'] = config.num_epochs
     filled[f'{role}.lr'] = config.optim.lr
-  given = dict(leaves(config))
+  given = leaves(config)
   config.update_from_flattened_dict(
     {key: value for key, value in filled.items() if given[key] is None}
   )
@@ -287,18 +269,15 @@ def resolve(config):
   return config.lock()
 
 
-def leaves(config, prefix=''):
-  """Pairs of 'group.key' and value, of a config or of its JSON."""
-  for key, value in config.items():
-    if isinstance(value, (dict, ConfigDict)):
-      yield from leaves(value, f'{prefix}{key}.')
-    else:
-      yield f'{prefix}{key}', value
+def leaves(config):
+  """{'group.key': value} of a config or of its JSON."""
+  nested = config.to_dict() if isinstance(config, ConfigDict) else config
+  return flatten_dict(nested, sep='.')
 
 
 def _check(config):
   """What belongs to no single room; the rest is checked where it is used."""
-  values = dict(leaves(config))
+  values = leaves(config)
   for key, value in values.items():
     if value is None and key != 'optim.clip_norm':
       raise InputError(f'config.{key}=None; leave it out for its default.')

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses over arrays: pure, masked, in float32, safe when no pixel counts.
 
-All take logits [b, h, w, k] and labels [b, h, w] and return a `Mean`. Labels
-outside the classes must have been refused when data was read: 255 would give
-NaN with a finite gradient here, -1 would train the last class.
+All take logits [b, h, w, k] and integer labels [b, h, w], of which
+`ignore_label` does not count, and return a `Mean`; a ValueError says that the
+shapes do not fit. `class_weights` are k numbers: the mean is weighted by those
+of the labels, so that a common factor changes nothing. Labels outside the
+classes must have been refused when data was read: 255 would give NaN with a
+finite gradient here, -1 would train the last class.
 """
 
 import math
@@ -90,18 +93,7 @@ def softmax_cross_entropy(
 ):
   """Cross-entropy of the pixels that count, as a sum and a count.
 
-  Args:
-    logits: [b, h, w, k].
-    labels: integers [b, h, w]; `ignore_label` does not count.
-    class_weights: k numbers; the mean is weighted by those of the labels, so
-      that a common factor changes nothing.
-    ignore_label: value of the pixels to leave out.
-
-  Returns:
-    Mean, whose count is the number of pixels, or the sum of their weights.
-
-  Raises:
-    ValueError: if the shapes do not fit.
+  The count is the number of these pixels, or the sum of their weights.
   """
   losses, valid = _pixel_losses(logits, labels, ignore_label, class_weights)
   return _mean(losses, labels, valid, class_weights)
@@ -114,17 +106,14 @@ def upsampled_cross_entropy(
 
   Resized as models.resizing.resize does it. Logits at full size, and their
   gradients, never exist as a whole: a part of the rows is resized, scored, and
-  resized again for the gradient.
+  resized again for the gradient. The Mean is that of the whole up to rounding.
 
   Args:
     logits: [b, h, w, k].
-    labels: integers [b, height, width].
+    labels: [b, height, width].
     parts: of the rows of the labels.
     precision: of the products that resize.
     ignore_label: value of the pixels to leave out.
-
-  Returns:
-    Mean; that of the whole up to rounding.
   """
   logits = _float(logits)
   _, h, w, _ = logits.shape
@@ -173,11 +162,8 @@ def ohem_cross_entropy(
   that is computed at a time, on any number of devices. Shrivastava et al.,
   arXiv 1604.03540, for pixels.
 
-  Args:
-    logits, labels, class_weights, ignore_label: see softmax_cross_entropy;
-      weights enter the mean, not the choice.
-    threshold: in (0, 1]; 1 is the plain cross-entropy.
-    min_kept: from 0 to 1.
+  `threshold` is in (0, 1], 1 the plain cross-entropy; `min_kept` from 0 to 1.
+  Class weights enter the mean, not the choice.
   """
   losses, valid = _pixel_losses(logits, labels, ignore_label, class_weights)
   known = jax.lax.stop_gradient(losses)
@@ -194,12 +180,8 @@ def focal_loss(
   """Mean of (1 - p)^gamma times cross-entropy, p that of the label.
 
   Lin et al., arXiv 1708.02002; per pixel, unlike the authors' --loss-type
-  focal, which rescales the mean (METHOD 4.4).
-
-  Args:
-    logits, labels, class_weights, ignore_label: see softmax_cross_entropy;
-      the weights are the paper's alpha.
-    gamma: not negative; 0 is the cross-entropy.
+  focal, which rescales the mean (METHOD 4.4). `gamma` is not negative, 0 the
+  cross-entropy; the class weights are the paper's alpha.
   """
   losses, valid = _pixel_losses(logits, labels, ignore_label, class_weights)
   # 1 - p without cancellation; a power below 1 has no derivative at 0.
@@ -215,9 +197,6 @@ def dice_loss(logits, labels, *, ignore_label=IGNORE_LABEL):
   y 1 where it is the label: every class weighs the same, whatever its size. The
   count is that of the classes. Milletari et al., arXiv 1606.04797, without
   their squares.
-
-  Args:
-    logits, labels, ignore_label: see softmax_cross_entropy.
   """
   _check_shapes(logits, labels)
   valid = labels != ignore_label

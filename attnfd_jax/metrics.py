@@ -59,24 +59,6 @@ def host_confusion_matrix(
   return counts.reshape(num_classes, num_classes)
 
 
-def boundary_band(ids, *, reach):
-  """True within `reach` pixels of another id or of the image's border.
-
-  For every id at once the mask minus its erosion by a square of 2 reach + 1
-  pixels: inside of it all ids are the same.
-
-  Args:
-    ids: uint8 [h, w].
-    reach: at least 1.
-  """
-  import cv2  # Slow to load, and `import attnfd_jax` needs this module.
-
-  square = np.ones((2 * reach + 1,) * 2, np.uint8)
-  # Of the two only the larger sees the border, which is no id.
-  border = {'borderType': cv2.BORDER_CONSTANT, 'borderValue': 255}
-  return cv2.erode(ids, square, **border) != cv2.dilate(ids, square, **border)
-
-
 def boundary_matrix(
   predictions, labels, *, num_classes, ratio=0.02, ignore_label=IGNORE_LABEL
 ):
@@ -97,15 +79,22 @@ def boundary_matrix(
     ratio: width of the band, of the image's diagonal.
     ignore_label: label of the pixels that do not count.
   """
+  import cv2  # Slow to load, and `import attnfd_jax` needs this module.
+
   if num_classes >= IGNORE_LABEL:
     raise ValueError(f'{num_classes=} must be below {IGNORE_LABEL}.')
   reach = max(round(ratio * math.hypot(*labels.shape)), 1)
   valid = (labels != ignore_label) & (labels < num_classes)
 
+  square = np.ones((2 * reach + 1,) * 2, np.uint8)
+  border = {'borderType': cv2.BORDER_CONSTANT, 'borderValue': IGNORE_LABEL}
+
   def banded(ids):
     ids = np.where(valid, ids, IGNORE_LABEL).astype(np.uint8)
-    inner = ~boundary_band(ids, reach=reach)
-    return np.where(valid & inner, np.uint8(num_classes), ids)
+    # For every id at once its mask after erosion: all ids of a square are the
+    # same. Of the two only the larger sees the border, which is no id.
+    least, most = (f(ids, square, **border) for f in (cv2.erode, cv2.dilate))
+    return np.where(valid & (least == most), np.uint8(num_classes), ids)
 
   return host_confusion_matrix(
     banded(predictions), banded(labels), num_classes=num_classes + 1
