@@ -40,8 +40,7 @@ def main():
   sheet, output = _output('contact_sheet', '.png'), _output('output', '.json')
   config = resolve(flags.FLAGS.config)
   threads = flags.FLAGS.threads or config.data.threads
-  with config.unlocked():
-    config.data.cache = False  # Each pair is read once; memory stays small.
+  config.data.cache = False  # Each pair is read once; memory stays small.
   # What OpenCV would write about broken files is in the report.
   cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
   dataset = load_dataset(config.data, strict=False)

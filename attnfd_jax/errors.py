@@ -31,11 +31,9 @@ class DataError(InputError):
 def within(name, value, least, most=math.inf):
   """Raises InputError unless least <= value <= most; NaN is in no range."""
   if not isinstance(value, (int, float)) or not least <= value <= most:
-    limits = (
-      f'{least:g} or more'
-      if most == math.inf
-      else (f'from {least:g} to {most:g}')
-    )
+    limits = f'from {least:g} to {most:g}'
+    if most == math.inf:
+      limits = f'{least:g} or more'
     raise InputError(f'{name}={value} must be {limits}.')
 
 

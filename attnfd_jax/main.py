@@ -9,9 +9,9 @@ last step first; the exit codes are then 143 and 130, see docs/resuming.md. For
 several machines see docs/scaling.md.
 """
 
-import contextlib
 import os
 import pathlib
+import sys
 
 from absl import flags
 
@@ -36,12 +36,6 @@ NUM_PROCESSES = flags.DEFINE_integer(
 PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Of this one, from 0.')
 
 
-def _default_workdir():
-  path, _, variant = flags.FLAGS['config'].config_filename.partition(':')
-  name = pathlib.Path(path).stem
-  return f'runs/{name}_{variant}' if variant else f'runs/{name}'
-
-
 def main():
   if DETERMINISTIC.value:  # XLA reads it when JAX is first used.
     given = os.environ.get('XLA_FLAGS', '')
@@ -51,16 +45,16 @@ def main():
     num_processes=NUM_PROCESSES.value,
     process_id=PROCESS_ID.value,
   )
-  workdir = WORKDIR.value or _default_workdir()
-  with contextlib.ExitStack() as stack:
-    if not processes.is_first():
-      quiet = stack.enter_context(open(os.devnull, 'w'))
-      stack.enter_context(contextlib.redirect_stdout(quiet))
-    stop = stack.enter_context(Stop().listening())
+  if not processes.is_first():
+    sys.stdout = open(os.devnull, 'w')
+  path, _, variant = flags.FLAGS['config'].config_filename.partition(':')
+  name = pathlib.Path(path).stem + (f'_{variant}' if variant else '')
+  workdir = WORKDIR.value or f'runs/{name}'
+  with Stop().listening() as stop:
     results = experiment.train(CONFIG.value, workdir, stop=stop)
-    for line in experiment.summary_lines(results):
-      print(line)
-    print(f'report: {workdir}/report.html')
+  for line in experiment.summary_lines(results):
+    print(line)
+  print(f'report: {workdir}/report.html')
 
 
 if __name__ == '__main__':

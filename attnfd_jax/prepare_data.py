@@ -26,8 +26,7 @@ def main():
   config = resolve(options.config)
   if config.data.prepared:
     raise InputError('config.data.prepared is set: this is prepared already.')
-  with config.unlocked():
-    config.data.cache = False  # Every pair is read once.
+  config.data.cache = False  # Every pair is read once.
   dataset = load_dataset(config.data)
   folder, counts = prepared.prepare(
     dataset, pathlib.Path(options.target), workers=options.workers
