@@ -66,7 +66,6 @@ if __name__ == '__main__':
   cli.define_config()
   flags.DEFINE_string('contact_sheet', None, 'PNG with examples, to write.')
   flags.DEFINE_string('output', None, 'JSON file with all that was found.')
-  text = 'As config.data.threads by default.'
-  flags.DEFINE_integer('threads', None, text, lower_bound=1)
+  flags.DEFINE_integer('threads', None, 'Else config.data.threads.', 1)
   flags.mark_flag_as_required('config')
   cli.run(main)

@@ -29,9 +29,7 @@ if __name__ == '__main__':
   flags.DEFINE_string('backbone', None, 'As in the file by default.')
   flags.DEFINE_integer('num_classes', None, 'As in the file by default.')
   flags.DEFINE_list('class_names', [], 'Names in the order of ids.')
-  flags.DEFINE_bool(
-    'in_path_attention', None, 'The CBAMs belong into the forward path.'
-  )
+  flags.DEFINE_bool('in_path_attention', None, 'CBAMs are in the forward path.')
   flags.DEFINE_bool('allow_missing', False, 'Fill what is missing at random.')
   cli.define_allow_code()
   cli.run(main)

@@ -42,9 +42,7 @@ if __name__ == '__main__':
   cli.define_allow_code()
   flags.DEFINE_string('data_root', None, 'Data set, if not where it was.')
   flags.DEFINE_string('split', 'val', 'train, val or test.')
-  flags.DEFINE_string(
-    'protocol', None, 'native or reference; that of the stage by default.'
-  )
+  flags.DEFINE_string('protocol', None, 'native or reference; else as its run.')
   flags.DEFINE_bool('boundary', False, 'Boundary IoU as well.')
   flags.DEFINE_string('submission', None, 'Folder for the Cityscapes server.')
   flags.DEFINE_string('output', None, 'JSON file to write.')

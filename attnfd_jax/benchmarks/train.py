@@ -37,14 +37,13 @@ from attnfd_jax.training.stage import (
 
 # Side of the matrices whose product shows what the device can do.
 PEAK_SIZE = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
-# What a flag changes in the config, unless it is empty.
+# Flags of a key of the config; an empty one leaves it as it is.
 FLAGS = {
   'recipe': 'recipe',
   'student': 'student.backbone',
   'teacher': 'teacher.backbone',
   'teacher_checkpoint': 'teacher.checkpoint',
   'method': 'distill.method',
-  'batch': 'batch_size',
   'dtype': 'optim.dtype',
 }
 
@@ -196,6 +195,7 @@ def configure(options):
     config = options.config.copy_and_resolve_references()
   given = {key: getattr(options, flag) for flag, key in FLAGS.items()}
   config.update_from_flattened_dict({k: v for k, v in given.items() if v})
+  config.batch_size = options.batch or config.batch_size
   height, width = config.data.crop_size
   config.data.crop_size = (options.height or height, options.width or width)
   return resolve(config)
