@@ -14,15 +14,10 @@ def confusion_matrix(
 ):
   """Counts pixels by (label, prediction), int32 [k, k]; jit-able, summable.
 
+  Predictions in [0, k) and labels are integers of one shape, k is num_classes.
   Sum batches on the host in int64: a training set has more than 2^31 pixels.
-  Labels outside [0, num_classes) do not count, so padding needs no mask, but
-  wrong labels must be caught when data is read.
-
-  Args:
-    predictions: integers in [0, num_classes), any shape.
-    labels: integers of the same shape.
-    num_classes: k.
-    ignore_label: label of the pixels that do not count.
+  Labels outside [0, k), or equal to `ignore_label`, do not count: padding needs
+  no mask, but wrong labels must be caught when data is read.
 
   Raises:
     ValueError: if the shapes differ, or there are so many pixels that a count
@@ -37,8 +32,7 @@ def confusion_matrix(
       'batches.'
     )
   # uint8 * 19 would wrap at 256.
-  predictions = predictions.astype(jnp.int32)
-  labels = labels.astype(jnp.int32)
+  predictions, labels = predictions.astype(jnp.int32), labels.astype(jnp.int32)
   valid = (labels != ignore_label) & (labels >= 0) & (labels < num_classes)
   cell = jnp.where(valid, labels * num_classes + predictions, 0)
   counts = jnp.zeros(num_classes**2, jnp.int32)
@@ -73,8 +67,7 @@ def boundary_matrix(
   border of the image, and as in the paper's code, they bound a mask.
 
   Args:
-    predictions: uint8 [h, w].
-    labels: uint8 [h, w].
+    predictions, labels: uint8 [h, w].
     num_classes: k, below 255.
     ratio: width of the band, of the image's diagonal.
     ignore_label: label of the pixels that do not count.
@@ -85,7 +78,6 @@ def boundary_matrix(
     raise ValueError(f'{num_classes=} must be below {IGNORE_LABEL}.')
   reach = max(round(ratio * math.hypot(*labels.shape)), 1)
   valid = (labels != ignore_label) & (labels < num_classes)
-
   square = np.ones((2 * reach + 1,) * 2, np.uint8)
   border = {'borderType': cv2.BORDER_CONSTANT, 'borderValue': IGNORE_LABEL}
 
@@ -114,9 +106,7 @@ def _sums(counts):
 
 
 def iou_per_class(counts):
-  """Intersection over union, float64 [k]; NaN for a class that is absent from
-  labels and predictions.
-  """
+  """Intersection over union, float64 [k]; NaN for a class that never occurs."""
   hits, labeled, predicted = _sums(counts)
   return _divide(hits, predicted + labeled - hits)
 
@@ -127,9 +117,7 @@ def boundary_iou_per_class(counts):
 
 
 def accuracy_per_class(counts):
-  """Share of the labeled pixels that is found, float64 [k]; NaN for a class
-  without any.
-  """
+  """Share of labeled pixels that is found, float64 [k]; NaN for no pixels."""
   hits, labeled, _ = _sums(counts)
   return _divide(hits, labeled)
 
@@ -156,9 +144,7 @@ def class_accuracy(counts):
 
 
 def frequency_weighted_iou(counts):
-  """Mean IoU weighted by the share of each class in the labels; NaN if there
-  are no pixels.
-  """
+  """Mean IoU weighted by each class's share of the labels; NaN for no pixels."""
   _, labeled, _ = _sums(counts)
   if not labeled.any():
     return float('nan')
