@@ -144,7 +144,7 @@ def class_accuracy(counts):
 
 
 def frequency_weighted_iou(counts):
-  """Mean IoU weighted by each class's share of the labels; NaN for no pixels."""
+  """Mean IoU weighted by the share of each class in the labels, or NaN."""
   _, labeled, _ = _sums(counts)
   if not labeled.any():
     return float('nan')
