@@ -79,7 +79,8 @@ def _readable(*errors):
     raise
   except errors as error:
     parsed = flags.FLAGS.is_parsed()
-    if DEBUG.value if parsed else '--debug' in sys.argv:
+    debug = DEBUG.value if parsed else '--debug' in sys.argv
+    if debug:
       traceback.print_exc()
     print(f'error: {_one_line(error)}', file=sys.stderr)
     sys.exit(2)

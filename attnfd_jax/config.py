@@ -97,7 +97,8 @@ def _network(backbone):
 
 def default_config():
   """All keys; configs/*.py change them and cannot add any."""
-  config = ConfigDict()
+  groups = ('data', 'distill', 'optim', 'loss', 'eval', 'checkpoint', 'mesh')
+  config = ConfigDict({name: ConfigDict() for name in groups})
   config.recipe = 'clean'
   config.seed = 0
   config.stages = STAGES
@@ -106,7 +107,6 @@ def default_config():
   config.log_every_steps = 20
   config.loggers = ()  # Beside metrics.jsonl: 'tensorboard', 'wandb'.
 
-  config.data = ConfigDict()
   config.data.name = 'scenes'
   config.data.root = ''
   config.data.prepared = ''  # Folder of prepare_data, in place of root.
@@ -146,7 +146,6 @@ def default_config():
   config.teacher.min_miou = 0.0  # On val; a worse teacher stops the run.
   config.student = _network('resnet18')
 
-  config.distill = ConfigDict()
   # Names joined by '+', or one class of your own, 'file.py:Class', with its
   # options; see distill/method.py.
   config.distill.method = 'attnfd'
@@ -157,7 +156,6 @@ def default_config():
       | distill.option_defaults(method)
     )
 
-  config.optim = ConfigDict()
   config.optim.name = 'sgd'
   config.optim.lr = 0.01
   config.optim.head_lr_scale = 10.0  # ASPP, decoder, gates, connectors.
@@ -172,7 +170,6 @@ def default_config():
   config.optim.ema_decay = 0.0  # 0 is off.
   config.optim.dtype = 'float32'  # Of the computation, or 'bfloat16'.
 
-  config.loss = ConfigDict()
   config.loss.name = 'ce'  # Or 'ohem', 'focal', 'dice', 'ce+dice'.
   # 'none', 'given' by class_weights, or 'auto': median frequency, counted on
   # the training split. Of all but 'dice', in which classes count the same.
@@ -184,7 +181,6 @@ def default_config():
   config.loss.ohem_min_kept = 0.0625
   config.loss.focal_gamma = 2.0
 
-  config.eval = ConfigDict()
   config.eval.every_epochs = 1.0
   config.eval.batch_size = 8
   # Short side of what the network sees, 0 for the image as it is; scores are
@@ -194,11 +190,9 @@ def default_config():
   config.eval.test_split = ''  # Evaluated once, with the checkpoint of val.
   config.eval.num_pictures = 4
 
-  config.checkpoint = ConfigDict()
   config.checkpoint.keep_best = 1
   config.checkpoint.every_minutes = 10.0  # Between two, at most; 0 is off.
 
-  config.mesh = ConfigDict()
   config.mesh.data = -1  # Parts of a batch; -1 is all devices / spatial.
   config.mesh.spatial = 1  # Parts of the height of each image.
   config.mesh.fsdp = False  # Weights, average, momentum are split over data.
