@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses over arrays: pure, masked, in float32, safe when no pixel counts.
 
-All take logits [b, h, w, k] and integer labels [b, h, w], of which
-`ignore_label` does not count, and return a `Mean`; a ValueError says that the
-shapes do not fit. `class_weights` are k numbers: the mean is weighted by those
-of the labels, so that a common factor changes nothing. Labels outside the
-classes must have been refused when data was read: 255 would give NaN with a
-finite gradient here, -1 would train the last class.
+All take logits [b, h, w, k] and labels [b, h, w] and return a `Mean`; what they
+have in common is at softmax_cross_entropy. Labels outside the classes must have
+been refused when data was read: 255 would give NaN with a finite gradient here,
+-1 would train the last class.
 """
 
 import math
@@ -93,7 +91,15 @@ def softmax_cross_entropy(
 ):
   """Cross-entropy of the pixels that count, as a sum and a count.
 
-  The count is the number of these pixels, or the sum of their weights.
+  Args:
+    logits: [b, h, w, k].
+    labels: integers [b, h, w]; `ignore_label` does not count.
+    class_weights: k numbers; the mean is weighted by those of the labels, and
+      the count their sum, so that a common factor changes nothing.
+    ignore_label: value of the pixels to leave out.
+
+  Raises:
+    ValueError: if the shapes do not fit.
   """
   losses, valid = _pixel_losses(logits, labels, ignore_label, class_weights)
   return _mean(losses, labels, valid, class_weights)
@@ -113,7 +119,7 @@ def upsampled_cross_entropy(
     labels: [b, height, width].
     parts: of the rows of the labels.
     precision: of the products that resize.
-    ignore_label: value of the pixels to leave out.
+    ignore_label: see softmax_cross_entropy.
   """
   logits = _float(logits)
   _, h, w, _ = logits.shape
