@@ -27,13 +27,7 @@ _PARSING += (ImportError, SyntaxError, flags.Error)
 def define_config():
   """Defines --config and its overrides."""
   text = 'configs/NAME.py or configs/NAME.py:VARIANT.'
-  return config_flags.DEFINE_config_file('config', None, text)
-
-
-def define_allow_code():
-  """Defines --allow_code, of commands that load a stage."""
-  text = 'Run the Python files that this folder brings.'
-  flags.DEFINE_bool('allow_code', False, text)
+  config_flags.DEFINE_config_file('config', None, text)
 
 
 def own_flags():

@@ -31,5 +31,5 @@ if __name__ == '__main__':
   flags.DEFINE_list('class_names', [], 'Names in the order of ids.')
   flags.DEFINE_bool('in_path_attention', None, 'CBAMs are in the forward path.')
   flags.DEFINE_bool('allow_missing', False, 'Fill what is missing at random.')
-  cli.define_allow_code()
+  flags.DEFINE_bool('allow_code', False, 'Run Python files of the folder.')
   cli.run(main)

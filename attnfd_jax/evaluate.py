@@ -39,7 +39,6 @@ def main():
 
 if __name__ == '__main__':
   options.define()
-  cli.define_allow_code()
   flags.DEFINE_string('data_root', None, 'Data set, if not where it was.')
   flags.DEFINE_string('split', 'val', 'train, val or test.')
   flags.DEFINE_string('protocol', None, 'native or reference; else as its run.')

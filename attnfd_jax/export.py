@@ -40,5 +40,5 @@ if __name__ == '__main__':
   flags.DEFINE_integer(
     'num_images', agreement.NUM_IMAGES, 'How many of them, at most.', 1
   )
-  cli.define_allow_code()
+  flags.DEFINE_bool('allow_code', False, 'Run Python files of the folder.')
   cli.run(main)

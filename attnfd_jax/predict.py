@@ -42,7 +42,6 @@ def main():
 
 if __name__ == '__main__':
   options.define()
-  cli.define_allow_code()
   flags.DEFINE_string('input', None, "Image, folder, or 'pattern' in quotes.")
   flags.DEFINE_string('output', None, 'Folder for the results.')
   flags.DEFINE_bool('overwrite', False, 'Replace files that exist.')

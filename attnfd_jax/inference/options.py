@@ -14,6 +14,7 @@ def define():
   """Defines the shared flags."""
   flags.DEFINE_string('checkpoint', None, 'Folder of a stage.')
   flags.DEFINE_integer('step', None, 'Checkpoint; the best by default.')
+  flags.DEFINE_bool('allow_code', False, 'Run Python files of the folder.')
   flags.DEFINE_string('scales', '1', 'Mean over these, e.g. 0.75,1,1.25.')
   flags.DEFINE_bool('flip', False, 'Mean with the mirror image.')
   flags.DEFINE_string('tile', None, 'HEIGHTxWIDTH seen at a time.')
