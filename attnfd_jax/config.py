@@ -15,8 +15,7 @@ from ml_collections import config_dict, ConfigDict
 from attnfd_jax import distill
 from attnfd_jax.errors import InputError, one_of, within
 
-# METHOD section 5: what the authors' code does, and what we would advise. A line
-# here is one of both RECIPES.
+# METHOD section 5: what the authors' code does, and what we would advise.
 _BY_RECIPE = {
   'data.label_pad': ('dataset', 'ignore'),
   'distill.aspp_dropout': (0.0, 'student'),
