@@ -44,9 +44,6 @@ def one_of(name, value, choices):
 
 
 def first_line(error):
-  """First line of what the user's code raised, with its type if no ValueError.
-
-  JAX adds lines of its own.
-  """
+  """First line (JAX adds more), after the type unless it is a ValueError."""
   kind = '' if isinstance(error, ValueError) else f'{type(error).__name__} '
   return kind + next(iter(str(error).splitlines()), '')
