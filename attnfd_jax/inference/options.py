@@ -22,11 +22,7 @@ def define():
 
 
 def read(values):
-  """Keyword arguments of `Predictor`, from the values of the flags.
-
-  Raises:
-    InputError: if one is missing, or has a value that cannot be used.
-  """
+  """Keyword arguments of `Predictor` from the flags; InputError if unusable."""
   if not values.checkpoint:
     raise InputError(
       '--checkpoint is missing; name the folder of a stage, such as '
@@ -34,12 +30,9 @@ def read(values):
     )
   if values.overlap is not None and values.tile is None:
     raise InputError('--overlap is of tiles; add --tile=HEIGHTxWIDTH.')
-  return {
-    'checkpoint': values.checkpoint,
-    'step': values.step,
-    'allow_code': values.allow_code,
+  taken = ('checkpoint', 'step', 'allow_code', 'flip')
+  return {name: getattr(values, name) for name in taken} | {
     'scales': parse_scales(values.scales),
-    'flip': values.flip,
     'tile': parse_tile(values.tile),
     'overlap': 0.25 if values.overlap is None else values.overlap,
   }

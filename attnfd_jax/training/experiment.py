@@ -10,7 +10,7 @@ import math
 
 import jax
 
-from attnfd_jax import distill, user_code
+from attnfd_jax import distill, paths, user_code
 from attnfd_jax.config import leaves, resolve
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import memory, processes, sharding
@@ -18,7 +18,7 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.reporting.page import write_report
-from attnfd_jax.runs import checkpoints, code, lock, loggers, logs, paths
+from attnfd_jax.runs import checkpoints, lock, loggers, logs
 from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.training import finite, loop, results, task_loss
 from attnfd_jax.training.stage import (
@@ -296,10 +296,7 @@ def _run_stage(name, config, dataset, mesh, workdir, stop):
   processes.wait('the log is whole')
   if latest:
     log.line(f'resumed from step {latest}')
-  with loggers.opened(
-    config.loggers, log.local, facts=stage.description(), say=log.line
-  ) as attached:
-    log.attach(attached)
+  with loggers.attached(config.loggers, log, stage.description()):
     if stage.teacher is not None:
       stage = _with_scored_teacher(stage, log, resumed=latest > 0)
     keep_best = config.checkpoint.keep_best
@@ -307,7 +304,7 @@ def _run_stage(name, config, dataset, mesh, workdir, stop):
       state = _train(stage, state, manager, run_facts, log, stop)
       best = manager.best_step()
       log.line(f'scoring the best checkpoint, step {best}')
-      state = checkpoints.restore(manager, best, state, run_facts)
+      state, _ = checkpoints.restore(saved, state, step=best)
   result = results.write(stage, state, directory, step=best, log=log)
   scores = f'val mIoU {_percent(result["miou"])}'
   if 'test' in result:
@@ -331,8 +328,8 @@ def _describe(stage, directory):
   for other in directory.parent.glob('*/config.json'):
     with contextlib.suppress(ValueError, AttributeError):
       stored |= json.loads(other.read_text()).get('code', {})
-  if code.specs(stage.config) and processes.is_first():
-    kept = {'code': code.store(directory, stage.config, stored)}
+  if user_code.specs(stage.config) and processes.is_first():
+    kept = {'code': user_code.store(directory, stage.config, stored)}
   logs.write_json(path, stage.description() | kept)
   logs.write_json(directory / 'environment.json', logs.environment())
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnfd_jax import distill
+from attnfd_jax import distill, paths
 from attnfd_jax.devices import processes, sharding
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import normalise
-from attnfd_jax.runs import loading, logs, paths
+from attnfd_jax.runs import loading, logs
 
 
 def write(stage, state, directory, *, step, log):
