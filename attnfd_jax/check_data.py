@@ -9,7 +9,6 @@ weights against imbalance. Exit code 0 if the data can be used, 2 if not;
 images in two splits and classes that train never shows are only warnings.
 """
 
-import pathlib
 import sys
 
 from absl import flags
@@ -19,24 +18,13 @@ from attnfd_jax import cli
 from attnfd_jax.config import resolve
 from attnfd_jax.data import checking
 from attnfd_jax.data.sources import load_dataset
-from attnfd_jax.errors import InputError
 from attnfd_jax.reporting import contact_sheet
 from attnfd_jax.runs import logs
 
 
-def _output(flag, ending):
-  """The path of a flag, known to be writable before the long part."""
-  if not flags.FLAGS[flag].value:
-    return None
-  path = pathlib.Path(flags.FLAGS[flag].value)
-  if path.suffix.lower() != ending or path.is_dir():
-    raise InputError(f'--{flag}={path}: name a {ending} file.')
-  path.parent.mkdir(parents=True, exist_ok=True)
-  return path
-
-
 def main():
-  sheet, output = _output('contact_sheet', '.png'), _output('output', '.json')
+  sheet = cli.output_file('contact_sheet', '.png')
+  output = cli.output_file('output', '.json')
   config = resolve(flags.FLAGS.config)
   threads = flags.FLAGS.threads or config.data.threads
   config.data.cache = False  # Each pair is read once; memory stays small.

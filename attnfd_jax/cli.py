@@ -2,6 +2,7 @@
 """What all verbs share: bad input ends in one line and exit code 2."""
 
 import contextlib
+import pathlib
 import re
 import sys
 import traceback
@@ -34,6 +35,17 @@ def own_flags():
   """{name: value} of the flags that the command itself defines."""
   own = flags.FLAGS.get_flags_for_module('__main__')
   return {flag.name: flags.FLAGS[flag.name].value for flag in own}
+
+
+def output_file(flag, ending=''):
+  """The path of a flag or None, known to be writable before the long part."""
+  if not flags.FLAGS[flag].value:
+    return None
+  path = pathlib.Path(flags.FLAGS[flag].value)
+  if path.is_dir() or not path.name.lower().endswith(ending):
+    raise InputError(f'--{flag}={path}: name a file, such as found{ending}.')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  return path
 
 
 def enable_compilation_cache():

@@ -10,24 +10,17 @@ r"""Scores a trained network on a split of its data set.
 contours, --submission writes what the Cityscapes server takes.
 """
 
-import pathlib
-
 from absl import flags
 
 from attnfd_jax import cli
-from attnfd_jax.errors import InputError
 from attnfd_jax.inference import options, scoring
 from attnfd_jax.runs import logs
 
 
 def main():
   given = cli.own_flags() | options.read(flags.FLAGS)
-  output = given.pop('output')
-  if output:  # Known to be writable before the long part.
-    output = pathlib.Path(output)
-    if output.is_dir():
-      raise InputError(f'--output={output} is a folder; name a .json file.')
-    output.parent.mkdir(parents=True, exist_ok=True)
+  del given['output']
+  output = cli.output_file('output')
   counts, result = scoring.evaluate_checkpoint(**given)
   print(scoring.as_text(counts, result))
   if output:

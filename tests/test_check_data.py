@@ -594,7 +594,7 @@ def test_a_broken_set_ends_with_2_and_a_line_for_each_file(done):
   ('name', 'line'),
   [
     ('flag', 'error: flag --threads=0: 0 is not a positive integer'),
-    ('ending', 'error: --contact_sheet=sheet: name a .png file.'),
+    ('ending', 'error: --contact_sheet=sheet: name a file, such as found.png.'),
   ],
 )
 def test_wrong_flags_are_one_line(done, name, line):
