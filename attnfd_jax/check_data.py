@@ -50,5 +50,4 @@ if __name__ == '__main__':
   flags.DEFINE_string('contact_sheet', None, 'PNG with examples, to write.')
   flags.DEFINE_string('output', None, 'JSON file with all that was found.')
   flags.DEFINE_integer('threads', None, 'Else config.data.threads.', 1)
-  flags.mark_flag_as_required('config')
-  cli.run(main)
+  cli.run(main, required=['config'])

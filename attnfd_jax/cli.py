@@ -123,10 +123,11 @@ def prepare_process():
   sys.stdout.reconfigure(errors='backslashreplace')
 
 
-def run(main, *, positional=False):
+def run(main, *, required=(), positional=False):
   """Parses flags and calls main(); its bad input becomes one line.
 
-  With `positional`, main gets the arguments that are no flags.
+  `required` flags must have a value; with `positional`, main gets the arguments
+  that are no flags.
   """
 
   def guarded(argv):
@@ -134,6 +135,9 @@ def run(main, *, positional=False):
       prepare_process()
       if len(argv) > 1 and not positional:
         raise InputError(f'Unknown argument {argv[1]!r}; flags start with --.')
+      for flag in map(flags.FLAGS.__getitem__, required):
+        if not flag.value:
+          raise InputError(f'--{flag.name} is missing: {flag.help}')
       main(*argv[1:])
 
   app.run(guarded, flags_parser=_parse)

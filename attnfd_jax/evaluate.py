@@ -38,4 +38,4 @@ if __name__ == '__main__':
   flags.DEFINE_bool('boundary', False, 'Boundary IoU as well.')
   flags.DEFINE_string('submission', None, 'Folder for the Cityscapes server.')
   flags.DEFINE_string('output', None, 'JSON file to write.')
-  cli.run(main)
+  cli.run(main, required=['checkpoint'])

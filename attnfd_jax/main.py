@@ -55,5 +55,4 @@ def main():
 
 
 if __name__ == '__main__':
-  flags.mark_flag_as_required('config')
-  cli.run(main)
+  cli.run(main, required=['config'])

@@ -26,10 +26,6 @@ from attnfd_jax.inference import image_files, options
 
 def main():
   given = cli.own_flags() | options.read(flags.FLAGS)
-  if not given['input']:
-    raise InputError('--input is missing; name an image, a folder or a glob.')
-  if not given['output']:
-    raise InputError('--output is missing; name a folder for the results.')
   if given['fps'] is None:
     given['fps'] = 25.0
   elif not given['video']:
@@ -48,4 +44,4 @@ if __name__ == '__main__':
   flags.DEFINE_bool('confidence', False, 'Write the probabilities, too.')
   flags.DEFINE_string('video', None, 'File for the overlays, .mp4 or .avi.')
   flags.DEFINE_float('fps', None, 'Frames a second of it; 25 by default.')
-  cli.run(main)
+  cli.run(main, required=['checkpoint', 'input', 'output'])

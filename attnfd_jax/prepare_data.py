@@ -21,8 +21,6 @@ from attnfd_jax.errors import InputError
 
 def main():
   options = flags.FLAGS
-  if not options.target:
-    raise InputError('--target is missing; name the folder to write to.')
   config = resolve(options.config)
   if config.data.prepared:
     raise InputError('config.data.prepared is set: this is prepared already.')
@@ -40,5 +38,4 @@ if __name__ == '__main__':
   cli.define_config()
   flags.DEFINE_string('target', None, 'Folder to write to.')
   flags.DEFINE_integer('workers', 4, 'Threads that read and pack.', 1)
-  flags.mark_flag_as_required('config')
-  cli.run(main)
+  cli.run(main, required=['config', 'target'])
