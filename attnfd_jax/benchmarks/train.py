@@ -29,7 +29,7 @@ from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.teachers.teacher import Scored
 from attnfd_jax.training.stage import (
   init_distiller,
-  make_student,
+  make_network,
   Stage,
   with_teacher,
 )
@@ -120,12 +120,13 @@ def make_stage(config, num_classes):
   names = _class_names(config, num_classes)
   dataset = Dataset('random', names, np.zeros((len(names), 3), np.uint8), {})
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
+  name = 'distill' if distilled else 'student'
   stage = Stage(
-    name='distill' if distilled else 'student',
+    name=name,
     config=config,
     dataset=dataset,
     mesh=mesh,
-    network=make_student(config, len(names), distilled=distilled),
+    network=make_network(name, config, len(names)),
     epoch_steps=100,
     num_steps=10_000,
     eval_every=10_000,
@@ -177,12 +178,11 @@ def step_arguments(stage):
     'image': generator.integers(0, 256, (*size, 3), np.uint8),
     'label': generator.integers(0, stage.dataset.num_classes, size, np.uint8),
   }
-  rng = jax.random.key(config.seed)
   return (
     stage.init_state(),
-    stage.teacher.variables if stage.teacher else {},
+    stage.teacher_variables,
     jax.device_put(batch, sharding.by_batch(stage.mesh)),
-    sharding.place(rng, sharding.replicated(stage.mesh)),
+    stage.rng,
   )
 
 

@@ -173,11 +173,6 @@ def evaluate_checkpoint(
   }
 
 
-def _percent(value):
-  absent = value is None or math.isnan(value)
-  return 'absent' if absent else f'{100 * value:.2f}'
-
-
 def describe_protocol(result):
   """'protocol native: ...' and what else the scores depend on, for texts."""
   words = [f'protocol {result["protocol"]}: {PROTOCOLS[result["protocol"]]}']
@@ -205,7 +200,7 @@ def as_text(counts, result):
     ('boundary_miou', 'boundary mIoU'),
   ):
     if key in result:
-      lines.append(f'{name:16}{_percent(result[key]):>7} %')
+      lines.append(f'{name:16}{logs.percent(result[key]):>7} %')
   with np.errstate(invalid='ignore'):
     share = counts.sum(1) / counts.sum()
   columns = {
@@ -219,7 +214,7 @@ def as_text(counts, result):
   for name, *values in zip(
     result['iou_per_class'], *columns.values(), strict=True
   ):
-    table.append([name, *map(_percent, values)])
+    table.append([name, *map(logs.percent, values)])
   width = max(len(name) for name, *_ in table)
   lines.append('')
   for name, *cells in table:

@@ -16,129 +16,95 @@ _MUCH_WAITING = 0.1  # Of the time; then there is advice, once.
 
 
 class _Clock:
-  """Speed since the last reading, and the time left."""
+  """Speed since the last reading, and the share of the time without data."""
 
-  def __init__(self, step, num_steps, batch_size):
-    self._num_steps, self._batch_size = num_steps, batch_size
+  def __init__(self, step):
     self.reset(step)
 
   def reset(self, step):
-    self._step, self._waited = step, 0.0
-    self._start = time.monotonic()
+    self._step, self._start, self._waited = step, time.monotonic(), 0.0
 
-  def wait(self, iterator):
-    """Next batch; the time it takes counts as waiting for data."""
+  def next(self, batches):
     start = time.monotonic()
-    batch = next(iterator)
+    batch = next(batches)
     self._waited += time.monotonic() - start
     return batch
 
-  def read(self, step):
+  def read(self, step, batch_size):
     elapsed = max(time.monotonic() - self._start, 1e-9)
-    seconds = elapsed / (step - self._step)
-    reading = {
-      'step_seconds': seconds,
-      'images_per_second': self._batch_size / seconds,
-      'data_wait': self._waited / elapsed,
-    }
+    seconds, waited = elapsed / (step - self._step), self._waited / elapsed
     self.reset(step)
-    left = logs.duration(seconds * (self._num_steps - step))
-    return reading, left
+    return {
+      'step_seconds': seconds,
+      'images_per_second': batch_size / seconds,
+      'data_wait': waited,
+    }
 
 
-class _Timer:
-  """Whether the time has come for a checkpoint without evaluation."""
-
-  def __init__(self, minutes):
-    self._seconds = 60 * minutes
-    self.reset()
-
-  def reset(self):
-    self._start = time.monotonic()
-
-  def due(self):
-    return 0 < self._seconds <= time.monotonic() - self._start
-
-
-def train(
-  state,
-  *,
-  train_step,
-  teacher_variables,
-  make_batches,
-  batch_names,
-  evaluate,
-  manager,
-  run,
-  log,
-  rng,
-  num_steps,
-  eval_every,
-  log_every,
-  save_minutes,
-  batch_size,
-  stop,
-):
-  """Trains until `num_steps`, from wherever `state` is; returns the state.
+def train(stage, state, *, manager, log, stop):
+  """The state after the stage's last step, from wherever `state` is.
 
   Args:
+    stage: see stage.py.
     state: TrainState; donated.
-    train_step: (state, teacher_variables, batch, rng) -> state, metrics.
-    teacher_variables: of the frozen teacher, or {}.
-    make_batches: first step -> iterator of batches on devices.
-    batch_names: step -> names of the images of the batch that follows it.
-    evaluate: variables -> dict of metrics with 'miou'.
     manager: Orbax manager; a checkpoint is saved after each evaluation.
-    run: what a checkpoint must agree with to be resumed; see checkpoints.py.
     log: StageLog.
-    rng: key; the step folds its number in.
-    num_steps: where to stop.
-    eval_every, log_every: steps.
-    save_minutes: at most this long without a checkpoint; 0 is without limit.
-    batch_size: global, for the speed.
     stop: stopping.Stop.
 
   Raises:
     NonFiniteLoss: at the first step with such a loss.
     Stopped: after a signal, when the last step is saved.
   """
+  config, num_steps = stage.config, stage.num_steps
+  log_every, save_minutes = (
+    config.log_every_steps,
+    config.checkpoint.every_minutes,
+  )
   step = first = saved = int(state.step)
   # A run that was stopped in an evaluation has saved without its metrics.
   scored = step if step and manager.metrics(step) else None
   if step == scored == num_steps:
     return state
-  batches = iter(make_batches(step))
-  clock, timer = _Clock(step, num_steps, batch_size), _Timer(save_minutes)
-  unchecked = metrics = None
-  hinted = False
   best = -math.inf
   if manager.best_step() is not None:
     best = manager.metrics(manager.best_step())['miou']
+  train_step, rng = stage.make_train_step(), stage.rng
+  batches, clock = iter(stage.make_batches(step)), _Clock(step)
+  save_time = time.monotonic()
+  unchecked = metrics = None
+  hinted = False
 
-  def check(number, values):
-    finite.check_metrics(number, values, names=batch_names, manager=manager)
+  def check(step, metrics, state=None):
+    finite.check(
+      step, metrics, names=stage.batch_names, manager=manager, state=state
+    )
 
   def save(miou=None):
+    nonlocal saved, save_time
     if metrics is not None:
-      check(step, metrics)
-      finite.check_state(
-        step, state, metrics, names=batch_names, manager=manager
-      )
-    checkpoints.save(manager, step, state, run, miou=miou)
+      check(step, metrics, state)
+    checkpoints.save(manager, step, state, stage.run_facts, miou=miou)
     log.upload()
     if saved == first:
       checkpoints.wait(manager)  # Errors of saving come late.
-    timer.reset()
+    saved, save_time = step, time.monotonic()
     clock.reset(step)
+
+  def save_is_due():
+    # Clocks of processes differ, and to ask all of them is not free.
+    if jax.process_count() > 1 and step % log_every:
+      return False
+    minutes = (time.monotonic() - save_time) / 60
+    return processes.any_of(0 < save_minutes <= minutes)
 
   with stop.deferred():
     while True:
-      due = step % eval_every == 0 or step == num_steps
+      due = step % stage.eval_every == 0 or step == num_steps
       if step and due and scored != step:
         if metrics is not None:
           check(step, metrics)  # Before an evaluation in vain.
         start = time.monotonic()
-        scores = stop.attempt(evaluate, state.variables('student'))
+        scores = stop.attempt(stage.evaluate, state.variables('student'))
         if scores is not None:
           best = max(best, scores['miou'])
           log.line(
@@ -149,11 +115,10 @@ def train(
           # The line is there before the checkpoint: a restart drops what is
           # newer than its checkpoint, and writes nothing older again.
           log.metrics('eval', step, scores)
-          save(miou=scores['miou'])
-          saved = scored = step
-      elif saved != step and _any_due(timer, step, log_every):
+          save(scores['miou'])
+          scored = step
+      elif saved != step and save_is_due():
         save()
-        saved = step
       if stop.signum or manager.reached_preemption(step):
         if saved != step:
           save()
@@ -167,7 +132,7 @@ def train(
         checkpoints.wait(manager)
         return state
       try:
-        batch = clock.wait(batches)
+        batch = clock.next(batches)
       except Exception:
         # Ctrl-C also ends the processes that read.
         if not stop.signum:
@@ -176,7 +141,7 @@ def train(
       if step == first:
         log.line('compiling the training step ...')
         start = time.monotonic()
-      state, metrics = train_step(state, teacher_variables, batch, rng)
+      state, metrics = train_step(state, stage.teacher_variables, batch, rng)
       step += 1
       if unchecked:
         check(*unchecked)  # One step late: the device is not kept waiting.
@@ -198,8 +163,9 @@ def train(
       if step == first + 1:
         clock.reset(step)  # Its time is that of the compiler.
       else:
-        speed, left = clock.read(step)
+        speed = clock.read(step, config.batch_size)
         values |= speed
+        left = logs.duration(speed['step_seconds'] * (num_steps - step))
         terms += (
           f'  {speed["images_per_second"]:.1f} images/s  '
           f'waiting {speed["data_wait"]:.0%}  left {left}'
@@ -213,10 +179,3 @@ def train(
             'the step waits for data: config.data.cache=True keeps decoded '
             'images in memory, config.data.workers=2 decodes in more processes'
           )
-
-
-def _any_due(timer, step, log_every):
-  # Clocks of processes differ, and to ask all of them is not free.
-  if jax.process_count() > 1 and step % log_every:
-    return False
-  return processes.any_of(timer.due())

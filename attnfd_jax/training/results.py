@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a finished stage leaves for people: result.json and pictures.npz."""
 
+import functools
 import json
 
 import jax
@@ -87,17 +88,20 @@ def make_pictures(stage, state, records):
   """Arrays for the report: image, label, prediction, palette, and the maps of
   the method, 'map_<role>_<name>', float16 [n, h, w] from 0 to 1.
   """
-  image = np.stack([record['image'] for record in records])
+  image, label = (
+    np.stack([record[key] for record in records]) for key in ('image', 'label')
+  )
   student = sharding.to_host(state.variables('student'))
+  forward = functools.partial(stage.network.apply, train=False)
 
   @jax.jit
   def predict(variables, image):
-    out = stage.network.apply(variables, normalise(image), train=False)
-    return jnp.argmax(out['logits'], -1).astype(jnp.uint8)
+    logits = forward(variables, normalise(image))['logits']
+    return jnp.argmax(logits, -1).astype(jnp.uint8)
 
   pictures = {
     'image': image,
-    'label': np.stack([record['label'] for record in records]),
+    'label': label,
     'prediction': np.asarray(predict(student, image)),
     'palette': stage.dataset.palette,
   }
@@ -107,24 +111,17 @@ def make_pictures(stage, state, records):
   @jax.jit
   def draw(student, teacher, distiller, image):
     image = normalise(image)
+    outputs = forward(student, image), stage.teacher.apply(teacher, image)
     return stage.distiller.apply(
-      distiller,
-      stage.network.apply(student, image, train=False),
-      stage.teacher.apply(teacher, image),
-      train=False,
-      method='pictures',
+      distiller, *outputs, train=False, method='pictures'
     )
 
-  found = draw(
-    student,
-    sharding.to_host(stage.teacher.variables),
-    sharding.to_host(state.variables('distiller')),
-    image,
-  )
+  others = stage.teacher.variables, state.variables('distiller')
+  found = draw(student, *sharding.to_host(others), image)
   for role, maps in found.items():
     for name, x in maps.items():
       x = np.asarray(x, np.float32)
-      low, high = (f(x, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
-      scaled = (x - low) / np.maximum(high - low, 1e-12)
-      pictures[f'map_{role}_{name}'] = scaled.astype(np.float16)
+      x = x - np.min(x, axis=(1, 2), keepdims=True)
+      x = x / np.maximum(np.max(x, axis=(1, 2), keepdims=True), 1e-12)
+      pictures[f'map_{role}_{name}'] = x.astype(np.float16)
   return pictures

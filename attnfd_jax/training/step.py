@@ -47,9 +47,8 @@ def make_train_step(
     distiller: distill.WeightedSum, or None without a teacher.
     schedule: step -> learning rate, for the log.
     mesh: see devices.sharding.make_mesh.
-    state_sharding: TrainState of shardings, as of sharding.split_state: the
-      weights are gathered for the gradient, which comes back split. None is
-      a whole state on every device.
+    state_sharding: as of sharding.split_state: the weights are gathered for the
+      gradient, which comes back split. None is a whole state on every device.
     plain_cross_entropy: task_loss is the cross-entropy: large logits that are
       the resize of coarse ones need never exist as a whole.
     ce_batch_division: divide the task loss by the batch, as the authors do
@@ -89,7 +88,9 @@ def make_train_step(
       )
     }
 
-  def compute_losses(params, collections, teacher_variables, batch, step, rng):
+  def compute_losses(
+    params, collections, batch, rng, *, teacher_variables, step
+  ):
     """Two dicts {term: Mean}, new collections, and scalars for the log."""
     image = batch['image']
     if image.dtype == jnp.uint8:
@@ -124,10 +125,10 @@ def make_train_step(
     collections['distiller'] = {**state, **updated}
     return task, distances, collections, terms
 
-  def loss_fn(params, collections, teacher_variables, batch, step, rng, counts):
+  def loss_fn(params, collections, batch, rng, counts, **fixed):
     """The loss of a batch, or its share of it; counts are the whole batch's."""
     task, distances, collections, terms = compute_losses(
-      params, collections, teacher_variables, batch, step, rng
+      params, collections, batch, rng, **fixed
     )
     values = {
       name: loss._replace(count=counts.get(name, loss.count)).value
@@ -138,81 +139,62 @@ def make_train_step(
       loss = loss / (accumulate * batch['image'].shape[0])
     if distances:
       loss = loss + sum(
-        distiller.weight(name, step) * values[name] for name in distances
+        distiller.weight(name, fixed['step']) * values[name]
+        for name in distances
       )
     share = jax.tree.map(lambda x: x / accumulate, terms)
     return loss, (collections, values | share | {'loss': loss})
 
-  def gradients(state, teacher_variables, batch, rng):
-    grad_fn = jax.grad(loss_fn, has_aux=True)
+  def gradients(state, batch, rng, **fixed):
+    grad_fn = jax.grad(functools.partial(loss_fn, **fixed), has_aux=True)
     if accumulate == 1:
-      return grad_fn(
-        state.params,
-        state.collections,
-        teacher_variables,
-        batch,
-        state.step,
-        rng,
-        {},
-      )
+      return grad_fn(state.params, state.collections, batch, rng, {})
 
     def split(x):
       # Every device keeps its images: the parts interleave.
       parts = x.reshape(-1, accumulate, *x.shape[1:])
       return jnp.swapaxes(parts, 0, 1)
 
-    parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
-    scan = functools.partial(
-      cpu_forms.scan, platform=mesh.devices.flat[0].platform
-    )
-
     def count_part(carry, part):
       # The compiler drops all that the counts do not need: for most losses
       # that is everything but the labels.
       index, batch = part
+      rng_of_part = jax.random.fold_in(rng, index)
       task, distances, _, _ = compute_losses(
-        state.params,
-        state.collections,
-        teacher_variables,
-        batch,
-        state.step,
-        jax.random.fold_in(rng, index),
+        state.params, state.collections, batch, rng_of_part, **fixed
       )
-      return carry, {
-        name: jax.lax.stop_gradient(loss.count)
-        for name, loss in (task | distances).items()
-      }
-
-    _, counts = jax.lax.scan(count_part, None, parts)
-    counts = jax.tree.map(jnp.sum, counts)
+      return carry, {name: x.count for name, x in (task | distances).items()}
 
     def add_part(carry, part):
       collections, total = carry
       index, batch = part
+      rng_of_part = jax.random.fold_in(rng, index)
       grads, (collections, terms) = grad_fn(
-        state.params,
-        collections,
-        teacher_variables,
-        batch,
-        state.step,
-        jax.random.fold_in(rng, index),
-        counts,
+        state.params, collections, batch, rng_of_part, counts
       )
       return (collections, jax.tree.map(jnp.add, total, grads)), terms
 
+    parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
+    _, counts = jax.lax.scan(count_part, None, parts)
+    counts = jax.tree.map(jnp.sum, counts)
     start = (state.collections, jax.tree.map(jnp.zeros_like, state.params))
-    (collections, grads), terms = scan(add_part, start, parts)
+    (collections, grads), terms = cpu_forms.scan(
+      add_part, start, parts, platform=mesh.devices.flat[0].platform
+    )
     return grads, (collections, jax.tree.map(jnp.sum, terms))
 
   def train_step(state, teacher_variables, batch, rng):
-    rng = jax.random.fold_in(rng, state.step)
     whole = state
     if state_sharding is not None:
       # Said, not left to XLA, which might split channels of maps instead.
       constrain = jax.lax.with_sharding_constraint
       whole = state.replace(params=constrain(state.params, everywhere))
     grads, (collections, metrics) = gradients(
-      whole, teacher_variables, batch, rng
+      whole,
+      batch,
+      jax.random.fold_in(rng, state.step),
+      teacher_variables=teacher_variables,
+      step=state.step,
     )
     if state_sharding is not None:
       grads = constrain(grads, state_sharding.params)

@@ -13,11 +13,7 @@ NAMES = ('ce', 'ohem', 'focal', 'dice', 'ce+dice')
 
 
 def make_task_loss(options):
-  """(logits, labels) -> {term: Mean}, of the group `loss` of a config.
-
-  Raises:
-    InputError: for a loss or a value that does not exist.
-  """
+  """(logits, labels) -> {term: Mean}, of the group `loss` of a config."""
   _check(options)
   weights = tuple(options['class_weights']) or None
   made = {
@@ -63,15 +59,19 @@ def _check(options):
       'such as --config.loss.class_weights="(1.0, 2.5)".'
     )
   if given and weighting == 'none':
-    raise InputError(
-      f'config.loss.class_weights={given} needs loss.weighting=given, not '
-      f'{weighting!r}.'
-    )
+    raise _needs_given(options)
   if options['name'] == 'dice' and weighting != 'none':
     raise InputError(
       f"config.loss.weighting={weighting!r} does not go with name='dice', in "
       "which all classes count the same; use 'none', or 'ce+dice'."
     )
+
+
+def _needs_given(options):
+  return InputError(
+    f'config.loss.class_weights={tuple(options["class_weights"])} needs '
+    f'loss.weighting=given, not {options["weighting"]!r}.'
+  )
 
 
 def check_class_weights(options, class_names):
@@ -80,12 +80,9 @@ def check_class_weights(options, class_names):
   Raises:
     InputError: if it is not.
   """
-  if options['weighting'] == 'auto' and options['class_weights']:
-    raise InputError(
-      f'config.loss.class_weights={tuple(options["class_weights"])} needs '
-      "loss.weighting=given, not 'auto'."
-    )
   found, expected = len(options['class_weights']), len(class_names)
+  if options['weighting'] == 'auto' and found:
+    raise _needs_given(options)
   if options['weighting'] == 'given' and found != expected:
     raise InputError(
       f'config.loss.class_weights has {found} numbers for the {expected} '
@@ -93,28 +90,12 @@ def check_class_weights(options, class_names):
     )
 
 
-def _counted_before(workdir):
-  """Weights that another stage, or a part before a restart, wrote down."""
-  for path in sorted(workdir.glob('*/config.json')):
-    try:
-      options = json.loads(path.read_text()).get('loss', {})
-    except ValueError:
-      continue  # Damaged: it will be written again.
-    if options.get('weighting') == 'auto' and options['class_weights']:
-      return tuple(options['class_weights'])
-  return None
-
-
 def with_class_weights(config, dataset, workdir):
   """`config` with numbers in loss.class_weights where weighting is 'auto'.
 
-  Median-frequency weights of the training split. It is read once in a run:
+  Median-frequency weights of the training split, which is read once in a run:
   the stages of `workdir` keep the numbers in their config.json.
-
-  Raises:
-    InputError: if given weights do not fit the classes.
   """
-  check_class_weights(config.loss, dataset.class_names)
   if config.loss.weighting != 'auto':
     return config
   weights = _counted_before(workdir)
@@ -131,11 +112,22 @@ def with_class_weights(config, dataset, workdir):
       counts.pixels, counts.present_pixels
     )
     weights = tuple(float(f'{x:.4g}') for x in found)
-  named = zip(dataset.class_names, weights, strict=True)
-  print(
-    f'class weights: {", ".join(f"{n} {x:g}" for n, x in named)}', flush=True
-  )
+  pairs = zip(dataset.class_names, weights, strict=True)
+  named = ', '.join(f'{name} {x:g}' for name, x in pairs)
+  print(f'class weights: {named}', flush=True)
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.loss.class_weights = weights
   return config.lock()
+
+
+def _counted_before(workdir):
+  """Weights that another stage, or a part before a restart, wrote down."""
+  for path in sorted(workdir.glob('*/config.json')):
+    try:
+      options = json.loads(path.read_text()).get('loss', {})
+    except ValueError:
+      continue  # Damaged: it will be written again.
+    if options.get('weighting') == 'auto' and options['class_weights']:
+      return tuple(options['class_weights'])
+  return None
