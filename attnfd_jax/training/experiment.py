@@ -22,24 +22,12 @@ from attnfd_jax.training.stopping import Stop
 
 # Keys that may change between the parts of an interrupted run.
 HARMLESS = (
-  'stages',
-  'log_every_steps',
-  'loggers',
-  'checkpoint.every_minutes',
-  'checkpoint.keep_best',
-  'data.root',
-  'data.prepared',
-  'data.cache',
-  'data.decoded_cache',
-  'data.threads',
-  'data.workers',
-  'eval.batch_size',
-  'eval.num_pictures',
-  'mesh.data',
-  'mesh.fsdp',
-  'mesh.spatial',
-  'teacher.allow_code',
-  'teacher.min_miou',
+  *('stages', 'log_every_steps', 'loggers'),
+  *('checkpoint.every_minutes', 'checkpoint.keep_best'),
+  *('data.root', 'data.prepared', 'data.cache', 'data.decoded_cache'),
+  *('data.threads', 'data.workers', 'eval.batch_size', 'eval.num_pictures'),
+  *('mesh.data', 'mesh.fsdp', 'mesh.spatial'),
+  *('teacher.allow_code', 'teacher.min_miou'),
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -118,11 +106,6 @@ def _disk_errors(workdir):
     ) from error
 
 
-def _given_teacher(config):
-  """What the config names in place of a stage `teacher`, or ''."""
-  return config.teacher.factory or config.teacher.checkpoint
-
-
 def check(config, dataset, mesh, workdir):
   """Refuses what is wrong with any stage before the first one begins.
 
@@ -161,17 +144,18 @@ def check(config, dataset, mesh, workdir):
     if name != 'distill' and user_code.is_code(stage.options.network):
       size = tuple(config.data.crop_size)
       networks.check_outputs(stage.network, dataset.num_classes, size)
-    if (
-      begins and stage.options.pretrained and not (name == 'teacher' and given)
-    ):
-      torch_networks.load_pretrained(stage.options.pretrained, stage.network)
-    if name == 'distill' and chosen and not given:
-      teacher = teachers.abstract(config, dataset.class_names)
-      stage = with_teacher(stage, teacher)
-    elif name == 'distill' and begins:
-      # It is read again when the stage begins: no memory of the devices is
-      # taken before.
-      teacher = teachers.from_config(config, workdir, dataset.class_names, mesh)
+    pretrained = stage.options.pretrained
+    if begins and pretrained and not (name == 'teacher' and given):
+      torch_networks.load_pretrained(pretrained, stage.network)
+    if name == 'distill' and (begins if given else chosen):
+      names = dataset.class_names
+      # What is given is read again when the stage begins, and takes no memory
+      # of the devices before.
+      teacher = (
+        teachers.from_config(config, workdir, names, mesh)
+        if given
+        else teachers.abstract(config, names)
+      )
       stage = with_teacher(stage, teacher)
     stage.make_optimizer()
   if 'distill' in config.stages and not given:
@@ -291,6 +275,11 @@ def _describe(stage, directory):
   logs.write_json(directory / 'environment.json', logs.environment())
 
 
+def _given_teacher(config):
+  """What the config names in place of a stage `teacher`, or ''."""
+  return config.teacher.factory or config.teacher.checkpoint
+
+
 def _with_scored_teacher(stage, log, *, resumed):
   """The stage with its teacher's mIoU on val; bad teachers stop here."""
   teacher, given = stage.teacher, _given_teacher(stage.config)
@@ -306,10 +295,9 @@ def _with_scored_teacher(stage, log, *, resumed):
   if score is not None:
     log.line(f'teacher val mIoU {logs.percent(score)}')
   floor = stage.config.teacher.min_miou
-  if not resumed and floor > 0 and not (score is not None and score >= floor):
-    value = 'absent' if score is None else f'{score:.4f}'
+  if not resumed and floor > 0 and not score >= floor:  # NaN is not.
     raise InputError(
-      f'{given or "teacher"}: val mIoU {value} is below '
+      f'{given or "teacher"}: val mIoU {score:.4f} is below '
       f'config.teacher.min_miou={floor:g}; use a better teacher or lower the '
       'floor.'
     )

@@ -56,10 +56,7 @@ def train(stage, state, *, manager, log, stop):
     Stopped: after a signal, when the last step is saved.
   """
   config, num_steps = stage.config, stage.num_steps
-  log_every, save_minutes = (
-    config.log_every_steps,
-    config.checkpoint.every_minutes,
-  )
+  log_every = config.log_every_steps
   step = first = saved = int(state.step)
   # A run that was stopped in an evaluation has saved without its metrics.
   scored = step if step and manager.metrics(step) else None
@@ -94,8 +91,8 @@ def train(stage, state, *, manager, log, stop):
     # Clocks of processes differ, and to ask all of them is not free.
     if jax.process_count() > 1 and step % log_every:
       return False
-    minutes = (time.monotonic() - save_time) / 60
-    return processes.any_of(0 < save_minutes <= minutes)
+    seconds = 60 * config.checkpoint.every_minutes
+    return processes.any_of(0 < seconds <= time.monotonic() - save_time)
 
   with stop.deferred():
     while True:
@@ -146,36 +143,32 @@ def train(stage, state, *, manager, log, stop):
       if unchecked:
         check(*unchecked)  # One step late: the device is not kept waiting.
       unchecked = step, metrics
-      logged = step % log_every == 0 or step == num_steps
       if step == first + 1:
         jax.block_until_ready(metrics)
         seconds = time.monotonic() - start
         log.line(f'first step after {seconds:.1f} s; faster next time, cached')
-      elif not logged:
+        clock.reset(step)
+      if step % log_every and step != num_steps:
         continue
       check(*unchecked)
       unchecked = None
       values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-      shown = ('loss', *sorted(set(values) - {'loss', 'learning_rate'}))
-      terms = '  '.join(
+      shown = ('loss', *sorted({*values} - {'loss', 'learning_rate'}))
+      text = '  '.join(
         f'{name} {values[name]:.4f}' for name in shown if name.count('_') < 2
       )
-      if step == first + 1:
-        clock.reset(step)  # Its time is that of the compiler.
-      else:
-        speed = clock.read(step, config.batch_size)
-        values |= speed
-        left = logs.duration(speed['step_seconds'] * (num_steps - step))
-        terms += (
-          f'  {speed["images_per_second"]:.1f} images/s  '
-          f'waiting {speed["data_wait"]:.0%}  left {left}'
+      if step > first + 1:  # The time of the first is that of the compiler.
+        values |= clock.read(step, config.batch_size)
+        left = logs.duration(values['step_seconds'] * (num_steps - step))
+        text += (
+          f'  {values["images_per_second"]:.1f} images/s  '
+          f'waiting {values["data_wait"]:.0%}  left {left}'
         )
-      if logged:
-        log.metrics('train', step, values)
-        log.line(f'step {step}/{num_steps}  {terms}')
-        if not hinted and values.get('data_wait', 0) > _MUCH_WAITING:
-          hinted = True
-          log.line(
-            'the step waits for data: config.data.cache=True keeps decoded '
-            'images in memory, config.data.workers=2 decodes in more processes'
-          )
+      log.metrics('train', step, values)
+      log.line(f'step {step}/{num_steps}  {text}')
+      if not hinted and values.get('data_wait', 0) > _MUCH_WAITING:
+        hinted = True
+        log.line(
+          'the step waits for data: config.data.cache=True keeps decoded '
+          'images in memory, config.data.workers=2 decodes in more processes'
+        )

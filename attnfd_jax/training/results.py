@@ -54,7 +54,20 @@ def write(stage, state, directory, *, step, log):
     'versions': logs.versions(),
   }
   if stage.teacher is not None:
-    result |= _distilled(stage)
+    teacher, method = stage.teacher, config.distill.method
+    result['teacher'] = {
+      'name': teacher.name,
+      'miou': stage.teacher_miou,
+      'source': getattr(teacher, 'source', config.teacher.factory),
+    }
+    # As they are used: the config may ask for what this teacher lacks.
+    options = json.dumps(stage.distiller.options(), default=str)
+    result['method'] = {
+      'name': method,
+      'title': distill.title(method),
+      'options': json.loads(options),
+      'pictures': stage.distiller.pictures_note,
+    }
     gates = stage.distiller.student_attention_variables(
       sharding.to_host(state.variables('distiller'))
     )
@@ -65,32 +78,11 @@ def write(stage, state, directory, *, step, log):
   return result
 
 
-def _distilled(stage):
-  """What a result says of its teacher and of its method."""
-  teacher, method = stage.teacher, stage.config.distill.method
-  return {
-    'teacher': {
-      'name': teacher.name,
-      'miou': stage.teacher_miou,
-      'source': getattr(teacher, 'source', stage.config.teacher.factory),
-    },
-    'method': {
-      'name': method,
-      'title': distill.title(method),
-      # As they are used: the config may ask for what this teacher lacks.
-      'options': json.loads(json.dumps(stage.distiller.options(), default=str)),
-      'pictures': stage.distiller.pictures_note,
-    },
-  }
-
-
 def make_pictures(stage, state, records):
   """Arrays for the report: image, label, prediction, palette, and the maps of
   the method, 'map_<role>_<name>', float16 [n, h, w] from 0 to 1.
   """
-  image, label = (
-    np.stack([record[key] for record in records]) for key in ('image', 'label')
-  )
+  image = np.stack([record['image'] for record in records])
   student = sharding.to_host(state.variables('student'))
   forward = functools.partial(stage.network.apply, train=False)
 
@@ -101,7 +93,7 @@ def make_pictures(stage, state, records):
 
   pictures = {
     'image': image,
-    'label': label,
+    'label': np.stack([record['label'] for record in records]),
     'prediction': np.asarray(predict(student, image)),
     'palette': stage.dataset.palette,
   }

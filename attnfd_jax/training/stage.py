@@ -24,13 +24,6 @@ from attnfd_jax.training import optim, task_loss
 from attnfd_jax.training.state import make_state
 from attnfd_jax.training.step import make_train_step
 
-# Of XLA on a CPU: half the time to compile hundreds of small programs of
-# threefry, for the same bits.
-QUICK_CPU = {
-  'xla_backend_optimization_level': 1,
-  'xla_llvm_disable_expensive_passes': True,
-}
-
 
 def init_distiller(distiller, shapes, rng=None):
   """Variables of a distiller for outputs of these shapes."""
@@ -47,6 +40,11 @@ def init_key(seed, index):
   return jax.random.fold_in(rng, index)
 
 
+def _copied(tree):
+  """A state is donated, and must own its buffers."""
+  return jax.tree.map(jnp.copy, tree)
+
+
 def role_of(name):
   """The group of a stage's network in the config."""
   return 'teacher' if name == 'teacher' else 'student'
@@ -54,31 +52,21 @@ def role_of(name):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """What a stage computes with; built by `make_stage`.
+  """What a stage computes with; built by `make_stage`."""
 
-  Attributes:
-    name: 'teacher', 'student' or 'distill'.
-    config: resolved.
-    dataset, mesh: what it trains on.
-    network: in training.
-    teacher, distiller: None but in 'distill'.
-    teacher_miou: on val, once it is known.
-    output_shapes: of student and teacher, for the distiller.
-    epoch_steps, num_steps, eval_every: in steps.
-  """
-
-  name: str
-  config: object
+  name: str  # 'teacher', 'student' or 'distill'.
+  config: object  # Resolved.
   dataset: Dataset
   mesh: jax.sharding.Mesh
-  network: Network
-  teacher: Teacher | None = None
-  distiller: distill.WeightedSum | None = None
-  teacher_miou: float | None = None
-  output_shapes: list = dataclasses.field(default_factory=list)
+  network: Network  # In training.
   epoch_steps: int = 1
   num_steps: int = 1
-  eval_every: int = 1
+  eval_every: int = 1  # In steps.
+  # Of 'distill' alone, see `with_teacher`.
+  teacher: Teacher | None = None
+  distiller: distill.WeightedSum | None = None
+  output_shapes: tuple = ()  # Of student and teacher.
+  teacher_miou: float | None = None  # On val, once it is known.
 
   @property
   def options(self):
@@ -141,65 +129,52 @@ class Stage:
     Raises:
       InputError: if a file of pretrained weights does not fit.
     """
-    everywhere = sharding.replicated(self.mesh)
-    on_cpu = self.mesh.devices.flat[0].platform == 'cpu'
-    init = jax.jit(
-      self._init,
-      out_shardings=everywhere,
-      # It runs once: what takes long is to compile it.
-      compiler_options=QUICK_CPU if on_cpu else None,
-    )
-    # A donated state must own its buffers.
-    copied = jax.jit(
-      functools.partial(jax.tree.map, jnp.copy), out_shardings=everywhere
-    )
-    state = init(self._init_key)
+    loaded = {}
     if fresh and self.options.pretrained:
       loaded, line = torch_networks.load_pretrained(
         self.options.pretrained, self.network
       )
       log(line)
-      student = {
-        'params': state.params['student'],
-        **state.collections['student'],
+    everywhere, quick = sharding.replicated(self.mesh), None
+    if self.mesh.devices.flat[0].platform == 'cpu':
+      # Half the time to compile hundreds of small programs of threefry, for the
+      # same bits; they run once.
+      quick = {
+        'xla_backend_optimization_level': 1,
+        'xla_llvm_disable_expensive_passes': True,
       }
-      student |= copied(
-        jax.tree.map(
-          lambda new, old: old if new is None else new,
-          dict(loaded),
-          {name: student[name] for name in loaded},
-          is_leaf=lambda x: x is None,
-        )
-      )
-      params = {**state.params, 'student': student.pop('params')}
-      state = state.replace(
-        params=params,
-        collections={**state.collections, 'student': student},
-        ema=copied(params) if state.ema else {},
-      )
+    init = jax.jit(self._init, out_shardings=everywhere, compiler_options=quick)
+    state = init(self._init_key, dict(loaded))
     if self.distiller is not None:
       before = state.collections['distiller']
       after = self.distiller.adopt(before, self.teacher)
       if after is not before:
-        state = state.replace(
-          collections={**state.collections, 'distiller': copied(after)}
-        )
+        after = jax.jit(_copied, out_shardings=everywhere)(after)
+        collections = {**state.collections, 'distiller': after}
+        state = state.replace(collections=collections)
     if self.state_sharding is not None:
       state = jax.device_put(state, self.state_sharding)
     return state
 
   def abstract_state(self):
     """Shapes and types of `init_state`, without computing or compiling."""
-    return jax.eval_shape(self._init, self._init_key)
+    return jax.eval_shape(self._init, self._init_key, {})
 
   @property
   def _init_key(self):
     # Student and distilled student of one seed start from the same weights.
     return init_key(self.config.seed, 0 if self.name == 'teacher' else 1)
 
-  def _init(self, rng):
-    image = jnp.zeros((1, 64, 64, 3))
-    variables = {'student': self.network.init(rng, image, train=False)}
+  def _init(self, rng, loaded):
+    """`loaded`: of the network, with None where it has nothing; or {}."""
+    student = self.network.init(rng, jnp.zeros((1, 64, 64, 3)), train=False)
+    filled = jax.tree.map(
+      lambda new, old: old if new is None else new,
+      _copied(loaded),
+      {name: student[name] for name in loaded},
+      is_leaf=lambda x: x is None,
+    )
+    variables = {'student': {**student, **filled}}
     if self.distiller is not None:
       variables['distiller'] = init_distiller(
         self.distiller, self.output_shapes, jax.random.fold_in(rng, 1)
@@ -257,20 +232,18 @@ class Stage:
 
   def evaluate(self, variables, split='val', *, network=None):
     """Entries of result.json for one split; of the student by default."""
-    options = self.config.eval
-    parts = self.mesh.shape['data']
-    with memory.explained(options.batch_size, devices=parts):
+    keys = ('protocol', 'batch_size', 'short_side', 'size_multiple')
+    options = {key: self.config.eval[key] for key in keys}
+    devices = self.mesh.shape['data']
+    with memory.explained(options['batch_size'], devices=devices):
       counts = evaluation.evaluate(
         network or self.network,
         variables,
         self.dataset.splits[split],
         num_classes=self.dataset.num_classes,
         mesh=self.mesh,
-        protocol=options.protocol,
-        batch_size=options.batch_size,
-        short_side=options.short_side,
-        size_multiple=options.size_multiple,
         threads=self.config.data.threads,
+        **options,
       )
     return metrics.summarise(counts, self.dataset.class_names)
 
@@ -353,10 +326,10 @@ def with_teacher(stage, teacher):
   except ValueError as error:
     raise InputError(f'config.distill.method: {error}') from error
   size = tuple(stage.config.data.crop_size)
-  shapes = [
+  shapes = (
     networks.abstract_outputs(stage.network, size),
     _abstract_outputs(teacher, size),
-  ]
+  )
   distill.abstract_variables(distiller, *shapes)
   return dataclasses.replace(
     stage, teacher=teacher, distiller=distiller, output_shapes=shapes
@@ -366,8 +339,7 @@ def with_teacher(stage, teacher):
 def _abstract_outputs(teacher, image_size):
   """Shapes of a teacher's Outputs for two images of `image_size`."""
   image = jax.ShapeDtypeStruct((2, *image_size, 3), jnp.float32)
-  rng = jax.random.key(0)
-  learn = functools.partial(teacher.apply, rng=rng)
+  learn = functools.partial(teacher.apply, rng=jax.random.key(0))
   try:
     out = jax.eval_shape(learn, teacher.variables, image)
   except Exception as error:  # Of a teacher of the user's, anything.
