@@ -84,11 +84,14 @@ def train(config, workdir, *, stop=None):
 def summary_lines(results):
   """A line for each stage, with its scores."""
   for name, result in results.items():
-    line = f'{name:8} {result["network"]:20} val mIoU'
-    line += f' {logs.percent(result["miou"]):>6}'
-    if result.get('test'):
-      line += f'   test mIoU {logs.percent(result["test"]["miou"]):>6}'
-    yield line
+    yield f'{name:8} {result["network"]:20} {_scores(result)}'
+
+
+def _scores(result):
+  text = f'val mIoU {logs.percent(result["miou"])}'
+  if result.get('test'):
+    text += f', test mIoU {logs.percent(result["test"]["miou"])}'
+  return text
 
 
 @contextlib.contextmanager
@@ -109,28 +112,22 @@ def _disk_errors(workdir):
 def check(config, dataset, mesh, workdir):
   """Refuses what is wrong with any stage before the first one begins.
 
-  Args:
-    config: resolved.
-    dataset, mesh: what it trains on.
-    workdir: of the run, a Path; nothing is written.
-
   Raises:
     InputError: names the key, or the file, and what is possible.
   """
-  parts = mesh.shape['data']
-  if config.batch_size % (parts * config.optim.accumulate):
+  devices, parts = mesh.shape['data'], config.optim.accumulate
+  if config.batch_size % (devices * parts):
     raise InputError(
       f'config.batch_size={config.batch_size} must be a multiple of the '
-      f'{parts} devices times optim.accumulate={config.optim.accumulate}.'
+      f'{devices} devices times optim.accumulate={parts}.'
     )
-  required = {'train', 'val', config.eval.test_split} - {''}
-  missing = [
-    split for split in required if not len(dataset.splits.get(split, ()))
-  ]
+  splits = dataset.splits
+  required = {'train', 'val', config.eval.test_split or 'val'}
+  missing = [x for x in sorted(required) if not len(splits.get(x, ()))]
   if missing:
     raise InputError(
-      f'{dataset.name} has no images in {", ".join(sorted(missing))}; have '
-      f'{", ".join(dataset.splits)}.'
+      f'{dataset.name} has no images in {", ".join(missing)}; have '
+      f'{", ".join(splits)}.'
     )
   task_loss.check_class_weights(config.loss, dataset.class_names)
   task_loss.make_task_loss(config.loss)
@@ -231,17 +228,17 @@ def _run_stage(name, config, dataset, mesh, workdir, stop):
   processes.wait('the log is whole')
   if latest:
     log.line(f'resumed from step {latest}')
-  with contextlib.ExitStack() as stack:
-    opened = loggers.opened(
+  with (
+    loggers.opened(
       config.loggers, log.local, facts=stage.description(), say=log.line
-    )
-    log.attach(stack.enter_context(opened))
+    ) as attached,
+    checkpoints.managed(
+      saved, keep_best=config.checkpoint.keep_best
+    ) as manager,
+  ):
+    log.attach(attached)
     if stage.teacher is not None:
       stage = _with_scored_teacher(stage, log, resumed=latest > 0)
-    keep_best = config.checkpoint.keep_best
-    manager = stack.enter_context(
-      checkpoints.managed(saved, keep_best=keep_best)
-    )
     with memory.explained(
       config.batch_size,
       devices=mesh.shape['data'],
@@ -252,10 +249,7 @@ def _run_stage(name, config, dataset, mesh, workdir, stop):
     log.line(f'scoring the best checkpoint, step {best}')
     state = checkpoints.restore(manager, best, state, run_facts)
   result = results.write(stage, state, directory, step=best, log=log)
-  scores = f'val mIoU {logs.percent(result["miou"])}'
-  if 'test' in result:
-    scores += f', test mIoU {logs.percent(result["test"]["miou"])}'
-  log.line(f'finished: {scores}')
+  log.line(f'finished: {_scores(result)}')
   log.upload()
   # The next stage reads what the first process wrote.
   processes.wait(f'{name} finished')

@@ -16,17 +16,13 @@ class NonFiniteLoss(InputError):
 
 
 def check(step, metrics, *, names, manager, state=None):
-  """Waits for a step's numbers, and stops the run if they are not finite.
+  """Waits for a step's metrics, and stops the run if they are not finite.
 
-  Args:
-    step: updates applied, this one included.
-    metrics: of that step.
-    names: step -> names of the images of the batch after it.
-    manager: with latest_step().
-    state: what is to be saved: a loss is that of the weights before its step.
+  Or a `state` that is to be saved: its loss is that of the weights before.
+  `names` maps a step to the names of the images of the batch after it.
 
   Raises:
-    NonFiniteLoss: if loss, gradient or state are NaN or infinite.
+    NonFiniteLoss: names the step, its images and the last good checkpoint.
   """
   loss, gradient = jax.device_get((metrics['loss'], metrics['grad_norm']))
   if not math.isfinite(loss):

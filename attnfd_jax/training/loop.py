@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: evaluate, save, stop, next batch, step, log."""
 
+import functools
 import math
 import signal
 import time
@@ -42,14 +43,10 @@ class _Clock:
 
 
 def train(stage, state, *, manager, log, stop):
-  """The state after the stage's last step, from wherever `state` is.
+  """The state after the last step of a Stage, from wherever `state` is.
 
-  Args:
-    stage: see stage.py.
-    state: TrainState; donated.
-    manager: Orbax manager; a checkpoint is saved after each evaluation.
-    log: StageLog.
-    stop: stopping.Stop.
+  `state` is donated. The Orbax `manager` saves it after each evaluation, as
+  often as the config says, and when `stop`, a stopping.Stop, says so.
 
   Raises:
     NonFiniteLoss: at the first step with such a loss.
@@ -71,15 +68,14 @@ def train(stage, state, *, manager, log, stop):
   unchecked = metrics = None
   hinted = False
 
-  def check(step, metrics, state=None):
-    finite.check(
-      step, metrics, names=stage.batch_names, manager=manager, state=state
-    )
+  check = functools.partial(
+    finite.check, names=stage.batch_names, manager=manager
+  )
 
   def save(miou=None):
     nonlocal saved, save_time
     if metrics is not None:
-      check(step, metrics, state)
+      check(step, metrics, state=state)
     checkpoints.save(manager, step, state, stage.run_facts, miou=miou)
     log.upload()
     if saved == first:

@@ -27,11 +27,7 @@ def poly_schedule(lr, *, num_steps, power, warmup_steps=0):
 
 
 def make_labels(groups=()):
-  """params -> the group of every leaf, as a tree.
-
-  Args:
-    groups: ((regex of a path in the distiller, group), ...) of the methods.
-  """
+  """params -> the group of every leaf; see WeightedSum.parameter_groups."""
   rules = [
     (r'student/backbone/.*', 'backbone'),
     (r'student/.*', 'head'),
@@ -61,9 +57,7 @@ def _clip_what_trains(clip_norm, labels, trains):
     updates, _ = clip.update(updates, clip.init(params), params)
     return updates, count + 1
 
-  return optax.GradientTransformation(
-    lambda params: jnp.zeros((), jnp.int32), update
-  )
+  return optax.GradientTransformation(lambda params: jnp.int32(0), update)
 
 
 def make_optimizer(
@@ -82,13 +76,14 @@ def make_optimizer(
 ):
   """An Optax transformation with PyTorch's SGD, or AdamW, for each group.
 
+  Weight decay is of every trained tensor, norms and biases included; in SGD it
+  is added to the gradient, before momentum.
+
   Args:
     schedule: step -> learning rate of the backbone.
     name: 'sgd' or 'adamw'.
     head_lr_scale: learning rate of everything else over the backbone's.
-    weight_decay: of every trained tensor, norms and biases included; in SGD
-      it is added to the gradient, before momentum.
-    momentum, nesterov: of SGD.
+    weight_decay, momentum, nesterov: of SGD; AdamW has the first.
     clip_norm: largest norm of the gradient of what trains at a step, or None.
     connector_schedule: 'always' trains all groups all the time. 'first_epoch'
       trains the connectors alone in the first `epoch_steps` steps, at the
@@ -108,16 +103,10 @@ def make_optimizer(
   within('config.optim.momentum', momentum, 0, 1)
   if clip_norm is not None:
     within('config.optim.clip_norm', clip_norm, 0)
+  decay = optax.add_decayed_weights(weight_decay)
+  core = optax.chain(decay, optax.trace(momentum, nesterov=nesterov))
   if name == 'adamw':
-    core = optax.chain(
-      optax.scale_by_adam(), optax.add_decayed_weights(weight_decay)
-    )
-  else:
-    core = optax.chain(
-      optax.add_decayed_weights(weight_decay),
-      optax.trace(momentum, nesterov=nesterov),
-    )
-
+    core = optax.chain(optax.scale_by_adam(), decay)
   phased, trains = connector_schedule != 'always', {}
   if phased:
     trains['backbone'] = trains['head'] = lambda step: step >= epoch_steps

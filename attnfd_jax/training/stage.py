@@ -122,12 +122,8 @@ class Stage:
   def init_state(self, *, fresh=True, log=print):
     """A TrainState at step 0 on the mesh, compiled as one program.
 
-    Args:
-      fresh: fill in pretrained weights; False if a checkpoint follows.
-      log: called with a line about them.
-
-    Raises:
-      InputError: if a file of pretrained weights does not fit.
+    With pretrained weights if it is `fresh` (else a checkpoint follows), and
+    `log` is called with a line about them.
     """
     loaded = {}
     if fresh and self.options.pretrained:

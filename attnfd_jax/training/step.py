@@ -43,8 +43,8 @@ def make_train_step(
     student: the Network in training.
     tx: Optax transformation.
     task_loss: (logits, labels) -> {term: Mean}.
-    teacher: Teacher or None; teacher_variables are then {}.
-    distiller: distill.WeightedSum, or None without a teacher.
+    teacher, distiller: Teacher and distill.WeightedSum, or None;
+      teacher_variables are then {}.
     schedule: step -> learning rate, for the log.
     mesh: see devices.sharding.make_mesh.
     state_sharding: as of sharding.split_state: the weights are gathered for the

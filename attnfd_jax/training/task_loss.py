@@ -15,19 +15,17 @@ NAMES = ('ce', 'ohem', 'focal', 'dice', 'ce+dice')
 def make_task_loss(options):
   """(logits, labels) -> {term: Mean}, of the group `loss` of a config."""
   _check(options)
-  weights = tuple(options['class_weights']) or None
+  weights = {'class_weights': tuple(options['class_weights']) or None}
   made = {
-    'ce': functools.partial(
-      losses.softmax_cross_entropy, class_weights=weights
-    ),
+    'ce': functools.partial(losses.softmax_cross_entropy, **weights),
     'ohem': functools.partial(
       losses.ohem_cross_entropy,
       threshold=options['ohem_threshold'],
       min_kept=options['ohem_min_kept'],
-      class_weights=weights,
+      **weights,
     ),
     'focal': functools.partial(
-      losses.focal_loss, gamma=options['focal_gamma'], class_weights=weights
+      losses.focal_loss, gamma=options['focal_gamma'], **weights
     ),
     'dice': losses.dice_loss,
   }
@@ -43,14 +41,12 @@ def is_plain(options):
 
 
 def _check(options):
+  given, weighting = tuple(options['class_weights']), options['weighting']
   one_of('config.loss.name', options['name'], NAMES)
-  one_of(
-    'config.loss.weighting', options['weighting'], ('none', 'given', 'auto')
-  )
+  one_of('config.loss.weighting', weighting, ('none', 'given', 'auto'))
   within('config.loss.ohem_threshold', options['ohem_threshold'], 1e-30, 1)
   within('config.loss.ohem_min_kept', options['ohem_min_kept'], 0, 1)
   within('config.loss.focal_gamma', options['focal_gamma'], 0)
-  given, weighting = tuple(options['class_weights']), options['weighting']
   for value in given:
     within('config.loss.class_weights', value, 0, 1e30)
   if weighting == 'given' and not any(given):
@@ -75,11 +71,7 @@ def _needs_given(options):
 
 
 def check_class_weights(options, class_names):
-  """What the user gives must be one weight for each class, or none.
-
-  Raises:
-    InputError: if it is not.
-  """
+  """Refuses what is not one weight for each class, or none."""
   found, expected = len(options['class_weights']), len(class_names)
   if options['weighting'] == 'auto' and found:
     raise _needs_given(options)
@@ -116,9 +108,8 @@ def with_class_weights(config, dataset, workdir):
   named = ', '.join(f'{name} {x:g}' for name, x in pairs)
   print(f'class weights: {named}', flush=True)
   config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.loss.class_weights = weights
-  return config.lock()
+  config.loss.class_weights = weights
+  return config
 
 
 def _counted_before(workdir):
