@@ -180,7 +180,7 @@ def step_arguments(stage):
   }
   return (
     stage.init_state(),
-    stage.teacher_variables,
+    stage.teacher.variables if stage.teacher else {},
     jax.device_put(batch, sharding.by_batch(stage.mesh)),
     stage.rng,
   )

@@ -16,6 +16,7 @@ from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.reporting.page import write_report
 from attnfd_jax.runs import checkpoints, code, lock, loggers, logs, paths
 from attnfd_jax.teachers import sources as teachers
+from attnfd_jax.teachers.teacher import Scored
 from attnfd_jax.training import loop, results, task_loss
 from attnfd_jax.training.stage import make_stage, plan, with_teacher
 from attnfd_jax.training.stopping import Stop
@@ -283,7 +284,9 @@ def _with_scored_teacher(stage, log, *, resumed):
     score = log.last('teacher', 'miou', default=score)
   elif given or score is None:
     # One of this run has seen the same images, by the same protocol.
-    scores = stage.score_teacher()
+    # Where it has a module, that is scored: programs are shared by it.
+    network = getattr(teacher, 'network', None) or Scored(teacher)
+    scores = stage.evaluate(teacher.variables, network=network)
     log.metrics('teacher', 0, scores)
     score = scores['miou']
   if score is not None:

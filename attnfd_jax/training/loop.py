@@ -63,6 +63,7 @@ def train(stage, state, *, manager, log, stop):
   if manager.best_step() is not None:
     best = manager.metrics(manager.best_step())['miou']
   train_step, rng = stage.make_train_step(), stage.rng
+  teacher_variables = stage.teacher.variables if stage.teacher else {}
   batches, clock = iter(stage.make_batches(step)), _Clock(step)
   save_time = time.monotonic()
   unchecked = metrics = None
@@ -101,8 +102,8 @@ def train(stage, state, *, manager, log, stop):
         if scores is not None:
           best = max(best, scores['miou'])
           log.line(
-            f'step {step}/{num_steps}  val mIoU {100 * scores["miou"]:.2f}  '
-            f'(best {100 * best:.2f}, '
+            f'step {step}/{num_steps}  val mIoU '
+            f'{logs.percent(scores["miou"])}  (best {logs.percent(best)}, '
             f'{logs.duration(time.monotonic() - start)})'
           )
           # The line is there before the checkpoint: a restart drops what is
@@ -134,7 +135,7 @@ def train(stage, state, *, manager, log, stop):
       if step == first:
         log.line('compiling the training step ...')
         start = time.monotonic()
-      state, metrics = train_step(state, stage.teacher_variables, batch, rng)
+      state, metrics = train_step(state, teacher_variables, batch, rng)
       step += 1
       if unchecked:
         check(*unchecked)  # One step late: the device is not kept waiting.

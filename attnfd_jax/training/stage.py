@@ -19,7 +19,7 @@ from attnfd_jax.models import network as networks
 from attnfd_jax.models.network import Network
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.teachers import sources as teachers
-from attnfd_jax.teachers.teacher import Scored, Teacher
+from attnfd_jax.teachers.teacher import Teacher
 from attnfd_jax.training import optim, task_loss
 from attnfd_jax.training.state import make_state
 from attnfd_jax.training.step import make_train_step
@@ -72,11 +72,6 @@ class Stage:
   def options(self):
     """The group of the network in training."""
     return self.config[role_of(self.name)]
-
-  @property
-  def teacher_variables(self):
-    """{} without a teacher."""
-    return self.teacher.variables if self.teacher else {}
 
   @property
   def rng(self):
@@ -140,7 +135,9 @@ class Stage:
         'xla_llvm_disable_expensive_passes': True,
       }
     init = jax.jit(self._init, out_shardings=everywhere, compiler_options=quick)
-    state = init(self._init_key, dict(loaded))
+    # Student and distilled student of one seed start from the same weights.
+    key = init_key(self.config.seed, 0 if self.name == 'teacher' else 1)
+    state = init(key, dict(loaded))
     if self.distiller is not None:
       before = state.collections['distiller']
       after = self.distiller.adopt(before, self.teacher)
@@ -154,12 +151,7 @@ class Stage:
 
   def abstract_state(self):
     """Shapes and types of `init_state`, without computing or compiling."""
-    return jax.eval_shape(self._init, self._init_key, {})
-
-  @property
-  def _init_key(self):
-    # Student and distilled student of one seed start from the same weights.
-    return init_key(self.config.seed, 0 if self.name == 'teacher' else 1)
+    return jax.eval_shape(self._init, init_key(0, 0), {})
 
   def _init(self, rng, loaded):
     """`loaded`: of the network, with None where it has nothing; or {}."""
@@ -227,7 +219,7 @@ class Stage:
     return [source.name(index) for index in next(iter(batches)).tolist()]
 
   def evaluate(self, variables, split='val', *, network=None):
-    """Entries of result.json for one split; of the student by default."""
+    """Entries of result.json for one split; of what trains by default."""
     keys = ('protocol', 'batch_size', 'short_side', 'size_multiple')
     options = {key: self.config.eval[key] for key in keys}
     devices = self.mesh.shape['data']
@@ -242,12 +234,6 @@ class Stage:
         **options,
       )
     return metrics.summarise(counts, self.dataset.class_names)
-
-  def score_teacher(self):
-    """As `evaluate`, of the teacher on val."""
-    # Where it has a module, that is scored: programs are shared by it.
-    network = getattr(self.teacher, 'network', None) or Scored(self.teacher)
-    return self.evaluate(self.teacher.variables, network=network)
 
   def description(self):
     """The stage's config.json: enough to rebuild the network without data."""
@@ -312,10 +298,7 @@ def with_teacher(stage, teacher):
   """
   options = stage.config.distill
   distiller = distill.make_distiller(
-    options.method,
-    options,
-    options=options.options,
-    num_steps=stage.num_steps,
+    options.method, options, options=options.options, num_steps=stage.num_steps
   )
   try:
     distiller = distiller.adapted(stage.network, teacher)

@@ -63,12 +63,9 @@ def make_train_step(
   everywhere = sharding.replicated(mesh)
 
   def forward(variables, image, rng):
+    mutable = [name for name in variables if name != 'params']
     return student.apply(
-      variables,
-      image,
-      train=True,
-      rngs={'dropout': rng},
-      mutable=[name for name in variables if name != 'params'],
+      variables, image, train=True, rngs={'dropout': rng}, mutable=mutable
     )
 
   if remat:
@@ -98,11 +95,8 @@ def make_train_step(
     image = sharding.split_height(image, mesh)
     label = sharding.split_height(batch['label'], mesh)
     student_rng, teacher_rng = jax.random.split(rng)
-    out, updated = forward(
-      {'params': params['student'], **collections['student']},
-      image,
-      student_rng,
-    )
+    variables = {'params': params['student'], **collections['student']}
+    out, updated = forward(variables, image, student_rng)
     task = task_terms(out, label)
     collections = {**collections, 'student': updated}
     if distiller is None:
@@ -155,31 +149,32 @@ def make_train_step(
       parts = x.reshape(-1, accumulate, *x.shape[1:])
       return jnp.swapaxes(parts, 0, 1)
 
-    def count_part(carry, part):
+    def count(part):
       # The compiler drops all that the counts do not need: for most losses
       # that is everything but the labels.
       index, batch = part
-      rng_of_part = jax.random.fold_in(rng, index)
       task, distances, _, _ = compute_losses(
-        state.params, state.collections, batch, rng_of_part, **fixed
+        state.params,
+        state.collections,
+        batch,
+        jax.random.fold_in(rng, index),
+        **fixed,
       )
-      return carry, {name: x.count for name, x in (task | distances).items()}
+      return {name: loss.count for name, loss in (task | distances).items()}
 
-    def add_part(carry, part):
+    def add(carry, part):
       collections, total = carry
       index, batch = part
-      rng_of_part = jax.random.fold_in(rng, index)
       grads, (collections, terms) = grad_fn(
-        state.params, collections, batch, rng_of_part, counts
+        state.params, collections, batch, jax.random.fold_in(rng, index), counts
       )
       return (collections, jax.tree.map(jnp.add, total, grads)), terms
 
     parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
-    _, counts = jax.lax.scan(count_part, None, parts)
-    counts = jax.tree.map(jnp.sum, counts)
+    counts = jax.tree.map(jnp.sum, jax.lax.map(count, parts))
     start = (state.collections, jax.tree.map(jnp.zeros_like, state.params))
     (collections, grads), terms = cpu_forms.scan(
-      add_part, start, parts, platform=mesh.devices.flat[0].platform
+      add, start, parts, platform=mesh.devices.flat[0].platform
     )
     return grads, (collections, jax.tree.map(jnp.sum, terms))
 

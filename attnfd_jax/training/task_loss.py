@@ -95,10 +95,7 @@ def with_class_weights(config, dataset, workdir):
     source = dataset.splits['train']
     with progress(len(source), 'class weights') as bar:
       counts = frequencies.count_classes(
-        source,
-        dataset.num_classes,
-        config.data.threads,
-        on_record=bar.update,
+        source, dataset.num_classes, config.data.threads, on_record=bar.update
       )
     found = frequencies.median_frequency_weights(
       counts.pixels, counts.present_pixels

@@ -64,7 +64,7 @@ def train(
   log.forget_after(step)
   stage = {
     'make_train_step': lambda: train_step,
-    'teacher_variables': {},
+    'teacher': None,
     'make_batches': make_batches,
     'batch_names': lambda step: [f'image {step}'],
     'evaluate': evaluate,
