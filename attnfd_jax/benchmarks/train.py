@@ -29,8 +29,7 @@ from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.teachers.teacher import Scored
 from attnfd_jax.training.stage import (
   init_distiller,
-  make_network,
-  Stage,
+  plan,
   with_teacher,
 )
 
@@ -118,19 +117,12 @@ def make_stage(config, num_classes):
   """The stage that is measured: 'distill', or 'student' without a method."""
   distilled = config.distill.method != 'none'
   names = _class_names(config, num_classes)
-  dataset = Dataset('random', names, np.zeros((len(names), 3), np.uint8), {})
+  palette = np.zeros((len(names), 3), np.uint8)
+  images = {'train': range(100 * config.batch_size)}  # How many; none is read.
+  dataset = Dataset('random', names, palette, images)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
   name = 'distill' if distilled else 'student'
-  stage = Stage(
-    name=name,
-    config=config,
-    dataset=dataset,
-    mesh=mesh,
-    network=make_network(name, config, len(names)),
-    epoch_steps=100,
-    num_steps=10_000,
-    eval_every=10_000,
-  )
+  stage = plan(name, config, dataset, mesh)
   if not distilled:
     return stage
   if config.teacher.checkpoint or config.teacher.factory:

@@ -289,8 +289,7 @@ def _with_scored_teacher(stage, log, *, resumed):
     scores = stage.evaluate(teacher.variables, network=network)
     log.metrics('teacher', 0, scores)
     score = scores['miou']
-  if score is not None:
-    log.line(f'teacher val mIoU {logs.percent(score)}')
+  log.line(f'teacher val mIoU {logs.percent(score)}')
   floor = stage.config.teacher.min_miou
   if not resumed and floor > 0 and not score >= floor:  # NaN is not.
     raise InputError(

@@ -13,8 +13,6 @@ from attnfd_jax.runs import checkpoints, logs
 from attnfd_jax.training import finite
 from attnfd_jax.training.stopping import Stopped
 
-_MUCH_WAITING = 0.1  # Of the time; then there is advice, once.
-
 
 class _Clock:
   """Speed since the last reading, and the share of the time without data."""
@@ -67,8 +65,7 @@ def train(stage, state, *, manager, log, stop):
   batches, clock = iter(stage.make_batches(step)), _Clock(step)
   save_time = time.monotonic()
   unchecked = metrics = None
-  hinted = False
-
+  advised = False
   check = functools.partial(
     finite.check, names=stage.batch_names, manager=manager
   )
@@ -163,8 +160,8 @@ def train(stage, state, *, manager, log, stop):
         )
       log.metrics('train', step, values)
       log.line(f'step {step}/{num_steps}  {text}')
-      if not hinted and values.get('data_wait', 0) > _MUCH_WAITING:
-        hinted = True
+      if not advised and values.get('data_wait', 0) > 0.1:
+        advised = True
         log.line(
           'the step waits for data: config.data.cache=True keeps decoded '
           'images in memory, config.data.workers=2 decodes in more processes'

@@ -202,10 +202,8 @@ class Stage:
     return pipeline.to_device(batches, sharding.by_batch(self.mesh))
 
   def batch_names(self, step):
-    """Names of the images that this process reads after `step` batches.
-
-    The order is a function of seed and step: nothing needs to be kept.
-    """
+    """Names of the images that this process reads after `step` batches."""
+    # Their order is a function of seed and step: nothing needs to be kept.
     source = self.dataset.splits['train']
     batches = pipeline.train_batches(
       range(len(source)),
