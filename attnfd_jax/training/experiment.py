@@ -283,8 +283,8 @@ def _with_scored_teacher(stage, log, *, resumed):
   if resumed:
     score = log.last('teacher', 'miou', default=score)
   elif given or score is None:
-    # One of this run has seen the same images, by the same protocol.
-    # Where it has a module, that is scored: programs are shared by it.
+    # That of this run was scored on the same images, by the same protocol.
+    # Where one has a module, that is scored: programs are shared by it.
     network = getattr(teacher, 'network', None) or Scored(teacher)
     scores = stage.evaluate(teacher.variables, network=network)
     log.metrics('teacher', 0, scores)
