@@ -7,8 +7,7 @@ from attnfd_jax.distill import make_method, METHODS
 from attnfd_jax.distill.attnfd import AttnFD, attnfd_loss
 from attnfd_jax.metrics import confusion_matrix, mean_iou
 from attnfd_jax.models.deeplab import DeepLabV3Plus, normalise
-from attnfd_jax.pytorch.distillers import load_torch_distiller
-from attnfd_jax.pytorch.networks import load_torch
+from attnfd_jax.pytorch.networks import load_torch, load_torch_distiller
 
 # What the loss does not need is imported when it is asked for.
 _LAZY = {

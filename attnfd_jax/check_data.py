@@ -21,7 +21,6 @@ from attnfd_jax.config import resolve
 from attnfd_jax.data import checking
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.errors import InputError
-from attnfd_jax.progress import progress
 from attnfd_jax.reporting import contact_sheet
 from attnfd_jax.runs import logs
 
@@ -53,17 +52,13 @@ def main(argv):
     text = 'only the first pairs of each split are read.'
     print(f'config.data.limit={limit}: {text}')
   required = [x for x in ('train', 'val', config.eval.test_split) if x]
-  with progress(sum(map(len, dataset.splits.values())), 'checking') as bar:
-    found = checking.check(
-      dataset, threads, required=required, on_record=bar.update
-    )
+  report, problems = checking.check(dataset, threads, required=required)
   if output:
-    logs.write_json(output, checking.as_json(found))
+    logs.write_json(output, report)
   if sheet:
-    problems = {name: split.problems for name, split in found.splits.items()}
     contact_sheet.draw_sheet(dataset, problems).save(sheet)
-  print(checking.as_text(found))
-  if not found.usable:
+  print(checking.as_text(report))
+  if not report['usable']:
     sys.exit(2)
 
 

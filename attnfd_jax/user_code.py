@@ -2,18 +2,21 @@
 """Objects of the user's own: 'file.py:Object' or 'package.module:Object'.
 
 A config names a network, a method or a teacher so. That Python runs then is the
-user's choice; what a run's folder names runs only with --allow_code.
+user's choice. Files are kept in <stage>/code/<hash>/<name>.py, so that a stage
+can be loaded where the original is gone or has changed; what a run's folder
+names runs only with --allow_code.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib
-import pathlib
 import sys
 import types
 
 from etils import epath
 
+from attnfd_jax import paths
 from attnfd_jax.errors import InputError
 
 
@@ -22,55 +25,49 @@ def is_code(spec):
   return ':' in spec
 
 
-def is_file(spec):
-  """Whether `spec` names an object in a file, rather than in a package."""
-  return is_code(spec) and spec.rpartition(':')[0].endswith('.py')
+def _is_file(spec):
+  return _path_of(spec).suffix == '.py'
 
 
-def path_of(spec):
-  """The file of 'file.py:Object'."""
+def _path_of(spec):
   return epath.Path(spec.rpartition(':')[0])
 
 
-def sha256(path):
-  """Hex digest of a file's bytes."""
-  return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
+@contextlib.contextmanager
+def explained(what):
+  """Makes an InputError of whatever the user's code raises."""
+  try:
+    yield
+  except InputError:
+    raise
+  except Exception as error:
+    raise InputError(
+      f'{what}: it raised {type(error).__name__}: {error}; see where with '
+      '--debug.'
+    ) from error
 
 
 def load_object(spec, *, option):
-  """The object that `spec` names.
+  """The object that `spec` names, the value of `option` in messages.
 
   Two calls with the same file give the same object, so that compiled programs
-  are shared.
-
-  Args:
-    spec: 'file.py:Object' or 'package.module:Object'.
-    option: what the user set to it, for messages.
-
-  Raises:
-    InputError: if there is no such file or object, or its code raises.
+  are shared. InputError if there is no such object, or its code raises.
   """
+  given = f'{option}={spec!r}'
   where, _, name = spec.rpartition(':')
   if not where or not name.isidentifier():
     raise InputError(
-      f"{option}={spec!r} must be 'file.py:Object' or 'package.module:Object'."
+      f"{given} must be 'file.py:Object' or 'package.module:Object'."
     )
-  if is_file(spec) and not path_of(spec).is_file():
-    raise InputError(f'{option}={spec!r}: there is no file {where}.')
-  try:
-    if is_file(spec):
-      module = _run(path_of(spec).read_bytes(), where)
-    else:
+  with explained(given):
+    if not _is_file(spec):
       module = importlib.import_module(where)
-  except InputError:
-    raise
-  except Exception as error:  # Whatever the user's code raises.
-    raise InputError(
-      f'{option}={spec!r}: it raised {type(error).__name__}: {error}; see '
-      'where with --debug.'
-    ) from error
+    elif _path_of(spec).is_file():
+      module = _run(_path_of(spec).read_bytes(), where)
+    else:
+      raise InputError(f'{given}: there is no file {where}.')
   if not hasattr(module, name):
-    raise InputError(f'{option}={spec!r}: {where} has no {name}.')
+    raise InputError(f'{given}: {where} has no {name}.')
   return getattr(module, name)
 
 
@@ -80,13 +77,73 @@ def _run(source, path):
   beside the file can take their place.
   """
   # One name for each content: dataclasses and pickle look modules up by name.
-  digest = hashlib.sha256(source).hexdigest()
-  module = types.ModuleType(f'{pathlib.PurePath(path).stem}_{digest[:8]}')
+  name = f'{epath.Path(path).stem}_{_digest(source)[:8]}'
+  module = sys.modules[name] = types.ModuleType(name)
   module.__file__ = path
-  sys.modules[module.__name__] = module
   try:
     exec(compile(source, path, 'exec'), module.__dict__)
   except BaseException:
-    del sys.modules[module.__name__]
+    del sys.modules[name]
     raise
   return module
+
+
+def _digest(source):
+  return hashlib.sha256(source).hexdigest()
+
+
+def specs(config):
+  """Each 'file.py:Object' or 'package.module:Object' of a config."""
+  groups = [config[name] for name in ('student', 'teacher', 'distill')]
+  keys = ('network', 'factory', 'method')
+  named = [group.get(key, '') for group in groups for key in keys]
+  return [spec for spec in named if is_code(spec)]
+
+
+def store(directory, config, stored):
+  """Copies the files that `config` names into a stage's folder.
+
+  `stored` is what the stages of the run have recorded so far, and what comes
+  back, for this one's config.json: {spec: sha256}. InputError if a file has
+  changed since the run was begun.
+  """
+  digests = {}
+  for spec in filter(_is_file, specs(config)):
+    path = _path_of(spec)
+    source = path.read_bytes()
+    digest = digests[spec] = _digest(source)
+    if stored.get(spec, digest) != digest:
+      raise InputError(
+        f'{path} has changed since the run was begun; put the old file '
+        'back, or use another --workdir.'
+      )
+    copy = _copy_of(spec, directory, digest)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with paths.replacing(copy) as file:
+      file.write(source)
+  return digests
+
+
+def _copy_of(spec, directory, digest):
+  return directory / 'code' / digest[:12] / _path_of(spec).name
+
+
+def stored_spec(directory, info, spec, *, allow_code):
+  """The copy that a stage keeps of `spec`, an object that its `info` names;
+  InputError if it may not be run, or is not what `store` recorded.
+  """
+  if not allow_code:
+    raise InputError(
+      f'{directory}: its config names Python code, {spec}, and a folder runs '
+      'none unless you allow it: read the files below code/, then add '
+      '--allow_code.'
+    )
+  if not _is_file(spec):
+    return spec
+  digest = info.get('code', {}).get(spec, '')
+  copy = _copy_of(spec, directory, digest)
+  if not copy.is_file() or _digest(copy.read_bytes()) != digest:
+    raise InputError(
+      f'{copy}: absent, or not the file that was recorded; put a copy back.'
+    )
+  return f'{copy}:{spec.rpartition(":")[2]}'

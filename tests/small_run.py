@@ -103,13 +103,11 @@ def read_result(directory):
 
 def stored_states(directory):
   """Step -> leaves of the whole state, as they are on disk."""
-  manager = checkpoints.make_manager(directory / 'checkpoints', read_only=True)
-  found = {}
-  with manager:
-    for step in manager.all_steps():
-      path = directory / 'checkpoints' / str(step) / 'state'
-      found[step] = path
-  return {step: restore_numpy(path) for step, path in found.items()}
+  folder = directory / 'checkpoints'
+  return {
+    step: restore_numpy(folder / str(step) / 'state')
+    for step in checkpoints.steps(folder)
+  }
 
 
 def restore_numpy(path):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every broken file is named with what to do; sound sets are counted."""
 
-import collections
 import concurrent.futures
 import json
 import pathlib
@@ -37,9 +36,8 @@ def load(root, name='camvid', **keys):
 
 
 def report(root, **keys):
-  """Found, and the lines of the report."""
-  dataset = load(root, **keys)
-  found = checking.check(dataset, 2)
+  """What is found, and its lines."""
+  found, _ = checking.check(load(root, **keys), 2)
   return found, checking.as_text(found).splitlines()
 
 
@@ -138,14 +136,14 @@ def test_every_broken_file_is_named(tmp_path, how):
   path = break_pair(tmp_path, how, 'val', 2)
   kind, words = BROKEN[how]
   found, lines = report(tmp_path)
-  ((_, problem),) = found.problems
-  assert (problem.kind, problem.file) == (kind, str(path))
+  (problem,) = found['problems']
+  assert (problem['kind'], problem['file']) == (kind, str(path))
   heading = lines.index(f'problem: {checking.KINDS[kind]} (1)')
   (line,) = [x for x in lines[heading:] if words in x and x[:2] == '  ']
   assert path.name in line
   assert lines[-1].startswith('not usable: 1 problem, ')
   # The others are counted.
-  assert found.splits['val'].counts.num_images == 3
+  assert found['splits']['val']['usable_pairs'] == 3
 
 
 def test_values_are_summed_over_files(tmp_path):
@@ -167,8 +165,9 @@ def test_what_is_kept_of_an_error_is_small(tmp_path):
   pixels[..., 2] = np.arange(64)  # The first one is background.
   pixels[20] = (1, 2, 3)
   fixtures.write(tmp_path / 'masks' / 'val' / 'val_0.png', pixels)
-  found, _ = report(tmp_path, **fixtures.folder_config('colours'))
-  ((_, problem),) = found.problems
+  dataset = load(tmp_path, **fixtures.folder_config('colours'))
+  _, problems = checking.check(dataset, 2)
+  (problem,) = problems['val'].values()
   assert len(problem.values) == 256 and problem.values['1,2,3'] == 64
   # The message tells five of all.
   assert f'and {47 * 64 - 1 + 1 - 5} more' in str(problem)
@@ -190,22 +189,28 @@ def test_five_files_of_a_kind_are_listed(tmp_path):
   assert lines[start + 6] == '  and 2 more'
   # No pixel of train was counted: no shares, and weights that do nothing.
   assert not any('class_weights' in line for line in lines)
-  np.testing.assert_array_equal(found.weights, np.ones(11))
-  assert 'unseen' not in found.warnings
+  assert [*found['weights'].values()] == [1] * 11
+  assert 'unseen' not in found['warnings']
 
 
 def test_problems_come_in_a_fixed_order():
   problems = [
-    ('val', DataError('c', 'new kind', 'c')),
-    ('val', DataError('b', 'exif', 'b')),
-    ('', DataError('a', 'split', 'a')),
-    ('train', DataError('d', 'exif', 'd')),
+    {'kind': kind, 'message': message}
+    for kind, message in (
+      ('new kind', 'c'),
+      ('exif', 'b'),
+      ('split', 'a'),
+      ('exif', 'd'),
+    )
   ]
-  groups = checking.group(problems)
-  assert [(k, [str(x) for x in v]) for k, v in groups.items()] == [
-    ('split', ['a']),
-    ('exif', ['b', 'd']),
-    ('new kind', ['c']),
+  assert [*checking.problem_lines(problems, {})] == [
+    'problem: absent or empty splits (1)',
+    '  a',
+    f'problem: {checking.KINDS["exif"]} (2)',
+    '  b',
+    '  d',
+    'problem: new kind (1)',
+    '  c',
   ]
 
 
@@ -218,22 +223,21 @@ def test_a_split_without_files(tmp_path, empty):
     if not empty:
       folder.rmdir()
   found, lines = report(tmp_path)
-  assert [problem.kind for _, problem in found.problems] == ['split']
-  assert found.problems[0][1].file == str(tmp_path / 'val')
+  (problem,) = found['problems']
+  assert problem['kind'] == 'split'
+  assert problem['file'] == str(tmp_path / 'val')
   assert 'problem: absent or empty splits (1)' in lines
 
 
 def test_a_split_that_the_layout_does_not_miss(tmp_path):
   fixtures.make_folder(tmp_path, 'index')
   dataset = load(tmp_path, **fixtures.folder_config('index'))
-  assert not checking.check(dataset, 1).problems
+  assert checking.check(dataset, 1)[0]['usable']
   del dataset.splits['test']
-  found = checking.check(dataset, 1, required=('train', 'val', 'test'))
-  ((_, problem),) = found.problems
-  assert (problem.kind, str(problem)) == (
-    'split',
-    'folder: no pairs in the split test.',
-  )
+  found, _ = checking.check(dataset, 1, required=('train', 'val', 'test'))
+  (problem,) = found['problems']
+  assert problem['kind'] == 'split'
+  assert problem['message'] == 'folder: no pairs in the split test.'
 
 
 def test_images_in_two_splits_are_a_warning(tmp_path):
@@ -248,7 +252,7 @@ def test_images_in_two_splits_are_a_warning(tmp_path):
   other = tmp_path / 'train' / '0001TP_000004.png'
   other.write_bytes(source.read_bytes())
   found, lines = report(tmp_path)
-  assert found.warnings == {'duplicate': [f'train {source} = val {copy}']}
+  assert found['warnings'] == {'duplicate': [f'train {source} = val {copy}']}
   assert 'warning: images that are in two splits (1)' in lines
   assert lines[-1] == 'usable: 14 pairs (6 train, 4 val, 4 test), 1 warning.'
 
@@ -270,23 +274,23 @@ def test_classes_that_train_never_shows(tmp_path):
     ids = np.array(Image.open(path))
     fixtures.write(path, np.where(ids == 2, 0, ids).astype(np.uint8))
   found, lines = report(tmp_path, name='folder', class_names=names)
-  assert found.warnings == {
+  assert found['warnings'] == {
     'unseen': ['tree: only in val, test', 'sea: nowhere']
   }
-  assert not found.problems
+  assert found['problems'] == []
   assert lines[-1].endswith('2 warnings.')
-  assert found.weights[3] == 1
+  assert found['weights']['sea'] == 1
 
 
 def test_the_table_is_of_the_pixels_that_were_drawn(tmp_path):
   drawn = fixtures.make_camvid(tmp_path)
   found, lines = report(tmp_path)
   for split, labels in drawn.items():
-    counts = found.splits[split].counts
     stack = np.stack(list(labels.values()))
-    for i in range(11):
-      assert counts.pixels[i] == np.sum(stack == i)
-      assert counts.present_images[i] == np.any(stack == i, (1, 2)).sum()
+    counts = found['splits'][split]
+    for i, name in enumerate(found['class_names']):
+      assert counts['pixels'][name] == np.sum(stack == i)
+      assert counts['images'][name] == np.any(stack == i, (1, 2)).sum()
     ignored = 100 * np.mean(stack == 255)
     pairs = f'{split}: {len(labels)} pairs, all 64x48, {ignored:.2f} % ignored'
     assert pairs in lines
@@ -295,7 +299,7 @@ def test_the_table_is_of_the_pixels_that_were_drawn(tmp_path):
   (row,) = [line.split() for line in lines if line.startswith('road ')]
   assert row[1] == f'{100 * np.sum(train == 3) / valid:.2f}'
   assert row[2] == str(np.any(train == 3, (1, 2)).sum())
-  assert row[-1] == f'{found.weights[3]:.4f}'
+  assert row[-1] == f'{found["weights"]["road"]:.4f}'
 
 
 def test_the_line_to_paste_is_a_tuple_of_the_weights(tmp_path):
@@ -305,28 +309,30 @@ def test_the_line_to_paste_is_a_tuple_of_the_weights(tmp_path):
   pasted = json.loads(
     line.split('=')[-1].strip('"').translate({40: 91, 41: 93})
   )
-  np.testing.assert_allclose(pasted, found.weights, rtol=5e-3)
+  weights = [*found['weights'].values()]
+  np.testing.assert_allclose(pasted, weights, rtol=5e-3)
   assert min(pasted) > 0
 
 
 def test_no_weight_is_rounded_to_nothing():
-  counts = frequencies.sum_counts([[1, 1, 0]], 2)
-  split = checking.Split(['x'], {}, {}, [], counts)
-  weights = np.array([2.34567e-5, 12.34567])
-  lines = checking.class_lines(('a', 'b'), {'train': split}, weights)
-  assert lines[-1].endswith('class_weights="(2.35e-05, 12.3457)"')
+  train = {name: {'a': 1, 'b': 1} for name in ('pixels', 'images')}
+  weights = {'a': 2.34567e-5, 'b': 12.34567}
+  *_, line = checking.class_lines(weights, {'train': train})
+  assert line.endswith('class_weights="(2.35e-05, 12.3457)"')
 
 
 def test_sizes_are_ordered_by_area():
-  sizes = {(10, 90): 3, (50, 20): 1, (30, 20): 1}
-  rows = [[h * w, 0] for (h, w), n in sizes.items() for _ in range(n)]
-  split = checking.Split(
-    ['x'] * 5,
-    {},
-    collections.Counter(sizes),
-    [],
-    frequencies.sum_counts(rows, 1),
-  )
+  sizes = {(10, 90): 3, (30, 20): 1, (50, 20): 1}
+  pixels = sum(h * w * n for (h, w), n in sizes.items())
+  split = {
+    'pairs': 5,
+    'usable_pairs': 5,
+    'num_pixels': pixels,
+    'pixels': {'a': pixels},
+    'sizes': [
+      {'height': h, 'width': w, 'images': n} for (h, w), n in sizes.items()
+    ],
+  }
   (line,) = checking.split_lines({'train': split})
   assert line == (
     'train: 5 pairs, 3 sizes from 20x30 to 20x50, median 90x10, 0.00 % ignored'
@@ -363,34 +369,28 @@ def test_every_pair_is_opened_once(threads):
   splits = {'train': Counting(30, 4), 'val': Counting(3, 4)}
   palette = np.zeros((4, 3), np.uint8)
   dataset = Dataset('x', tuple('abcd'), palette, splits)
-  seen = []
-  checking.check(dataset, threads, on_record=lambda: seen.append(1))
+  checking.check(dataset, threads)
   for source in splits.values():
     assert sorted(source.read) == list(range(len(source)))
-  assert len(seen) == 33
 
 
 def test_counts_of_a_source():
-  source, done = Counting(9, 4), []
-  counts = frequencies.count_classes(
-    source, 4, 3, on_record=lambda: done.append(1)
-  )
-  assert sorted(source.read) == list(range(9)) and len(done) == 9
-  flat = np.concatenate([label.ravel() for label in source.labels])
-  for i in range(4):
-    having = [label for label in source.labels if (label == i).any()]
-    assert counts.pixels[i] == np.sum(flat == i)
-    assert counts.present_images[i] == len(having)
-    assert counts.present_pixels[i] == sum(label.size for label in having)
-  assert (counts.num_images, counts.num_pixels) == (9, flat.size)
-  assert counts.pixels[1] == counts.present_pixels[1] == 0
+  source = Counting(9, 4)
+  rows = frequencies.count_labels(source, 4, 3)
+  assert sorted(source.read) == list(range(9))
+  expected = [
+    [*(np.sum(label == i) for i in range(4)), np.sum(label == 255)]
+    for label in source.labels
+  ]
+  np.testing.assert_array_equal(rows, expected)
+  assert not rows[:, 1].any()
 
 
 def test_counts_of_nothing():
-  counts = frequencies.sum_counts([], 3)
-  for values in (counts.pixels, counts.present_pixels, counts.present_images):
-    np.testing.assert_array_equal(values, np.zeros(3))
-  assert counts.num_pixels == counts.num_images == 0
+  rows = frequencies.count_labels([], 3, 1)
+  assert rows.shape == (0, 4) and rows.dtype == np.int64
+  weights = frequencies.median_frequency_weights(rows)
+  np.testing.assert_array_equal(weights, np.ones(3))
 
 
 def test_values_past_the_classes_are_ignored():
@@ -406,24 +406,22 @@ def test_labels_are_counted_without_their_images():
       return self.labels[index]
 
   source = Labels(4, 3)
-  counts = frequencies.count_classes(source, 3, 2)
-  assert source.read == []
-  again = frequencies.count_classes(Counting(4, 3), 3, 2)
-  np.testing.assert_array_equal(counts.pixels, again.pixels)
-  assert counts.num_images == 4
+  rows = frequencies.count_labels(source, 3, 2)
+  assert source.read == [] and len(rows) == 4
+  again = frequencies.count_labels(Counting(4, 3), 3, 2)
+  np.testing.assert_array_equal(rows, again)
 
 
 def test_median_frequency_weights():
   # Shares 0.5, 0.1, 0.2: the median is 0.2.
-  found = frequencies.median_frequency_weights([50, 2, 8, 0], [100, 20, 40, 0])
+  rows = np.array([[50, 0, 0, 0, 50], [0, 2, 0, 0, 18], [0, 0, 8, 0, 32]])
+  found = frequencies.median_frequency_weights(rows)
   np.testing.assert_allclose(found, [0.4, 2, 1, 1], rtol=1e-12)
   # Twice the images change nothing.
-  again = frequencies.median_frequency_weights(
-    [100, 4, 16, 0], [200, 40, 80, 0]
-  )
+  again = frequencies.median_frequency_weights(np.concatenate([rows, rows]))
   np.testing.assert_array_equal(found, again)
-  none = frequencies.median_frequency_weights([0, 0], [0, 0])
-  np.testing.assert_array_equal(none, [1, 1])
+  none = frequencies.median_frequency_weights(0 * rows)
+  np.testing.assert_array_equal(none, np.ones(4))
 
 
 @pytest.mark.parametrize('inside', [True, False], ids=['error', 'ctrl-c'])
@@ -437,19 +435,16 @@ def test_the_reading_ends_early(inside):
       raise DataError('three', 'values', '3')
     return index
 
-  def interrupt():
-    if not inside:
-      raise KeyboardInterrupt
-
   with pytest.raises(DataError if inside else KeyboardInterrupt):
-    frequencies.map_records(read, range(1000), 2, on_record=interrupt)
+    for _ in frequencies.map_records(read, range(1000), 2):
+      if not inside:
+        raise KeyboardInterrupt
   assert len(begun) < 50
-  assert frequencies.map_records(read, range(3), 2) == [0, 1, 2]
+  assert [*frequencies.map_records(read, range(3), 2)] == [0, 1, 2]
 
 
 def _sheet(dataset):
-  found = checking.check(dataset, 1)
-  problems = {name: split.problems for name, split in found.splits.items()}
+  _, problems = checking.check(dataset, 1)
   return np.asarray(contact_sheet.draw_sheet(dataset, problems))
 
 
@@ -614,8 +609,6 @@ def test_the_real_camvid():
   assert not dataset.problems
   sizes = {name: len(source) for name, source in dataset.splits.items()}
   assert sizes == {'train': 367, 'val': 101, 'test': 233}
-  counts = frequencies.count_classes(dataset.splits['train'], 11, 2)
-  weights = frequencies.median_frequency_weights(
-    counts.pixels, counts.present_pixels
-  )
+  rows = frequencies.count_labels(dataset.splits['train'], 11, 2)
+  weights = frequencies.median_frequency_weights(rows)
   np.testing.assert_allclose(weights, CAMVID_WEIGHTS, rtol=0, atol=5.1e-5)

@@ -40,41 +40,9 @@ def digest(files, *facts):
   return found.hexdigest()[:32]
 
 
-class DecodedSource:
-  """A source with its pixels in `folder`, as `open_decoded` left it.
-
-  Records are read-only views: the disk is read where a crop looks at them.
-  """
-
-  def __init__(self, source, folder):
-    self._folder = pathlib.Path(folder)
-    self.name, self.key = source.name, source.key
-    self.fingerprint = source.fingerprint
-    self._sizes = np.load(self._folder / 'sizes.npy')
-    self._starts = _starts(self._sizes)
-    self._pixels = None
-
-  def __len__(self):
-    return len(self._sizes)
-
-  def __getitem__(self, index):
-    if self._pixels is None:
-      pixels = np.load(self._folder / 'pixels.npy', mmap_mode='r')
-      self._pixels = np.asarray(pixels)
-    h, w = self.size(index)
-    start, end = self._starts[index], self._starts[index + 1]
-    middle = start + 3 * h * w
-    return {
-      'image': self._pixels[start:middle].reshape(h, w, 3),
-      'label': self._pixels[middle:end].reshape(h, w),
-    }
-
-  def __getstate__(self):
-    # Worker processes would get the whole array by value.
-    return self.__dict__ | {'_pixels': None}
-
-  def size(self, index):
-    return tuple(self._sizes[index].tolist())
+@functools.cache
+def _map_pixels(path):
+  return np.asarray(np.load(path, mmap_mode='r'))
 
 
 def _starts(sizes):
@@ -82,15 +50,40 @@ def _starts(sizes):
   return np.concatenate([[0], np.cumsum(4 * np.prod(sizes, 1))])
 
 
+class DecodedSource:
+  """A source with its pixels in `folder`, as `open_decoded` left it.
+
+  Records are read-only views: the disk is read where a crop looks at them. Each
+  process maps the file itself; in a pickle the array would go by value.
+  """
+
+  def __init__(self, source, folder):
+    self._path = folder / 'pixels.npy'
+    self.name, self.key = source.name, source.key
+    self.fingerprint = source.fingerprint
+    self._sizes = np.load(folder / 'sizes.npy')
+    self._starts = _starts(self._sizes)
+
+  def __len__(self):
+    return len(self._sizes)
+
+  def __getitem__(self, index):
+    h, w = self.size(index)
+    start, end = self._starts[index : index + 2]
+    record = _map_pixels(self._path)[start:end]
+    image, label = np.split(record, [3 * h * w])
+    return {'image': image.reshape(h, w, 3), 'label': label.reshape(h, w)}
+
+  def size(self, index):
+    return tuple(self._sizes[index].tolist())
+
+
 def open_decoded(source, directory, *, threads=4, text='decoding'):
   """The DecodedSource of `source`, built below `directory` if it is absent.
 
   Its folder is named by the fingerprint of the source: pixels of other or older
-  files are never used. An interrupted build is resumed, and the file gets its
-  name when it is complete. Processes of one host build it once.
-
-  Raises:
-    InputError: for a source without files, a full disk or a broken record.
+  files are never used. An interrupted build is resumed; the processes of a host
+  build it once. A source without files or a full disk is an InputError.
   """
   if not hasattr(source, 'fingerprint'):
     raise InputError(
@@ -109,13 +102,14 @@ def open_decoded(source, directory, *, threads=4, text='decoding'):
 
 def with_decoded(dataset, directory, *, threads=4):
   """`dataset` with the splits that every epoch reads as DecodedSources."""
-  splits = dict(dataset.splits)
-  for name in ('train', 'val'):  # test is read once.
-    if name in splits:
-      splits[name] = open_decoded(
-        splits[name], directory, threads=threads, text=f'decoding {name}'
-      )
-  return dataclasses.replace(dataset, splits=splits)
+  decoded = {
+    name: open_decoded(
+      source, directory, threads=threads, text=f'decoding {name}'
+    )
+    for name, source in dataset.splits.items()
+    if name in ('train', 'val')  # test is read once.
+  }
+  return dataclasses.replace(dataset, splits=dataset.splits | decoded)
 
 
 @contextlib.contextmanager
@@ -130,13 +124,13 @@ def _locked(folder):
 
 
 def _build(source, folder, threads, text):
-  partial, marks = folder / 'pixels.part', folder / 'finished'
-  if not (partial.exists() and marks.exists()):
+  # `written` has a byte for each record whose pixels are on the disk.
+  partial, written = folder / 'pixels.part', folder / 'written'
+  if not (partial.exists() and written.exists()):
     _begin(source, folder, threads, text)
   sizes = np.load(folder / 'sizes.npy')
   starts = _starts(sizes) + np.load(partial, mmap_mode='r').offset
-  finished = np.memmap(marks, np.uint8, 'r+')
-  left = np.flatnonzero(finished == 0)
+  done = written.stat().st_size
 
   def write(index):
     record = source[index]
@@ -150,31 +144,29 @@ def _build(source, folder, threads, text):
     if os.pwrite(file.fileno(), data, starts[index]) < len(data):
       raise _full(folder, len(data))
 
-  bar = progress(len(sizes), text, initial=len(sizes) - len(left))
-  with bar, partial.open('r+b') as file:
-    for first in range(0, len(left), _GROUP):
-      group = left[first : first + _GROUP].tolist()
-      frequencies.map_records(write, group, threads, on_record=bar.update)
-      os.fsync(file)  # Pixels are on the disk before they count.
-      finished[group] = 1
-      finished.flush()
+  bar = progress(len(sizes), text, initial=done)
+  with bar, partial.open('r+b') as file, written.open('ab', 0) as marks:
+    for first in range(done, len(sizes), _GROUP):
+      group = range(len(sizes))[first : first + _GROUP]
+      for _ in frequencies.map_records(write, group, threads):
+        bar.update()
+      os.fsync(file)
+      marks.write(bytes(len(group)))
   partial.rename(folder / 'pixels.npy')
-  marks.unlink()
+  written.unlink()
 
 
 def _begin(source, folder, threads, text):
-  with progress(len(source), f'{text}: sizes') as bar:
-    sizes = frequencies.map_records(
-      source.size, range(len(source)), threads, on_record=bar.update
-    )
-  sizes = np.array(sizes, np.int64)
+  count = len(source)
+  sizes = frequencies.map_records(source.size, range(count), threads)
+  sizes = np.array([*progress(count, f'{text}: sizes', iterable=sizes)])
   np.save(folder / 'sizes.npy', sizes)
   total = int(_starts(sizes)[-1])
   if shutil.disk_usage(folder).free < total:
     raise _full(folder, total)
   # Sparse: the disk fills as records come.
   np.lib.format.open_memmap(folder / 'pixels.part', 'w+', np.uint8, (total,))
-  (folder / 'finished').write_bytes(bytes(len(sizes)))
+  (folder / 'written').write_bytes(b'')
 
 
 def _full(folder, size):

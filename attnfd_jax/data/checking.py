@@ -2,14 +2,13 @@
 """What is wrong with a data set, or odd, after reading every pair of it."""
 
 import collections
-import dataclasses
 import hashlib
 
 import numpy as np
 
 from attnfd_jax.data import frequencies
-from attnfd_jax.data.pairs import Dataset
 from attnfd_jax.errors import DataError
+from attnfd_jax.progress import progress
 
 # In the order of the report: {kind of DataError: heading}.
 KINDS = {
@@ -33,153 +32,152 @@ _SHOWN = 5
 _KEPT = 256  # Values of a file, the most frequent: all ids, not all colours.
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-  """What the pairs of a split hold."""
-
-  names: list  # Of all images.
-  problems: dict  # Index -> DataError; the rest is of the other pairs.
-  sizes: collections.Counter  # (h, w) -> number of images.
-  digests: list  # (index, hash of the decoded image).
-  counts: frequencies.ClassCounts
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-  """What `check` found."""
-
-  dataset: Dataset
-  splits: dict  # Name -> Split.
-  problems: list  # (Name of the split or '', DataError).
-  warnings: dict  # Kind of WARNINGS -> lines.
-  weights: np.ndarray  # By the frequency of classes in train, float64 [k].
-
-  @property
-  def usable(self):
-    return not self.problems
-
-  @property
-  def verdict(self):
-    """One line."""
-    pairs = _count(sum(len(x.names) for x in self.splits.values()), 'pair')
-    if self.problems:
-      return (
-        f'not usable: {_count(len(self.problems), "problem")}, {pairs} read; '
-        'fix what is listed and check again.'
-      )
-    names = ', '.join(f'{len(x.names)} {k}' for k, x in self.splits.items())
-    warned = _count(sum(map(len, self.warnings.values())), 'warning')
-    return f'usable: {pairs} ({names}), {warned}.'
-
-
 def digest(image):
   """Hash of the shape and the pixels of an image."""
-  head = repr(image.shape).encode()
-  return hashlib.sha256(head + np.ascontiguousarray(image).data).digest()
+  data = repr(image.shape).encode() + image.tobytes()
+  return hashlib.sha256(data).digest()
 
 
-def _without_pixels(error):
-  """A copy: with its traceback an error would hold what was decoded."""
-  # A photograph taken for a mask has 100000 colours.
-  values = collections.Counter(error.values).most_common(_KEPT)
-  return DataError(str(error), error.kind, error.file, dict(values))
+def _by_class(class_names, values):
+  return dict(zip(class_names, values.tolist(), strict=True))
 
 
-def read_split(source, num_classes, threads, *, on_record=None):
-  """The Split of a source, of which every pair is opened once."""
+def _read_split(source, class_names, threads, bar):
+  """Facts of a split, {index: DataError}, {index: digest}, weights [k]."""
+  k = len(class_names)
 
   def read(index):
     try:
       record = source[index]
     except DataError as error:
-      return _without_pixels(error)
-    label = record['label']
-    counts = frequencies.count_label(label, num_classes)
-    return label.shape, digest(record['image']), counts
+      # A copy: with its traceback an error would hold what was decoded, and a
+      # photograph taken for a mask has 100000 colours.
+      values = collections.Counter(error.values).most_common(_KEPT)
+      return DataError(str(error), error.kind, error.file, dict(values))
+    image, label = record['image'], record['label']
+    return digest(image), label.shape, frequencies.count_label(label, k)
 
-  indices = range(len(source))
-  found = frequencies.map_records(read, indices, threads, on_record=on_record)
-  problems = {i: x for i, x in enumerate(found) if isinstance(x, DataError)}
-  good = [(i, *x) for i, x in enumerate(found) if i not in problems]
-  return Split(
-    names=[source.name(i) for i in indices],
-    problems=problems,
-    sizes=collections.Counter(size for _, size, _, _ in good),
-    digests=[(i, key) for i, _, key, _ in good],
-    counts=frequencies.sum_counts([x for *_, x in good], num_classes),
-  )
-
-
-def _find_warnings(class_names, splits, train):
-  """kind -> lines, of {name: Split} and the ClassCounts of train."""
-  first, duplicate, unseen = {}, [], []
-  for name, split in splits.items():
-    for index, key in split.digests:
-      image = split.names[index]
-      where, original = first.setdefault(key, (name, image))
-      if where != name:  # Copies inside a split do no harm.
-        duplicate.append(f'{where} {original} = {name} {image}')
-  for i, name in enumerate(class_names):
-    if train.num_images and not train.pixels[i]:
-      where = [s for s, split in splits.items() if split.counts.pixels[i]]
-      text = f'only in {", ".join(where)}' if where else 'nowhere'
-      unseen.append(f'{name}: {text}')
-  warnings = {'duplicate': duplicate, 'unseen': unseen}
-  return {kind: lines for kind, lines in warnings.items() if lines}
-
-
-def check(dataset, threads, *, required=('train', 'val'), on_record=None):
-  """Everything `Found` about a Dataset of load_dataset(strict=False).
-
-  Its own problems are the first ones. Without the `required` splits there is no
-  run; `on_record` is called after each pair.
-  """
-  k = dataset.num_classes
-  splits = {
-    name: read_split(source, k, threads, on_record=on_record)
-    for name, source in dataset.splits.items()
+  problems, digests, sizes, rows = {}, {}, collections.Counter(), []
+  records = frequencies.map_records(read, range(len(source)), threads)
+  for i, found in enumerate(records):
+    if isinstance(found, DataError):
+      problems[i] = found
+    else:
+      digests[i], size, row = found
+      sizes[size] += 1
+      rows.append(row)
+    bar.update()
+  rows = np.array(rows, np.int64).reshape(-1, k + 1)
+  facts = {
+    'pairs': len(source),
+    'usable_pairs': len(rows),
+    'num_pixels': int(rows.sum()),
+    'pixels': _by_class(class_names, rows[:, :-1].sum(0)),
+    'images': _by_class(class_names, (rows[:, :-1] > 0).sum(0)),
+    'sizes': [
+      {'height': h, 'width': w, 'images': n}
+      for (h, w), n in sorted(sizes.items())
+    ],
   }
-  problems = [('', problem) for problem in dataset.problems]
-  for name in required:
-    # What the layout lacks is the better reason.
-    if not dataset.problems and not (name in splits and splits[name].names):
+  weights = frequencies.median_frequency_weights(rows)
+  return facts, problems, digests, weights
+
+
+def _duplicates(sources, digests):
+  """A line for each image that an earlier split has, too."""
+  first = {}
+  for split, source in sources.items():
+    for index, key in digests[split].items():
+      name = source.name(index)
+      where, original = first.setdefault(key, (split, name))
+      if where != split:  # Copies inside a split do no harm.
+        yield f'{where} {original} = {split} {name}'
+
+
+def _unseen(splits):
+  """A line for each class that the usable pairs of train do not show."""
+  train = splits.get('train')
+  if train and train['usable_pairs']:
+    for name, count in train['images'].items():
+      others = [split for split, x in splits.items() if x['images'][name]]
+      if not count:
+        where = f'only in {", ".join(others)}' if others else 'nowhere'
+        yield f'{name}: {where}'
+
+
+def check(dataset, threads, *, required=('train', 'val')):
+  """Reads every pair of a Dataset of load_dataset(strict=False), once.
+
+  Without the `required` splits there is no run.
+
+  Returns:
+    The report, a dict that JSON can hold and `as_text` shows, and
+    {split: {index: DataError}} of the pairs that cannot be used.
+  """
+  splits, problems, digests = {}, {}, {}
+  weights = np.ones(dataset.num_classes)
+  with progress(sum(map(len, dataset.splits.values())), 'checking') as bar:
+    for name, source in dataset.splits.items():
+      splits[name], problems[name], digests[name], found = _read_split(
+        source, dataset.class_names, threads, bar
+      )
+      if name == 'train':
+        weights = found
+  listed = [('', problem) for problem in dataset.problems]
+  # What the layout lacks is the better reason.
+  for name in () if listed else required:
+    if name not in splits or not splits[name]['pairs']:
       text = f'{dataset.name}: no pairs in the split {name}.'
-      problems.append((name, DataError(text, 'split', name)))
-  for name, split in splits.items():
-    problems += [(name, problem) for problem in split.problems.values()]
-  nothing = frequencies.sum_counts([], k)
-  train = splits['train'].counts if 'train' in splits else nothing
-  warnings = _find_warnings(dataset.class_names, splits, train)
-  weights = frequencies.median_frequency_weights(
-    train.pixels, train.present_pixels
-  )
-  return Found(dataset, splits, problems, warnings, weights)
+      listed.append((name, DataError(text, 'split', name)))
+  listed += [(name, x) for name in problems for x in problems[name].values()]
+  warnings = {
+    'duplicate': [*_duplicates(dataset.splits, digests)],
+    'unseen': [*_unseen(splits)],
+  }
+  warnings = {kind: lines for kind, lines in warnings.items() if lines}
+  report = {
+    'dataset': dataset.name,
+    'class_names': list(dataset.class_names),
+    'usable': not listed,
+    'verdict': _verdict(splits, len(listed), sum(map(len, warnings.values()))),
+    'problems': [
+      {
+        'split': split,
+        'kind': problem.kind,
+        'file': problem.file,
+        'message': str(problem),
+        'values': problem.values or {},
+      }
+      for split, problem in listed
+    ],
+    'warnings': warnings,
+    'weights': _by_class(dataset.class_names, weights),
+    'splits': splits,
+  }
+  return report, problems
+
+
+def _verdict(splits, problems, warnings):
+  pairs = _count(sum(x['pairs'] for x in splits.values()), 'pair')
+  if problems:
+    return (
+      f'not usable: {_count(problems, "problem")}, {pairs} read; fix what is '
+      'listed and check again.'
+    )
+  names = ', '.join(f'{x["pairs"]} {name}' for name, x in splits.items())
+  return f'usable: {pairs} ({names}), {_count(warnings, "warning")}.'
 
 
 def _count(number, word):
   return f'{number} {word}' + ('' if number == 1 else 's')
 
 
-def group(problems):
-  """kind -> [DataError, ...] in the order of KINDS, others last."""
-  kinds = {kind: [] for kind in KINDS}
-  for _, problem in problems:
-    kinds.setdefault(problem.kind, []).append(problem)
-  return {kind: listed for kind, listed in kinds.items() if listed}
-
-
-def _listed(lines):
-  shown = [f'  {line}' for line in lines[:_SHOWN]]
-  more = len(lines) - len(shown)
-  return shown + ([f'  and {more} more'] if more else [])
-
-
 def _values_text(problems, limit=10):
   """'12 (30 pixels in 2 files), ...', the most frequent first."""
   pixels, files = collections.Counter(), collections.Counter()
   for problem in problems:
-    pixels.update(problem.values)
-    files.update(problem.values.keys())
+    pixels.update(problem['values'])
+    files.update([*problem['values']])
   parts = [
     f'{value} ({_count(number, "pixel")} in {_count(files[value], "file")})'
     for value, number in pixels.most_common(limit)
@@ -188,121 +186,88 @@ def _values_text(problems, limit=10):
   return ', '.join(parts) + (f' and {more} more values' if more else '')
 
 
-def problem_lines(found):
-  """Problems and warnings by kind, a heading and at most five lines each."""
-  lines = []
-  for kind, problems in group(found.problems).items():
-    lines.append(f'problem: {KINDS.get(kind, kind)} ({len(problems)})')
-    if kind == 'values' and len(problems) > 1:
-      lines.append(f'  in all: {_values_text(problems)}')
-    lines += _listed([str(problem) for problem in problems])
-  for kind, texts in found.warnings.items():
-    lines.append(f'warning: {WARNINGS[kind]} ({len(texts)})')
-    lines += _listed(texts)
-  return lines
+def _shown(lines):
+  more = len(lines) - _SHOWN
+  shown = [f'  {line}' for line in lines[:_SHOWN]]
+  return [*shown, f'  and {more} more'] if more > 0 else shown
+
+
+def problem_lines(problems, warnings):
+  """By kind, in the order of KINDS and others last."""
+  groups = {kind: [] for kind in KINDS}
+  for problem in problems:
+    groups.setdefault(problem['kind'], []).append(problem)
+  for kind, group in groups.items():
+    if group:
+      yield f'problem: {KINDS.get(kind, kind)} ({len(group)})'
+      if kind == 'values' and len(group) > 1:
+        yield f'  in all: {_values_text(group)}'
+      yield from _shown([problem['message'] for problem in group])
+  for kind, lines in warnings.items():
+    yield f'warning: {WARNINGS[kind]} ({len(lines)})'
+    yield from _shown(lines)
 
 
 def _size_text(sizes):
   """Sizes as width x height, ordered by area."""
-  order = sorted(sizes.elements(), key=lambda size: (size[0] * size[1], size))
-  low, middle, high = (
-    f'{order[i][1]}x{order[i][0]}' for i in (0, len(order) // 2, -1)
-  )
+  order = sorted(sizes, key=lambda x: x['height'] * x['width'])
+  texts = [
+    f'{x["width"]}x{x["height"]}' for x in order for _ in range(x['images'])
+  ]
   if len(sizes) == 1:
-    return f'all {low}'
-  return f'{len(sizes)} sizes from {low} to {high}, median {middle}'
+    return f'all {texts[0]}'
+  return (
+    f'{len(sizes)} sizes from {texts[0]} to {texts[-1]}, '
+    f'median {texts[len(texts) // 2]}'
+  )
 
 
 def split_lines(splits):
   """One line for each split: pairs, sizes, ignored pixels."""
-  lines = []
   for name, split in splits.items():
-    text = f'{name}: {len(split.names)} pairs'
-    counts = split.counts
-    if split.problems:
-      text += f', {len(split.problems)} of them not usable'
-    if counts.num_images:
-      ignored = 1 - counts.pixels.sum() / counts.num_pixels
-      text += f', {_size_text(split.sizes)}, {100 * ignored:.2f} % ignored'
-    lines.append(text)
-  return lines
+    text = f'{name}: {split["pairs"]} pairs'
+    if broken := split['pairs'] - split['usable_pairs']:
+      text += f', {broken} of them not usable'
+    if split['usable_pairs']:
+      ignored = 1 - sum(split['pixels'].values()) / split['num_pixels']
+      text += f', {_size_text(split["sizes"])}, {100 * ignored:.2f} % ignored'
+    yield text
 
 
-def class_lines(class_names, splits, weights):
+def class_lines(weights, splits):
   """Table of classes: share of the labelled pixels and images of each split."""
-  counts = {name: split.counts for name, split in splits.items()}
-  counts = {name: x for name, x in counts.items() if x.pixels.any()}
-  if not counts:
-    return []
-  width = max(len(name) for name in ('class', *class_names))
-  head = ''.join(f'{name + " %":>10}{"images":>8}' for name in counts)
-  lines = [f'{"class":{width}}{head}{"weight":>10}']
-  for i, name in enumerate(class_names):
+  totals = {name: sum(x['pixels'].values()) for name, x in splits.items()}
+  totals = {name: total for name, total in totals.items() if total}
+  if not totals:
+    return
+  width = max(map(len, ('class', *weights)))
+  head = ''.join(f'{name + " %":>10}{"images":>8}' for name in totals)
+  yield f'{"class":{width}}{head}{"weight":>10}'
+  for name, weight in weights.items():
     cells = ''.join(
-      f'{100 * x.pixels[i] / x.pixels.sum():>10.2f}{x.present_images[i]:>8}'
-      for x in counts.values()
+      f'{100 * splits[split]["pixels"][name] / total:>10.2f}'
+      f'{splits[split]["images"][name]:>8}'
+      for split, total in totals.items()
     )
-    lines.append(f'{name:{width}}{cells}{weights[i]:>10.4f}')
-  if 'train' in counts:
+    yield f'{name:{width}}{cells}{weight:>10.4f}'
+  if 'train' in totals:
     # Rounded to 0 a weight would switch its class off.
     given = tuple(
-      round(x, 4) if x >= 0.01 else float(f'{x:.3g}') for x in weights.tolist()
+      round(x, 4) if x >= 0.01 else float(f'{x:.3g}') for x in weights.values()
     )
-    lines += [
+    yield (
       'weights by median frequency in train, against imbalance; as with '
-      '--config.loss.weighting=auto:',
-      f'  --config.loss.weighting=given --config.loss.class_weights="{given}"',
-    ]
-  return lines
+      '--config.loss.weighting=auto:\n'
+      f'  --config.loss.weighting=given --config.loss.class_weights="{given}"'
+    )
 
 
-def as_text(found):
-  """The report for the screen."""
-  blocks = [
-    split_lines(found.splits),
-    problem_lines(found),
-    class_lines(found.dataset.class_names, found.splits, found.weights),
-    [found.verdict],
-  ]
-  return '\n\n'.join('\n'.join(block) for block in blocks if block)
-
-
-def as_json(found):
-  """The same and all file names, for programs."""
-  names = found.dataset.class_names
-
-  def by_class(values):
-    return dict(zip(names, values.tolist(), strict=True))
-
-  def as_dict(split):
-    return {
-      'pairs': len(split.names),
-      'usable_pairs': split.counts.num_images,
-      'num_pixels': split.counts.num_pixels,
-      'pixels': by_class(split.counts.pixels),
-      'images': by_class(split.counts.present_images),
-      'sizes': [
-        {'height': h, 'width': w, 'images': n}
-        for (h, w), n in sorted(split.sizes.items())
-      ],
-    }
-
-  return {
-    'dataset': found.dataset.name,
-    'class_names': list(names),
-    'usable': found.usable,
-    'verdict': found.verdict,
-    'problems': [
-      {
-        'split': split,
-        'kind': problem.kind,
-        'file': problem.file,
-        'message': str(problem),
-        'values': {str(k): int(n) for k, n in (problem.values or {}).items()},
-      }
-      for split, problem in found.problems
-    ],
-    'warnings': found.warnings,
-    'weights': by_class(found.weights),
-    'splits': {name: as_dict(x) for name, x in found.splits.items()},
-  }
+def as_text(report):
+  """The report of `check` for the screen."""
+  blocks = (
+    split_lines(report['splits']),
+    problem_lines(report['problems'], report['warnings']),
+    class_lines(report['weights'], report['splits']),
+    [report['verdict']],
+  )
+  return '\n\n'.join(filter(None, map('\n'.join, blocks)))

@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often the classes occur in a source, and weights against imbalance."""
+"""How often classes occur in a source; weights and draws against imbalance."""
 
 import collections
 from concurrent import futures
-import dataclasses
+import os
 
+import grain
 import numpy as np
 
+from attnfd_jax import user_cache
+from attnfd_jax.progress import progress
 
-@dataclasses.dataclass(frozen=True)
-class ClassCounts:
-  """What some labels hold; arrays are int64 [k]."""
 
-  pixels: np.ndarray  # Of each class.
-  present_images: np.ndarray  # In which the class occurs.
-  present_pixels: np.ndarray  # Of those images, ignored ones included.
-  num_images: int
-  num_pixels: int  # Ignored ones included.
+def map_records(function, indices, threads):
+  """Yields function(index) for all indices, in order, by some threads."""
+  pool, pending = futures.ThreadPoolExecutor(threads), collections.deque()
+  try:
+    # Few at a time: an error or Ctrl-C leaves little behind, and Executor.map
+    # would make an object for each record of the data set first.
+    for index in indices:
+      if len(pending) == 4 * threads:
+        yield pending.popleft().result()
+      pending.append(pool.submit(function, index))
+    while pending:
+      yield pending.popleft().result()
+  finally:
+    pool.shutdown(cancel_futures=True)
 
 
 def count_label(label, num_classes):
@@ -26,78 +35,73 @@ def count_label(label, num_classes):
   return np.append(counts[:num_classes], rest).astype(np.int64)
 
 
-def sum_counts(rows, num_classes):
-  """ClassCounts of the rows [n, k + 1] of `count_label`; n may be 0."""
-  rows = np.asarray(rows, np.int64).reshape(-1, num_classes + 1)
-  present, sizes = rows[:, :-1] > 0, rows.sum(1)
-  return ClassCounts(
-    pixels=rows[:, :-1].sum(0),
-    present_images=present.sum(0),
-    present_pixels=sizes @ present,
-    num_images=len(rows),
-    num_pixels=int(sizes.sum()),
-  )
+def count_labels(source, num_classes, threads, text=None):
+  """`count_label` of all records, int64 [n, k + 1]; each label is read once.
 
-
-def map_records(function, indices, threads, *, on_record=None):
-  """[function(index), ...] by some threads and in order.
-
-  All results are kept, so they should be small. `on_record` is called without
-  arguments after each, in the caller's thread.
+  `text` stands before the progress bar.
   """
-  results, pending = [], collections.deque()
-
-  def take():
-    results.append(pending.popleft().result())
-    if on_record:
-      on_record()
-
-  pool = futures.ThreadPoolExecutor(threads)
-  try:
-    # Few at a time: an error or Ctrl-C leaves little behind, and Executor.map
-    # would make an object for each record of the data set first.
-    for index in indices:
-      if len(pending) == 4 * threads:
-        take()
-      pending.append(pool.submit(function, index))
-    while pending:
-      take()
-  finally:
-    pool.shutdown(cancel_futures=True)
-  return results
-
-
-def count_labels(source, num_classes, threads, *, on_record=None):
-  """`count_label` of all records, int64 [n, k + 1]; each label is read once."""
   # Without their images where the source can: several times as fast.
   read = getattr(source, 'label', None) or (lambda i: source[i]['label'])
   rows = map_records(
     lambda index: count_label(read(index), num_classes),
     range(len(source)),
     threads,
-    on_record=on_record,
   )
-  return np.reshape(rows, (-1, num_classes + 1))
+  rows = progress(len(source), text, iterable=rows)
+  return np.array([*rows], np.int64).reshape(-1, num_classes + 1)
 
 
-def count_classes(source, num_classes, threads, *, on_record=None):
-  """ClassCounts of all labels of a source; see `count_labels`."""
-  rows = count_labels(source, num_classes, threads, on_record=on_record)
-  return sum_counts(rows, num_classes)
-
-
-def median_frequency_weights(pixels, present_pixels):
-  """Weights median(f) / f of the classes, float64 [k], of [k] of ClassCounts.
+def median_frequency_weights(rows):
+  """Weights median(f) / f of the classes, float64 [k]; see `count_labels`.
 
   f is the share of a class in the images in which it occurs (Eigen and Fergus
   2015, arXiv 1411.4734), with ignored pixels in the whole. Absent classes take
   no part in the median and get weight 1.
   """
-  pixels = np.asarray(pixels, np.float64)
-  present_pixels = np.asarray(present_pixels, np.float64)
-  present = pixels > 0
-  weights = np.ones(len(pixels))
+  counts, sizes = rows[:, :-1], rows.sum(1)
+  present = counts.any(0)
+  weights = np.ones(len(present))
   if present.any():
-    share = pixels[present] / present_pixels[present]
+    share = counts.sum(0)[present] / (sizes @ (counts > 0))[present]
     weights[present] = np.median(share) / share
   return weights
+
+
+class Balance(grain.transforms.RandomMap):
+  """Replaces a share of the indices of records by draws that balance classes.
+
+  Such a draw picks a class, all that occur alike, and then one of its records.
+  `share` is from 0 to 1; `presence`: see `class_presence`.
+  """
+
+  def __init__(self, share, presence):
+    members = [np.flatnonzero(column) for column in presence.T]
+    self._share = share
+    self._members = [records for records in members if records.size]
+
+  def random_map(self, index, rng):
+    if not self._members or rng.random() >= self._share:
+      return index
+    records = self._members[rng.integers(len(self._members))]
+    return int(records[rng.integers(records.size)])
+
+
+def class_presence(source, num_classes, *, threads=4):
+  """Whether record n shows class k, bool [n, k].
+
+  Sources with a fingerprint are counted once, into the user's cache folder.
+  """
+  path = None
+  if hasattr(source, 'fingerprint'):
+    folder = user_cache.folder('presence')
+    path = folder / f'{source.fingerprint()}-{num_classes}.npy'
+    if path.exists():
+      return np.load(path)
+  rows = count_labels(source, num_classes, threads, 'counting classes')
+  presence = rows[:, :-1] > 0
+  if path:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{os.getpid()}-{path.name}')
+    np.save(temporary, presence)
+    temporary.replace(path)
+  return presence

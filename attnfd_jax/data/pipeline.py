@@ -13,13 +13,11 @@ import grain
 import jax
 import numpy as np
 
-from attnfd_jax.data import sampling, transforms, tuning
+from attnfd_jax.data import frequencies, transforms, tuning
 from attnfd_jax.losses import IGNORE_LABEL
 
-_FILLER = -1  # Index of a record that completes a batch, ignored everywhere.
 
-
-def _iterate(dataset, threads, workers):
+def _iterate(dataset, threads, workers=0):
   # Grain's default keeps 500 batches in memory.
   options = grain.ReadOptions(
     num_threads=threads, prefetch_buffer_size=max(2, threads)
@@ -31,21 +29,16 @@ def _iterate(dataset, threads, workers):
     options = grain.MultiprocessingOptions(
       num_workers=workers, per_worker_buffer_size=2
     )
-    dataset = dataset.mp_prefetch(options, _tune_worker)
+    dataset = dataset.mp_prefetch(options, tuning.tune_process)
   return dataset
 
 
-def _tune_worker(worker, num_workers):
-  del worker, num_workers
-  tuning.tune_process()
-
-
-def _local(batch_size):
-  """This process' share: (index, number of processes, records per batch)."""
+def _share(batch_size):
+  """What this process reads: (slice of all shares, records of a batch)."""
   process, count = jax.process_index(), jax.process_count()
   if batch_size % count:
     raise ValueError(f'{batch_size=} must be a multiple of {count} processes.')
-  return process, count, batch_size // count
+  return slice(process, None, count), batch_size // count
 
 
 def train_batches(
@@ -61,17 +54,12 @@ def train_batches(
 ):
   """An endless grain.IterDataset of batches, from global step `step` on.
 
-  Args:
-    source: see sources.py.
-    augment: a grain RandomMap; all its results have one size.
-    batch_size: over all processes; each gets its equal share.
-    seed: of order and augmentation.
-    step: batches already consumed.
-    balance: a grain RandomMap from index to index, as sampling.Balance.
-    threads: of this process, or of each worker.
-    workers: processes, for transforms that hold the interpreter lock.
+  `augment` is a grain RandomMap whose results have one size, `balance` one of
+  indices, as frequencies.Balance. `batch_size` is over all processes, each of
+  which gets its equal share; `threads` are of this process, or of each of the
+  `workers`, processes for transforms that hold the interpreter lock.
   """
-  process, count, share = _local(batch_size)
+  share, size = _share(batch_size)
   if balance is None:
     dataset = grain.MapDataset.source(source).seed(seed).shuffle()
   else:
@@ -80,19 +68,18 @@ def train_batches(
   # Shares are cut after the random maps, else all hosts draw the same numbers,
   # and one after the other: row i of a batch is the same on any number.
   dataset = dataset.random_map(augment).repeat()
-  dataset = dataset.batch(share, drop_remainder=True)[process::count]
+  dataset = dataset.batch(size, drop_remainder=True)[share]
   return _iterate(dataset[step:], threads, workers)
 
 
 def make_augment(config):
   """The Augment of a resolved config."""
-  data = config.data
   same = ('base_size', 'flip', 'blur', 'photometric', 'rotation')
   return transforms.Augment(
-    crop_size=tuple(data.crop_size),
-    scale_range=tuple(data.scale_range),
-    label_fill=0 if data.label_pad == 'background' else IGNORE_LABEL,
-    **{key: data[key] for key in same},
+    crop_size=tuple(config.data.crop_size),
+    scale_range=tuple(config.data.scale_range),
+    label_fill=0 if config.data.label_pad == 'background' else IGNORE_LABEL,
+    **{key: config.data[key] for key in same},
   )
 
 
@@ -100,15 +87,14 @@ def make_balance(config, dataset):
   """The Balance of a resolved config for the split train, or None."""
   if not config.data.balanced:
     return None
-  presence = sampling.class_presence(
+  presence = frequencies.class_presence(
     dataset.splits['train'], dataset.num_classes, threads=config.data.threads
   )
-  return sampling.Balance(config.data.balanced, presence)
+  return frequencies.Balance(config.data.balanced, presence)
 
 
 def configured_batches(config, dataset, *, step=0):
   """train_batches of the split train, as a resolved config wants them."""
-  data = config.data
   return train_batches(
     dataset.splits['train'],
     make_augment(config),
@@ -116,8 +102,8 @@ def configured_batches(config, dataset, *, step=0):
     seed=config.seed,
     step=step,
     balance=make_balance(config, dataset),
-    threads=data.threads,
-    workers=data.workers,
+    threads=config.data.threads,
+    workers=config.data.workers,
   )
 
 
@@ -129,30 +115,25 @@ def eval_batches(
   resize_labels=False,
   size_multiple=1,
   threads=4,
-  workers=0,
 ):
   """Iterates once over whole images; every pixel counts exactly once.
 
-  Images of one size share batches, so there are as many compilations as sizes.
+  Images of one size share batches, so there are as many compilations as sizes;
+  the last batch of a size is filled with images whose labels are all ignored.
 
   Args:
     source: see sources.py.
-    batch_size: over all processes. The last batch of a size is filled with
-      images whose labels are all ignored.
-    short_side: resize images to it; 0 leaves them.
-    resize_labels: and the labels too, as protocol `reference` does.
+    batch_size: over all processes.
+    short_side, resize_labels: see transforms.fit_record.
     size_multiple: pad right and bottom to multiples, to have fewer sizes;
       images repeat their edges, labels are ignored there.
-    threads: of this process, or of each worker.
-    workers: processes.
+    threads: that read.
   """
-  process, count, share = _local(batch_size)
+  share, share_size = _share(batch_size)
 
-  def padded(size):
-    return transforms.next_multiple(size, size_multiple)
-
-  def read(index, *, image_size, label_size):
-    if index == _FILLER:
+  def read(entry):
+    index, image_size, label_size = entry
+    if index is None:
       image = np.zeros((*image_size, 3), np.uint8)
       label = np.full(label_size, IGNORE_LABEL, np.uint8)
       return {'image': image, 'label': label}
@@ -161,34 +142,29 @@ def eval_batches(
     )
     return {
       'image': transforms.pad_edges(record['image'], image_size),
-      'label': transforms.pad(record['label'], label_size, IGNORE_LABEL),
+      'label': transforms.pad_edges(record['label'], label_size, IGNORE_LABEL),
     }
 
   groups = collections.defaultdict(list)
   for index in range(len(source)):
     size = source.size(index)
-    image_size = padded(transforms.fit_short_side(size, short_side))
-    label_size = image_size if resize_labels else padded(size)
-    groups[image_size, label_size].append(index)
-  datasets = []
-  for (image_size, label_size), indices in sorted(groups.items()):
-    indices += [_FILLER] * (-len(indices) % batch_size)
-    dataset = grain.MapDataset.source(indices[process::count]).map(
-      functools.partial(read, image_size=image_size, label_size=label_size)
-    )
-    datasets.append(_iterate(dataset.batch(share), threads, workers))
-  return itertools.chain.from_iterable(datasets)
+    seen = transforms.fit_short_side(size, short_side)
+    sizes = (seen, seen if resize_labels else size)
+    padded = (transforms.next_multiple(size, size_multiple) for size in sizes)
+    groups[*padded].append(index)
+  batches = []
+  for sizes, indices in sorted(groups.items()):
+    indices += [None] * (-len(indices) % batch_size)
+    entries = [(index, *sizes) for index in indices[share]]
+    dataset = grain.MapDataset.source(entries).map(read).batch(share_size)
+    batches.append(_iterate(dataset, threads))
+  return itertools.chain.from_iterable(batches)
 
 
-def to_device(dataset, sharding, *, buffer=2):
+def to_device(dataset, sharding):
   """Puts the batches of a grain.IterDataset on devices ahead of their use."""
-
-  def put(batch):
-    return {
-      key: jax.make_array_from_process_local_data(sharding, value)
-      for key, value in batch.items()
-    }
-
+  put = functools.partial(jax.make_array_from_process_local_data, sharding)
+  placed = dataset.map(functools.partial(jax.tree.map, put))
   return grain.experimental.ThreadPrefetchIterDataset(
-    dataset.map(put), prefetch_buffer_size=buffer
+    placed, prefetch_buffer_size=2
   )

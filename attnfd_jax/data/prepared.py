@@ -6,27 +6,22 @@ the order of the files. So training from shards gives the batches that training
 from the files gives. TensorFlow is needed on neither side.
 """
 
-from concurrent import futures
+import contextlib
 import functools
 import hashlib
-import json
 import os
 import pathlib
-import threading
 
 import cv2
 import numpy as np
 
-from attnfd_jax.data import cache, classes, files, masks, pairs
+from attnfd_jax.data import cache, classes, files, frequencies, masks, pairs
 from attnfd_jax.errors import InputError
 from attnfd_jax.losses import IGNORE_LABEL
 from attnfd_jax.progress import progress
 
 VERSION = '1.0.0'
 SHARD_SIZE = 128  # Examples; small enough to lose little by an interruption.
-# Where the stock builder of TFDS keeps what ours calls image and label.
-_STOCK_CITYSCAPES = 'cityscapes/semantic_segmentation'
-_STOCK_SPLITS = {'train': 'train', 'val': 'validation'}
 
 
 @functools.cache
@@ -54,83 +49,55 @@ def _sha256(path):
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def _write_shard(source, records, path, advance):
-  """Writes a range of records of a PairSource, unless `path` has them already.
-
-  A note of what the shard holds lies beside it, and is returned; `advance` is
-  called with the number of records done. After an error nothing is left of it.
-  """
+def _write_shard(source, records, path, workers, bar):
+  """Writes some records of a PairSource to `path`, whole or not at all."""
   from array_record.python.array_record_module import ArrayRecordWriter
 
-  note = path.with_name(f'{path.name}.json')
-  bounds = records.start, records.stop
-  content = [VERSION, source.fingerprint(*bounds), *bounds]
-  if note.exists() and path.exists():
-    found = json.loads(note.read_text())
-    if found['content'] == content and found['sha256'] == _sha256(path):
-      advance(len(records))
-      return found
   features = _features()
   serializer = _tfds().core.example_serializer.ExampleSerializer(
     features.get_serialized_info()
   )
+
+  def serialized(i):
+    example = {'id': source.key(i), **source.encoded(i)}
+    example['label'] = cv2.imencode('.png', example['label'])[1].tobytes()
+    return serializer.serialize_example(features.encode_example(example))
+
   temporary = path.with_name(f'{path.name}.part')
-  # group_size 1 is what random access is fast with.
-  writer = ArrayRecordWriter(str(temporary), 'group_size:1')
   try:
-    for i in records:
-      example = {'id': source.key(i), **source.encoded(i)}
-      example['label'] = cv2.imencode('.png', example['label'])[1].tobytes()
-      example = features.encode_example(example)
-      writer.write(serializer.serialize_example(example))
-      advance(1)
-    writer.close()
+    # group_size 1 is what random access is fast with.
+    writer = ArrayRecordWriter(str(temporary), 'group_size:1')
+    with contextlib.closing(writer):
+      for example in frequencies.map_records(serialized, records, workers):
+        writer.write(example)
+        bar.update()
   except BaseException:
-    writer.close()
     temporary.unlink(missing_ok=True)
     raise
-  os.replace(temporary, path)
-  found = {
-    'content': content,
-    'shard': path.name,
-    'count': len(records),
-    'bytes': path.stat().st_size,
-    'sha256': _sha256(path),
-  }
-  note.write_text(json.dumps(found))
-  return found
+  with open(temporary, 'rb') as file:
+    os.fsync(file)  # The name means that all of it is there.
+  temporary.rename(path)
 
 
 def _write_shards(dataset, folder, workers):
-  """{split: [note of a shard, ...]}; names are those of TFDS."""
+  """{split: {path of a shard: number of records}}.
+
+  A path changes with what is in the shard: what is there is not written again.
+  """
+  shards = {split: {} for split in dataset.splits}
   total = sum(len(source) for source in dataset.splits.values())
-  lock, pending = threading.Lock(), {}
-  with (
-    progress(total, dataset.name) as bar,
-    futures.ThreadPoolExecutor(workers) as pool,
-  ):
-
-    def advance(count):
-      with lock:
-        bar.update(count)
-
+  with progress(total, dataset.name) as bar:
     for split, source in dataset.splits.items():
-      records = range(len(source))
-      parts = [records[i:][:SHARD_SIZE] for i in records[::SHARD_SIZE]]
-      for i, part in enumerate(parts):
-        name = (
-          f'{dataset.name}-{split}.array_record-{i:05d}-of-{len(parts):05d}'
-        )
-        job = pool.submit(_write_shard, source, part, folder / name, advance)
-        pending.setdefault(split, []).append(job)
-    try:
-      return {
-        split: [future.result() for future in parts]
-        for split, parts in pending.items()
-      }
-    except BaseException:
-      pool.shutdown(wait=False, cancel_futures=True)
-      raise
+      for start in range(0, len(source), SHARD_SIZE):
+        records = range(len(source))[start : start + SHARD_SIZE]
+        content = source.fingerprint(start, records.stop)
+        path = folder / f'{split}-{VERSION}-{start}-{content}'
+        shards[split][path] = len(records)
+        if path.exists():
+          bar.update(len(records))
+        else:
+          _write_shard(source, records, path, workers, bar)
+  return shards
 
 
 def prepare(dataset, target, *, workers):
@@ -155,35 +122,33 @@ def prepare(dataset, target, *, workers):
     raise InputError(f'{folder} exists; remove it, or give another --target.')
   staged = target / f'.{dataset.name}.shards'
   staged.mkdir(parents=True, exist_ok=True)
-  splits, core = _write_shards(dataset, staged, workers), _tfds().core
-  shards = {note['shard'] for notes in splits.values() for note in notes}
-  for path in staged.iterdir():
-    if path.name not in shards:  # A note, or of an attempt with other data.
-      path.unlink()
-  metadata = {
-    'class_names': list(dataset.class_names),
-    'palette': dataset.palette.tolist(),
-    'ignore_label': IGNORE_LABEL,
-    'sha256': {
-      split: [note['sha256'] for note in notes]
-      for split, notes in splits.items()
-    },
-  }
-  infos = [
-    core.SplitInfo(
-      name=split,
-      shard_lengths=[note['count'] for note in notes],
-      num_bytes=sum(note['bytes'] for note in notes),
+  shards, core = _write_shards(dataset, staged, workers), _tfds().core
+  for path in {*staged.iterdir()}.difference(*shards.values()):
+    path.unlink()  # Of an attempt with other data.
+  infos, hashes = [], {}
+  for split, lengths in shards.items():
+    hashes[split] = [_sha256(path) for path in lengths]
+    size = sum(path.stat().st_size for path in lengths)
+    infos.append(
+      core.SplitInfo(
+        name=split, shard_lengths=[*lengths.values()], num_bytes=size
+      )
     )
-    for split, notes in splits.items()
-  ]
+    for i, path in enumerate(lengths):
+      end = f'array_record-{i:05d}-of-{len(lengths):05d}'
+      path.rename(staged / f'{dataset.name}-{split}.{end}')
   _tfds().folder_dataset.write_metadata(
     data_dir=staged,
     features=_features(),
     split_infos=infos,
     version=VERSION,
     check_data=False,
-    metadata=core.MetadataDict(metadata),
+    metadata=core.MetadataDict(
+      class_names=list(dataset.class_names),
+      palette=dataset.palette.tolist(),
+      ignore_label=IGNORE_LABEL,
+      sha256=hashes,
+    ),
   )
   folder.parent.mkdir(exist_ok=True)
   staged.rename(folder)
@@ -205,7 +170,7 @@ class _Pairs:
     key = key.decode() if isinstance(key, bytes) else str(key)
     name = f'{self.folder}, record {key}'
     return pairs.Pair(
-      key, files.InMemory(name, image), files.InMemory(name, label)
+      key, files.File(name, data=image), files.File(name, data=label)
     )
 
 
@@ -214,16 +179,14 @@ class PreparedSource(pairs.PairSource):
 
   def fingerprint(self):
     """Hex digest that changes with the shards and with what is read of them."""
-    info = self._pairs.folder / 'dataset_info.json'
+    info = self.pairs.folder / 'dataset_info.json'
     return cache.digest([], info.read_bytes() + repr(self.read_label).encode())
 
 
 def _find(folder):
   """The folder with dataset_info.json in or below `folder`."""
-  folder = pathlib.Path(folder)
-  found = sorted(folder.glob('dataset_info.json'))
-  found += sorted(folder.glob('*/*/dataset_info.json'))
-  found += sorted(folder.glob('*/dataset_info.json'))
+  depths = ('', '*/', '*/*/')
+  found = [x for y in depths for x in folder.glob(f'{y}dataset_info.json')]
   if len(found) != 1:
     what = 'no' if not found else 'more than one'
     raise InputError(
@@ -234,38 +197,33 @@ def _find(folder):
 
 
 def load(config):
-  """The Dataset at config['prepared'].
-
-  Raises:
-    InputError: if there is none, or of another name, or not in ArrayRecord.
-  """
-  tfds, folder = _tfds(), _find(config['prepared'])
+  """The Dataset at config['prepared']; an InputError says what it lacks."""
+  tfds, folder = _tfds(), _find(pathlib.Path(config['prepared']))
   builder = tfds.builder_from_directory(folder)
-  stock = f'{_STOCK_CITYSCAPES}/' in f'{builder.info.full_name}/'
-  if builder.info.name != config['name']:
+  info, metadata = builder.info, builder.info.metadata or {}
+  if info.name != config['name']:
     raise InputError(
-      f'{folder} holds {builder.info.name}, config.data.name is '
-      f'{config["name"]}.'
+      f'{folder} holds {info.name}, config.data.name is {config["name"]}.'
     )
-  if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+  if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
     raise InputError(
-      f'{folder}: stored as {builder.info.file_format.value}, which needs '
-      "TensorFlow; prepare it with file_format='array_record'."
+      f'{folder}: stored as {info.file_format.value}, which needs TensorFlow; '
+      "prepare it with file_format='array_record'."
     )
-  if stock:
+  # The stock builder of TFDS has other names for splits and keys.
+  if f'{info.full_name}/'.startswith('cityscapes/semantic_segmentation/'):
     names, palette = classes.names_and_palette(classes.CITYSCAPES)
     keys = ('image_id', 'image_left', 'segmentation_label')
-    ids, splits = classes.CITYSCAPES_IDS, _STOCK_SPLITS
-  else:
-    metadata = builder.info.metadata
-    if not metadata or 'class_names' not in metadata:
-      raise InputError(f'{folder}: not written by prepare_data.')
+    splits = {'train': 'train', 'val': 'validation'}
+    ids = tuple(classes.CITYSCAPES_IDS)
+    read_label = masks.IndexLabels(ids, tuple(sorted({*range(256)} - {*ids})))
+  elif 'class_names' in metadata:
     names = tuple(metadata['class_names'])
     palette = np.array(metadata['palette'], np.uint8)
-    keys = ('id', 'image', 'label')
-    ids, splits = range(len(names)), {x: x for x in builder.info.splits}
-  ignored = {*range(256)} - {*ids} if stock else ()
-  read_label = masks.IndexLabels(tuple(ids), tuple(sorted(ignored)))
+    keys, splits = ('id', 'image', 'label'), {x: x for x in info.splits}
+    read_label = masks.IndexLabels(tuple(range(len(names))))
+  else:
+    raise InputError(f'{folder}: not written by prepare_data.')
   skip = dict.fromkeys(keys[1:], tfds.decode.SkipDecoding())
   sources = {
     split: PreparedSource(

@@ -18,25 +18,18 @@ from PIL import Image
 from attnfd_jax.losses import IGNORE_LABEL
 
 
-def pad(x, size, value):
-  """Pads [h, w] or [h, w, c] right and bottom to `size` with `value`."""
+def pad_edges(x, size, value=None):
+  """Pads [h, w] or [h, w, c] right and bottom to `size`.
+
+  Without a value the last pixels are repeated: a border of another color would
+  be one more object, and its mean would enter the pooled branch.
+  """
   bottom, right = size[0] - x.shape[0], size[1] - x.shape[1]
   if not bottom and not right:
     return x
-  fill = (value,) * (x.shape[2] if x.ndim == 3 else 1)
-  return cv2.copyMakeBorder(
-    x, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=fill
-  )
-
-
-def pad_edges(image, size):
-  """Pads [h, w, c] right and bottom to `size` by repeating the last pixels.
-
-  A border of another color would be one more object, and its mean would enter
-  the pooled branch.
-  """
-  bottom, right = size[0] - image.shape[0], size[1] - image.shape[1]
-  return cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
+  how = cv2.BORDER_REPLICATE if value is None else cv2.BORDER_CONSTANT
+  fill = (value or 0,) * (x.shape[2] if x.ndim == 3 else 1)
+  return cv2.copyMakeBorder(x, 0, bottom, 0, right, how, value=fill)
 
 
 def distort(image, generator, *, strength):
@@ -57,30 +50,22 @@ def distort(image, generator, *, strength):
   return cv2.cvtColor(cv2.LUT(hsv, table), cv2.COLOR_HSV2RGB)
 
 
-# OpenCV's INTER_AREA takes three times as long as a Gaussian and linear
-# interpolation, and keeps more of what should be averaged away; by less than
-# this it is nearer to Pillow all the same.
-_AREA_UP_TO = 1.3
 # Of a Gaussian with less, all taps but one are 0 in OpenCV's 8 bits.
 _LEAST_SIGMA = 0.28
 
 
-def _shrunk(image, size, scale):
-  """About as Pillow resizes uint8 [h, w, 3] to (height, width).
+def _smoothed(image, scale):
+  """uint8 [h, w, 3] that linear interpolation shrinks about as Pillow does.
 
   Pillow interpolates with a triangle `scale` times as wide, of variance
   scale^2 / 6. Linear interpolation has 1 / 6 of it, a Gaussian the rest.
   """
-  if scale < _AREA_UP_TO:
-    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
   variance = (scale**2 - 1) / 6
   if variance > 0.5:
-    image = cv2.GaussianBlur(image, (0, 0), math.sqrt(variance))
-  else:
-    # Taps (v / 2, 1 - v, v / 2); OpenCV wants the sigma that they have.
-    sigma = (2 * math.log(2 * (1 - variance) / variance)) ** -0.5
-    image = cv2.GaussianBlur(image, (3, 3), sigma)
-  return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    return cv2.GaussianBlur(image, (0, 0), math.sqrt(variance))
+  # Taps (v / 2, 1 - v, v / 2); OpenCV wants the sigma that they have.
+  sigma = (2 * math.log(2 * (1 - variance) / variance)) ** -0.5
+  return cv2.GaussianBlur(image, (3, 3), sigma)
 
 
 def _resized_window(record, *, full, start, size):
@@ -91,14 +76,16 @@ def _resized_window(record, *, full, start, size):
     for n, new, first, cut in zip(label.shape, full, start, size, strict=True)
   )
   image, scale = image[window], min(label.shape) / min(full)
-  if scale > 1:
-    image = _shrunk(image, size, scale)
-  else:
-    image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-  label = cv2.resize(
-    label[window], size[::-1], interpolation=cv2.INTER_NEAREST_EXACT
-  )
-  return image, label
+  how = cv2.INTER_LINEAR
+  # INTER_AREA takes three times as long, and keeps more of what should be
+  # averaged away; below 1.3 it is nearer to Pillow all the same.
+  if scale >= 1.3:
+    image = _smoothed(image, scale)
+  elif scale > 1:
+    how = cv2.INTER_AREA
+  image = cv2.resize(image, size[::-1], interpolation=how)
+  how = cv2.INTER_NEAREST_EXACT
+  return image, cv2.resize(label[window], size[::-1], interpolation=how)
 
 
 def _rotated_window(record, *, full, start, size, degrees):
@@ -145,20 +132,19 @@ class Augment(grain.transforms.RandomMap):
   rotation: float = 0.0  # At most so many degrees, either way; 0 is off.
 
   def random_map(self, record, rng):
-    h, w = record['label'].shape
     low, high = (int(scale * self.base_size) for scale in self.scale_range)
     short = int(rng.integers(low, high + 1))
-    full = (h * short // min(h, w), w * short // min(h, w))
-    size = [min(c, n) for c, n in zip(self.crop_size, full, strict=True)]
+    full = fit_short_side(record['label'].shape, short)
+    size = tuple(map(min, self.crop_size, full))
     start = [
       int(rng.integers(n - cut + 1)) for n, cut in zip(full, size, strict=True)
     ]
-    place = {'full': full, 'start': start, 'size': size}
+    window = {'full': full, 'start': start, 'size': size}
     if self.rotation:
       degrees = rng.uniform(-self.rotation, self.rotation)
-      image, label = _rotated_window(record, degrees=degrees, **place)
+      image, label = _rotated_window(record, degrees=degrees, **window)
     else:
-      image, label = _resized_window(record, **place)
+      image, label = _resized_window(record, **window)
     if rng.random() < self.flip:
       image, label = cv2.flip(image, 1), cv2.flip(label, 1)
     sigma = rng.random()
@@ -167,15 +153,13 @@ class Augment(grain.transforms.RandomMap):
     if self.photometric:
       image = distort(image, rng, strength=self.photometric)
     return {
-      'image': pad(image, self.crop_size, 0),
-      'label': pad(label, self.crop_size, self.label_fill),
+      'image': pad_edges(image, self.crop_size, 0),
+      'label': pad_edges(label, self.crop_size, self.label_fill),
     }
 
 
 def fit_short_side(size, short_side):
-  """(height, width) with the given short side, as custom_transforms.py; 0
-  leaves the size.
-  """
+  """(height, width) with this short side (custom_transforms.py); 0 is none."""
   if not short_side:
     return tuple(size)
   return tuple(n * short_side // min(size) for n in size)
@@ -186,26 +170,28 @@ def next_multiple(size, multiple):
   return tuple(-(-n // multiple) * multiple for n in size)
 
 
+def resize(x, size, how=Image.Resampling.BILINEAR):
+  """uint8 [h, w] or [h, w, 3] at (height, width) by Pillow.
+
+  As the reference evaluates; its bilinear form is antialiased.
+  """
+  if x.shape[:2] == tuple(size):
+    return x
+  return np.asarray(Image.fromarray(x).resize(size[::-1], how))
+
+
 def fit_image(image, short_side):
   """An image at the size of `fit_short_side`."""
   return resize(image, fit_short_side(image.shape[:2], short_side))
 
 
 def fit_record(record, short_side, *, resize_labels):
-  """A record at the size that the network sees in evaluation.
+  """A record as the network sees it in evaluation: with an image that fits.
 
-  The label stays untouched without resize_labels; see `fit_short_side`.
+  The label stays untouched without resize_labels, which protocol `reference`
+  has.
   """
   image, label = fit_image(record['image'], short_side), record['label']
   if resize_labels:
     label = resize(label, image.shape[:2], Image.Resampling.NEAREST)
   return {'image': image, 'label': label}
-
-
-def resize(x, size, how=Image.Resampling.BILINEAR):
-  """uint8 [h, w] or [h, w, 3] at (height, width) by Pillow, as the reference
-  evaluates; its bilinear form is antialiased.
-  """
-  if x.shape[:2] == tuple(size):
-    return x
-  return np.asarray(Image.fromarray(x).resize(size[::-1], how))

@@ -8,8 +8,8 @@ import cv2
 from PIL import Image
 
 
-def tune_process():
-  """Makes the whole process fast at images: for commands and worker processes.
+def tune_process(*_):
+  """Makes the whole process fast at images: for commands and Grain's workers.
 
   A process that only imports the package keeps its own settings.
   """

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is wrong with a machine, and the remedy: what `doctor` prints."""
 
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -17,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LEAST_FREE = 2e9  # Bytes; three checkpoints of the largest network are 2 GB.
-_PIP = 'pip install -U'
+from attnfd_jax.errors import first_line
+
+_LEAST_FREE = 2e9  # Bytes; three checkpoints of the largest network are 2 GB.
 _PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
-# Packages that bring a backend, and what they are for.
-_PLUGINS = {'jax-cuda': ('cuda', 'NVIDIA GPU'), 'libtpu': ('tpu', 'TPU')}
+# Packages that bring a backend: (pattern, extra of jax, device).
+_PLUGINS = (('jax.cuda', 'cuda', 'NVIDIA GPU'), ('libtpu', 'tpu', 'TPU'))
 
 
 class Finding(NamedTuple):
@@ -32,43 +34,35 @@ class Finding(NamedTuple):
 
 
 def _numbers(version):
-  """(0, 12, 4) of '0.12.4.dev1'; letters end it."""
-  found = re.match(r'\d+(\.\d+)*', version)
-  return tuple(map(int, found[0].split('.'))) if found else ()
-
-
-def _reason(error):
-  """The first line of an exception, cut."""
-  text = str(error).strip() or type(error).__name__
-  return text.splitlines()[0][:160]
+  """(0, 12, 4, 1) of '0.12.4.dev1'."""
+  return tuple(map(int, re.findall(r'\d+', version)))
 
 
 def check_versions(requirements, find_version):
   """Findings about packages against bounds such as 'orbax-checkpoint>=0.12,<1'.
 
-  find_version returns the version of a name, or raises PackageNotFoundError.
+  find_version: importlib.metadata.version, or the like.
   """
   for line in sorted(requirements):
     if ';' in line:
       continue  # Of an extra.
     name = re.match(r'[\w.-]+', line)[0]
-    remedy = f"{_PIP} '{line}'"
-    if name == 'jax':  # Without it pip leaves jax and its plugin apart.
-      remedy += ', with jax[cuda12] or jax[tpu] for jax on such a device'
     try:
       version = find_version(name)
+      broken = ','.join(
+        f'{sign}{bound}'
+        for sign, bound in re.findall(r'(>=|<)\s*([\w.]+)', line)
+        if (_numbers(version) >= _numbers(bound)) != (sign == '>=')
+      )
+      text = f'{name} {version}'
+      if broken:
+        text += f', but {broken} is needed'
     except importlib.metadata.PackageNotFoundError:
-      yield Finding(f'{name} is not installed', remedy)
-      continue
-    broken = ','.join(
-      f'{sign}{bound}'
-      for sign, bound in re.findall(r'(>=|<)\s*([\w.]+)', line)
-      if (_numbers(version) >= _numbers(bound)) != (sign == '>=')
-    )
-    if broken:
-      yield Finding(f'{name} {version}, but {broken} is needed', remedy)
-    else:
-      yield Finding(f'{name} {version}')
+      text = broken = f'{name} is not installed'
+    remedy = f"pip install -U '{line}'"
+    if name == 'jax':  # Without it pip leaves jax and its plugin apart.
+      remedy += ', with jax[cuda12] or jax[tpu] for jax on such a device'
+    yield Finding(text, remedy if broken else '')
 
 
 def _requirements():
@@ -83,50 +77,40 @@ def _requirements():
 
 def _has_nvidia_gpu():
   """What the driver lists, without jax."""
+  command = ['nvidia-smi', '-L']
   try:
-    done = subprocess.run(
-      ['nvidia-smi', '-L'], capture_output=True, text=True, timeout=20
-    )
+    done = subprocess.run(command, capture_output=True, timeout=20)
   except (OSError, subprocess.TimeoutExpired):
     return False
-  return done.returncode == 0 and 'GPU' in done.stdout
+  return done.returncode == 0 and b'GPU' in done.stdout
 
 
 def check_backend(backend, *, platforms, installed, has_gpu):
-  """A Finding about the backend that jax chose.
-
-  `platforms` is JAX_PLATFORMS, `installed` are names of packages, and `has_gpu`
-  is what the driver says.
-  """
+  """A Finding about what jax chose; `platforms` is JAX_PLATFORMS."""
   if backend != 'cpu':
     return Finding(f'backend {backend}')
   if platforms:
     return Finding(f'backend cpu, as JAX_PLATFORMS={platforms} asks for')
-  for start, (extra, kind) in _PLUGINS.items():
-    if any(name.startswith(start) for name in installed):
+  for pattern, extra, kind in _PLUGINS:
+    if any(re.match(pattern, name, re.IGNORECASE) for name in installed):
       return Finding(
         f'backend cpu, although support for {kind} is installed',
-        f'versions of jax and its plugin must be the same: {_PIP} '
+        'versions of jax and its plugin must be the same: pip install -U '
         f"'jax[{extra}]'; then look at the messages of python -c 'import jax; "
         "jax.devices()'",
       )
   if has_gpu:
     text = 'backend cpu, although there is an NVIDIA GPU'
-    return Finding(text, f"{_PIP} 'jax[cuda12]'")
+    return Finding(text, "pip install -U 'jax[cuda12]'")
   return Finding('backend cpu: no GPU or TPU and no plugin for one')
 
 
-def check_pages(mode, environment, *, libc):
-  """A Finding about the size of the pages in which a CPU's memory comes.
-
-  `mode` is the text of Linux' file, the mode that is on in brackets; `libc`
-  is what platform.libc_ver tells.
-  """
-  library, version = libc
-  tunable = library == 'glibc' and _numbers(version) >= (2, 35)
-  tunables = environment.get('GLIBC_TUNABLES', '')
+def check_pages(mode, tunables, *, libc):
+  """A Finding about the pages of a CPU's memory; `mode` is Linux' text."""
   if '[always]' in mode:
     return Finding('memory in huge pages')
+  library, version = libc
+  tunable = library == 'glibc' and _numbers(version) >= (2, 35)
   if '[madvise]' not in mode or not tunable:
     return Finding('memory in small pages')
   if re.search(r'glibc\.malloc\.hugetlb=[1-9]', tunables):
@@ -150,56 +134,47 @@ def check_memory(backend, environment):
   )
 
 
-def check_folder(folder, what, option, *, least_free=LEAST_FREE):
+def check_folder(folder, what, option, *, least_free=_LEAST_FREE):
   """A Finding: whether `folder` can be written and has so many bytes free."""
   folder = pathlib.Path(folder).absolute()
   there = next(x for x in (folder, *folder.parents) if x.exists())
+  other = f'or name another by {option}'
   try:
     with tempfile.TemporaryFile(dir=there) as file:
       file.write(b'x')
       file.flush()
   except OSError as error:
-    return Finding(
-      f'{what} {folder} cannot be written ({error.strerror})',
-      f'make it writable, or name another by {option}',
-    )
+    text = f'{what} {folder} cannot be written ({error.strerror})'
+    return Finding(text, f'make it writable, {other}')
   free = shutil.disk_usage(there).free
   text = f'{what} {folder}: writable, {free / 1e9:.1f} GB free'
-  remedy = f'make room, or name another disk by {option}'
-  return Finding(text, remedy if free < least_free else '')
+  return Finding(text, f'make room, {other}' if free < least_free else '')
 
 
 @jax.jit
+@functools.partial(jax.value_and_grad, argnums=1)
 def convolve(image, kernel):
   """Mean square of a dilated convolution, and its gradient by the kernel."""
-
-  def loss(kernel):
-    layout = ('NHWC', 'HWIO', 'NHWC')
-    out = jax.lax.conv_general_dilated(
-      image, kernel, (1, 1), 'SAME', None, (2, 2), layout
-    )
-    return jnp.mean(jnp.square(out))
-
-  return jax.value_and_grad(loss)(kernel)
+  layout = ('NHWC', 'HWIO', 'NHWC')
+  out = jax.lax.conv_general_dilated(
+    image, kernel, (1, 1), 'SAME', None, (2, 2), layout
+  )
+  return jnp.mean(jnp.square(out))
 
 
 def check_device(device, convolve=convolve):
-  """A Finding: one convolution, forward and backward, with its time.
-
-  Image and kernel are ones, so that the right numbers can be counted.
-  """
+  """A Finding: one convolution of ones, forward and backward, with its time."""
   name = f'{device.platform}:{device.id} {device.device_kind}'
   try:
     with jax.default_device(device):
-      image = jax.device_put(jnp.ones((2, 32, 32, 16)), device)
-      kernel = jax.device_put(jnp.ones((3, 3, 16, 16)), device)
-      jax.block_until_ready(convolve(image, kernel))
+      ones = jnp.ones((2, 32, 32, 16)), jnp.ones((3, 3, 16, 16))
+      jax.block_until_ready(convolve(*ones))
       start = time.perf_counter()
-      value, gradient = jax.device_get(convolve(image, kernel))
+      value, gradient = jax.device_get(convolve(*ones))
       seconds = time.perf_counter() - start
   except Exception as error:  # Whatever a driver may raise.
     return Finding(
-      f'{name}: a convolution fails ({_reason(error)})',
+      f'{name}: a convolution fails ({first_line(error)})',
       'check the driver and that jax, jaxlib and the plugin are of one '
       'version; end other programs on the device',
     )
@@ -223,11 +198,11 @@ def find_all(workdir):
   try:
     devices = jax.local_devices()
   except Exception as error:  # RuntimeError, or jax's own AssertionError.
-    text = f'no backend starts with JAX_PLATFORMS={platforms!r}'
     yield Finding(
-      f'{text} ({_reason(error)})',
+      f'no backend starts with JAX_PLATFORMS={platforms!r} '
+      f'({first_line(error)})',
       'unset JAX_PLATFORMS to use what there is, or install the plugin of '
-      f"the device: {_PIP} 'jax[cuda12]' or 'jax[tpu]'",
+      "the device: pip install -U 'jax[cuda12]' or 'jax[tpu]'",
     )
     return
   backend = jax.default_backend()
@@ -235,13 +210,14 @@ def find_all(workdir):
   yield check_backend(
     backend,
     platforms=platforms,
-    installed=[name.lower().replace('_', '-') for name in names],
+    installed=[*names],
     has_gpu=backend == 'cpu' and _has_nvidia_gpu(),
   )
   yield check_memory(backend, os.environ)
   if backend == 'cpu':
     mode = _PAGES.read_text() if _PAGES.is_file() else ''
-    yield check_pages(mode, os.environ, libc=platform.libc_ver())
+    tunables = os.environ.get('GLIBC_TUNABLES', '')
+    yield check_pages(mode, tunables, libc=platform.libc_ver())
   for device in devices:
     yield check_device(device)
   yield check_folder(workdir, 'workdir', '--workdir')

@@ -12,46 +12,30 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from attnfd_jax.errors import InputError
+from attnfd_jax.errors import first_line, InputError
 
-# Number of tasks that a launcher started; jax takes one device for each.
-_TASKS = {'SLURM_STEP_NODELIST': 'SLURM_NTASKS'}
+_SLURM = 'SLURM_STEP_NODELIST'
 # Of processes that a launcher started to work together.
-_LAUNCHED = (*_TASKS, 'OMPI_MCA_orte_hnp_uri', 'JOB_COMPLETION_INDEX')
-
-
-def _join(*arguments, **options):
-  try:
-    jax.distributed.initialize(*arguments, **options)
-  except Exception as error:  # Of sockets, of clusters, of missing packages.
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
-    raise InputError(
-      f'The processes of this job cannot meet: {reason} Give --coordinator, '
-      '--num_processes and --process_id, or --num_processes=1 to run alone.'
-    ) from error
+_LAUNCHED = (_SLURM, 'OMPI_MCA_orte_hnp_uri', 'JOB_COMPLETION_INDEX')
 
 
 def initialise(*, coordinator=None, num_processes=None, process_id=None):
   """Joins the processes of a job; before any other call of jax.
 
   Without arguments JAX looks for Slurm, Open MPI, Kubernetes and Cloud TPU;
-  where it finds none of them this process is alone.
-
-  Args:
-    coordinator: HOST:PORT of process 0, on which it will listen.
-    num_processes: in the whole job; 1 is alone, without looking.
-    process_id: from 0.
+  where it finds none of them this process is alone, and so it is, without
+  looking, with num_processes=1. `coordinator` is HOST:PORT of process 0.
 
   Raises:
     InputError: if one of the three is missing or wrong, or if the processes
       of a launcher cannot meet.
   """
-  given = {
+  flags = {
     '--coordinator': coordinator,
     '--num_processes': num_processes,
     '--process_id': process_id,
   }
-  missing = [name for name, value in given.items() if value is None]
+  missing = [name for name, value in flags.items() if value is None]
   if num_processes == 1 and len(missing) == 2:
     return
   if 0 < len(missing) < 3:
@@ -59,7 +43,12 @@ def initialise(*, coordinator=None, num_processes=None, process_id=None):
       f'{", ".join(missing)} missing: several processes need --coordinator, '
       '--num_processes and --process_id.'
     )
-  if not missing:
+  arguments, options = (), {}
+  if missing:
+    # An interactive shell of a cluster: it would lose all devices but one.
+    if _SLURM in os.environ and os.environ.get('SLURM_NTASKS', '1') == '1':
+      return
+  else:
     host, _, port = coordinator.rpartition(':')
     if not host or not port.isdecimal():
       raise InputError(f'--coordinator={coordinator} must be HOST:PORT.')
@@ -68,24 +57,18 @@ def initialise(*, coordinator=None, num_processes=None, process_id=None):
         f'--process_id={process_id} must be from 0 to {num_processes - 1}, '
         'below --num_processes.'
       )
-    _join(
-      coordinator,
-      num_processes,
-      process_id,
-      cluster_detection_method='deactivate',
-    )
-    return
-  for marker, tasks in _TASKS.items():
-    # An interactive shell of a cluster: it would lose all devices but one.
-    if marker in os.environ and os.environ.get(tasks, '1') == '1':
-      return
-  if any(marker in os.environ for marker in _LAUNCHED):
-    _join()
-    return
+    arguments = flags.values()
+    options = {'cluster_detection_method': 'deactivate'}
   try:
-    jax.distributed.initialize()
-  except Exception:  # No cluster: a ValueError, or no metadata server.
-    return
+    jax.distributed.initialize(*arguments, **options)
+  except Exception as error:  # Of sockets, of clusters, of missing packages.
+    if missing and not any(marker in os.environ for marker in _LAUNCHED):
+      return  # No cluster: a ValueError, or no metadata server.
+    raise InputError(
+      f'The processes of this job cannot meet: {first_line(error)} Give '
+      '--coordinator, --num_processes and --process_id, or --num_processes=1 '
+      'to run alone.'
+    ) from error
 
 
 def is_first():
@@ -95,23 +78,20 @@ def is_first():
 
 def wait(name):
   """Returns when all processes have come here, with what they wrote."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+  multihost_utils.sync_global_devices(name)
 
 
 def any_of(flag):
   """True in all processes if `flag` is in one of them; all must ask."""
-  if jax.process_count() == 1:
-    return flag
   return bool(multihost_utils.process_allgather(flag).any())
 
 
 def from_first(value):
   """What the first process passes, as JSON can hold it, in all processes."""
-  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
   if jax.process_count() == 1:
     return value
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
   size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-  data = np.resize(data, size)  # Only that of the first one counts.
-  data = np.asarray(multihost_utils.broadcast_one_to_all(data))
-  return json.loads(data.astype(np.uint8).tobytes())
+  # Only that of the first one counts.
+  data = multihost_utils.broadcast_one_to_all(np.resize(data, size))
+  return json.loads(np.asarray(data).astype(np.uint8).tobytes())

@@ -15,15 +15,14 @@ import numpy as np
 from attnfd_jax.errors import InputError
 
 # Arrays below this number of elements are not worth the exchange.
-SMALLEST_SHARDED = 4096
+_SMALLEST_SHARDED = 4096
 
 
 def make_mesh(data=-1, spatial=1):
   """A mesh with the axes 'data' and 'spatial' over the first devices.
 
-  Args:
-    data: parts of the batch; -1 takes all devices.
-    spatial: parts of the height of each image, on devices of one process.
+  `data` are parts of the batch, -1 for all devices; `spatial` are parts of the
+  height of each image, on devices of one process.
 
   Raises:
     InputError: if the devices do not suffice, or stay idle in a process.
@@ -79,39 +78,25 @@ def split_height(x, mesh):
   return jax.lax.with_sharding_constraint(x, place)
 
 
-def _split_largest(x, mesh):
-  parts = mesh.shape['data']
-  fitting = [size if size % parts == 0 else 0 for size in x.shape]
-  if x.size < SMALLEST_SHARDED or not any(fitting):
-    return replicated(mesh)
-  axes = [None] * x.ndim
-  axes[fitting.index(max(fitting))] = 'data'
-  return NamedSharding(mesh, PartitionSpec(*axes))
-
-
 def split_state(shapes, mesh):
   """Shardings of a TrainState whose large arrays are split over 'data'.
 
   Each along its largest axis that divides; small arrays and what is not
   trained are replicated.
-
-  Args:
-    shapes: TrainState of arrays or ShapeDtypeStruct.
-    mesh: see `make_mesh`.
   """
 
-  def split(tree):
-    return jax.tree.map(lambda x: _split_largest(x, mesh), tree)
+  def split(x):
+    fitting = [0 if size % mesh.shape['data'] else size for size in x.shape]
+    if x.size < _SMALLEST_SHARDED or not any(fitting):
+      return replicated(mesh)
+    axes = [None] * x.ndim
+    axes[fitting.index(max(fitting))] = 'data'
+    return NamedSharding(mesh, PartitionSpec(*axes))
 
-  def whole(tree):
-    return jax.tree.map(lambda _: replicated(mesh), tree)
-
-  return shapes.replace(
-    step=whole(shapes.step),
-    params=split(shapes.params),
-    collections=whole(shapes.collections),
-    opt_state=split(shapes.opt_state),
-    ema=split(shapes.ema),
+  whole = jax.tree.map(lambda _: replicated(mesh), shapes)
+  trained = ('params', 'opt_state', 'ema')
+  return whole.replace(
+    **{name: jax.tree.map(split, getattr(shapes, name)) for name in trained}
   )
 
 

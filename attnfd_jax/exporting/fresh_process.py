@@ -11,26 +11,23 @@ a program needs to use such a file.
 import json
 import pathlib
 import sys
-import time
+import timeit
 
 import numpy as np
 
 
 def load_stablehlo(path):
-  import jax
-  from jax import export
+  import jax.export
 
-  data = pathlib.Path(path).read_bytes()
-  return jax.jit(export.deserialize(bytearray(data)).call)
+  data = bytearray(pathlib.Path(path).read_bytes())
+  return jax.jit(jax.export.deserialize(data).call)
 
 
 def load_onnx(path):
   import onnxruntime
 
-  session = onnxruntime.InferenceSession(
-    path, providers=['CPUExecutionProvider']
-  )
-  return lambda image: session.run(None, {'image': image})[0]
+  model = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+  return lambda image: model.run(None, {'image': image})[0]
 
 
 def load_weights(path, **options):
@@ -55,24 +52,19 @@ LOADERS = {
 
 def measure(run, images):
   """Results of `run` for each image, and the seconds of its best of 3 calls."""
-  found, seconds = [], []
-  for image in images:
-    found.append(np.asarray(run(image)))  # Compiles.
-    times = []
-    for _ in range(3):
-      start = time.perf_counter()
-      np.asarray(run(image))
-      times.append(time.perf_counter() - start)
-    seconds.append(min(times))
-  return found, seconds
 
+  def seconds(image):
+    return min(
+      timeit.repeat(lambda: np.asarray(run(image)), number=1, repeat=3)
+    )
 
-def main(kind, path, folder, options):
-  run = LOADERS[kind](path, **json.loads(options))
-  with np.load(f'{folder}/images.npz') as images:
-    found, seconds = measure(run, images.values())
-  np.savez(f'{folder}/found.npz', *found, seconds)
+  found = [np.asarray(run(image)) for image in images]  # Compiles.
+  return found, [seconds(image) for image in images]
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  kind, path, folder, options = sys.argv[1:]
+  run = LOADERS[kind](path, **json.loads(options))
+  with np.load(f'{folder}/images.npz') as images:
+    found, seconds = measure(run, [*images.values()])
+  np.savez(f'{folder}/found.npz', *found, seconds)

@@ -20,30 +20,27 @@ _TO_NCHW, _TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
 def _fold_norms(params, stats):
-  """{path: (kernel [h, w, i, o], bias [o] or None)} of the convolutions."""
+  """{path of a Conv or ConvNorm: (kernel [o, i, h, w], bias [o])}."""
   found = {}
   for name, kernel in params.items():
-    path = name.removesuffix('/kernel')
-    if path == name:
+    path, _, leaf = name.rpartition('/')
+    if leaf != 'kernel':
       continue
-    kernel, bias = np.float64(kernel), params.get(f'{path}/bias')
+    kernel = np.float64(kernel).transpose(3, 2, 0, 1)
     norm = f'{path.removesuffix("conv")}bn'
     if f'{norm}/scale' in params:
       variance = np.float64(stats[f'{norm}/var']) + layers.BatchNorm.epsilon
       factor = params[f'{norm}/scale'] / np.sqrt(variance)
-      kernel = kernel * factor
+      kernel = kernel * factor[:, None, None, None]
       bias = params[f'{norm}/bias'] - stats[f'{norm}/mean'] * factor
-    found[path.removesuffix('/conv')] = kernel, bias
+    else:
+      bias = params[f'{path}/bias']
+    found[path.removesuffix('/conv')] = np.float32(kernel), np.float32(bias)
   return found
 
 
 class Graph:
-  """Operations so far; maps are known by the names of their values.
-
-  Attributes:
-    params: {path: array} of the network.
-    convs: {path of a Conv or ConvNorm: (kernel, bias or None)}.
-  """
+  """Operations so far; maps are known by the names of their values."""
 
   def __init__(self, variables):
     self.params, stats = (
@@ -68,21 +65,22 @@ class Graph:
     self.constants.append(array)
     return name
 
-  def conv(self, x, path, *, strides=1, dilation=1, padding=None):
+  def conv(self, x, path, *, strides=1, dilation=1):
     """layers.Conv or layers.ConvNorm at `path`."""
     kernel, bias = self.convs[path]
-    size = kernel.shape[0]
-    padding = dilation * (size - 1) // 2 if padding is None else padding
-    weights = [kernel.transpose(3, 2, 0, 1)] + ([] if bias is None else [bias])
+    size, depthwise = kernel.shape[-1], path.endswith('depthwise')
+    # What a depthwise one sees was padded before the expansion.
+    padding = 0 if depthwise else dilation * (size - 1) // 2
     return self.op(
       'Conv',
       x,
-      *map(np.float32, weights),
+      kernel,
+      bias,
       kernel_shape=[size] * 2,
       strides=[strides] * 2,
       dilations=[dilation] * 2,
       pads=[padding] * 4,
-      group=kernel.shape[-1] if path.endswith('depthwise') else 1,
+      group=len(kernel) if depthwise else 1,
     )
 
   def conv_relu(self, x, path, **options):
@@ -114,7 +112,6 @@ def _resnet_block(g, x, path, *, strides, dilation):
 
 
 def _resnet(g, x, module):
-  """Stride-4 map and last map, before its ReLU."""
   x = g.conv_relu(x, 'backbone/stem', strides=2)
   x = g.op('MaxPool', x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
   table = resnet.block_table(
@@ -133,20 +130,18 @@ def _inverted_residual(g, x, path, *, strides, dilation):
   y = g.op('Pad', x, np.int64([0, 0, dilation, dilation] * 2))
   if f'{path}/expand' in g.convs:
     y = g.relu6(g.conv(y, f'{path}/expand'))
-  options = {'strides': strides, 'dilation': dilation, 'padding': 0}
-  y = g.relu6(g.conv(y, f'{path}/depthwise', **options))
-  return g.conv(y, f'{path}/project')
+  y = g.conv(y, f'{path}/depthwise', strides=strides, dilation=dilation)
+  return g.conv(g.relu6(y), f'{path}/project')
 
 
 def _mobilenet_v2(g, x, module):
-  """Stride-4 map and last map; both are linear."""
   x = g.relu6(g.conv(x, 'backbone/stem', strides=2))
-  features = g.convs['backbone/stem'][0].shape[-1]
+  features = len(g.convs['backbone/stem'][0])
   rows = enumerate(mobilenet_v2.block_table(module.output_stride), start=1)
   for index, (_, _, strides, dilation) in rows:
     path = f'backbone/block{index}'
     y = _inverted_residual(g, x, path, strides=strides, dilation=dilation)
-    inputs, features = features, g.convs[f'{path}/project'][0].shape[-1]
+    inputs, features = features, len(g.convs[f'{path}/project'][0])
     x = g.op('Add', x, y) if strides == 1 and inputs == features else y
     if index == 3:
       low_level = x
@@ -193,28 +188,23 @@ def _network(g, image, network):
   def refine(tap, x):
     return _cbam(g, x, f'attention_{tap}') if network.in_path_attention else x
 
-  module = deeplab.BACKBONES[network.backbone](
-    output_stride=network.output_stride
-  )
+  stride = network.output_stride
+  module = deeplab.BACKBONES[network.backbone](output_stride=stride)
   is_resnet = isinstance(module, resnet.ResNet)
   low_level, x = (_resnet if is_resnet else _mobilenet_v2)(g, image, module)
   x = refine('backbone', x)
   if module.relu_after_tap:
     x = g.op('Relu', x)
-  x = refine('aspp', _aspp(g, x, network.output_stride))
+  x = refine('aspp', _aspp(g, x, stride))
   x = refine('decoder', _decoder(g, low_level, x))
   return g.resize(g.conv(x, 'classifier'), image)
 
 
 def make_model(network, variables, *, uint8, argmax, metadata):
-  """An onnx.ModelProto with the input 'image' [b, h, w, 3], of any size.
+  """An onnx.ModelProto of a DeepLabV3Plus, for images [b, h, w, 3] of any size.
 
-  Args:
-    network: DeepLabV3Plus.
-    variables: of the network, arrays of NumPy.
-    uint8: takes RGB of uint8 and normalises it, else normalised float32.
-    argmax: 'ids', uint8 [b, h, w]; else 'logits', float32 [b, h, w, k].
-    metadata: {name: value of JSON}, written into the file.
+  See stablehlo.make_forward for the input 'image', and the output 'ids' or
+  'logits'. `metadata`, {name: value of JSON}, is written into the file.
   """
   g = Graph(variables)
   types, info = onnx.TensorProto, onnx.helper.make_tensor_value_info

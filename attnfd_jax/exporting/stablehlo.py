@@ -46,26 +46,21 @@ def shrink(variables, weights):
 def grow(stored):
   """float32 variables of what `shrink` returns."""
 
-  def is_small(x):
-    return isinstance(x, Small)
-
   def load(x):
-    if not is_small(x):
+    if not isinstance(x, Small):
       return x
     # In the program: as NumPy arrays they would be in it in float32.
     return jnp.asarray(x.values).astype(jnp.float32) * x.scale
 
-  return jax.tree.map(load, stored, is_leaf=is_small)
+  return jax.tree.map(load, stored, is_leaf=lambda x: isinstance(x, Small))
 
 
 @functools.lru_cache
 def make_forward(network, *, uint8, argmax):
   """Jitted (variables, image) -> what a file finds in images [b, h, w, 3].
 
-  Args:
-    network: called with (variables, image, train=False).
-    uint8: images are RGB of uint8, else normalised float32.
-    argmax: class ids, uint8 [b, h, w], else float32 logits [b, h, w, k].
+  They are RGB of uint8, else normalized float32; it finds class ids, uint8 [b,
+  h, w], for `argmax`, else float32 logits [b, h, w, k].
   """
 
   @jax.jit
@@ -80,9 +75,7 @@ def make_forward(network, *, uint8, argmax):
 def make_program(forward, stored, *, uint8):
   """Bytes that jax.export.deserialize reads, for any [b, h, w] from 32 x 32.
 
-  Args:
-    forward: of `make_forward`, with the same uint8.
-    stored: variables, see `shrink`; they are part of the program.
+  `forward` is of `make_forward`, with the same uint8; `stored` of `shrink`.
   """
   limits = [f'{n} >= {SMALLEST}' for n in 'hw']
   sizes = export.symbolic_shape('b, h, w', constraints=limits)

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import pathlib
+import tempfile
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ _PROGRAMS = {
 }
 
 
-def _check_arguments(output, kind, form, weights, overwrite):
+def _check_arguments(checkpoint, output, kind, form, weights, overwrite):
   """The path to write; raises InputError for what cannot be done."""
   one_of('--format', kind, FORMATS)
   one_of('--weights', weights, stablehlo.WEIGHTS)
@@ -44,19 +45,21 @@ def _check_arguments(output, kind, form, weights, overwrite):
       raise InputError(
         f"--format={kind} needs {name}; pip install 'attnfd_jax[{extra}]'."
       )
+  if not checkpoint:
+    raise InputError('--checkpoint is missing; name the folder of a stage.')
   if not output:
     raise InputError('--output is missing; name a file.')
   path = pathlib.Path(output)
   ending = path.suffix.removeprefix('.')
+  problem = ''
   if ending in FORMATS and ending != kind:
-    raise InputError(f'--output={output} ends as {ending}, not as {kind}.')
-  if path.is_dir():
-    raise InputError(f'--output={output} is a folder; name a file.')
-  if path.exists() and not overwrite:
-    raise InputError(
-      f'--output={output}: exists; add --overwrite to replace it, or name '
-      'another one.'
-    )
+    problem = f'ends as {ending}, not as {kind}.'
+  elif path.is_dir():
+    problem = 'is a folder; name a file.'
+  elif path.exists() and not overwrite:
+    problem = 'exists; add --overwrite to replace it, or name another one.'
+  if problem:
+    raise InputError(f'--output={output} {problem}')
   return path
 
 
@@ -91,12 +94,9 @@ def export_student(
       nothing is written then.
   """
   form = {'uint8': uint8, 'argmax': argmax}
-  path = _check_arguments(output, kind, form, weights, overwrite)
-  if not checkpoint:
-    raise InputError('--checkpoint is missing; name the folder of a stage.')
-  network, variables, info = loading.load_network(
-    checkpoint, allow_code=allow_code
-  )
+  path = _check_arguments(checkpoint, output, kind, form, weights, overwrite)
+  loaded = loading.load_network(checkpoint, allow_code=allow_code)
+  network, variables, info = loaded
   conversion.check_format(network, kind)
   if hasattr(network, 'dtype'):
     network = network.clone(dtype=None)
@@ -104,24 +104,20 @@ def export_student(
   stored = stablehlo.shrink(variables, weights)
   rounded = jax.device_get(stablehlo.grow(stored))
   forward = stablehlo.make_forward(network, **form)
-  short_side = predictor.seen_short_side(
-    info['eval']['protocol'], info['eval'].get('short_side', 0)
-  )
+  short_side = predictor.seen_short_side_of(info)
   batches, text = agreement.make_batches(
     images, info, short_side=short_side, count=num_images
   )
   if not uint8:
     batches = [np.asarray(normalise(x)) for x in batches]
-  lines = [
-    f'{predictor.describe(checkpoint, info)}, as {kind}, weights {weights}'
-  ]
-  where, remarks = 'In a fresh process', []
+  name = predictor.describe(checkpoint, info)
+  lines = [f'{name}, as {kind}, weights {weights}']
+  remarks, is_program = [], kind in _PROGRAMS
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.{kind}')
-  try:
+  with tempfile.TemporaryDirectory('', f'.{path.name}.', path.parent) as folder:
+    new = pathlib.Path(folder, f'student.{kind}')
     if kind == 'stablehlo':
-      program = stablehlo.make_program(forward, stored, uint8=uint8)
-      temporary.write_bytes(program)
+      new.write_bytes(stablehlo.make_program(forward, stored, uint8=uint8))
     elif kind == 'onnx':
       from attnfd_jax.exporting import onnx_graph
 
@@ -129,42 +125,44 @@ def export_student(
       model = onnx_graph.make_model(
         network, variables, metadata=metadata, **form
       )
-      temporary.write_bytes(model.SerializeToString())
+      new.write_bytes(model.SerializeToString())
     else:
       _, remarks = conversion.write_weights(
-        temporary, checkpoint, network, variables, info
+        new, checkpoint, network, variables, info
       )
-    expected, ours = fresh_process.measure(
-      functools.partial(forward, rounded), batches
-    )
-    if kind in _PROGRAMS:
-      found, theirs = agreement.run_fresh(kind, temporary, batches)
-    elif networks.is_ours(network):
-      options = _options(network)
-      found, theirs = agreement.run_fresh(kind, temporary, batches, options)
+    run = functools.partial(forward, rounded)
+    expected, ours = fresh_process.measure(run, batches)
+    if is_program or networks.is_ours(network):
+      where = 'In a fresh process'
+      fields = () if is_program else dataclasses.fields(network)
+      # Those that every Flax module has are None.
+      options = {x.name: getattr(network, x.name) for x in fields}
+      found, theirs = agreement.run_fresh(kind, new, batches, options)
     else:
       where = 'Read back array by array, no other process having its code'
-      restored = agreement.read_back(temporary, variables)
-      found, theirs = fresh_process.measure(
-        functools.partial(forward, restored), batches
+      run = functools.partial(forward, agreement.read_back(new, variables))
+      found, theirs = fresh_process.measure(run, batches)
+    line, agrees = agreement.describe(expected, found, f'{where}, on {text}')
+    if not agrees:
+      raise InputError(
+        f'{line}; less than {100 * agreement.AGREEMENT:g} % or not finite, so '
+        'nothing was kept.'
       )
+    # The last batch has two images of another size.
+    theirs, ours = (1e3 * np.median(x[:-1]) for x in (theirs, ours))
     lines += [
-      agreement.check(expected, found, f'{where}, on {text}'),
-      # The last batch has two images of another size.
-      f'{1e3 * np.median(theirs[:-1]):.1f} ms an image on this CPU, '
-      f'{1e3 * np.median(ours[:-1]):.1f} ms by attnfd_jax',
+      line,
+      f'{theirs:.1f} ms an image on this CPU, {ours:.1f} ms by attnfd_jax',
     ]
     if weights != 'float32':
       exact = [np.asarray(forward(variables, x)) for x in batches]
-      lines.append(agreement.describe_rounding(exact, found, weights))
-      kept = {'float32 weights': variables, weights: rounded}
-      if scores := agreement.describe_mious(network, kept, info):
-        lines.append(scores)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+      line, _ = agreement.describe(exact, found, f'Rounding to {weights}')
+      candidates = {'float32 weights': variables, weights: rounded}
+      scores = agreement.describe_mious(network, candidates, info)
+      lines += filter(None, [line, scores])
+    os.replace(new, path)
   size = f'{path}: {path.stat().st_size / 1e6:.1f} MB'
-  if kind not in _PROGRAMS:
+  if not is_program:
     return [*lines, *remarks, f'{size} of weights']
   image = 'uint8 RGB' if uint8 else 'normalised float32'
   scale = f', of a short side of {short_side}' if short_side else ''
@@ -172,10 +170,3 @@ def export_student(
   if argmax:
     result = 'class ids uint8 [b, h, w]'
   return [*lines, f'{size}; {image} [b, h, w, 3]{scale} -> {result}']
-
-
-def _options(network):
-  """Arguments of DeepLabV3Plus, without those of every Flax module."""
-  names = {x.name for x in dataclasses.fields(network)}
-  names -= {'parent', 'name', 'dtype'}
-  return {name: getattr(network, name) for name in names}

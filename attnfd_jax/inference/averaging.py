@@ -13,16 +13,11 @@ class Averaged:
 
   Takes the place of a network wherever `apply` is called for its logits;
   hashable, so that compiled steps are shared.
-
-  Attributes:
-    network: called with (variables, image, train=False).
-    scales: of height and width; each is one more forward pass, or two.
-    flip: average with the mirror image as well.
   """
 
-  network: object
-  scales: tuple[float, ...] = (1.0,)
-  flip: bool = False
+  network: object  # Called with (variables, image, train=False).
+  scales: tuple[float, ...] = (1.0,)  # Each is one more forward pass, or two.
+  flip: bool = False  # Average with the mirror image as well.
 
   def apply(self, variables, image, *, train):
     """{'logits'}: log of the mean probabilities, float32 [b, h, w, k]."""

@@ -54,24 +54,18 @@ def evaluate(
   """Pixels by (label, prediction) of a whole source, int64 [k, k].
 
   Args:
-    network: any hashable object, of Linen or not, whose
-      `apply(variables, image, train=False)` takes normalized images [b, h, w,
-      3] and returns a dict with `logits` [b, h, w, k]. If there are
-      `coarse_logits`, too, whose align-corners resize `logits` is, the scores
-      come from them.
-    variables: of the network, a pytree.
+    network: any hashable object whose `apply(variables, image, train=False)`
+      takes normalized images [b, h, w, 3] and returns a dict with `logits` [b,
+      h, w, k]. If there are `coarse_logits`, too, whose align-corners resize
+      `logits` is, the scores come from them.
     source: see data/sources.py.
-    num_classes: k.
     mesh: see sharding.make_mesh; every process calls this, reads its share
       of the images and gets the counts of all.
     protocol: 'native' scores at the size of the untouched label, 'reference'
       resizes image and label to a short side of 513 first, as the authors.
     batch_size: rounded up to a multiple of the mesh axis 'data'.
-    short_side: of what the network sees in protocol 'native'; 0 leaves images
-      as they are.
-    size_multiple: pad images to multiples by repeating the edge; fewer
-      compilations.
-    threads: that read.
+    short_side: of what the network sees in 'native'; 0 leaves their size.
+    size_multiple: images are padded to it, so that fewer sizes are compiled.
   """
   parts = mesh.shape['data']
   batches = pipeline.eval_batches(
@@ -84,17 +78,14 @@ def evaluate(
   )
   variables = sharding.place(variables, sharding.replicated(mesh))
   count = make_eval_step(network, num_classes, mesh)
-  place = sharding.by_batch(mesh)
+  put = functools.partial(
+    jax.make_array_from_process_local_data, sharding.by_batch(mesh)
+  )
   total = pending = np.zeros((num_classes, num_classes), np.int64)
   for batch in batches:
-    batch = {
-      key: jax.make_array_from_process_local_data(place, value)
-      for key, value in batch.items()
-    }
-    following = count(variables, batch)
+    following = count(variables, jax.tree.map(put, batch))
     # One batch in flight while the next is read.
-    total = total + np.asarray(pending)
-    pending = following
+    total, pending = total + np.asarray(pending), following
   return total + np.asarray(pending)
 
 
@@ -110,11 +101,8 @@ def predictions(
 ):
   """Yields (class ids, label) of one image after the other, uint8 [h, w] each.
 
-  For what needs them on the host; `evaluate` is faster and counts the same.
-
-  Args:
-    network, variables, source, protocol, short_side, threads: see `evaluate`.
-    **options: size_multiple, tile, overlap; see predictor.segment.
+  For what needs them on the host; `evaluate` is faster and counts the same. The
+  other `options` are of predictor.segment.
   """
   prepare = functools.partial(
     transforms.fit_record,
@@ -123,22 +111,17 @@ def predictions(
   )
   records = grain.MapDataset.source(source).map(prepare)
   reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+  segment = functools.partial(predictor.segment, network, variables, **options)
   for record in records.to_iter_dataset(reading):
-    image, label = record['image'], record['label']
-    ids, _ = predictor.segment(
-      network, variables, image, label.shape, **options
-    )
-    yield ids, label
+    yield segment(record['image'], record['label'].shape)[0], record['label']
 
 
 def chosen_records(source, count, *, short_side=0):
   """`count` records spread over the source, all of the size of the first."""
-
   same = [i for i in range(len(source)) if source.size(i) == source.size(0)]
-  indices = np.linspace(0, len(same) - 1, min(count, len(same)))
+  chosen = np.linspace(0, len(same) - 1, min(count, len(same)))
+  records = [source[same[round(i)]] for i in chosen]
   return [
-    transforms.fit_record(
-      source[same[round(i)]], short_side, resize_labels=True
-    )
-    for i in indices
+    transforms.fit_record(record, short_side, resize_labels=True)
+    for record in records
   ]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of images in, folders of class ids and pictures out."""
 
+import codecs
 import contextlib
 import csv
 import glob
-import io
+import os
 import pathlib
 import re
 import sys
@@ -15,15 +16,17 @@ import jax
 import numpy as np
 from PIL import Image
 
-from attnfd_jax.data import masks, sources
+from attnfd_jax import paths as run_paths
+from attnfd_jax.data import files, masks, sources
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import video as videos
 from attnfd_jax.inference.predictor import Predictor
 from attnfd_jax.progress import progress
-from attnfd_jax.runs import paths as run_paths
 
 # What a folder is searched for; a file that is named may be anything.
 ENDINGS = (*sources.IMAGE_ENDINGS, '.bmp', '.tif', '.tiff', '.webp')
+# Of the class ids, in colors, over the image, and with `confidence`.
+_RESULTS = ('.png', '_colour.png', '_overlay.jpg', '_confidence.png')
 # Results hold whole frames: only so many are ahead of the one waited for.
 _READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 _LONGEST = 65500  # Pixels of a side in libjpeg, which writes the overlay.
@@ -37,56 +40,38 @@ def _natural(path):
   return parts, path
 
 
-def find_images(pattern):
+def find_images(pattern, option='--input'):
   """Files of an image, a folder (not its subfolders) or a glob, in the order of
   the numbers in their names; InputError if there are none.
   """
-  path = pathlib.Path(pattern)
-  if path.is_dir():
-    found = [p for p in path.iterdir() if p.suffix.lower() in ENDINGS]
-    found = [p for p in found if not p.name.startswith('.')]
+  if os.path.isdir(pattern):
+    names = [file.path for file in files.list_folder(pattern, ENDINGS)]
     problem = f'no {", ".join(ENDINGS)} files in it'
   else:
-    names = [pattern] if path.is_file() else glob.glob(pattern, recursive=True)
-    found = [pathlib.Path(name) for name in names]
+    exact = os.path.isfile(pattern)
+    names = [pattern] if exact else glob.glob(pattern, recursive=True)
     problem = 'no such file, and nothing matches it as a pattern'
-  found = sorted((p for p in found if p.is_file()), key=_natural)
+  found = {pathlib.Path(name) for name in names if os.path.isfile(name)}
   if not found:
-    raise InputError(f'--input={pattern}: {problem}.')
-  return found
+    raise InputError(f'{option}={pattern}: {problem}.')
+  return sorted(found, key=_natural)
 
 
-def plan_outputs(
-  paths, output, *, overwrite=False, confidence=False, video=None
-):
-  """Input path -> {kind: file to write}, and the path of areas.csv.
-
-  `video` is one more file that will be written, or None.
-
-  Raises:
-    InputError: if two files would be written to one place, over an input, or
-      over anything without `overwrite`; nothing is touched then.
+def check_outputs(paths, output, others, *, overwrite, confidence):
+  """Raises InputError if two results, or one of the `others`, would be written
+  to one place, over an input, or over anything without `overwrite`.
   """
-  kinds = {'ids': '.png', 'colour': '_colour.png', 'overlay': '_overlay.jpg'}
-  if confidence:
-    kinds['confidence'] = '_confidence.png'
-  if output.exists() and not output.is_dir():
-    raise InputError(f'--output={output} is a file; name a folder.')
-  table = output / 'areas.csv'
-  plan, writers = {}, {}
+  writers = {}
   for path in paths:
-    plan[path] = {
-      kind: output / f'{path.stem}{ending}' for kind, ending in kinds.items()
-    }
-    for target in plan[path].values():
-      if target in writers:
+    for ending in _RESULTS[: 3 + confidence]:
+      target = output / f'{path.stem}{ending}'
+      if (other := writers.setdefault(target, path)) is not path:
         raise InputError(
-          f'{writers[target]} and {path} would both be written to '
-          f'{target.name}; rename one, or predict them into two folders.'
+          f'{other} and {path} would both be written to {target.name}; rename '
+          'one, or predict them into two folders.'
         )
-      writers[target] = path
   inputs = {path.resolve() for path in paths}
-  for target in (*writers, table, *([video] if video else [])):
+  for target in (*writers, *others):
     if target.resolve() in inputs:
       raise InputError(
         f'{target} is an input and would be overwritten; write elsewhere.'
@@ -95,13 +80,10 @@ def plan_outputs(
       raise InputError(
         f'{target} exists; add --overwrite to replace it, or write elsewhere.'
       )
-  return plan, table
 
 
 def frame_size(paths):
-  """(height, width) of all frames, from their headers; None if no file has a
-  readable one.
-  """
+  """(height, width) of all frames by their headers; None without a readable."""
   sizes = {}
   for path in paths:
     with contextlib.suppress(InputError, OSError):  # It will be skipped.
@@ -114,23 +96,22 @@ def frame_size(paths):
 
 def write_ids(path, ids, palette):
   """Palette PNG whose pixels are exactly `ids`, uint8 [h, w]."""
-  # With fewer colors Pillow packs pixels into 1, 2 or 4 bits.
-  colors = np.zeros((256, 3), np.uint8)
-  colors[: len(palette)] = palette
   file = Image.fromarray(ids)
-  file.putpalette(colors.tobytes())
+  # With fewer colors Pillow packs pixels into 1, 2 or 4 bits.
+  file.putpalette(np.pad(palette, ((0, 256 - len(palette)), (0, 0))).tobytes())
   file.save(path)
 
 
-def _write(files, image, ids, confidence, palette):
-  """Returns the overlay, uint8 [h, w, 3]."""
-  write_ids(files['ids'], ids, palette)
+def _write(stem, image, ids, confidence, palette):
+  """Returns the overlay, uint8 [h, w, 3]; no confidence is written if None."""
+  plain, colored, mixed, certain = (f'{stem}{ending}' for ending in _RESULTS)
+  write_ids(plain, ids, palette)
   colors = Image.fromarray(palette[ids])
-  colors.save(files['colour'], compress_level=1)
+  colors.save(colored, compress_level=1)
   overlay = Image.blend(Image.fromarray(image), colors, 0.5)
-  overlay.save(files['overlay'], quality=90)
-  if 'confidence' in files:
-    Image.fromarray(confidence).save(files['confidence'], compress_level=1)
+  overlay.save(mixed, quality=90)
+  if confidence is not None:
+    Image.fromarray(confidence).save(certain, compress_level=1)
   return np.asarray(overlay)
 
 
@@ -147,28 +128,24 @@ def predict_files(
 ):
   """Segments files into a folder; returns the number of images.
 
-  Args:
-    checkpoint: folder of a stage.
-    pattern: an image, a folder or a glob.
-    output: folder, made if absent; predict.py says what is in it.
-    overwrite: replace files that exist.
-    confidence: write it as well.
-    video: file for the overlays of all images, see video.py, or None.
-    fps: its frames a second.
-    **options: see `Predictor`.
+  predict.py says what is written; `checkpoint` and `options` are those of
+  `Predictor`, `pattern` that of `find_images`, `video` and `fps` of video.py.
 
   Raises:
     InputError: before any work if it could not be done as a whole; after it
       if single files were not readable or too large, and were skipped.
   """
   paths, output = find_images(pattern), pathlib.Path(output)
+  if output.exists() and not output.is_dir():
+    raise InputError(f'--output={output} is a file; name a folder.')
+  others, size = [output / 'areas.csv'], None
   if video:
     video = pathlib.Path(video)
     videos.check(video, fps)
-  plan, table = plan_outputs(
-    paths, output, overwrite=overwrite, confidence=confidence, video=video
+    others, size = [*others, video], frame_size(paths)
+  check_outputs(
+    paths, output, others, overwrite=overwrite, confidence=confidence
   )
-  size = frame_size(paths) if video else None
   predictor = Predictor(checkpoint, **options)
   output.mkdir(parents=True, exist_ok=True)
   print(f'{predictor.description}, on {len(paths)} images; writing to {output}')
@@ -184,27 +161,27 @@ def predict_files(
       if size and (h, w) != size:
         return None, f'{path}: {w}x{h}, and its header said another size.'
       with device:
-        ids, probability = predictor(image)
+        ids, probabilities = predictor(image)
     except (InputError, OSError) as error:
       return None, str(error)
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
-      return None, (
-        f'{path}: {w}x{h} needs more memory than the device has; use --tile, '
-        'or a smaller one.'
-      )
-    overlay = _write(plan[path], image, ids, probability, predictor.palette)
+      problem = f'{path}: {w}x{h} needs more memory than the device has'
+      return None, f'{problem}; use --tile, or a smaller one.'
+    probabilities = probabilities if confidence else None
+    stem, palette = output / path.stem, predictor.palette
+    overlay = _write(stem, image, ids, probabilities, palette)
     counts = np.bincount(ids.ravel(), minlength=len(predictor.class_names))
     return counts / ids.size, overlay if size else None
 
   results = grain.MapDataset.source(paths).map(work).to_iter_dataset(_READING)
   results = progress(len(paths), iterable=results)
-  rows, add_frame = [], None
-  with contextlib.ExitStack() as stack:
-    if size:
-      video.parent.mkdir(parents=True, exist_ok=True)
-      add_frame = stack.enter_context(videos.writer(video, size, fps))
+  rows, frames = [], contextlib.nullcontext()
+  if size:
+    video.parent.mkdir(parents=True, exist_ok=True)
+    frames = videos.writer(video, size, fps)
+  with frames as add_frame:
     for path, (shares, found) in zip(paths, results, strict=True):
       if shares is None:
         results.write(f'skipped {found}', file=sys.stderr)
@@ -212,11 +189,10 @@ def predict_files(
       rows.append([path.name, *(f'{share:.6f}' for share in shares)])
       if add_frame:
         add_frame(found)
-  text = io.StringIO(newline='')
-  csv.writer(text).writerows([['image', *predictor.class_names], *rows])
-  with run_paths.replacing(table) as file:
+  with run_paths.replacing(output / 'areas.csv') as file:
     # Names of files are bytes, and not always text.
-    file.write(text.getvalue().encode(errors='surrogateescape'))
+    text = codecs.getwriter('utf-8')(file, 'surrogateescape')
+    csv.writer(text).writerows([['image', *predictor.class_names], *rows])
   if len(rows) < len(paths):
     places = f'{output} and {video}' if video and rows else output
     raise InputError(

@@ -12,9 +12,7 @@ def define():
   """Defines the shared flags."""
   flags.DEFINE_string('checkpoint', None, 'Folder of a stage.')
   flags.DEFINE_integer('step', None, 'Checkpoint; the best by default.')
-  flags.DEFINE_bool(
-    'allow_code', False, 'Run the Python files that this folder brings.'
-  )
+  flags.DEFINE_bool('allow_code', False, 'Run Python files of the folder.')
   flags.DEFINE_string('scales', '1', 'Mean over these, e.g. 0.75,1,1.25.')
   flags.DEFINE_bool('flip', False, 'Mean with the mirror image.')
   flags.DEFINE_string('tile', None, 'HEIGHTxWIDTH seen at a time.')
@@ -22,11 +20,7 @@ def define():
 
 
 def read(values):
-  """Keyword arguments of `Predictor`, from the values of the flags.
-
-  Raises:
-    InputError: if one is missing, or has a value that cannot be used.
-  """
+  """Keyword arguments of `Predictor` from the flags; InputError if unusable."""
   if not values.checkpoint:
     raise InputError(
       '--checkpoint is missing; name the folder of a stage, such as '
@@ -34,12 +28,9 @@ def read(values):
     )
   if values.overlap is not None and values.tile is None:
     raise InputError('--overlap is of tiles; add --tile=HEIGHTxWIDTH.')
-  return {
-    'checkpoint': values.checkpoint,
-    'step': values.step,
-    'allow_code': values.allow_code,
+  taken = ('checkpoint', 'step', 'allow_code', 'flip')
+  return {name: getattr(values, name) for name in taken} | {
     'scales': parse_scales(values.scales),
-    'flip': values.flip,
     'tile': parse_tile(values.tile),
     'overlap': 0.25 if values.overlap is None else values.overlap,
   }

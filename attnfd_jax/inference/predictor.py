@@ -2,6 +2,7 @@
 """Class ids of images of any size, whole or in tiles."""
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,17 @@ from attnfd_jax.runs import loading
 
 # Short side of image and label in protocol `reference`; train_kd.py:281.
 REFERENCE_SHORT_SIDE = 513
-# A Predictor pads to multiples of it, to compile for few sizes.
-SIZE_MULTIPLE = 64
 
 
 def seen_short_side(protocol, short_side=0):
   """Short side of the images that a network sees; 0 leaves their size."""
   return REFERENCE_SHORT_SIDE if protocol == 'reference' else short_side
+
+
+def seen_short_side_of(info):
+  """As `seen_short_side`, of the stage with that config.json."""
+  settings = info['eval']
+  return seen_short_side(settings['protocol'], settings.get('short_side', 0))
 
 
 def describe(checkpoint, info):
@@ -36,12 +41,9 @@ def describe(checkpoint, info):
 def scores_at(outputs, height, width, *, ratio=None):
   """Logits [b, height, width, k] in one bilinear step, corners aligned.
 
-  Args:
-    outputs: of a network: `logits` [b, H, W, k] at the size of the image, and
-      perhaps the `coarse_logits` that they are a resize of.
-    height, width: of the result.
-    ratio: float32 [2], distance of two pixels of the image in the result. By
-      default the result ends where the image ends.
+  `outputs` has `logits` [b, H, W, k] at the size of the image, and perhaps the
+  `coarse_logits` that they are a resize of. `ratio`, float32 [2], is the size
+  of a pixel of the image in the result; by default both end at the same place.
   """
   logits = outputs['logits']
   maps = outputs.get('coarse_logits', logits)
@@ -49,14 +51,12 @@ def scores_at(outputs, height, width, *, ratio=None):
     return resize(maps, height, width)
   if 1 in maps.shape[1:3]:
     maps = logits  # A single pixel has no distance to scale.
-  b, h, w, k = maps.shape
-  steps = [
-    (n - 1) / (m - 1) for n, m in zip(logits.shape[1:3], (h, w), strict=True)
-  ]
+  sizes = zip(logits.shape[1:3], maps.shape[1:3], strict=True)
+  steps = [(n - 1) / (m - 1) for n, m in sizes]
   scale = ratio * jnp.array(steps, jnp.float32)
   return jax.image.scale_and_translate(
     maps,
-    (b, height, width, k),
+    (len(maps), height, width, maps.shape[-1]),
     (1, 2),
     scale,
     0.5 * (1 - scale),
@@ -90,34 +90,15 @@ def classify(network, variables, image, ratio=None, *, size):
 def segment(
   network, variables, image, size, *, tile=None, overlap=0.25, size_multiple=1
 ):
-  """Class ids and confidence of one image, uint8 NumPy arrays of `size`.
+  """Class ids of one image and their probabilities times 255, uint8 of `size`.
 
-  Confidence is the probability of the id times 255.
-
-  Args:
-    network, variables: see evaluation.evaluate.
-    image: uint8 [h, w, 3], as the network sees it.
-    size: (height, width) of the result.
-    tile: (height, width) that the network sees at a time; logits of
-      overlapping tiles are averaged. None, or a tile that covers the image,
-      is the whole image.
-    overlap: least share of a tile that the next one covers again, in [0, 1).
-    size_multiple: pad to multiples by repeating the edge; fewer compilations.
+  The network sees the image, uint8 [h, w, 3], whole if `tile` is None or covers
+  it, see tiling.bands, and padded to multiples of `size_multiple` by repeating
+  the edge, for fewer compilations.
   """
   seen = image.shape[:2]
-
-  def padded(size):
-    return transforms.next_multiple(size, size_multiple)
-
-  def score_tile(part):
-    h, w = part.shape[:2]
-    # Where the image is smaller than a tile, few sizes are compiled, too.
-    size = tuple(map(min, padded((h, w)), tile))
-    part = transforms.pad_edges(part, size)[None]
-    logits = compute_scores(network, variables, part, size=size)
-    return np.asarray(logits)[0, :h, :w]
-
-  if tile is None or tiling.covers(tile, seen):
+  padded = functools.partial(transforms.next_multiple, multiple=size_multiple)
+  if tile is None or all(map(operator.ge, tile, seen)):
     ratio = None
     if size_multiple > 1 and tuple(size) != seen:
       # Both are padded, but not in proportion.
@@ -126,6 +107,15 @@ def segment(
     image = transforms.pad_edges(image, padded(seen))[None]
     found = classify(network, variables, image, ratio, size=padded(size))
     return tuple(np.asarray(x)[0, : size[0], : size[1]] for x in found)
+
+  def score_tile(part):
+    h, w = part.shape[:2]
+    # Where the image is smaller than a tile, few sizes are compiled, too.
+    seen = tuple(map(min, padded((h, w)), tile))
+    part = transforms.pad_edges(part, seen)[None]
+    logits = compute_scores(network, variables, part, size=seen)
+    return np.asarray(logits)[0, :h, :w]
+
   bands = tiling.scores(score_tile, image, size, tile=tile, overlap=overlap)
   found = [_decide(band, np) for band in bands]
   return tuple(np.concatenate(x) for x in zip(*found, strict=True))
@@ -137,21 +127,21 @@ class Predictor:
   Args:
     checkpoint: folder of a stage.
     scales, flip: averages over them; see averaging.Averaged.
-    tile, overlap: see `segment`.
-    step: which checkpoint; the best by default.
-    allow_code: run Python files of the folder, where its network is one.
+    tile: (height, width) that the network sees at a time, of images that are
+      larger; logits of overlapping tiles are averaged.
+    overlap: least share of a tile that the next one covers again, in [0, 1).
+    step, allow_code: see loading.load_network.
 
   Attributes:
     network, variables, info: as of loading.load_network; averaged if asked.
-    class_names: in the order of the ids.
-    palette: uint8 [k, 3].
+    class_names, palette: in the order of the ids; uint8 [k, 3].
     description: one line about the network.
     short_side: of what the network sees, as when the stage was scored; 0 is
       the size of the image.
+    views, tiles: dicts of scales and flip, of tile and overlap.
 
   Raises:
-    InputError: if the folder is no stage, or has no such checkpoint; if the
-      overlap is out of its range.
+    InputError: as load_network; if the overlap is out of its range.
   """
 
   def __init__(
@@ -167,23 +157,21 @@ class Predictor:
   ):
     if not 0 <= overlap < 1:
       raise InputError(f'--overlap={overlap} must be from 0 to below 1.')
-    self._tiles = {'tile': tile, 'overlap': overlap}
+    self.views = {'scales': list(scales), 'flip': flip}
+    self.tiles = {'tile': tile and list(tile), 'overlap': tile and overlap}
     self.network, self.variables, info = loading.load_network(
       checkpoint, step=step, allow_code=allow_code
     )
-    if tuple(scales) != (1.0,) or flip:
+    if flip or tuple(scales) != (1,):
       self.network = Averaged(self.network, tuple(scales), flip)
     self.info, self.description = info, describe(checkpoint, info)
     self.class_names, self.palette = info['class_names'], info['palette']
-    self.short_side = seen_short_side(
-      info['eval']['protocol'], info['eval'].get('short_side', 0)
-    )
+    self.short_side = seen_short_side_of(info)
 
   def __call__(self, image):
     """Class ids and confidence, uint8 [h, w], of uint8 RGB [h, w, 3].
 
-    An image that is no larger than a tile is seen whole, padded to multiples
-    of 64; see `segment`.
+    The latter is the probability of the id times 255; see `segment`.
     """
     if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
       raise ValueError(
@@ -194,8 +182,8 @@ class Predictor:
       self.variables,
       transforms.fit_image(image, self.short_side),
       image.shape[:2],
-      size_multiple=SIZE_MULTIPLE,
-      **self._tiles,
+      size_multiple=64,  # To compile for few sizes.
+      **self.tiles,
     )
 
 

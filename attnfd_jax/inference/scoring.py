@@ -1,28 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of a stored stage on a split of its data set, and their text."""
 
-import math
-
 import numpy as np
 
 from attnfd_jax import metrics
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import sharding
-from attnfd_jax.errors import InputError
-from attnfd_jax.inference import evaluation
+from attnfd_jax.errors import InputError, one_of
+from attnfd_jax.inference import evaluation, predictor
 from attnfd_jax.inference import submission as submissions
-from attnfd_jax.inference.predictor import (
-  Predictor,
-  REFERENCE_SHORT_SIDE,
-  seen_short_side,
-)
 from attnfd_jax.progress import progress
 from attnfd_jax.runs import logs
 
 PROTOCOLS = {
   'native': 'scored at the size of the untouched labels',
   'reference': 'images and labels resized to a short side of '
-  f'{REFERENCE_SHORT_SIDE} first, as the authors do',
+  f'{predictor.REFERENCE_SHORT_SIDE} first, as the authors do',
 }
 
 
@@ -30,22 +23,20 @@ class _Counted:
   """A source that advances a progress bar by each image that is read."""
 
   def __init__(self, source, bar):
-    self._source, self._bar = source, bar
-    self.size = source.size
+    self._source, self._bar, self.size = source, bar, source.size
 
   def __len__(self):
     return len(self._source)
 
   def __getitem__(self, index):
-    record = self._source[index]
     self._bar.update()
-    return record
+    return self._source[index]
 
 
-def load_split(info, data_root, split, *, unlabeled=False):
+def load_split(info, data_root, split, *, hidden=False):
   """The data set of a stage, and the source of one of its splits.
 
-  `unlabeled` allows the test split of Cityscapes, whose labels nobody has.
+  `hidden` allows the test split of Cityscapes, whose labels nobody has.
   """
   if data_root is not None:
     # A run that was trained from shards would otherwise still read them.
@@ -57,18 +48,13 @@ def load_split(info, data_root, split, *, unlabeled=False):
     text = str(error).replace('--config.data.root', '--data_root')
     raise InputError(text) from error
   splits = dict(dataset.splits)
-  hidden = (dataset.name, split) == ('cityscapes', 'test')
-  if unlabeled and hidden and split not in splits:
+  hidden = hidden and (dataset.name, split) == ('cityscapes', 'test')
+  if hidden and split not in splits:
     splits[split] = submissions.test_images(info['data']['root'])
-  if split not in splits:
-    raise InputError(
-      f'--split={split}: {dataset.name} has {", ".join(splits)}.'
-    )
-  if list(dataset.class_names) != list(info['class_names']):
-    raise InputError(
-      f'The network knows the classes {list(info["class_names"])}, the data '
-      f'set {list(dataset.class_names)}.'
-    )
+  one_of('--split', split, splits)
+  ours, theirs = list(info['class_names']), list(dataset.class_names)
+  if ours != theirs:
+    raise InputError(f'The network has classes {ours}, the data set {theirs}.')
   return dataset, splits[split]
 
 
@@ -80,10 +66,6 @@ def evaluate_checkpoint(
   protocol=None,
   boundary=False,
   submission=None,
-  scales=(1.0,),
-  flip=False,
-  tile=None,
-  overlap=0.25,
   **options,
 ):
   """Scores of a stage's network on one split of its data set.
@@ -96,85 +78,67 @@ def evaluate_checkpoint(
     boundary: boundary IoU as well.
     submission: folder for the files of submission.py, or None. It allows the
       split 'test' of Cityscapes, whose scores are all absent.
-    scales, flip, tile, overlap, **options: see predictor.Predictor.
+    **options: scales, flip, tile, overlap and others; see predictor.Predictor.
 
   Returns:
     confusion matrix int64 [k, k] (rows are labels), and a dict for a JSON file:
     scores, None where no pixel counts, and what they depend on.
   """
-  if protocol is not None and protocol not in PROTOCOLS:
-    raise InputError(
-      f'--protocol={protocol} must be one of {", ".join(PROTOCOLS)}.'
-    )
-  views = {'scales': list(scales), 'flip': flip}
-  tiles = {'tile': tile, 'overlap': overlap}
-  stage = Predictor(checkpoint, **views, **tiles, **options)
-  dataset, source = load_split(
-    stage.info, data_root, split, unlabeled=submission is not None
-  )
-  settings, num_classes = stage.info['eval'], dataset.num_classes
-  protocol = protocol or settings['protocol']
-  seen = {
-    'protocol': protocol,
-    'short_side': seen_short_side(protocol, settings.get('short_side', 0)),
-  }
-  reading = {
+  if protocol is not None:
+    one_of('--protocol', protocol, PROTOCOLS)
+  stage = predictor.Predictor(checkpoint, **options)
+  info, settings = stage.info, stage.info['eval']
+  dataset, source = load_split(info, data_root, split, hidden=bool(submission))
+  protocol = settings['protocol'] = protocol or settings['protocol']
+  short_side = predictor.seen_short_side_of(info)
+  seen = {'protocol': protocol, 'short_side': short_side}
+  reading = seen | {
     'size_multiple': settings['size_multiple'],
-    'threads': stage.info['data']['threads'],
+    'threads': info['data']['threads'],
   }
-  write = None
-  if submission is not None:
-    write = submissions.make_writer(
-      submission, dataset=dataset.name, protocol=protocol
-    )
-  print(
-    f'{stage.description}, on the {len(source)} images of the {split} split of '
-    f'{dataset.name}'
+  write = submission and submissions.make_writer(
+    submission, dataset=dataset.name, protocol=protocol
   )
+  images = f'{len(source)} images of the {split} split of {dataset.name}'
+  print(f'{stage.description}, on the {images}')
+  num_classes = dataset.num_classes
   counts = np.zeros((num_classes,) * 2, np.int64)
   edges = np.zeros((num_classes + 1,) * 2, np.int64)
   with progress(len(source)) as bar:
     given = (stage.network, stage.variables, _Counted(source, bar))
-    if tile is None and not boundary and write is None:
+    if not (stage.tiles['tile'] or boundary or write):
       counts = evaluation.evaluate(
         *given,
         num_classes=num_classes,
         mesh=sharding.make_mesh(),
         batch_size=settings['batch_size'],
-        **seen,
         **reading,
       )
     else:
-      pairs = evaluation.predictions(*given, **seen, **reading, **tiles)
+      pairs = evaluation.predictions(*given, **reading, **stage.tiles)
       for index, pair in enumerate(pairs):
         counts += metrics.host_confusion_matrix(*pair, num_classes=num_classes)
         if boundary:
           edges += metrics.boundary_matrix(*pair, num_classes=num_classes)
-        if write is not None:
+        if write:
           write(source.name(index), pair[0])
   result = metrics.summarise(counts, dataset.class_names)
   if boundary:
     result |= metrics.summarise_boundary(edges, dataset.class_names)
-  result = {
-    key: None if isinstance(value, float) and math.isnan(value) else value
-    for key, value in result.items()
-  }
-  return counts, result | seen | views | {
+  return counts, logs.without_nan(result) | seen | stage.views | stage.tiles | {
     'checkpoint': str(checkpoint),
-    'stage': stage.info['stage'],
+    'stage': info['stage'],
     'dataset': dataset.name,
     'split': split,
     'images': len(source),
-    'tile': list(tile) if tile else None,
-    'overlap': overlap if tile else None,
-    'step': stage.info['checkpoint_step'],
+    'step': info['checkpoint_step'],
     'device': logs.device_name(),
     'versions': logs.versions(),
   }
 
 
-def describe_protocol(result):
-  """'protocol native: ...' and what else the scores depend on, for texts."""
+def _describe_protocol(result):
+  """'protocol native: ...' and what else the scores depend on."""
   words = [f'protocol {result["protocol"]}: {PROTOCOLS[result["protocol"]]}']
   if result['protocol'] == 'native' and result['short_side']:
     words.append(f'images seen at a short side of {result["short_side"]}')
@@ -191,7 +155,7 @@ def describe_protocol(result):
 
 def as_text(counts, result):
   """The scores in percent with a table of classes, for the screen."""
-  lines = [f'{result["split"]} split, {describe_protocol(result)}', '']
+  lines = [f'{result["split"]} split, {_describe_protocol(result)}', '']
   for key, name in (
     ('miou', 'mIoU'),
     ('class_accuracy', 'class accuracy'),
@@ -201,20 +165,17 @@ def as_text(counts, result):
   ):
     if key in result:
       lines.append(f'{name:16}{logs.percent(result[key]):>7} %')
-  with np.errstate(invalid='ignore'):
-    share = counts.sum(1) / counts.sum()
+  shares = counts.sum(1) / (counts.sum() or np.nan)
   columns = {
-    'IoU %': result['iou_per_class'].values(),
-    'accuracy %': result['accuracy_per_class'].values(),
-    'share %': share,
+    'IoU %': result['iou_per_class'],
+    'accuracy %': result['accuracy_per_class'],
+    'share %': dict(zip(result['iou_per_class'], shares, strict=True)),
   }
   if 'boundary_iou_per_class' in result:
-    columns['boundary %'] = result['boundary_iou_per_class'].values()
+    columns['boundary %'] = result['boundary_iou_per_class']
   table = [['class', *columns]]
-  for name, *values in zip(
-    result['iou_per_class'], *columns.values(), strict=True
-  ):
-    table.append([name, *map(logs.percent, values)])
+  for name in result['iou_per_class']:
+    table.append([name, *(logs.percent(x[name]) for x in columns.values())])
   width = max(len(name) for name, *_ in table)
   lines.append('')
   for name, *cells in table:

@@ -21,10 +21,10 @@ def test_images(root):
 
   `root` has leftImg8bit/test, images/test or leftImg8bit_trainvaltest.zip.
   """
-  root, found = pathlib.Path(root), {}
+  root, found = pathlib.Path(root), []
   for name in ('leftImg8bit', 'images'):
-    found = found or files.list_tree(root / name / 'test', ('.png',))
-  found = list(found.values())
+    tree = files.list_tree(root / name / 'test', ('.png',))
+    found = found or list(tree.values())
   archive = root / 'leftImg8bit_trainvaltest.zip'
   if not found and archive.is_file():
     found = files.list_zip(archive, 'leftImg8bit/test/', ('.png',))
@@ -33,7 +33,7 @@ def test_images(root):
       f'{root / "leftImg8bit" / "test"}: no images of the test split, nor '
       f'{archive.name} beside it; is the folder right? (--data_root=PATH)'
     )
-  pairs = [Pair(file.stem, file, file) for file in found]
+  pairs = [Pair(file.inner.stem, file, file) for file in found]
   return PairSource(pairs, _all_ignored, upright=False)
 
 
@@ -41,11 +41,8 @@ def make_writer(directory, *, dataset, protocol):
   """A function that writes one file, from (name of the image, train ids).
 
   A file has the name of its image and so starts with city, sequence and frame,
-  by which the server finds it. Ids are uint8 [h, w].
-
-  Raises:
-    InputError: for other data sets, resized labels, and a folder that is not
-      empty.
+  by which the server finds it. Ids are uint8 [h, w]. InputError for other data
+  sets, resized labels, and a folder that is not empty.
   """
   if dataset != 'cityscapes':
     raise InputError(
@@ -58,9 +55,7 @@ def make_writer(directory, *, dataset, protocol):
       'does not give; add --protocol=native.'
     )
   directory = pathlib.Path(directory)
-  if directory.exists() and (
-    not directory.is_dir() or any(directory.iterdir())
-  ):
+  if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
     raise InputError(
       f'--submission={directory} exists and is not an empty folder.'
     )
@@ -68,7 +63,7 @@ def make_writer(directory, *, dataset, protocol):
   label_ids = np.array(classes.CITYSCAPES_IDS, np.uint8)
 
   def write(name, ids):
-    path = directory / f'{pathlib.PurePath(name).stem}.png'
-    Image.fromarray(label_ids[ids]).save(path)
+    stem = pathlib.PurePath(name).stem
+    Image.fromarray(label_ids[ids]).save(directory / f'{stem}.png')
 
   return write

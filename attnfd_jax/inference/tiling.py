@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logits of images that do not fit the device, from overlapping tiles."""
 
+import itertools
+
 import numpy as np
 
 _ROWS = 64  # Of a result that are resized at a time.
-
-
-def covers(tile, size):
-  """Whether one tile is enough for an image of `size`."""
-  return all(n >= m for n, m in zip(tile, size, strict=True))
 
 
 def starts(length, tile, overlap):
@@ -16,16 +13,13 @@ def starts(length, tile, overlap):
 
   Neighbors share at least `overlap` of a tile, up to rounding.
   """
-  if tile >= length:
-    return [0]
-  stride = max(int(tile * (1 - overlap)), 1)
-  count = -(-(length - tile) // stride) + 1
-  return [round(x) for x in np.linspace(0, length - tile, count)]
+  stride, last = max(int(tile * (1 - overlap)), 1), max(length - tile, 0)
+  return [round(x) for x in np.linspace(0, last, -(-last // stride) + 1)]
 
 
 def falling_weights(length):
-  """Weight of each pixel along a tile: 1 in the middle, never 0 at the ends,
-  for the corner of an image has one tile alone.
+  """Weights along a tile: 1 in the middle, above 0 at the ends, for the corner
+  of an image has one tile alone.
   """
   pixels = np.arange(length) + 0.5
   return (np.minimum(pixels, length - pixels) * 2 / length).astype(np.float32)
@@ -46,21 +40,16 @@ def bands(apply, image, *, tile, overlap=0.25):
   edge, where the network sees least around a pixel. Only what one row of tiles
   touches is held: all logits are many times the image.
 
-  Args:
-    apply: part of the image [th, tw, c] -> logits [th, tw, k]. All parts have
-      one shape, the tile's, cut to the image where that is smaller.
-    image: [h, w, c].
-    tile: (height, width). If it covers the image the only band is apply(image).
-    overlap: least share of a tile that the next one covers again, in [0, 1).
+  `apply` takes parts of the image [h, w, c], all of the shape of the tile, cut
+  to the image where that is smaller, and returns logits [th, tw, k]. `overlap`
+  is the least share of a tile that the next one covers again, in [0, 1).
   """
   h, w = image.shape[:2]
-  th, tw = (min(n, m) for n, m in zip(tile, (h, w), strict=True))
+  th, tw = map(min, tile, (h, w))
   rows, columns = starts(h, th, overlap), starts(w, tw, overlap)
-  across = shares(columns, tw, w)
+  down, across = shares(rows, th, h), shares(columns, tw, w)
   unfinished = np.zeros((0, w, 1), np.float32)
-  for y, following, down in zip(
-    rows, [*rows[1:], h], shares(rows, th, h), strict=True
-  ):
+  for i, (y, following) in enumerate(itertools.pairwise([*rows, h])):
     total = None
     for x, share in zip(columns, across, strict=True):
       logits = np.asarray(apply(image[y : y + th, x : x + tw]))
@@ -68,7 +57,7 @@ def bands(apply, image, *, tile, overlap=0.25):
         total = np.zeros((th, w, logits.shape[-1]), np.float32)
         total[: len(unfinished)] = unfinished
         unfinished = None  # Its memory.
-      total[:, x : x + tw] += logits * np.outer(down, share)[..., None]
+      total[:, x : x + tw] += logits * np.outer(down[i], share)[..., None]
     yield total[: following - y]
     unfinished = total[following - y :]
 
@@ -77,26 +66,22 @@ def _between(x, at, axis):
   """Linear interpolation of `x` at positions along an axis."""
   low = np.minimum(at.astype(int), max(x.shape[axis] - 2, 0))
   high = np.minimum(low + 1, x.shape[axis] - 1)
-  share = np.expand_dims(at - low, [i for i in range(3) if i != axis])
-  share = share.astype(np.float32)
+  share = (at - low).astype(np.float32).reshape(-1, *[1] * (2 - axis))
   return (1 - share) * x.take(low, axis) + share * x.take(high, axis)
 
 
 def resized(x, size):
   """Yields bands of one [h, w, k], resized as models.resizing does it."""
-  at_rows, at_columns = (
-    np.linspace(0, m - 1, n) for m, n in zip(x.shape[:2], size, strict=True)
-  )
-  for first in range(0, size[0], _ROWS):
-    band = _between(x, at_rows[first : first + _ROWS], 0)
-    yield _between(band, at_columns, 1)
+  height, width = size
+  rows = np.linspace(0, len(x) - 1, height)
+  columns = np.linspace(0, x.shape[1] - 1, width)
+  for first in range(0, height, _ROWS):
+    yield _between(_between(x, rows[first : first + _ROWS], 0), columns, 1)
 
 
 def scores(apply, image, size, **options):
-  """Yields logits at `size` in bands from the top, float32 [rows, width, k].
-
-  As `bands`; where `size` is not that of the image, they are resized, and all
-  logits at the size of the image are held.
+  """As `bands`, resized to `size`; unless that is the size of the image, all
+  logits of the image are held.
   """
   found = bands(apply, image, **options)
   if tuple(size) != image.shape[:2]:

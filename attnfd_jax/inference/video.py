@@ -6,7 +6,7 @@ import os
 
 import cv2
 
-from attnfd_jax.errors import InputError
+from attnfd_jax.errors import InputError, within
 
 CODECS = {'.avi': 'MJPG', '.mp4': 'mp4v'}
 
@@ -14,25 +14,14 @@ CODECS = {'.avi': 'MJPG', '.mp4': 'mp4v'}
 def check(path, fps):
   """Raises InputError unless a video can have this path and rate."""
   if path.suffix.lower() not in CODECS:
-    raise InputError(
-      f'--video={path}: expected a file that ends in {" or ".join(CODECS)}.'
-    )
+    ends = ' or '.join(CODECS)
+    raise InputError(f'--video={path}: expected a file that ends in {ends}.')
   try:
     str(path).encode()
   except UnicodeEncodeError as error:  # It would end OpenCV, and Python.
     raise InputError('--video: its name is no text.') from error
   # FFmpeg's codecs refuse others, or write another rate.
-  if not 1 <= fps <= 1000:
-    raise InputError(f'--fps={fps:g} must be from 1 to 1000.')
-
-
-def _count(path):
-  """Frames that can be read; headers count those that a full disk lost."""
-  file, count = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG), 0
-  while file.grab():
-    count += 1
-  file.release()
-  return count
+  within('--fps', fps, 1, 1000)
 
 
 @contextlib.contextmanager
@@ -42,19 +31,14 @@ def writer(path, size, fps):
   The file gets its name when the block ends and all frames are in it; else,
   and without a frame, nothing is left but what was there before. FFmpeg cuts
   odd sides by a pixel. InputError if OpenCV cannot write it, or not all of it.
-
-  Args:
-    path: see `check`; replaced if it exists.
-    size: (height, width) of all frames.
-    fps: frames a second.
+  `size` is (height, width) of all frames; `path` is replaced if it exists.
   """
   if path.is_dir():
     raise InputError(f'--video={path} is a folder; name a file.')
   temporary = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
   temporary.touch()  # OpenCV does not say why it cannot.
   codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
-  h, w = size
-  file, count = cv2.VideoWriter(), 0
+  (h, w), file, count = size, cv2.VideoWriter(), 0
 
   def write(frame):
     nonlocal count
@@ -73,7 +57,9 @@ def writer(path, size, fps):
     file.release()
     if not count:
       return
-    if _count(temporary) != count:  # FFmpeg raises nothing.
+    # FFmpeg raises nothing, and headers count frames that a full disk lost.
+    written = cv2.VideoCapture(str(temporary), cv2.CAP_FFMPEG)
+    if sum(iter(written.grab, False)) != count:
       raise InputError(f'{path} could not be written whole; is the disk full?')
     temporary.replace(path)
   finally:

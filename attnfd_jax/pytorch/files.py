@@ -9,6 +9,8 @@ the way in and out.
 
 import collections
 import contextlib
+import functools
+import io
 import json
 import math
 import os
@@ -23,6 +25,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from attnfd_jax import paths
 from attnfd_jax.pytorch import pickles
 from attnfd_jax.pytorch.pickles import damaged, TorchFileError
 
@@ -41,13 +44,6 @@ def _errors(path, hint='truncated or damaged, copy or download it again'):
     if not isinstance(error, TorchFileError):
       text = f'{hint} ({type(error).__name__}: {text})'
     raise TorchFileError(f'{pathlib.Path(path).name}: {text}') from error
-
-
-def _to_native(storage, order):
-  """Turns a storage of a machine with the other byte order, in place."""
-  if order != sys.byteorder:
-    storage.view(f'u{storage.itemsize}').byteswap(inplace=True)
-  return storage
 
 
 def _read_zip(file, size):
@@ -83,23 +79,16 @@ def _read_zip(file, size):
     order = read('byteorder', 16).decode('ascii')
 
   def load(key, dtype, count):
-    data = bytearray(read(f'data/{key}', count * dtype.itemsize))
-    return _to_native(np.frombuffer(data, dtype), order)
+    data = read(f'data/{key}', count * dtype.itemsize)
+    return np.frombuffer(data, dtype.newbyteorder(order)).astype(dtype)
 
   program = read('data.pkl', pickles.MAX_PICKLE)
-  return pickles.unpickle(program, {}, load)[0]
+  return pickles.unpickle(program, {}, load)
 
 
 def _read_legacy(file, size):
-  position, storages = 0, {}
-
-  def run(load=None):
-    nonlocal position
-    file.seek(position)
-    data = file.read(pickles.MAX_PICKLE)
-    value, length = pickles.unpickle(data, storages, load)
-    position += length
-    return value
+  stream, storages = io.BytesIO(file.read(pickles.MAX_PICKLE)), {}
+  run = functools.partial(pickles.unpickle, stream, storages)
 
   def reserve(_, dtype, count):
     nonlocal size
@@ -115,20 +104,20 @@ def _read_legacy(file, size):
   if (protocol := run()) != 1001:
     protocol = pickles.as_text(protocol)
     raise TorchFileError(f'unknown protocol {protocol:.20}; save it again')
-  run()  # sys_info; torch writes little-endian storages on any machine.
+  run()  # Of the machine that wrote it.
   value = run(reserve)
   keys = [pickles.as_text(key) for key in run()]
   if sorted(keys) != sorted(storages):
     raise damaged('its list of storages is wrong')
-  file.seek(position)
+  file.seek(stream.tell())
   for key in keys:
     storage = storages[key]
     # Compared as bytes: a cut count must not read as a smaller one.
     if file.read(8) != storage.size.to_bytes(8, 'little'):
       raise damaged(f'storage {key[:40]!r} has another size')
-    if file.readinto(storage.view('u1')) != storage.nbytes:
-      raise damaged('truncated')
-    _to_native(storage, 'little')
+    # torch writes little-endian storages on any machine.
+    data, dtype = file.read(storage.nbytes), storage.dtype.newbyteorder('<')
+    storage[:] = np.frombuffer(data, dtype, storage.size)
   return value
 
 
@@ -149,12 +138,10 @@ def _read_safetensors(file, size):
 
 
 # What a file starts with, as a regular expression: who reads it, or why nobody.
-_READERS = {
+_STARTS = {
   rb'PK\x03\x04': _read_zip,
   rb'\x80': _read_legacy,
   rb'.{8}\{': _read_safetensors,
-}
-_FOREIGN = {
   rb'\Z': 'an empty file; copy or download it again',
   rb'version https://git-lfs': 'a git-lfs pointer; run git lfs pull',
   rb'\s*<': 'a web page, not a checkpoint; download the file itself',
@@ -168,15 +155,10 @@ _FOREIGN = {
 def read_torch(path):
   """The object in a checkpoint, without torch and without running it.
 
-  Args:
-    path: a zip container (PyTorch 1.6 and later) or a legacy one (0.1.10 and
-      later) of torch.save, or safetensors; the ending does not matter.
-
-  Returns:
-    dict (also for OrderedDict), list, tuple, str, numbers, None, NumPy scalars,
-    and an array for each tensor or parameter. Arrays of torch.save can be
-    written to; those that share a storage share memory. safetensors come as
-    {'state_dict': tensors, 'metadata': {str: str}}.
+  Reads both containers of torch.save (0.1.10 and later), and safetensors, as
+  {'state_dict': tensors, 'metadata': {str: str}}; the ending does not matter.
+  There are plain Python objects, NumPy scalars, dict in place of OrderedDict,
+  and arrays for tensors and parameters. Those of torch.save can be written to.
 
   Raises:
     TorchFileError: for anything else, in one line.
@@ -185,22 +167,17 @@ def read_torch(path):
   with open(path, 'rb') as file, _errors(path):
     head = file.read(512)
     file.seek(0)
-
-    def look(table):
-      found = (x for start, x in table.items() if re.match(start, head, re.S))
-      return next(found, None)
-
-    if read := look(_READERS):
+    rows = _STARTS.items()
+    read = next(x for start, x in rows if re.match(start, head, re.S))
+    if callable(read):
       return read(file, os.fstat(file.fileno()).st_size)
-    raise TorchFileError(look(_FOREIGN).format(head[:4]))
+    raise TorchFileError(read.format(head[:4]))
 
 
 def _is_state_dict(value):
-  return (
-    type(value) is dict
-    and len(value) > 0
-    and all(isinstance(name, str) for name in value)
-    and all(isinstance(array, np.ndarray) for array in value.values())
+  return (type(value) is dict and len(value) > 0) and all(
+    isinstance(name, str) and isinstance(array, np.ndarray)
+    for name, array in value.items()
   )
 
 
@@ -237,21 +214,6 @@ def _plain(array):
   return np.asarray(array, array.dtype.newbyteorder('='), order='C')
 
 
-@contextlib.contextmanager
-def _replacing(path):
-  """A file that becomes `path` at the end, or leaves no trace."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
-    with open(temporary, 'wb') as file:
-      yield file
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
 def write_safetensors(path, tensors, metadata=None):
   """Writes {name: array} and {str: str} atomically.
 
@@ -262,7 +224,7 @@ def write_safetensors(path, tensors, metadata=None):
   with _errors(path, 'cannot be written'):
     plain = {name: _plain(array) for name, array in tensors.items()}
     data = safetensors.numpy.save(plain, metadata)
-  with _replacing(path) as file:
+  with paths.replacing(path) as file:
     file.write(data)
 
 
@@ -280,7 +242,7 @@ def _emit(value, arrays, where):
   if value is None or type(value) in (bool, int, float, str):
     return _literal(value)
   if type(value) in (list, tuple):
-    items = [_emit(v, arrays, f'{where}[{i}]') for i, v in enumerate(value)]
+    items = [_emit(x, arrays, f'{where}[{i}]') for i, x in enumerate(value)]
     first, last = (b'](', b'e') if type(value) is list else (b'(', b't')
     return first + b''.join(items) + last
   if type(value) in (dict, collections.OrderedDict):
@@ -305,9 +267,10 @@ def _emit(value, arrays, where):
   strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
   storage = f'ctorch\n{names[value.dtype.name]}\n'.encode()
   parts = [
-    b'ctorch._utils\n_rebuild_tensor_v2\n((',
-    *(_literal('storage'), storage, _literal(str(index)), _literal('cpu')),
-    *(_literal(value.size), b'tQ', *map(_literal, (0, shape, strides, False))),
+    b'ctorch._utils\n_rebuild_tensor_v2\n((' + _literal('storage') + storage,
+    *map(_literal, (str(index), 'cpu', value.size)),
+    b'tQ',
+    *map(_literal, (0, shape, strides, False)),
     _EMPTY_ORDERED + b'tR',  # Its backward hooks.
   ]
   return b''.join(parts)
@@ -330,15 +293,14 @@ def write_torch(path, obj):
   with _errors(path, 'cannot be written'):
     data = b'\x80\x02' + _emit(obj, arrays, 'obj') + b'.'
   records = {'data.pkl': data, 'byteorder': sys.byteorder.encode()}
-  records |= {f'data/{index}': array for index, array in arrays.values()}
-  records |= {'version': b'3\n'}
-  with _replacing(path) as file, zipfile.ZipFile(file, 'w') as archive:
+  for index, array in arrays.values():
+    records[f'data/{index}'] = _plain(array).reshape(-1).view(np.uint8).data
+  records['version'] = b'3\n'
+  with paths.replacing(path) as file, zipfile.ZipFile(file, 'w') as archive:
     for name, record in records.items():
       # ZipInfo's fixed date makes equal contents equal files.
       info = zipfile.ZipInfo(f'archive/{name}')
       # torch maps files into memory: data start at multiples of 64.
       padding = -(file.tell() + 30 + len(info.filename) + 4) % 64
       info.extra = struct.pack('<HH', 0x4246, padding) + bytes(padding)
-      if isinstance(record, np.ndarray):
-        record = memoryview(_plain(record).reshape(-1).view(np.uint8))
       archive.writestr(info, record)

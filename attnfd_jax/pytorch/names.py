@@ -11,8 +11,9 @@ from typing import NamedTuple
 from flax import traverse_util
 import numpy as np
 
-# (regex of our module, its name there); first full match wins. A ConvNorm ends
-# in conv or bn here, and in two names that the last two columns give there.
+# (regex of our module, its name there); first full match wins. Both lie below
+# the same 'backbone', 'aspp' or 'decoder'. A ConvNorm ends in conv or bn here,
+# and in two names that the last two columns give there.
 _RESNET = (
   (r'stem', '', 'conv1', 'bn1'),
   (r'layer(\d)_(\d+)/conv(\d)', r'layer\1.\2.', r'conv\3', r'bn\3'),
@@ -28,15 +29,14 @@ _MOBILENET = (
   (r'block(\d+)/project', r'features.\1.conv.', '6', '7'),
 )
 _HEADS = (
-  (r'aspp/point', 'aspp.aspp1.', 'atrous_conv', 'bn'),
-  (r'aspp/atrous1', 'aspp.aspp2.', 'atrous_conv', 'bn'),
-  (r'aspp/atrous2', 'aspp.aspp3.', 'atrous_conv', 'bn'),
-  (r'aspp/atrous3', 'aspp.aspp4.', 'atrous_conv', 'bn'),
-  (r'aspp/pool', 'aspp.global_avg_pool.', '1', '2'),
-  (r'aspp/merge', 'aspp.', 'conv1', 'bn1'),
-  (r'decoder/low_level', 'decoder.', 'conv1', 'bn1'),
-  (r'decoder/conv1', 'decoder.last_conv.', '0', '1'),
-  (r'decoder/conv2', 'decoder.last_conv.', '4', '5'),
+  (r'point', 'aspp1.', 'atrous_conv', 'bn'),
+  (r'atrous1', 'aspp2.', 'atrous_conv', 'bn'),
+  (r'atrous2', 'aspp3.', 'atrous_conv', 'bn'),
+  (r'atrous3', 'aspp4.', 'atrous_conv', 'bn'),
+  (r'pool', 'global_avg_pool.', '1', '2'),
+  (r'merge|low_level', '', 'conv1', 'bn1'),
+  (r'conv1', 'last_conv.', '0', '1'),
+  (r'conv2', 'last_conv.', '4', '5'),
 )
 _CONNECTOR_NUMBER = {'backbone': 3, 'aspp': 4, 'decoder': 5}
 _LEAVES = {
@@ -57,33 +57,19 @@ _TO_OURS = {2: (1, 0), 4: (2, 3, 1, 0)}
 _TO_THEIRS = {2: (1, 0), 4: (3, 2, 0, 1)}
 
 
-def _conv_norm(rules, module, part, leaf):
-  """Name of a leaf of the 'conv' or 'bn' of a ConvNorm at `module`."""
-  for pattern, prefix, *parts in rules:
-    if match := re.fullmatch(pattern, module):
-      name = match.expand(prefix + parts[part == 'bn'])
-      return f'{name}.{_LEAVES[leaf]}'
-  raise KeyError(module)
-
-
 def network_name(path, backbone):
-  """Name of a leaf of DeepLabV3Plus.
-
-  Args:
-    path: without its collection, e.g. 'aspp/pool/bn/scale'.
-    backbone: key of BACKBONES.
-  """
-  module, leaf = path.rsplit('/', 1)
-  if module == 'classifier':
-    return f'decoder.last_conv.8.{_LEAVES[leaf]}'
+  """Name of a leaf of DeepLabV3Plus, given as 'aspp/pool/bn/scale'."""
   if gate := re.fullmatch(r'attention_(\w+?)/(.*)', path):
     return gate_name(*gate.groups())
-  module, part = module.rsplit('/', 1)
-  if not module.startswith('backbone/'):
-    return _conv_norm(_HEADS, module, part, leaf)
-  rules = _RESNET if backbone.startswith('resnet') else _MOBILENET
-  module = module.removeprefix('backbone/')
-  return f'backbone.{_conv_norm(rules, module, part, leaf)}'
+  if path.startswith('classifier/'):
+    return f'decoder.last_conv.8.{_LEAVES[path.removeprefix("classifier/")]}'
+  top, *module, part, leaf = path.split('/')
+  trunk = _RESNET if backbone.startswith('resnet') else _MOBILENET
+  for pattern, prefix, *parts in trunk + _HEADS:
+    if match := re.fullmatch(pattern, '/'.join(module)):
+      name = match.expand(prefix + parts[part == 'bn'])
+      return f'{top}.{name}.{_LEAVES[leaf]}'
+  raise KeyError(path)
 
 
 def gate_name(tap, path):
@@ -100,6 +86,17 @@ def connector_name(tap, path):
   return f'Connectors.{_CONNECTOR_NUMBER[tap]}.{index}.{_LEAVES[leaf]}'
 
 
+def distiller_name(path):
+  """Name of a leaf of AttnFD; the teacher's gates are params or batch_stats."""
+  module, rest = path.split('/', 1)
+  kind, _, tap = module.rpartition('_')
+  if kind == 'connectors':
+    return connector_name(tap, rest)
+  if kind == 'student_gates':
+    return f's_net.{gate_name(tap, rest)}'
+  return f't_net.{gate_name(*rest.split("/", 1))}'
+
+
 def aliases(name):
   """Other names of one tensor: MobileNetV2's trunk is registered twice."""
   match = re.fullmatch(r'(.*backbone)\.features\.(\d+)\.(.*)', name)
@@ -111,26 +108,19 @@ def aliases(name):
 
 
 class Report(NamedTuple):
-  """What an import found; names are those of the file.
-
-  Attributes:
-    loaded: tensors that were used.
-    missing: names that the network needs and the file lacks.
-    unexpected: names that the network has no place for.
-    reshaped: {name: (its shape, the shape that fits)}, not used.
-  """
+  """What an import found, by the names of the file."""
 
   loaded: list[str]
-  missing: list[str]
-  unexpected: list[str]
-  reshaped: dict[str, tuple]
+  missing: list[str]  # The network needs them.
+  unexpected: list[str]  # The network has no place for them.
+  reshaped: dict[str, tuple]  # Not used: (its shape, the shape that fits).
 
   @property
   def complete(self):
     return not (self.missing or self.unexpected or self.reshaped)
 
   def __str__(self):
-    counts = [f'{kind} {len(names)}' for kind, names in self._asdict().items()]
+    counts = (f'{kind} {len(names)}' for kind, names in self._asdict().items())
     parts = [', '.join(counts)]
     for kind in ('missing', 'unexpected'):
       if names := getattr(self, kind):
@@ -147,32 +137,26 @@ def flatten(tree):
 
 
 def fill(target, tensors, name_of):
-  """Arrays of `tensors` in the structure of `target`.
+  """{their name: array} in the structure of `target`, and a Report.
 
-  Args:
-    target: {collection: tree} of arrays or shapes.
-    tensors: {their name: array}.
-    name_of: path without collection -> their name.
-
-  Returns:
-    The filled tree, in which leaves without a tensor are None, and a Report.
+  A leaf without a tensor that fits is None. `name_of` gives their name of a
+  path without its collection.
   """
   filled, loaded, missing, reshaped = {}, [], [], {}
-  for key, leaf in flatten(target).items():
-    path = key.split('/', 1)[1]
-    name = name_of(path)
-    filled[key] = None
+  for path, leaf in flatten(target).items():
+    name = name_of(path.split('/', 1)[1])
+    filled[path] = None
     if name not in tensors:
       missing.append(name)
       continue
     value = np.asarray(tensors[name])
     if path.endswith('kernel'):
       value = value.transpose(_TO_OURS.get(value.ndim, range(value.ndim)))
-    if value.shape != leaf.shape:
-      reshaped[name] = (value.shape, leaf.shape)
-      continue
-    loaded.append(name)
-    filled[key] = np.ascontiguousarray(value, dtype=leaf.dtype)
+    if value.shape == leaf.shape:
+      loaded.append(name)
+      filled[path] = np.ascontiguousarray(value, dtype=leaf.dtype)
+    else:
+      reshaped[name] = value.shape, leaf.shape
   unexpected = sorted(tensors.keys() - {*loaded, *reshaped})
   report = Report(sorted(loaded), missing, unexpected, reshaped)
   return traverse_util.unflatten_dict(filled, sep='/'), report
@@ -181,9 +165,8 @@ def fill(target, tensors, name_of):
 def export(tree, name_of):
   """{their name: array} of a tree of collections, with batch counters."""
   tensors = {}
-  for key, leaf in flatten(tree).items():
-    path = key.split('/', 1)[1]
-    name = name_of(path)
+  for path, leaf in flatten(tree).items():
+    name = name_of(path.split('/', 1)[1])
     value = np.asarray(leaf)
     if path.endswith('kernel'):
       value = value.transpose(_TO_THEIRS[value.ndim])

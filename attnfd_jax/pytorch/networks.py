@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch checkpoints as our variables, and back; torch is not needed.
 
-Recognised: the authors' models, plain DeepLabV3+ of the same family, and
-trunks of torchvision (ResNet, MobileNetV2) and tonylins (MobileNetV2).
+Recognized: the authors' models and Distiller, plain DeepLabV3+ of the same
+family, trunks of torchvision (ResNet, MobileNetV2) and tonylins (MobileNetV2).
 """
 
 from collections.abc import Mapping
 import functools
 import re
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from attnfd_jax.distill.attnfd import AttnFD
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
-from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.deeplab import DeepLabV3Plus, TAPS
 from attnfd_jax.pytorch import files, names
 
@@ -46,29 +47,29 @@ def read_tensors(source):
   }
 
 
-def reference_names(tensors):
-  """Renames trunks of other projects; drops classifiers, counters, aliases.
+def reference_names(source):
+  """`read_tensors` with trunks of other projects renamed as in the authors'.
 
-  Raises:
-    InputError: if an alias differs from what it repeats.
+  Classifiers of trunks, counters of batches and aliases are left out.
   """
-  trunk_only = not any(name.startswith('backbone.') for name in tensors)
-  # tonylins numbers layers as the reference; torchvision nests them.
-  nested = any(re.match(r'features\.2\.conv\.0\.0\.', x) for x in tensors)
-  found = {}
-  for name, value in tensors.items():
-    if name.endswith('num_batches_tracked'):
-      continue
-    if trunk_only:
-      if re.match(r'(fc|classifier|features\.18)\.', name):
-        continue
-      name = f'backbone.{_unnest(name) if nested else name}'
-    found[name] = value
-  for name in list(found):
-    for alias in names.aliases(name):
-      if alias in found and not np.array_equal(found.pop(alias), found[name]):
+  tensors = {
+    name: x
+    for name, x in read_tensors(source).items()
+    if not name.endswith('num_batches_tracked')
+  }
+  if not any(name.startswith('backbone.') for name in tensors):
+    # tonylins numbers layers as the reference; torchvision nests them.
+    nested = any(re.match(r'features\.2\.conv\.0\.0\.', x) for x in tensors)
+    tensors = {
+      f'backbone.{_unnest(name) if nested else name}': x
+      for name, x in tensors.items()
+      if not re.match(r'(fc|classifier|features\.18)\.', name)
+    }
+  for name in list(tensors):
+    for alias in tensors.keys() & names.aliases(name):
+      if not np.array_equal(tensors.pop(alias), tensors[name]):
         raise InputError(f'{alias} differs from {name}, which it must repeat.')
-  return found
+  return tensors
 
 
 def _unnest(name):
@@ -82,35 +83,17 @@ def _unnest(name):
   return f'features.{block}.conv.{layer}.{leaf}'
 
 
-@functools.lru_cache  # Traces the whole network.
-def _abstract(network):
-  return networks.abstract_variables(network)
+# Tracing a whole network takes seconds.
+_abstract = functools.lru_cache(networks.abstract_variables)
 
 
-@functools.lru_cache
 def abstract_gates(network):
   """Shapes {'params', 'batch_stats'} of the CBAMs of a network, by tap."""
-  init = functools.partial(CBAM().init, train=False)
-  maps = networks.abstract_outputs(network, (64, 64))['features']
-  gates = {
-    tap: jax.eval_shape(init, jax.random.key(0), x) for tap, x in maps.items()
-  }
-  return {
-    part: {tap: gate[part] for tap, gate in gates.items()}
-    for part in ('params', 'batch_stats')
-  }
-
-
-def _with_gates(variables, gates):
-  """As a network has them that refines its maps in the forward path."""
-  return {
-    part: tree | {f'attention_{tap}': x for tap, x in gates[part].items()}
-    for part, tree in variables.items()
-  }
+  return _split_gates(_abstract(network.clone(in_path_attention=True)))[1]
 
 
 def _split_gates(variables):
-  """The arguments of `_with_gates`."""
+  """The variables without the CBAMs of the forward path, and these by tap."""
   rest, gates = {}, {}
   for part, tree in variables.items():
     gates[part] = {tap: tree[f'attention_{tap}'] for tap in TAPS}
@@ -118,38 +101,30 @@ def _split_gates(variables):
   return rest, gates
 
 
-def import_network(tensors, network):
-  """Variables of `network` from named arrays, with holes where none fits.
+def import_network(source, network):
+  """Variables of a DeepLabV3Plus, None where no tensor fits; gates; a Report.
 
-  Args:
-    tensors: {name: array}, names as in `reference_names`.
-    network: DeepLabV3Plus.
-
-  Returns:
-    The variables, None where a tensor is missing; the three CBAMs as
-    {'params', 'batch_stats'} or None; and a Report.
-
-  Raises:
-    InputError: for a network of the user's, whose names nobody knows.
+  The gates are {'params', 'batch_stats'} of the three CBAMs, if they are in the
+  file and not in the forward path, else None.
   """
+  tensors, target = reference_names(source), network
   if not networks.is_ours(network):
     raise InputError(
       f'{type(network).__name__}: PyTorch files are read for DeepLabV3Plus '
       'only; load the weights of your own network in its own code.'
     )
-  target = _abstract(network)
   # A parameter-free CBAM leaves its unused convolution in the file.
   has_gates = 'backbone.cbam.ChannelGate.mlp.1.weight' in tensors
-  apart = has_gates and not network.in_path_attention
-  if apart:
-    target = _with_gates(target, abstract_gates(network))
-  elif not has_gates:
+  if has_gates:
+    target = network.clone(in_path_attention=True)
+  else:
     tensors = {k: x for k, x in tensors.items() if '.cbam.' not in k}
   name_of = functools.partial(names.network_name, backbone=network.backbone)
-  variables, report = names.fill(target, tensors, name_of)
-  if apart:
-    return *_split_gates(variables), report
-  return variables, None, report
+  variables, report = names.fill(_abstract(target), tensors, name_of)
+  gates = None
+  if has_gates and not network.in_path_attention:
+    variables, gates = _split_gates(variables)
+  return variables, gates, report
 
 
 def backbone_only(report):
@@ -158,15 +133,7 @@ def backbone_only(report):
 
 
 def infer_options(tensors):
-  """Options of DeepLabV3Plus that a file shows, as far as it shows them.
-
-  Args:
-    tensors: {name: array}, names as in `reference_names`.
-
-  Returns:
-    A part of {'backbone', 'num_classes', 'width_multiplier', 'aspp_channels',
-    'decoder_channels', 'low_level_channels'}.
-  """
+  """Options of DeepLabV3Plus, as far as tensors of `reference_names` show."""
   found = {}
   for option, name, unit in _SHOWN:
     shape = tensors[name].shape if name in tensors else ()
@@ -198,8 +165,7 @@ def load_torch(source, *, backbone, num_classes, **options):
     InputError: if any tensor is missing, unexpected or of another shape.
   """
   network = DeepLabV3Plus(backbone, num_classes, **options)
-  tensors = reference_names(read_tensors(source))
-  variables, attention, report = import_network(tensors, network)
+  variables, attention, report = import_network(source, network)
   if not report.complete:
     raise InputError(f'Not a {backbone} with {num_classes} classes: {report}.')
   return variables, attention
@@ -208,33 +174,22 @@ def load_torch(source, *, backbone, num_classes, **options):
 def load_pretrained(path, network):
   """Variables of a network from the backbone, or all, of a PyTorch file.
 
-  Args:
-    path: of the file; a head for other classes is left out.
-    network: DeepLabV3Plus.
-
-  Returns:
-    The variables with None where the file has nothing that fits, and a line
-    that says so.
-
-  Raises:
-    InputError: if it cannot be read, or does not fill the whole backbone.
+  They are None where nothing fits, as in a head for other classes; a line says
+  so. InputError, unless the whole backbone is there.
   """
   try:
-    tensors = reference_names(files.read_state_dict(path))
+    variables, _, report = import_network(path, network)
   except OSError as error:
     raise InputError(
       f'{path}: cannot be read ({error.strerror}); is pretrained of '
       'config.teacher or config.student right?'
     ) from error
-  variables, _, report = import_network(tensors, network)
   holes = [*report.missing, *report.reshaped]
   if any(re.match(r'backbone\.(?!cbam\.)', name) for name in holes):
     raise InputError(
       f'{path}: does not fill the backbone {network.backbone}: {report}.'
     )
-  what = 'whole network'
-  if not report.complete:
-    what = 'backbone and what else fits'
+  what = 'whole network' if report.complete else 'backbone and what else fits'
   if backbone_only(report):
     what = 'backbone'
   return variables, f'starts from the {what} of {path}: {report}'
@@ -243,17 +198,74 @@ def load_pretrained(path, network):
 def export_torch(variables, attention=None, *, backbone):
   """{name: array} that the authors' DeepLab loads strictly.
 
-  Args:
-    variables: of a DeepLabV3Plus.
-    attention: its three CBAMs as of `load_torch`; without them the result fits
-      a plain DeepLabV3+ of the same family.
-    backbone: key of BACKBONES.
+  Without its three CBAMs, `attention` as of `load_torch`, it is that of a plain
+  DeepLabV3+ of the same family.
   """
-  if attention is not None:
-    variables = _with_gates(variables, attention)
+  for part, gates in (attention or {}).items():
+    gates = {f'attention_{tap}': x for tap, x in gates.items()}
+    variables = variables | {part: variables[part] | gates}
   name_of = functools.partial(names.network_name, backbone=backbone)
   tensors = names.export(variables, name_of)
-  for name in list(tensors):
-    # The same array under two names is one storage in the file.
-    tensors |= dict.fromkeys(names.aliases(name), tensors[name])
-  return tensors
+  # The same array under two names is one storage in the file.
+  return tensors | {
+    alias: x for name, x in tensors.items() for alias in names.aliases(name)
+  }
+
+
+class DistillationPair(NamedTuple):
+  """Student, teacher and distiller with their variables."""
+
+  student: DeepLabV3Plus
+  teacher: DeepLabV3Plus
+  distiller: AttnFD
+  student_variables: dict
+  teacher_variables: dict
+  distiller_variables: dict
+
+
+def load_torch_distiller(
+  state_dict, *, student_backbone, teacher_backbone, num_classes
+):
+  """The authors' Distiller (t_net.*, s_net.*, Connectors.*), recipe reference.
+
+  Args:
+    state_dict: names to arrays or torch tensors, or the path of a file.
+    student_backbone, teacher_backbone: keys of BACKBONES.
+    num_classes: of both networks.
+
+  Raises:
+    InputError: if a network or a connector is incomplete.
+  """
+  tensors = read_tensors(state_dict)
+  student = DeepLabV3Plus(
+    student_backbone, num_classes, aspp_dropout=0.0, update_norms_twice=True
+  )
+  teacher = DeepLabV3Plus(teacher_backbone, num_classes, aspp_dropout=0.0)
+  loaded, maps = [], []
+  for network, prefix in ((student, 's_net.'), (teacher, 't_net.')):
+    own = {
+      name.removeprefix(prefix): value
+      for name, value in tensors.items()
+      if name.startswith(prefix)
+    }
+    variables, gates, report = import_network(own, network)
+    if not report.complete or gates is None:
+      raise InputError(f'{prefix}* is not a {network.backbone}: {report}.')
+    loaded.append(variables)
+    maps.append(networks.abstract_outputs(network, (64, 64))['features'])
+  resnets = student_backbone[:6] == teacher_backbone[:6] == 'resnet'
+  distiller = AttnFD(
+    *({tap: x.shape[-1] for tap, x in taps.items()} for taps in maps),
+    teacher_attention='checkpoint',
+    student_attention='mlp_frozen',
+    reduction='batchmean',
+    teacher_bn='batch',
+    fan_out_taps=('backbone',) if resnets else (),
+  )
+  init = functools.partial(distiller.init, train=False)
+  target = jax.eval_shape(init, jax.random.key(0), *maps)
+  variables, report = names.fill(target, tensors, names.distiller_name)
+  if report.missing or report.reshaped:
+    report = report._replace(unexpected=[])  # Those of the networks.
+    raise InputError(f'Connectors do not fit: {report}.')
+  return DistillationPair(student, teacher, distiller, *loaded, variables)

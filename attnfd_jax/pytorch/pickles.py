@@ -123,11 +123,10 @@ GLOBALS = {
   **{f'torch {name}': dtype for name, dtype in STORAGES.items()},
 }
 _CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
-_EMPTY = {'EMPTY_TUPLE': tuple, 'EMPTY_LIST': list, 'EMPTY_DICT': dict}
 _LITERALS = set(
-  'INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING'
-  ' SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES'
-  ' SHORT_BINBYTES BINBYTES8'.split()
+  'NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT'
+  ' BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE BINUNICODE8'
+  ' SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINBYTES8'.split()
 )
 
 
@@ -152,84 +151,75 @@ def _find(reference, storages, load):
 
 
 def unpickle(data, storages, load=None):
-  """Runs one pickle; returns its value and its length in bytes.
+  """The value of one pickle in bytes, or at the position of a stream of them.
 
-  Args:
-    data: bytes; what follows the pickle is left alone.
-    storages: {key: array} of what was loaded; more are added.
-    load: (key, dtype, count) -> array [count], or None where a pickle has no
-      business with storages.
+  `storages` is {key: array} of what was loaded; more are added by `load`, (key,
+  dtype, count) -> array [count]. Without it the pickle may not name storages.
   """
   stack, marks, memo = [], [], {}
   copied = 0
-
-  def pop_mark():
-    start = marks.pop()
+  for opcode, arg, _ in pickletools.genops(data):
+    name, taken = opcode.name, opcode.stack_before
+    start = len(stack) - len(taken)
+    if pickletools.markobject in taken:
+      start = marks.pop() - taken.index(pickletools.markobject)
+    if start < 0:
+      raise damaged('truncated')
     items = stack[start:]
     del stack[start:]
-    return items
-
-  for opcode, arg, position in pickletools.genops(data):
-    match name := opcode.name:
+    match name:
       case 'PROTO' | 'FRAME':
-        pass
-      case _ if name in _LITERALS:
-        stack.append(arg)
-      case _ if name in _CONSTANTS:
-        stack.append(_CONSTANTS[name])
-      case _ if name in _EMPTY:
-        stack.append(_EMPTY[name]())
-      case 'PUT' | 'BINPUT' | 'LONG_BINPUT' | 'MEMOIZE':
-        memo[len(memo) if name == 'MEMOIZE' else arg] = stack[-1]
-      case 'GET' | 'BINGET' | 'LONG_BINGET':
-        stack.append(memo[arg])
+        continue
       case 'MARK':
         marks.append(len(stack))
-      case 'TUPLE' | 'LIST':
-        stack.append((tuple if name == 'TUPLE' else list)(pop_mark()))
-      case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
-        count = int(name[-1])
-        stack[-count:] = [tuple(stack[-count:])]
+        continue
+      case 'PUT' | 'BINPUT' | 'LONG_BINPUT' | 'MEMOIZE':
+        value = items[0] if items else stack.pop()
+        memo[len(memo) if name == 'MEMOIZE' else arg] = value
+      case 'GET' | 'BINGET' | 'LONG_BINGET':
+        value = memo[arg]
+      case _ if name in _LITERALS:
+        value = _CONSTANTS.get(name, arg)
+      case 'EMPTY_TUPLE' | 'TUPLE' | 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
+        value = tuple(items)
+      case 'EMPTY_LIST' | 'LIST':
+        value = items
       case 'APPEND' | 'APPENDS':
-        items = pop_mark() if name == 'APPENDS' else [stack.pop()]
-        if type(stack[-1]) is not list:
-          raise _refused(f'items appended to {type(stack[-1]).__name__}')
-        stack[-1].extend(items)
-      case 'SETITEM':
-        items = [(stack.pop(-2), stack.pop())]
-        _set_items(stack[-1], items)
-      case 'DICT' | 'SETITEMS':
-        items = pop_mark()
-        if name == 'DICT':
-          stack.append({})
-        _set_items(stack[-1], zip(items[::2], items[1::2], strict=True))
+        value = items.pop(0)
+        if type(value) is not list:
+          raise _refused(f'items appended to {type(value).__name__}')
+        value.extend(items)
+      case 'EMPTY_DICT' | 'DICT' | 'SETITEM' | 'SETITEMS':
+        value = {} if 'DICT' in name else items.pop(0)
+        _set_items(value, zip(items[::2], items[1::2], strict=True))
       case 'GLOBAL' | 'STACK_GLOBAL':
-        if name == 'STACK_GLOBAL':
-          arg = f'{as_text(stack.pop(-2))} {as_text(stack.pop())}'
-        if arg not in GLOBALS:
-          raise _refused(arg.replace(' ', '.', 1))
-        stack.append(GLOBALS[arg])
+        # An argument, or two texts on the stack.
+        known = arg or ' '.join(map(as_text, items))
+        if known not in GLOBALS:
+          raise _refused(known.replace(' ', '.', 1))
+        value = GLOBALS[known]
       case 'REDUCE':
-        function, args = stack.pop(-2), stack.pop()
+        function, args = items
         # Nothing but what GLOBALS holds is callable on this stack.
         if not callable(function):
           raise _refused(f'a call of {type(function).__name__}')
-        stack.append(function(*args))
+        value = function(*args)
         # A few bytes can ask for one more copy of a list, table or text.
-        if type(stack[-1]) in (tuple, dict, bytes):
-          copied += len(stack[-1])
+        if type(value) in (tuple, dict, bytes):
+          copied += len(value)
         if copied > MAX_PICKLE:
           raise damaged('calls that fill the memory')
       case 'BUILD':
         # Versions of modules for an OrderedDict, byte order for a dtype.
-        state, target = stack.pop(), stack[-1]
-        known = isinstance(target, np.dtype) and state[1] in ('<', '|', '=')
-        if not known and type(target) is not dict:
-          raise _refused(f'state for {type(target).__name__}')
+        value, state = items
+        known = isinstance(value, np.dtype) and state[1] in ('<', '|', '=')
+        if not known and type(value) is not dict:
+          raise _refused(f'state for {type(value).__name__}')
       case 'BINPERSID' if load:
-        stack.append(_find(stack.pop(), storages, load))
+        value = _find(items[0], storages, load)
       case 'STOP':
-        return stack.pop(), position + 1
+        return items[0]
       case _:
         raise _refused(f'pickle opcode {name}')
+    stack.append(value)
   raise damaged('truncated')

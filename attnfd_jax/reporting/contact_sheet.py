@@ -24,14 +24,11 @@ def draw_sheet(dataset, problems):
   """Rows of image, label and overlay under a legend, a PIL image.
 
   Three records of each split, then the first two of each kind of problem that
-  can still be decoded, with wrong values in pink.
-
-  Args:
-    dataset: Dataset.
-    problems: split -> {index: DataError}, as in Split.
+  can still be decoded, with wrong values in pink. `problems` has for each split
+  {index: DataError}.
   """
-  palette = np.zeros((256, 3), np.uint8)  # What is ignored is black.
-  palette[: len(dataset.palette)] = dataset.palette
+  # What is ignored is black.
+  palette = np.pad(dataset.palette, ((0, 256 - dataset.num_classes), (0, 0)))
   rows = list(_sound_rows(dataset.splits, problems, palette))
   rows += _broken_rows(dataset.splits, problems, palette)
   columns = 4
@@ -58,10 +55,10 @@ def _sound_rows(splits, problems, palette):
   """(caption, cells) of records spread over each split."""
   for split, source in splits.items():
     good = [i for i in range(len(source)) if i not in problems[split]]
-    for i in np.linspace(0, len(good) - 1, min(_ROWS, len(good))):
-      record = source[good[int(i)]]
-      caption = f'{split}: {source.name(good[int(i)])}'
-      yield caption, _cells(record['image'], palette[record['label']])
+    for i in np.linspace(0, len(good) - 1, min(_ROWS, len(good)), dtype=int):
+      record, name = source[good[i]], source.name(good[i])
+      cells = _cells(record['image'], palette[record['label']])
+      yield f'{split}: {name}', cells
 
 
 def _broken_rows(splits, problems, palette):

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drawings of the report: charts as SVG, pictures as data URIs.
 
-Arrays in, text out: every function returns something that can stand in an HTML
-page without a second file. Nothing here knows a run folder.
+Arrays in, text out, which can stand in an HTML page without a second file.
 """
 
 import base64
+import collections
 import io
 import pathlib
 import re
-from typing import NamedTuple
 
 import matplotlib
 from matplotlib import style, ticker
@@ -17,17 +16,9 @@ from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image
 
-
-class Role(NamedTuple):
-  """How a network is called and drawn, the same on the whole page."""
-
-  title: str
-  color: str
-  marker: str
-
-
-# Okabe and Ito, 2008: told apart with every common color blindness; markers
-# say the same without color.
+# How a network is called and drawn, the same on the whole page. Colors by Okabe
+# and Ito, 2008: told apart with every common color blindness.
+Role = collections.namedtuple('Role', 'title color marker')
 ROLES = {
   'teacher': Role('Teacher', '#0072B2', 's'),
   'student': Role('Student', '#E69F00', 'o'),
@@ -61,9 +52,8 @@ def _line(role, **options):
 
 @style.context(pathlib.Path(__file__).with_name('charts.mplstyle'))
 def _line_chart(lines, *, ylabel):
-  """SVG text; `lines` has name -> (steps, values, options of `Axes.plot`)."""
-  figure = Figure(figsize=(5.2, 3.4))
-  axes = figure.subplots()
+  """Inline SVG; `lines` has name -> (steps, values, options of Axes.plot)."""
+  axes = Figure(figsize=(5.2, 3.4)).subplots()
   for name, (steps, values, options) in lines.items():
     axes.plot(_thin(steps), _thin(values), label=name, **options)
   values = np.concatenate([values for _, values, _ in lines.values()])
@@ -80,26 +70,20 @@ def _line_chart(lines, *, ylabel):
   axes.xaxis.set_major_formatter('{x:,.0f}')
   axes.set(xlabel='step', ylabel=ylabel)
   axes.legend(loc='lower left', bbox_to_anchor=(-0.02, 1), ncols=3)
-  return _svg(figure)
+  stream = io.StringIO()
+  nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
+  axes.figure.savefig(stream, format='svg', transparent=True, metadata=nothing)
+  _, start, text = stream.getvalue().partition('<svg')
+  # Several drawings share the page: names such as axes_1 would repeat.
+  text = re.sub(r'<g id="[^"]*"', '<g', start + text)
+  # The placeholders of charts.mplstyle.
+  text = text.replace('#010203', 'var(--ink)').replace('#040506', 'var(--line)')
+  return re.sub(r'\n\s*', '\n', text)
 
 
 def _thin(values, most=150):
   """Means over neighbors, so that a long run stays a small drawing."""
   return [x.mean() for x in np.array_split(values, min(len(values), most))]
-
-
-def _svg(figure):
-  """The figure as inline SVG without outside references."""
-  stream = io.StringIO()
-  nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
-  figure.savefig(stream, format='svg', transparent=True, metadata=nothing)
-  text = stream.getvalue()
-  text = text[text.index('<svg') :]
-  # Several drawings share the page: names such as axes_1 would repeat.
-  text = re.sub(r'<g id="[^"]*"', '<g', text)
-  # The placeholders of charts.mplstyle.
-  text = text.replace('#010203', 'var(--ink)').replace('#040506', 'var(--line)')
-  return re.sub(r'\n\s*', '\n', text)
 
 
 def photo(image):
@@ -108,13 +92,11 @@ def photo(image):
 
 
 def class_map(classes, palette):
-  """uint8 [h, w] as flat colors of the palette, uint8 [k, 3]; a data URI.
-
-  Ignored pixels, of value 255, are transparent.
+  """uint8 [h, w] in colors of the palette, uint8 [k, 3], a data URI; 255 is
+  transparent.
   """
   picture = _shrunk(classes, Image.Resampling.NEAREST)
-  table = np.zeros((256, 3), np.uint8)
-  table[: len(palette)] = palette
+  table = np.pad(palette, ((0, 256 - len(palette)), (0, 0)))
   picture.putpalette(table.tobytes())
   return _uri(picture, 'PNG', optimize=True, transparency=255)
 
@@ -123,8 +105,8 @@ def heat_map(image, heat):
   """Heat, float [th, tw] from 0 to 1, over the gray image; a data URI."""
   gray = _shrunk(image).convert('L')
   level = Image.fromarray(np.nan_to_num(heat.astype(np.float32)))
-  level = np.asarray(level.resize(gray.size, Image.Resampling.BILINEAR))
-  color = matplotlib.colormaps['inferno'](level)[..., :3]
+  level = level.resize(gray.size, Image.Resampling.BILINEAR)
+  color = matplotlib.colormaps['inferno'](np.asarray(level))[..., :3]
   mixed = 0.3 * np.asarray(gray)[..., None] / 255 + 0.7 * color
   return _uri(Image.fromarray(np.uint8(255 * mixed)), 'JPEG', quality=90)
 

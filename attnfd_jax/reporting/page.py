@@ -8,9 +8,10 @@ import statistics
 from flax.traverse_util import flatten_dict
 import jinja2
 
+from attnfd_jax import paths
 from attnfd_jax.reporting import figures, scores
-from attnfd_jax.reporting.run_folder import read_run
-from attnfd_jax.runs import logs, paths
+from attnfd_jax.reporting.run_folder import Run
+from attnfd_jax.runs import logs
 
 _SCENES = 4  # Pictures are most of the bytes: fewer of each run of several.
 _FILTERS = (
@@ -26,8 +27,8 @@ def write_report(workdirs, output):
     workdirs: run folders; one without a results.json is an InputError.
     output: path of the page; its folder is made if needed.
   """
-  runs = [read_run(workdir) for workdir in workdirs]
-  differences = _differences(runs)
+  runs = [Run(workdir) for workdir in workdirs]
+  _set_differences(runs)
   tested = any(r.get('test') for run in runs for r in run.results.values())
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
@@ -39,8 +40,7 @@ def write_report(workdirs, output):
   environment.filters |= {f.__name__: f for f in _FILTERS}
   text = environment.get_template('page.html').render(
     runs=runs,
-    differences=differences,
-    groups=_groups(runs, differences),
+    groups=_groups(runs),
     mean_results=_mean_results(runs),
     splits=['val', 'test'] if tested else ['val'],
     num_scenes=max(1, _SCENES // len(runs)),
@@ -54,26 +54,27 @@ def write_report(workdirs, output):
     file.write(text.encode())
 
 
-def _differences(runs):
-  """For each run the settings in which not all runs agree, as text."""
+def _set_differences(runs):
+  """Gives each run the settings in which not all runs agree, as text."""
   # A seed or a folder does not make another experiment.
   same = {'seed': None, 'workdir': None}
   settings = [flatten_dict(run.config | same, sep='.') for run in runs]
   keys = sorted(set().union(*settings))
   keys = [k for k in keys if len({str(s.get(k)) for s in settings}) > 1]
-  return [', '.join(f'{k}={s.get(k)}' for k in keys) for s in settings]
+  for run, values in zip(runs, settings, strict=True):
+    run.difference = ', '.join(f'{k}={values.get(k)}' for k in keys)
 
 
-def _groups(runs, differences):
-  """Difference -> runs, of those that differ in nothing but their seed."""
+def _groups(runs):
+  """Lists of the runs that differ in nothing but their seed."""
   groups = {}
-  for run, difference in zip(runs, differences, strict=True):
-    groups.setdefault(difference, []).append(run)
-  return {
-    difference: group
-    for difference, group in groups.items()
+  for run in runs:
+    groups.setdefault(run.difference, []).append(run)
+  return [
+    group
+    for group in groups.values()
     if len({run.config.get('seed') for run in group}) == len(group) > 1
-  }
+  ]
 
 
 def _mean_results(runs):

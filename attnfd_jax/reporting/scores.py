@@ -11,10 +11,9 @@ def miou(results, stage, split='val'):
 
 
 def gain(results, split='val', *, stage='distill'):
-  """Points of mIoU that a stage has over the student.
+  """Points of mIoU over the student, a difference of the numbers as printed.
 
-  It is the difference of the numbers as printed: a reader may check it. None
-  where one is absent, or where the two were evaluated differently.
+  None where one is absent, or where the two were evaluated differently.
   """
   after, before = (miou(results, s, split) for s in (stage, 'student'))
   if after is None or before is None:

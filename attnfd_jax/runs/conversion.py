@@ -4,7 +4,6 @@
 import json
 import os
 import pathlib
-import shutil
 import tempfile
 
 from flax import traverse_util
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnfd_jax import paths
 from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import deeplab
@@ -19,7 +19,7 @@ from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import files
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_networks
-from attnfd_jax.runs import checkpoints, loading, logs, paths
+from attnfd_jax.runs import checkpoints, loading, logs
 
 ENDINGS = ('.pth', '.pth.tar', '.safetensors')
 # Data sets that a number of classes, or their names, show.
@@ -31,11 +31,7 @@ _DATASETS = {
 
 
 def convert(source, target, *, config, allow_code=False, **options):
-  """`import_stage` of a file, with options, or `export_stage` of a folder.
-
-  Raises:
-    InputError: whenever the user can fix it; nothing is written then.
-  """
+  """`import_stage` of a file, with options, or `export_stage` of a folder."""
   for name, path in (('source', source), ('target', target)):
     if not path:
       raise InputError(f'--{name} is missing; name a file or a folder.')
@@ -76,8 +72,8 @@ def _fill(variables, holes, network):
     # Only what is returned is compiled.
     return {path: fresh[path] for path in holes}
 
-  fresh = jax.device_get(init(jax.random.key(0)))
-  filled = torch_names.flatten(variables) | fresh
+  filled = torch_names.flatten(variables)
+  filled |= jax.device_get(init(jax.random.key(0)))
   return traverse_util.unflatten_dict(filled, sep='/')
 
 
@@ -144,19 +140,19 @@ def import_stage(
     InputError: whenever the user can fix it; nothing is written then.
   """
   source, target = pathlib.Path(source), _new(target)
-  tensors = torch_networks.reference_names(files.read_state_dict(source))
+  tensors = torch_networks.reference_names(source)
   metadata = _metadata(source)
   options = torch_networks.infer_options(tensors)
-  given = {'backbone': backbone, 'num_classes': num_classes}
-  options |= {key: value for key, value in given.items() if value is not None}
-  for key in given:
+  for key, value in (('backbone', backbone), ('num_classes', num_classes)):
+    if value is not None:
+      options[key] = value
     if key not in options:
       raise InputError(f'{source.name}: does not show its {key}; give --{key}.')
   num_classes = options.pop('num_classes')
   if in_path_attention is None:
     in_path_attention = metadata.get('in_path_attention') is True
+  options['in_path_attention'] = in_path_attention
   student = config['student'] | options
-  student['in_path_attention'] = in_path_attention
   network = networks.make_network(student, num_classes)
   variables, attention, report = torch_networks.import_network(tensors, network)
   name = networks.describe(student)
@@ -196,36 +192,28 @@ def import_stage(
 
 def _write_folder(target, info, variables, attention):
   target.parent.mkdir(parents=True, exist_ok=True)
-  temporary = pathlib.Path(
-    tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent)
-  )
-  try:
-    temporary.chmod(0o755)
-    logs.write_json(temporary / 'config.json', info)
-    logs.write_json(temporary / 'environment.json', logs.environment())
+  with tempfile.TemporaryDirectory(
+    prefix=f'.{target.name}.', dir=target.parent
+  ) as temporary:
+    stage = pathlib.Path(temporary) / 'stage'
+    stage.mkdir()
+    logs.write_json(stage / 'config.json', info)
+    logs.write_json(stage / 'environment.json', logs.environment())
     if attention is not None:
-      loading.write_attention(temporary, attention)
-    # What checkpoints.restore_student reads of a state in training.
-    collections = dict(variables)
-    params = collections.pop('params')
+      loading.write_attention(stage, attention)
+    # What loading.load_network reads of a state in training.
+    collections = jax.tree.map(jnp.asarray, variables)
     state = {
-      'params': {'student': params},
+      'params': {'student': collections.pop('params')},
       'collections': {'student': collections},
     }
-    state = jax.tree.map(jnp.asarray, state)
-    with checkpoints.make_manager(temporary / 'checkpoints') as manager:
+    with checkpoints.managed(stage / 'checkpoints') as manager:
       checkpoints.save(manager, 0, state, {'source': info['source']}, miou=0.0)
-      manager.wait_until_finished()
-    temporary.rename(target)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+    stage.rename(target)
 
 
 def check_format(network, kind):
-  """Raises InputError for 'onnx' and 'pth', unless it is DeepLabV3Plus.
-
-  These two name its layers one by one.
-  """
+  """InputError for 'onnx' and 'pth', which name the layers of DeepLabV3Plus."""
   name = {'onnx': 'ONNX', 'pth': '.pth'}.get(kind)
   if name and not networks.is_ours(network):
     raise InputError(
@@ -245,20 +233,11 @@ def describe_data(info):
 
 
 def write_weights(path, directory, network, variables, info):
-  """Writes a stage's variables as .pth, .pth.tar or .safetensors.
+  """Writes what `load_network` returned for the stage in `directory`.
 
   DeepLabV3Plus gets the authors' names, another network '<collection>/<path>'.
-
-  Args:
-    path: its ending decides the format.
-    directory: folder of the stage.
-    network, variables, info: as of loading.load_network.
-
-  Returns:
-    number of tensors, and lines to print.
-
-  Raises:
-    InputError: if the network cannot be written so.
+  The ending of `path` decides the format. Returns number of tensors and lines
+  to print; InputError if the network cannot be written so.
   """
   is_safetensors, remarks = path.suffix == '.safetensors', []
   check_format(network, 'safetensors' if is_safetensors else 'pth')

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from attnfd_jax import user_code
+from attnfd_jax import paths, user_code
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
-from attnfd_jax.runs import checkpoints, code, paths
+from attnfd_jax.pytorch import files, names
+from attnfd_jax.runs import checkpoints
 
 # Gates at the taps of a network, outside its forward path: those of an imported
 # file, or the ones a student was distilled with; '<collection>/<tap>/<leaf>'.
@@ -25,16 +26,8 @@ def role_of(info):
   return 'teacher' if info['stage'] == 'teacher' else 'student'
 
 
-def _damaged(path):
-  return InputError(f'{path}: damaged, or of no stage; put a copy back.')
-
-
-def read_info(directory):
-  """The config.json of a stage.
-
-  Raises:
-    InputError: if the folder is no stage.
-  """
+def _read_info(directory):
+  """The config.json of a stage; InputError if the folder is none."""
   path = directory / 'config.json'
   if not path.is_file():
     raise InputError(
@@ -43,15 +36,17 @@ def read_info(directory):
     )
   try:
     info = dict(json.loads(path.read_text()))
+    if 'stage' in info and not {role_of(info), *_DESCRIBED} <= info.keys():
+      raise ValueError('Some groups of the config are absent.')
   except (TypeError, ValueError) as error:
-    raise _damaged(path) from error
+    raise InputError(
+      f'{path}: damaged, or of no stage; put a copy back.'
+    ) from error
   if 'stage' not in info:
     raise InputError(
       f'{directory}: is a run; name one of its stages, e.g. '
       f'{directory / "distill"}.'
     )
-  if not {role_of(info), *_DESCRIBED} <= info.keys():
-    raise _damaged(path)
   return info
 
 
@@ -76,40 +71,39 @@ def load_network(
       that is not allowed.
   """
   directory = paths.as_path(directory)
-  info = read_info(directory)
+  info = _read_info(directory)
   if network is None:
-    options = info[role_of(info)]
+    options = dict(info[role_of(info)])
     if user_code.is_code(options['network']):
-      spec = code.stored_spec(
-        directory,
-        options['network'],
-        info.get('code', {}),
-        allow_code=allow_code,
+      options['network'] = user_code.stored_spec(
+        directory, info, options['network'], allow_code=allow_code
       )
-      options = options | {'network': spec}
     network = networks.make_network(
       options, len(info['class_names']), dtype=info['optim']['dtype']
     )
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  variables, info['checkpoint_step'] = checkpoints.restore_student(
-    directory / 'checkpoints',
-    jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-      networks.abstract_variables(network),
-    ),
-    averaged=info['optim']['ema_decay'] > 0,
-    step=step,
+  sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    dict(networks.abstract_variables(network)),
   )
+  # As a TrainState has them; an average of the weights is what was evaluated.
+  weights = 'ema' if info['optim']['ema_decay'] > 0 else 'params'
+  wanted = {
+    weights: {'student': shapes.pop('params')},
+    'collections': {'student': shapes},
+  }
+  found, info['checkpoint_step'] = checkpoints.restore(
+    directory / 'checkpoints', wanted, step=step
+  )
+  variables = {'params': found[weights]['student']}
+  variables |= found['collections']['student']
   info['palette'] = np.array(info['palette'], np.uint8)
   return network, variables, info
 
 
 def load_attention(directory, network):
-  """The CBAMs at the taps of a stored network, outside its forward path.
-
-  Returns:
-    {'params', 'batch_stats'} with the taps as keys, NumPy arrays, or None.
+  """The CBAMs at the taps of a stored network, outside its forward path:
+  {'params', 'batch_stats'} with the taps as keys, or None.
   """
   path = directory / ATTENTION_FILE
   if getattr(network, 'in_path_attention', False) or not path.is_file():
@@ -120,7 +114,5 @@ def load_attention(directory, network):
 
 def write_attention(directory, gates):
   """Stores what `load_attention` reads."""
-  flat = traverse_util.flatten_dict(jax.device_get(gates), sep='/')
-  flat = {key: np.ascontiguousarray(value) for key, value in flat.items()}
-  with paths.replacing(directory / ATTENTION_FILE) as file:
-    file.write(safetensors.numpy.save(flat))
+  tensors = names.flatten(jax.device_get(gates))
+  files.write_safetensors(directory / ATTENTION_FILE, tensors)

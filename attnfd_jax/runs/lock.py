@@ -8,8 +8,8 @@ import json
 import os
 import socket
 
+from attnfd_jax import paths
 from attnfd_jax.errors import InputError
-from attnfd_jax.runs import paths
 
 # Some network disks have no locks.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -20,14 +20,8 @@ def locked(workdir):
   """Holds `workdir` for this process; the kernel lets go when it ends.
 
   The file stays: removing it would let two processes hold two files of one
-  name.
-
-  Args:
-    workdir: epath.Path of a folder that exists. Addresses such as gs:// have no
-      locks: there, see to it that one process writes.
-
-  Raises:
-    InputError: if another process holds it.
+  name. Addresses such as gs:// have no locks: there, see to it that one process
+  writes. InputError if another process holds it.
   """
   if paths.is_remote(workdir):
     yield
@@ -57,7 +51,6 @@ def locked(workdir):
 def _owner(file):
   file.seek(0)
   try:
-    owner = json.load(file)
-    return f'process {owner["pid"]} on {owner["host"]}'
+    return 'process {pid} on {host}'.format(**json.load(file))
   except (ValueError, KeyError):
     return 'another process'  # It has not written who it is yet.

@@ -12,87 +12,71 @@ import importlib
 import os
 import uuid
 
+from flax import traverse_util
+
+from attnfd_jax import paths
 from attnfd_jax.devices import processes
 from attnfd_jax.errors import InputError
-from attnfd_jax.runs import paths
 
 _PACKAGES = {'tensorboard': 'tensorboardX', 'wandb': 'wandb'}
 
 
 def check(names):
-  """What would only fail when a stage begins fails before any work.
+  """Raises InputError for a package or an account that is missing.
 
-  Args:
-    names: of config.loggers.
-
-  Raises:
-    InputError: for a package or an account that is missing.
+  What would only fail when a stage begins fails before any work.
   """
   for name in names:
     package = _PACKAGES[name]
     try:
       module = importlib.import_module(package)
+      if name == 'wandb' and processes.is_first():
+        module.login()  # Asks on a terminal; without one it raises.
     except ImportError as error:
       raise InputError(
         f'config.loggers={tuple(names)} needs {package} ({error}): pip install '
         f"-e '.[{name}]', or leave {name} out."
       ) from error
-    if name == 'wandb' and processes.is_first():
-      try:
-        module.login()  # Asks on a terminal; without one it raises.
-      except Exception as error:
-        raise InputError(
-          f'config.loggers={tuple(names)}: {_first_line(error).rstrip(".")}; '
-          'run wandb login, or set WANDB_MODE=offline to keep the numbers here.'
-        ) from error
+    except Exception as error:
+      raise InputError(
+        f'config.loggers={tuple(names)}: {_first_line(error).rstrip(".")}; '
+        'run wandb login, or set WANDB_MODE=offline to keep the numbers here.'
+      ) from error
 
 
 @contextlib.contextmanager
-def opened(names, directory, *, facts, say):
-  """Loggers of a stage, to be called with records; none but in process 0.
+def attached(names, log, facts):
+  """Loggers get the records of a StageLog: now the past, then the rest.
 
-  Args:
-    names: of config.loggers.
-    directory: of the stage.
-    facts: what a page should show of the config.
-    say: called with a line about a logger that fails.
+  There are none but in process 0. `facts` is what a page shows of the config.
   """
   names = sorted({*names}) if processes.is_first() else ()
-  loggers = [_Logger(name, directory, facts, say) for name in names]
+  sinks = {name: _SINKS[name](log.local, facts) for name in names}
+
+  def each(call):
+    for name, sink in sinks.items():
+      try:
+        call(sink)
+      except StopIteration:
+        pass  # It has failed before.
+      except Exception as error:  # Whatever the packages of others raise.
+        log.line(
+          f'{name} fails ({_first_line(error)}) and is left out; all numbers '
+          'are in metrics.jsonl'
+        )
+
+  def write(record):
+    values = _scalars(record)
+    each(lambda sink: sink.send((record['step'], values)))
+
+  each(next)
+  for record in log.records():
+    write(record)
+  log.on_record = write
   try:
-    yield loggers
+    yield
   finally:
-    for logger in loggers:
-      logger.close()
-
-
-class _Logger:
-  """Writes records until it fails once."""
-
-  def __init__(self, name, directory, facts, say):
-    self._name, self._say, self._works = name, say, True
-    open_it = {'tensorboard': _open_tensorboard, 'wandb': _open_wandb}[name]
-    pair = self._attempt(open_it, directory, facts)
-    self._write, self._finish = pair or (None, None)
-
-  def __call__(self, record):
-    self._attempt(self._write, record['step'], dict(_scalars(record)))
-
-  def close(self):
-    self._attempt(self._finish)
-
-  def _attempt(self, call, *args):
-    if not self._works:
-      return None
-    try:
-      return call(*args)
-    except Exception as error:  # Whatever the packages of others raise.
-      self._works = False
-      self._say(
-        f'{self._name} fails ({_first_line(error)}) and is left out; all '
-        'numbers are in metrics.jsonl'
-      )
-      return None
+    each(lambda sink: sink.close())
 
 
 def _first_line(error):
@@ -100,32 +84,27 @@ def _first_line(error):
 
 
 def _scalars(record):
-  """Pairs 'kind/name', number; of a table 'kind/name/entry'."""
-  kind = record['kind']
-  for name, value in record.items():
-    if isinstance(value, dict):
-      for entry, number in value.items():
-        if number is not None:  # A class that does not occur.
-          yield f'{kind}/{name}/{entry}', number
-    elif name not in ('kind', 'step'):
-      yield f'{kind}/{name}', value
+  """{'kind/name': number}; of a table 'kind/name/entry'."""
+  values = {k: x for k, x in record.items() if k not in ('kind', 'step')}
+  flat = traverse_util.flatten_dict({record['kind']: values}, sep='/')
+  # A class that does not occur has None.
+  return {name: x for name, x in flat.items() if x is not None}
 
 
-def _open_tensorboard(directory, facts):
+def _tensorboard(directory, facts):
   del facts
   import tensorboardX
 
   # What earlier processes wrote is told again: TensorBoard then hides it.
   writer = tensorboardX.SummaryWriter(str(directory), purge_step=0)
+  with contextlib.closing(writer):
+    while True:
+      step, values = yield
+      for name, value in values.items():
+        writer.add_scalar(name, value, step)
 
-  def write(step, values):
-    for name, value in values.items():
-      writer.add_scalar(name, value, step)
 
-  return write, writer.close
-
-
-def _open_wandb(directory, facts):
+def _wandb(directory, facts):
   import wandb
 
   identity = directory / 'wandb_id.txt'  # One page for all parts of a stage.
@@ -141,11 +120,16 @@ def _open_wandb(directory, facts):
     dir=str(directory),
     config=facts,
   )
+  try:
+    while True:
+      step, values = yield
+      # A page never goes back: what it has of a killed process stays, and is
+      # what this one would write.
+      if step >= run.step:
+        run.log(values, step=step)
+  finally:
+    run.finish()
 
-  def write(step, values):
-    # A page never goes back: what it has of a killed process stays, and is
-    # what this one would write.
-    if step >= run.step:
-      run.log(values, step=step)
 
-  return write, run.finish
+# Generators that are sent (step, {name: number}) until they are closed.
+_SINKS = {'tensorboard': _tensorboard, 'wandb': _wandb}

@@ -6,89 +6,72 @@ that returns a Teacher; `teacher.checkpoint`, the folder of a stage or a PyTorch
 file; neither: the stage `teacher` of the run.
 """
 
+import dataclasses
 import json
 
-from attnfd_jax import user_code
+from attnfd_jax import paths, user_code
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
-from attnfd_jax.pytorch import files
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.runs import loading
-from attnfd_jax.runs.paths import as_path
 from attnfd_jax.teachers.teacher import FrozenNetwork
 
 
 def from_config(config, workdir, class_names, mesh):
   """The teacher of a resolved config, its variables on the mesh.
 
-  Args:
-    config: of the run.
-    workdir: of the run, for the teacher of its own stage.
-    class_names: of the data set.
-    mesh: see devices.sharding.make_mesh.
-
-  Raises:
-    InputError: if it is absent, damaged or of other classes.
+  `workdir` has the teacher of its own, `class_names` are those of the data set.
+  InputError if the teacher is absent, damaged or of other classes.
   """
-  options = config.teacher
+  options, everywhere = config.teacher, sharding.replicated(mesh)
   if options.factory:
-    return _from_factory(options.factory, class_names, mesh)
-  behavior = _behavior(config.distill)
-  everywhere = sharding.replicated(mesh)
-  given = options.checkpoint
-  if given and as_path(given).is_file():
-    network = make_network(config, len(class_names))
-    return _from_file(
-      given, network, options, class_names, everywhere, behavior
-    )
-  # The code of this run's own stage is that of its config.
-  own = None if given else make_network(config, len(class_names))
-  directory = as_path(given or workdir / 'teacher')
+    return _from_factory(options.factory, class_names, everywhere)
+  teacher, given = _without_variables(config, class_names), options.checkpoint
+  directory = paths.as_path(given or workdir / 'teacher')
+  if given and directory.is_file():
+    return _from_file(given, teacher, everywhere)
   network, variables, info = loading.load_network(
-    directory, sharding=everywhere, network=own, allow_code=options.allow_code
+    directory,
+    sharding=everywhere,
+    # The code of this run's own stage is that of its config.
+    network=None if given else teacher.network,
+    allow_code=options.allow_code,
   )
   _check_classes(directory, info['class_names'], class_names)
   result = directory / 'result.json'
   if networks.is_ours(network):
     dtype = networks.compute_dtype(config.optim.dtype)
     network = network.clone(dtype=dtype, aspp_dropout=0.0)
-  return FrozenNetwork(
-    network,
-    variables,
+  return dataclasses.replace(
+    teacher,
+    network=network,
+    variables=variables,
     name=networks.describe(info[loading.role_of(info)]),
-    class_names=class_names,
     gates=loading.load_attention(directory, network),
     source=str(given) or 'this run',
     miou=json.loads(result.read_text())['miou'] if result.exists() else None,
-    **behavior,
   )
-
-
-def make_network(config, num_classes):
-  """The network of config.teacher; what drops in it, ASPP does not."""
-  return networks.make_network(
-    config.teacher, num_classes, dtype=config.optim.dtype, aspp_dropout=0.0
-  )
-
-
-def _behavior(options):
-  """While a student learns, from the group `distill`."""
-  return {
-    'batch_statistics': options.teacher_bn == 'batch',
-    'dropout': options.teacher_dropout,
-  }
 
 
 def abstract(config, class_names):
-  """The teacher that a stage of this run will train, without variables."""
-  network = make_network(config, len(class_names))
+  """The teacher that a stage of this run will train: shapes as variables."""
+  teacher = _without_variables(config, class_names)
+  variables = networks.abstract_variables(teacher.network)
+  return dataclasses.replace(teacher, variables=variables)
+
+
+def _without_variables(config, class_names):
+  options, dtype = config.teacher, config.optim.dtype
   return FrozenNetwork(
-    network,
-    networks.abstract_variables(network),
-    name=networks.describe(config.teacher),
+    networks.make_network(
+      options, len(class_names), dtype=dtype, aspp_dropout=0.0
+    ),
+    variables={},
+    name=networks.describe(options),
     class_names=class_names,
-    **_behavior(config.distill),
+    batch_statistics=config.distill.teacher_bn == 'batch',
+    dropout=config.distill.teacher_dropout,
   )
 
 
@@ -100,30 +83,20 @@ def _check_classes(source, found, class_names):
     )
 
 
-def _from_factory(factory, class_names, mesh):
-  make = user_code.load_object(factory, option='config.teacher.factory')
-  try:
-    teacher = make()
-  except Exception as error:  # Whatever the user's code raises.
-    raise InputError(
-      f'config.teacher.factory={factory!r}: it raised '
-      f'{type(error).__name__}: {error}; see where with --debug.'
-    ) from error
-  missing = [
-    x
-    for x in ('name', 'class_names', 'variables', 'apply')
-    if not hasattr(teacher, x)
-  ]
+def _from_factory(factory, class_names, everywhere):
+  option = 'config.teacher.factory'
+  with user_code.explained(f'{option}={factory!r}'):
+    teacher = user_code.load_object(factory, option=option)()
+  names = ('name', 'class_names', 'variables', 'apply')
+  missing = [name for name in names if not hasattr(teacher, name)]
   if missing:
     raise InputError(
-      f'config.teacher.factory={factory!r} returned '
-      f'{type(teacher).__name__} without {", ".join(missing)}; see '
-      'attnfd_jax/teachers/teacher.py for what a teacher has.'
+      f'{option}={factory!r} returned {type(teacher).__name__} without '
+      f'{", ".join(missing)}; see attnfd_jax/teachers/teacher.py for what a '
+      'teacher has.'
     )
   _check_classes(factory, teacher.class_names, class_names)
-  return _Placed(
-    teacher, sharding.place(teacher.variables, sharding.replicated(mesh))
-  )
+  return _Placed(teacher, sharding.place(teacher.variables, everywhere))
 
 
 class _Placed:
@@ -136,22 +109,17 @@ class _Placed:
     return getattr(self._teacher, name)
 
 
-def _from_file(path, network, options, class_names, everywhere, behavior):
-  name = networks.describe(options)
+def _from_file(path, teacher, everywhere):
   variables, gates, report = torch_networks.import_network(
-    torch_networks.reference_names(files.read_state_dict(path)), network
+    path, teacher.network
   )
   if not report.complete:
     raise InputError(
-      f'{path}: not a whole {name} with {len(class_names)} classes: {report}. '
-      'A part of a network can be config.teacher.pretrained.'
+      f'{path}: not a whole {teacher.name} with {len(teacher.class_names)} '
+      f'classes: {report}. A part of a network can be '
+      'config.teacher.pretrained.'
     )
-  return FrozenNetwork(
-    network,
-    sharding.place(variables, everywhere),
-    name=name,
-    class_names=class_names,
-    gates=gates,
-    source=str(path),
-    **behavior,
+  variables = sharding.place(variables, everywhere)
+  return dataclasses.replace(
+    teacher, variables=variables, gates=gates, source=str(path)
   )

@@ -44,15 +44,12 @@ class FrozenNetwork:
 
   Attributes:
     network: the module; no ASPP dropout in a teacher (aspp.py:104-111).
-    variables: of the module.
-    name, class_names: see Teacher.
     batch_statistics: normalize by the batch while a student learns, as the
       authors' teacher does; its running statistics never change.
     dropout: drop at random while a student learns; a network of the user's
       drops where it normalizes by the batch.
     gates: frozen CBAMs at its taps, {'params', 'batch_stats'}, or None.
-    source: folder, file, or 'this run'.
-    miou: on val, or None.
+    The rest: see Teacher.
   """
 
   network: Any
@@ -73,17 +70,12 @@ class FrozenNetwork:
     """See Teacher."""
     if rng is None:
       return self.network.apply(variables, image, train=False)
-    train, rngs = self.batch_statistics, {'dropout': rng}
+    mode = {'train': self.batch_statistics, 'rngs': {'dropout': rng}}
     if networks.is_ours(self.network):
       # Statistics are not mutable here: the teacher stays as it is.
-      return self.network.apply(
-        variables, image, train=train, dropout=self.dropout, rngs=rngs
-      )
+      return self.network.apply(variables, image, dropout=self.dropout, **mode)
     changing = [name for name in variables if name != 'params']
-    outputs, _ = self.network.apply(
-      variables, image, train=train, rngs=rngs, mutable=changing
-    )
-    return outputs
+    return self.network.apply(variables, image, mutable=changing, **mode)[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import json
 
-from attnfd_jax import distill, user_code
+from attnfd_jax import distill, paths, user_code
 from attnfd_jax.config import leaves, resolve, STAGES
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import memory, processes, sharding
@@ -14,7 +14,7 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.reporting.page import write_report
-from attnfd_jax.runs import checkpoints, code, lock, loggers, logs, paths
+from attnfd_jax.runs import checkpoints, lock, loggers, logs
 from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.teachers.teacher import Scored
 from attnfd_jax.training import loop, results, task_loss
@@ -213,7 +213,7 @@ def _run_stage(name, config, dataset, mesh, workdir, stop):
     return json.loads(finished.read_text())
   directory.mkdir(exist_ok=True)
   stage = make_stage(name, config, dataset, mesh, workdir)
-  config, run_facts = stage.config, stage.run_facts
+  config = stage.config
   _describe(stage, directory)
   log = logs.StageLog(directory)
   log.line(
@@ -223,21 +223,18 @@ def _run_stage(name, config, dataset, mesh, workdir, stop):
   saved = directory / 'checkpoints'
   state = stage.init_state(fresh=not checkpoints.steps(saved), log=log.line)
   state, latest = checkpoints.restore_latest(
-    saved, state, run_facts, log=log.line
+    saved, state, stage.run_facts, log=log.line
   )
   log.forget_after(latest)
   processes.wait('the log is whole')
   if latest:
     log.line(f'resumed from step {latest}')
   with (
-    loggers.opened(
-      config.loggers, log.local, facts=stage.description(), say=log.line
-    ) as attached,
+    loggers.attached(config.loggers, log, stage.description()),
     checkpoints.managed(
       saved, keep_best=config.checkpoint.keep_best
     ) as manager,
   ):
-    log.attach(attached)
     if stage.teacher is not None:
       stage = _with_scored_teacher(stage, log, resumed=latest > 0)
     with memory.explained(
@@ -248,7 +245,7 @@ def _run_stage(name, config, dataset, mesh, workdir, stop):
       state = loop.train(stage, state, manager=manager, log=log, stop=stop)
     best = manager.best_step()
     log.line(f'scoring the best checkpoint, step {best}')
-    state = checkpoints.restore(manager, best, state, run_facts)
+    state, _ = checkpoints.restore(saved, state, step=best)
   result = results.write(stage, state, directory, step=best, log=log)
   log.line(f'finished: {_scores(result)}')
   log.upload()
@@ -264,8 +261,8 @@ def _describe(stage, directory):
   for other in directory.parent.glob('*/config.json'):
     with contextlib.suppress(ValueError, AttributeError):
       stored |= json.loads(other.read_text()).get('code', {})
-  if code.specs(stage.config) and processes.is_first():
-    kept = {'code': code.store(directory, stage.config, stored)}
+  if user_code.specs(stage.config) and processes.is_first():
+    kept = {'code': user_code.store(directory, stage.config, stored)}
   logs.write_json(directory / 'config.json', stage.description() | kept)
   logs.write_json(directory / 'environment.json', logs.environment())
 

@@ -7,13 +7,14 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from attnfd_jax import distill
+from attnfd_jax import distill, paths
 from attnfd_jax.devices import processes, sharding
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import normalise
-from attnfd_jax.runs import loading, logs, paths
+from attnfd_jax.runs import loading, logs
 
 
 def write(stage, state, directory, *, step, log):
@@ -44,7 +45,7 @@ def write(stage, state, directory, *, step, log):
     'seed': config.seed,
     'network': networks.describe(stage.options),
     'pretrained': stage.options.pretrained or None,
-    'params': networks.count_params(variables),
+    'params': optax.tree.size(variables.get('params', {})),
     'gflops': networks.count_gflops(stage.network, *image_size),
     'image_size': list(image_size),
     'dtype': config.optim.dtype,

@@ -7,7 +7,6 @@ import json
 from attnfd_jax import losses
 from attnfd_jax.data import frequencies
 from attnfd_jax.errors import InputError, one_of, within
-from attnfd_jax.progress import progress
 
 NAMES = ('ce', 'ohem', 'focal', 'dice', 'ce+dice')
 
@@ -92,14 +91,13 @@ def with_class_weights(config, dataset, workdir):
     return config
   weights = _counted_before(workdir)
   if weights is None:
-    source = dataset.splits['train']
-    with progress(len(source), 'class weights') as bar:
-      counts = frequencies.count_classes(
-        source, dataset.num_classes, config.data.threads, on_record=bar.update
-      )
-    found = frequencies.median_frequency_weights(
-      counts.pixels, counts.present_pixels
+    rows = frequencies.count_labels(
+      dataset.splits['train'],
+      dataset.num_classes,
+      config.data.threads,
+      'class weights',
     )
+    found = frequencies.median_frequency_weights(rows)
     weights = tuple(float(f'{x:.4g}') for x in found)
   pairs = zip(dataset.class_names, weights, strict=True)
   named = ', '.join(f'{name} {x:g}' for name, x in pairs)

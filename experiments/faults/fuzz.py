@@ -317,15 +317,14 @@ def refused(call, *arguments, **options):
 
 def check_dataset(dataset):
   """check_data, as the command does it; whether it found a problem."""
-  found = checking.check(dataset, 1)
-  for _, problem in found.problems:
-    tell(problem)
+  found, problems = checking.check(dataset, 1)
+  for problem in found['problems']:
+    tell(InputError(problem['message']))
   text = checking.as_text(found)
   text.encode(errors='backslashreplace')
-  json.dumps(checking.as_json(found))
-  problems = {name: split.problems for name, split in found.splits.items()}
+  json.dumps(found)
   contact_sheet.draw_sheet(dataset, problems)
-  return bool(found.problems)
+  return not found['usable']
 
 
 def run_image(rng, folder):

@@ -23,7 +23,6 @@ from attnfd_jax.config import default_config, resolve
 from attnfd_jax.devices.sharding import make_mesh
 from attnfd_jax.distill import make_distiller
 from attnfd_jax.losses import softmax_cross_entropy
-from attnfd_jax.pytorch import distillers
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_models
@@ -84,7 +83,7 @@ def make_batch(seed):
 
 
 def load_pair(distiller, student, teacher=TEACHER):
-  pair = distillers.load_torch_distiller(
+  pair = torch_models.load_torch_distiller(
     distiller.state_dict(),
     student_backbone=student,
     teacher_backbone=teacher,

@@ -102,7 +102,7 @@ def test_a_build_without_its_marks_begins_again(monkeypatch, tmp_path):
   monkeypatch.setattr(cache, '_GROUP', 2)
   with pytest.raises(InputError):
     cache.open_decoded(Source(broken=(5,)), tmp_path, threads=1)
-  (tmp_path / 'one' / 'finished').unlink()
+  (tmp_path / 'one' / 'written').unlink()
   source = Source()
   assert_same(cache.open_decoded(source, tmp_path), Source())
   assert sorted(source.read) == list(range(9))

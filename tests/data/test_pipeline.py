@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from attnfd_jax.data import pipeline
-from attnfd_jax.data.sampling import Balance
+from attnfd_jax.data.frequencies import Balance
 from attnfd_jax.data.transforms import Augment
 from attnfd_jax.errors import DataError
 

@@ -377,7 +377,7 @@ def test_resizing_is_that_of_pillow(size):
 
 def test_pad_keeps_what_fits():
   x = np.ones((4, 5), np.uint8)
-  assert transforms.pad(x, (4, 5), 9) is x
-  padded = transforms.pad(x, (6, 5), 9)
+  assert transforms.pad_edges(x, (4, 5), 9) is x
+  padded = transforms.pad_edges(x, (6, 5), 9)
   assert padded.shape == (6, 5)
   assert np.all(padded[:4] == 1) and np.all(padded[4:] == 9)

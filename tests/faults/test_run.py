@@ -22,7 +22,7 @@ import small_run
 from attnfd_jax.data import pipeline
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import evaluation
-from attnfd_jax.runs import checkpoints, lock
+from attnfd_jax.runs import checkpoints, loading, lock
 from attnfd_jax.training import experiment, finite, loop, results
 from attnfd_jax.training import stage as stage_room
 
@@ -211,9 +211,7 @@ def test_one_process_a_folder(photographed, tmp_path):
     with pytest.raises(InputError, match=owner):
       experiment.train(make_config(), workdir)
     # Reading is free.
-    checkpoints.make_manager(
-      workdir / 'student' / 'checkpoints', read_only=True
-    ).close()
+    loading.load_network(workdir / 'student')
     process.kill()
   experiment.train(make_config(), workdir)
 

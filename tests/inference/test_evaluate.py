@@ -240,8 +240,8 @@ def test_scales_are_read():
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'protocol': 'pixel'}, '--protocol=pixel must be one of native, refer'),
-    ({'split': 'test'}, '--split=test: scenes has train, val'),
+    ({'protocol': 'pixel'}, "--protocol='pixel' must be one of native, refer"),
+    ({'split': 'test'}, "--split='test' must be one of train, val"),
     ({'overlap': 1.0}, '--overlap=1.0 must be from 0 to below 1'),
     ({'submission': 'new'}, 'for the data set cityscapes, this one is scenes'),
     ({'step': 77}, r'no checkpoint 77; have \[1, 2\]'),

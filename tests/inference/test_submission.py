@@ -123,7 +123,7 @@ def test_the_test_split_without_classes(tmp_path, monkeypatch, zipped):
   with pytest.raises(InputError, match='exists and is not an empty folder'):
     run()
   # Without the flag there is no such split.
-  with pytest.raises(InputError, match='--split=test: cityscapes has val'):
+  with pytest.raises(InputError, match="--split='test' must be one of val"):
     run(submission=None)
   # Tiles write the same here: this network looks at single pixels.
   run(submission=tmp_path / 'tiles', tile=(32, 32))

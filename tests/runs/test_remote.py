@@ -10,8 +10,9 @@ from etils.epath import testing
 import pytest
 import small_run
 
+from attnfd_jax import paths
 from attnfd_jax.errors import InputError
-from attnfd_jax.runs import checkpoints, loading, paths
+from attnfd_jax.runs import checkpoints, loading
 from attnfd_jax.training import experiment
 
 

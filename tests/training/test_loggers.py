@@ -87,10 +87,9 @@ def part(directory, names, steps, *, goes_on_at=0):
   """A process that writes `steps`; returns its lines for people."""
   directory.mkdir(parents=True, exist_ok=True)
   said, log = [], logs.StageLog(directory)
+  log.line = said.append
   log.forget_after(goes_on_at)
-  facts = {'seed': 3}
-  with loggers.opened(names, directory, facts=facts, say=said.append) as each:
-    log.attach(each)
+  with loggers.attached(names, log, {'seed': 3}):
     for step in steps:
       log.metrics('train', step, {'loss': 1 / step, 'grad_norm': step})
       if step % 2 == 0:

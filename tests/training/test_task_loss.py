@@ -196,10 +196,8 @@ def test_auto_weights_are_counted_once_in_a_run(dataset, tmp_path, capfd):
 
 
 def test_auto_weights_equal_those_of_the_frequencies(dataset, tmp_path):
-  counts = frequencies.count_classes(dataset.splits['train'], 3, 2)
-  expected = frequencies.median_frequency_weights(
-    counts.pixels, counts.present_pixels
-  )
+  rows = frequencies.count_labels(dataset.splits['train'], 3, 2)
+  expected = frequencies.median_frequency_weights(rows)
   config = make_config(weighting='auto', name='focal')
   found = task_loss.with_class_weights(config, dataset, tmp_path)
   np.testing.assert_allclose(found.loss.class_weights, expected, rtol=1e-3)

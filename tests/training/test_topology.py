@@ -206,11 +206,10 @@ def places_on(name):
 )
 def test_a_checkpoint_goes_to_another_mesh(tmp_path, before, after):
   state = jax.device_put(example_state(1), places_on(before))
-  with checkpoints.make_manager(tmp_path) as manager:
+  with checkpoints.managed(tmp_path) as manager:
     checkpoints.save(manager, 3, state, {'seed': 0}, miou=0.5)
   target = jax.device_put(example_state(2), places_on(after))
-  with checkpoints.make_manager(tmp_path) as manager:
-    found = checkpoints.restore(manager, 3, target, {'seed': 0})
+  found, _ = checkpoints.restore(tmp_path, target)
   for new, wanted, old in zip(
     *map(jax.tree.leaves, (found, target, state)), strict=True
   ):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from attnfd_jax.config import default_config, resolve
-from attnfd_jax.data import sampling
-from attnfd_jax.data.sampling import Balance
+from attnfd_jax.data import frequencies
+from attnfd_jax.data.frequencies import Balance
 from attnfd_jax.errors import InputError
 
 # Class 0 is everywhere, 1 in two records, 2 in one, 3 in none.
@@ -83,13 +83,13 @@ def test_without_classes_indices_stay():
 
 
 def test_presence_is_that_of_the_labels():
-  found = sampling.class_presence(Source(PRESENCE), 4, threads=2)
+  found = frequencies.class_presence(Source(PRESENCE), 4, threads=2)
   np.testing.assert_array_equal(found, PRESENCE)
   assert found.dtype == bool
 
 
 def test_images_are_not_decoded():
-  found = sampling.class_presence(LabelSource(PRESENCE), 4)
+  found = frequencies.class_presence(LabelSource(PRESENCE), 4)
   np.testing.assert_array_equal(found, PRESENCE)
 
 
@@ -97,15 +97,15 @@ def test_presence_is_counted_once(monkeypatch, tmp_path):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   for _ in range(2):
     source = FileSource(PRESENCE)
-    found = sampling.class_presence(source, 4)
+    found = frequencies.class_presence(source, 4)
     np.testing.assert_array_equal(found, PRESENCE)
   assert source.read == 0
   # Other files, or other classes.
   changed = FileSource(PRESENCE[::-1])
   changed.mark = 'two'
-  found = sampling.class_presence(changed, 4)
+  found = frequencies.class_presence(changed, 4)
   np.testing.assert_array_equal(found, PRESENCE[::-1])
-  found = sampling.class_presence(FileSource(PRESENCE), 2)
+  found = frequencies.class_presence(FileSource(PRESENCE), 2)
   np.testing.assert_array_equal(found, PRESENCE[:, :2])
   files = [path.name for path in tmp_path.rglob('*') if path.is_file()]
   assert sorted(files) == ['one-2.npy', 'one-4.npy', 'two-4.npy']

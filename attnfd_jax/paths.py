@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of runs, on a disk or at gs://."""
+"""Paths on a disk or at gs://, and files that are replaced whole."""
 
 import contextlib
 import os
@@ -20,18 +20,15 @@ def as_path(path):
   Raises:
     InputError: for an address whose package is missing.
   """
-  path = os.fspath(path)
   if not is_remote(path):
     return epath.Path(os.path.abspath(path))
   try:
-    path = epath.Path(path)
-    path.exists()
+    epath.Path(path).exists()
   except ImportError as error:
     raise InputError(
-      f'{path}: reading {str(path).partition(":")[0]}:// needs gcsfs; pip '
-      "install 'attnfd_jax[gcs]'."
+      f"{path}: reading it needs gcsfs; pip install 'attnfd_jax[gcs]'."
     ) from error
-  return path
+  return epath.Path(path)
 
 
 @contextlib.contextmanager
@@ -44,8 +41,11 @@ def replacing(path):
     return
   # One name: what a killed process leaves is overwritten by the next one.
   temporary = path.with_name(f'.{path.name}.tmp')
-  with temporary.open('wb') as file:
-    yield file
-    file.flush()
-    os.fsync(file.fileno())  # The name must not be there before the bytes.
-  temporary.replace(path)
+  try:
+    with temporary.open('wb') as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())  # The name must not be there before the bytes.
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
