@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The errors that a user can fix, and checks of single values."""
 
+import contextlib
+import difflib
 import math
 
 
@@ -43,7 +45,26 @@ def one_of(name, value, choices):
     raise InputError(f'{name}={value!r} must be one of {", ".join(choices)}.')
 
 
+def known(what, name, names, *, others=''):
+  """Raises InputError with the nearest of `names` unless `name` is one."""
+  if name not in names:
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise InputError(
+      f'Unknown {what} {name!r}.{hint} Have: {", ".join(names)}{others}.'
+    )
+
+
 def first_line(error):
   """First line (JAX adds more), after the type unless it is a ValueError."""
   kind = '' if isinstance(error, ValueError) else f'{type(error).__name__} '
   return kind + next(iter(str(error).splitlines()), '')
+
+
+@contextlib.contextmanager
+def explained(what):
+  """Whatever the user's code raises becomes InputError('<what>: <line>')."""
+  try:
+    yield
+  except Exception as error:
+    raise InputError(f'{what}: {first_line(error)}') from error

@@ -194,7 +194,7 @@ def test_the_stock_cityscapes_of_tfds(tmp_path):
             i,
             {
               'image_id': source.key(i),
-              'image_left': source.image_bytes(i),
+              'image_left': source.pairs[i].image.read(),
               'segmentation_label': mask.read_bytes(),
             },
           )

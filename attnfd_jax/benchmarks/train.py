@@ -30,8 +30,7 @@ from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.teachers.teacher import Scored
 from attnfd_jax.training.stage import (
   init_distiller,
-  make_student,
-  Stage,
+  plan,
   with_teacher,
 )
 
@@ -120,18 +119,12 @@ def make_stage(config, num_classes):
   """The stage that is measured: 'distill', or 'student' without a method."""
   distilled = config.distill.method != 'none'
   names = _class_names(config, num_classes)
-  dataset = Dataset('random', names, np.zeros((len(names), 3), np.uint8), {})
+  palette = np.zeros((len(names), 3), np.uint8)
+  images = {'train': range(100 * config.batch_size)}  # How many; none is read.
+  dataset = Dataset('random', names, palette, images)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
-  stage = Stage(
-    name='distill' if distilled else 'student',
-    config=config,
-    dataset=dataset,
-    mesh=mesh,
-    network=make_student(config, len(names), distilled=distilled),
-    epoch_steps=100,
-    num_steps=10_000,
-    eval_every=10_000,
-  )
+  name = 'distill' if distilled else 'student'
+  stage = plan(name, config, dataset, mesh)
   if not distilled:
     return stage
   if config.teacher.checkpoint or config.teacher.factory:
@@ -177,12 +170,11 @@ def step_arguments(stage):
     'image': generator.integers(0, 256, (*size, 3), np.uint8),
     'label': generator.integers(0, stage.dataset.num_classes, size, np.uint8),
   }
-  rng = jax.random.key(config.seed)
   return (
     stage.init_state(),
     stage.teacher.variables if stage.teacher else {},
     jax.device_put(batch, sharding.by_batch(stage.mesh)),
-    sharding.place(rng, sharding.replicated(stage.mesh)),
+    stage.rng,
   )
 
 

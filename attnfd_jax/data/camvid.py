@@ -6,11 +6,11 @@ from attnfd_jax.data import classes, masks, pairs
 
 def camvid(config):
   """<split>/*.png or .jpg with <split>annot/*.png."""
-  root, problems = pairs.check_root(config), []
-  found = {
-    split: pairs.match_folders(root / split, root / f'{split}annot', problems)
+  root = pairs.check_root(config)
+  splits = {
+    split: pairs.match_folders(root / split, root / f'{split}annot')
     for split in ('train', 'val', 'test')
   }
   ids = tuple(range(len(classes.CAMVID)))
   read_label = masks.IndexLabels(ids, ignored=(classes.CAMVID_VOID,))
-  return pairs.make_dataset(config, classes.CAMVID, found, read_label, problems)
+  return pairs.make_dataset(config, classes.CAMVID, splits, read_label)

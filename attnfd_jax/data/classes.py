@@ -19,6 +19,12 @@ def voc_palette(num_colours):
   return np.sum(bits << (7 - np.arange(8)), -1).astype(np.uint8)
 
 
+def with_voc_colours(names):
+  """{name: (r, g, b)}."""
+  colours = voc_palette(len(names)).tolist()
+  return dict(zip(names, map(tuple, colours), strict=True))
+
+
 # SegNet's eleven classes of CamVid, and its id of void.
 CAMVID_VOID = 11
 CAMVID = {
@@ -57,20 +63,16 @@ CITYSCAPES = {
   'motorcycle': (0, 0, 230),
   'bicycle': (119, 11, 32),
 }
-# From the same table: label ids in the order of train ids, and how many there
-# are; the others are not evaluated.
+# From the same table: label ids in the order of train ids, and those that are
+# not evaluated.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)
-CITYSCAPES_NUM_IDS = 34
+CITYSCAPES_IGNORED = tuple(i for i in range(34) if i not in CITYSCAPES_IDS)
 
-_VOC_NAMES = (
+VOC = with_voc_colours(
   'background aeroplane bicycle bird boat bottle bus car cat chair cow '
   'diningtable dog horse motorbike person pottedplant sheep sofa train '
-  'tvmonitor'
-).split()
-VOC = {
-  name: tuple(colour.tolist())
-  for name, colour in zip(_VOC_NAMES, voc_palette(21), strict=True)
-}
+  'tvmonitor'.split()
+)
 
 # Categories of COCO 2017 that are the VOC classes 1 to 20, in their order.
 COCO_NAMES = (

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class masks of COCO annotations, and COCO 2017 with the classes of VOC.
 
-Polygons and RLE are drawn once: the masks are kept as PNGs of train ids in a
-zip in the user's cache folder, which is read in place and is made anew when
-the JSON file has another size or time. So neither the JSON nor its polygons are
-in memory while training, and the filter by pixels costs nothing later.
+Polygons and RLE are drawn once, into a zip of PNGs of train ids in the user's
+cache folder, and again when the JSON file has another size or time. So neither
+the JSON nor its polygons are in memory while training.
 """
 
 import collections
-import dataclasses
+import functools
 import hashlib
+import itertools
 import json
+import os
 import pathlib
 import tempfile
-import warnings
 import zipfile
 
 import cv2
@@ -21,42 +21,19 @@ import numpy as np
 
 from attnfd_jax import user_cache
 from attnfd_jax.data import classes, files, masks, pairs
-from attnfd_jax.errors import DataError, InputError
+from attnfd_jax.errors import DataError
 from attnfd_jax.losses import IGNORE_LABEL
 from attnfd_jax.progress import progress
 
 _VERSION = 1  # Of the archives; another one makes them anew.
 _BACKGROUND = 'background'
+_NEEDED = 'pycocotools.mask', 'The format of COCO'
 # What is read of the lists of a JSON file.
 _FIELDS = {
   'images': {'id': int, 'file_name': str, 'height': int, 'width': int},
   'annotations': {'image_id': int, 'category_id': int},
   'categories': {'id': int, 'name': str},
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class DrawnLabels:
-  """Masks that were drawn from one JSON file."""
-
-  class_names: tuple[str, ...]  # By train id; the first one is background.
-  image_names: tuple[str, ...]  # Paths of the images that were kept, sorted.
-  archive: str  # A zip with the PNG of each of them.
-  problems: tuple[DataError, ...]  # Of the annotations.
-
-
-def _hash(*values):
-  return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
-
-
-def _pycocotools():
-  try:
-    import pycocotools.mask  # Only to draw.
-  except ImportError as error:
-    raise InputError(
-      "COCO annotations need pycocotools: pip install 'attnfd_jax[data]'."
-    ) from error
-  return pycocotools.mask
 
 
 def unsound(path, what):
@@ -66,31 +43,28 @@ def unsound(path, what):
 
 def _is_name(text):
   """Whether a file can have this name, and a terminal print it."""
-  if len(text) > 4096 or '\0' in text:
-    return False
-  return text.encode(errors='replace').decode() == text  # No lone surrogates.
+  printed = text.encode(errors='replace').decode()  # No lone surrogates.
+  return len(text) <= 4096 and '\0' not in text and text == printed
 
 
 def _read_json(path):
   """The lists images, annotations and categories, whose fields are sound."""
   try:
     content = json.loads(path.read_bytes())
-  except (ValueError, RecursionError) as error:
-    raise unsound(path, f'not JSON ({error})') from error
-  try:
     # Of dicts only: else AttributeError.
     lists = [[x for x in content[key] if x.keys()] for key in _FIELDS]
+  except (ValueError, RecursionError) as error:
+    raise unsound(path, f'not JSON ({error})') from error
   except (AttributeError, KeyError, TypeError) as error:
     what = 'not COCO annotations: needs images, annotations and categories'
     raise unsound(path, what) from error
   for entries, fields in zip(lists, _FIELDS.values(), strict=True):
-    for entry in entries:
-      for field, kind in fields.items():
-        value = entry.get(field)
-        if type(value) is not kind:  # True would be a height.
-          raise unsound(path, f'{field} is absent or no {kind.__name__}')
-        if kind is str and not _is_name(value):
-          raise unsound(path, f'{field} {value[:40]!r} cannot be a name')
+    for entry, (field, kind) in itertools.product(entries, fields.items()):
+      value = entry.get(field)
+      if type(value) is not kind:  # True would be a height.
+        raise unsound(path, f'{field} is absent or no {kind.__name__}')
+      if kind is str and not _is_name(value):
+        raise unsound(path, f'{field} {value[:40]!r} cannot be a name')
   for image in lists[0]:
     height, width = image['height'], image['width']
     if min(height, width) < 1 or height * width > masks.MAX_PIXELS:
@@ -99,36 +73,36 @@ def _read_json(path):
   return lists
 
 
-def _numbers(path, categories, class_names):
-  """Class names, () meaning all, and {category id: train id}; others are 0."""
-  categories = sorted(categories, key=lambda category: category['id'])
-  known = list(dict.fromkeys(category['name'] for category in categories))
-  if not class_names:
-    foreground = [name for name in known if name != _BACKGROUND]
-    class_names = (_BACKGROUND, *foreground)
-  lacking = [name for name in class_names[1:] if name not in known]
-  if lacking:
-    what = f'no category {lacking[0]!r}; it has {", ".join(known[:90])}'
-    raise unsound(path, what)
+def check_classes(path, class_names, known):
+  """Raises the DataError of class names that are too many, or not known."""
   if len(class_names) > IGNORE_LABEL:
     what = f'{len(class_names)} classes, more than {IGNORE_LABEL}'
     raise unsound(path, f'{what}; choose by config.data.class_names')
-  numbers = {
-    category['id']: class_names.index(category['name'])
-    for category in categories
-    if category['name'] in class_names[1:]
-  }
-  return class_names, numbers
+  for name in class_names:
+    if name not in known:
+      what = f'no class {name!r}; it has {", ".join([*known][:90])}'
+      raise unsound(path, what)
 
 
-def _runs_of_text(text):
-  """Runs of a compressed RLE: 5 bits a character from '0' on, low ones first;
+def _numbers(path, categories, class_names):
+  """Class names, () meaning all, and {category id: train id}."""
+  known = [x['name'] for x in sorted(categories, key=lambda x: x['id'])]
+  class_names = tuple(dict.fromkeys(class_names or (_BACKGROUND, *known)))
+  # The first one is what no annotation covers, whatever its name.
+  check_classes(path, class_names, dict.fromkeys((class_names[0], *known)))
+  train_ids = {name: i for i, name in enumerate(class_names)}
+  return class_names, {x['id']: train_ids.get(x['name'], 0) for x in categories}
+
+
+def _decode_runs(data):
+  """Runs of a compressed RLE: 5 bits a byte from '0' on, low ones first.
+
   32 says that more follow, and from the fourth on runs are differences.
   """
   # On damage pycocotools itself would write past the end of its memory.
   runs, value, shift = [], 0, 0
-  for character in text:
-    code = ord(character) - ord('0')
+  for code in data:
+    code -= ord('0')
     if not 0 <= code < 64 or shift > 30:
       raise ValueError('its RLE is damaged')
     value |= (code & 31) << shift
@@ -143,57 +117,44 @@ def _runs_of_text(text):
 
 
 def _area(segmentation, size):
-  """uint8 [h, w], 1 inside of polygons or an RLE; ValueError if it is wrong."""
+  """Inside of polygons or an RLE, bool [h, w]; ValueError if it is wrong."""
   if isinstance(segmentation, list):
-    coco_masks = _pycocotools()
     # Two corners would be taken for a box.
-    if not segmentation or any(
-      len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation
-    ):
+    if not segmentation or any(len(x) < 6 or len(x) % 2 for x in segmentation):
       raise ValueError('needs polygons of at least three corners')
     # pycocotools walks along the edges, and NaN out of its memory.
     far = 10 * max(size)
     if not all(abs(x) <= far for polygon in segmentation for x in polygon):
       raise ValueError('has a corner far outside of the image')
-    rle = coco_masks.merge(coco_masks.frPyObjects(segmentation, *size))
-    with warnings.catch_warnings():
-      # pycocotools 2.0.11 with NumPy 2.
-      warnings.filterwarnings('ignore', '__array__', DeprecationWarning)
-      return coco_masks.decode(rle)
+    mask = files.need(*_NEEDED)
+    segmentation = mask.merge(mask.frPyObjects(segmentation, *size))
   if tuple(segmentation['size']) != size:
     raise ValueError(f'its RLE is of size {segmentation["size"]}')
   runs = segmentation['counts']
-  runs = _runs_of_text(runs) if isinstance(runs, str) else runs
+  runs = runs.encode() if isinstance(runs, str) else runs
+  runs = _decode_runs(runs) if isinstance(runs, bytes) else runs
   whole = all(type(n) is int and n >= 0 for n in runs)
   if not whole or sum(runs) != size[0] * size[1]:
     raise ValueError('its RLE does not fill the image')
   # Runs go down the columns; every second one is inside.
-  return np.repeat(np.arange(len(runs)) % 2, runs).reshape(size, order='F')
+  inside = np.arange(len(runs)) % 2 > 0
+  return np.repeat(inside, runs).reshape(size, order='F')
 
 
 def draw_label(annotations, size, numbers):
-  """uint8 [h, w] of train ids; where they overlap, the first one wins.
+  """Train ids, uint8 [h, w]; where annotations overlap, the first one wins.
 
-  Args:
-    annotations: of one image, in the order of the file.
-    size: (height, width).
-    numbers: {category id: train id}; others are background.
-
-  Returns:
-    The label; and what was left out, as [(annotation, its ValueError), ...].
+  `numbers` is {category id: train id}; others are background. What is left out
+  is returned, too: [(annotation, its error), ...].
   """
-  # By columns, as pycocotools decodes; the last one first.
+  # By columns, as runs go; the last annotation first.
   label, wrong = np.zeros(size, np.uint8, order='F'), []
   for annotation in reversed(annotations):
-    number = numbers.get(annotation['category_id'], 0)
-    if not number:
-      continue
-    try:
-      area = _area(annotation.get('segmentation') or [], size)
-    except Exception as error:  # pycocotools raises many types.
-      wrong.append((annotation, error))
-      continue
-    label[area > 0] = number
+    if number := numbers.get(annotation['category_id'], 0):
+      try:
+        label[_area(annotation.get('segmentation') or [], size)] = number
+      except Exception as error:  # pycocotools raises many types.
+        wrong.append((annotation, error))
   return np.ascontiguousarray(label), wrong[::-1]
 
 
@@ -201,7 +162,7 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
   """Writes PNGs of the images that stay, and index.json, to an open zip."""
   images, annotations, categories = _read_json(path)
   class_names, numbers = _numbers(path, categories, class_names)
-  problems, groups = [], collections.defaultdict(list)
+  problems, kept, groups = [], [], collections.defaultdict(list)
   for annotation in annotations:
     groups[annotation['image_id']].append(annotation)
   for key, entries in (('image', images), ('category', categories)):
@@ -210,16 +171,14 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
       f'annotations of {key} {i}, which the file does not list'
       for i in sorted(named - {entry['id'] for entry in entries})
     ]
-  kept, previous = [], None
-  text = f'Drawing {path.name}, once'
-  with progress(len(images), text, delay=1) as bar:
-    for image in sorted(images, key=lambda image: image['file_name']):
+  counts = collections.Counter(image['file_name'] for image in images)
+  problems += [f'{name} is listed twice' for name in counts if counts[name] > 1]
+  # Of an image that is listed twice the first entry counts.
+  by_name = {image['file_name']: image for image in reversed(images)}
+  with progress(len(by_name), f'Drawing {path.name}, once', delay=1) as bar:
+    for name, image in sorted(by_name.items()):
       bar.update()
-      name, size = image['file_name'], (image['height'], image['width'])
-      if name == previous:
-        problems.append(f'{name} is listed twice')
-        continue
-      previous = name
+      size = image['height'], image['width']
       label, wrong = draw_label(groups[image['id']], size, numbers)
       problems += [
         f'annotation {a.get("id", "")} of {name}: {error}' for a, error in wrong
@@ -235,26 +194,19 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
 
 
 def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
-  """The DrawnLabels of a JSON file, from the cache if it has them.
+  """Class names, {path of an image: File of its mask}, [DataError, ...].
 
-  Args:
-    path: of instances_*.json or the like.
-    class_names: the first one is background, others are names of categories;
-      () for all categories.
-    min_pixels: only images with more labelled pixels than this are kept.
-    limit: stop after so many images, 0 for all.
-
-  Raises:
-    DataError: 'annotation', if nothing of it can be used.
-    InputError: without pycocotools.
+  The masks of a JSON file are drawn, or were before; errors are those of what
+  was left out. The first of `class_names` is background, others are categories;
+  () for all. Images with more labelled pixels than `min_pixels` are kept, the
+  first `limit` of them, 0 for all.
   """
-  path, class_names = pathlib.Path(path), tuple(class_names)
-  stat = path.stat()
-  folder = user_cache.folder('coco')
-  what = _hash(_VERSION, str(path.resolve()), class_names, min_pixels, limit)
-  target = folder / f'{what}-{_hash(stat.st_size, stat.st_mtime_ns)}.zip'
+  stat, folder = path.stat(), user_cache.folder('coco')
+  what = [_VERSION, str(path.resolve()), class_names, min_pixels, limit]
+  what = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+  target = folder / f'{what}-{stat.st_size}-{stat.st_mtime_ns}.zip'
   if not target.exists():
-    _pycocotools()  # Is told before the work.
+    files.need(*_NEEDED)  # Or raise before the work starts.
     folder.mkdir(parents=True, exist_ok=True)
     # Renamed when complete, so that nobody sees half of it.
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -264,59 +216,44 @@ def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
       for old in folder.glob(f'{what}-*.zip'):
         old.unlink()
       partial.replace(target)
-  index = json.loads(files.File(str(target), 'index.json').read())
-  return DrawnLabels(
-    tuple(index['class_names']),
-    tuple(index['images']),
-    str(target),
-    tuple(unsound(path, problem) for problem in index['problems']),
-  )
+  member = functools.partial(files.File, str(target))
+  index = json.loads(member('index.json').read())
+  labels = {name: member(f'{name}.png') for name in index['images']}
+  problems = [unsound(path, problem) for problem in index['problems']]
+  return tuple(index['class_names']), labels, problems
 
 
-def _match(path, labels, folder, problems):
-  """[Pair, ...] of the DrawnLabels of `path` and the folder of their images."""
+def _match(path, folder, labels, problems):
+  """Yields what a split has, from `draw_labels` and the folder of images."""
+  yield from problems
   images = files.list_tree(folder, pairs.IMAGE_ENDINGS)
   if not images:
-    what = f'{", ".join(pairs.IMAGE_ENDINGS)} files'
-    problems.append(pairs.empty(folder, what))
-    return []
-  found = []
-  for name in labels.image_names:
-    if name not in images:
-      what = f'{folder}: no partner for {name}, which has annotations.'
-      problems.append(DataError(what, 'partner', folder / name))
-      continue
-    key = str(pathlib.PurePosixPath(name).with_suffix('')).replace('/', '_')
-    mask = files.File(labels.archive, f'{name}.png')
-    found.append(pairs.Pair(key, images[name], mask, f'{path} ({name})'))
-  return found
+    raise pairs.no_images(folder)
+  for name, mask in labels.items():
+    if name in images:
+      key = os.path.splitext(name)[0].replace('/', '_')
+      yield pairs.Pair(key, images[name], mask, f'{path} ({name})')
+    else:
+      yield pairs.no_partner(folder, name, ', which has annotations')
 
 
-def find_pairs(places, problems, *, class_names=(), min_pixels=-1, limit=0):
-  """Class names and {split: [Pair, ...]}; see `draw_labels` for the options.
+def find_pairs(places, **options):
+  """Class names, and the splits of `make_dataset`; options of `draw_labels`.
 
-  Args:
-    places: {split: (path of its JSON file, folder of its images)}; the names
-      of the first split hold for all.
-    problems: what is missing or wrong is appended.
+  `places` is {split: (path of its JSON file, folder of its images)}; the names
+  of the first split hold for all.
   """
-  found = {}
+  splits = {}
   for split, (path, folder) in places.items():
-    gone = [place for place in (path, folder) if not place.exists()]
-    if gone:
-      problems.append(pairs.absent(gone[0]))
-      continue
     try:
-      labels = draw_labels(
-        path, class_names=class_names, min_pixels=min_pixels, limit=limit
-      )
+      for place in (path, folder):
+        if not place.exists():
+          raise pairs.absent(place)
+      options['class_names'], *drawn = draw_labels(path, **options)
+      splits[split] = _match(path, folder, *drawn)
     except DataError as error:
-      problems.append(error)
-      continue
-    class_names = labels.class_names
-    problems += labels.problems
-    found[split] = _match(path, labels, folder, problems)
-  return class_names, found
+      splits[split] = [error]
+  return options['class_names'], splits
 
 
 def coco(config):
@@ -326,20 +263,16 @@ def coco(config):
   background, crowds count, and images with 1000 labelled pixels or fewer are
   left out, of val too.
   """
-  root, problems, places = pairs.check_root(config), [], {}
+  root, places = pairs.check_root(config), {}
   for split in ('train', 'val'):
     path = root / 'annotations' / f'instances_{split}2017.json'
-    folders = (root / f'{split}2017', root / 'images' / f'{split}2017')
-    there = [folder for folder in folders if folder.is_dir()]
-    places[split] = path, (*there, folders[0])[0]
-  names, found = find_pairs(
+    inner = root / 'images' / f'{split}2017'
+    places[split] = path, inner if inner.is_dir() else root / f'{split}2017'
+  names, splits = find_pairs(
     places,
-    problems,
-    class_names=('background', *classes.COCO_NAMES),
+    class_names=(_BACKGROUND, *classes.COCO_NAMES),
     min_pixels=1000,
     limit=config['limit'],
   )
   ids = masks.IndexLabels(tuple(range(len(names))))
-  return pairs.make_dataset(
-    config, classes.VOC, found, ids, problems, upright=False
-  )
+  return pairs.make_dataset(config, classes.VOC, splits, ids, upright=False)

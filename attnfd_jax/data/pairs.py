@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pairs of image and mask, matched by name, decoded and checked when read."""
 
-import collections
 import dataclasses
-import os
 import pathlib
 
 import numpy as np
@@ -40,10 +38,13 @@ class Pair:
 
 
 class Decoded:
-  """Records by `_read(index)`; those that were read stay if `cache`."""
+  """Records by `_read(index)`, kept in memory if `cache`."""
 
-  def __init__(self, *, cache):
-    self._cache = {} if cache else None
+  def __init__(self, length, *, cache):
+    self._length, self._cache = length, {} if cache else None
+
+  def __len__(self):
+    return self._length
 
   def __getitem__(self, index):
     """{'image': uint8 [h, w, 3] RGB, 'label': uint8 [h, w] of train ids}."""
@@ -61,157 +62,145 @@ class Decoded:
 class PairSource(Decoded):
   """Random access to pairs; what cannot be used raises DataError when read.
 
-  Args:
-    pairs: sequence of Pair; keys differ.
-    read_label: mask -> uint8 [h, w] of train ids; it must pickle.
-    limit: the first so many, 0 for all.
-    cache: keep decoded pairs in memory.
-    upright: refuse images with an EXIF rotation. Where annotations are known
-      to belong to the stored pixels there is nothing to refuse.
+  `read_label` makes uint8 [h, w] of train ids of a mask, and must pickle. If
+  `upright`, images with an EXIF rotation are refused: where annotations are
+  known to belong to the stored pixels there is nothing to refuse. A `limit` of
+  0 is none; `cache` keeps decoded pairs in memory.
   """
 
   def __init__(self, pairs, read_label, *, limit=0, cache=False, upright=True):
-    super().__init__(cache=cache)
-    self._pairs, self.read_label, self._upright = pairs, read_label, upright
-    self._length = min(limit or len(pairs), len(pairs))
-
-  def __len__(self):
-    return self._length
+    super().__init__(min(limit or len(pairs), len(pairs)), cache=cache)
+    self.pairs, self.read_label, self._upright = pairs, read_label, upright
 
   def encoded(self, index):
     """{'image': bytes as stored, 'label': as in [index]}; checked as well."""
-    data = self.image_bytes(index)
-    return {'image': data, 'label': self._read(index, data)['label']}
-
-  def image_bytes(self, index):
-    """As stored."""
-    return self._pairs[index].image.read()
-
-  def mask(self, index):
-    """Its File."""
-    return self._pairs[index].mask
+    pair = self.pairs[index]
+    data = pair.image.read()
+    return self._decode(pair, data) | {'image': data}
 
   def label(self, index):
     """As in [index], without its image."""
-    return self.read_label(self._pairs[index].mask)
+    return self.read_label(self.pairs[index].mask)
 
   def fingerprint(self, start=0, stop=None):
     """Hex digest that changes with the files and with what is read of them."""
-    pairs = self._pairs[: len(self)][start:stop]
-    found = [file for pair in pairs for file in (pair.image, pair.mask)]
-    return cache.digest(found, repr(self.read_label).encode())
+    pairs = self.pairs[: len(self)][start:stop]
+    read = [file for pair in pairs for file in (pair.image, pair.mask)]
+    return cache.digest(read, repr(self.read_label).encode())
 
   def key(self, index):
     """Unique in the split."""
-    return self._pairs[index].key
+    return self.pairs[index].key
 
   def name(self, index):
-    return str(self._pairs[index].image)
+    return str(self.pairs[index].image)
 
   def size(self, index):
     """(height, width) without decoding."""
-    return masks.read_size(self._pairs[index].image)
+    return masks.read_size(self.pairs[index].image)
 
-  def _read(self, index, data=None):
-    pair = self._pairs[index]
-    data = self.image_bytes(index) if data is None else data
+  def _read(self, index):
+    pair = self.pairs[index]
+    return self._decode(pair, pair.image.read())
+
+  def _decode(self, pair, data):
     image = masks.decode_image(pair.image, data)
     if self._upright:
       masks.check_upright(pair.image, data)
     label = self.read_label(pair.mask)
     (h, w), (rows, columns) = image.shape[:2], label.shape
     if (h, w) != (rows, columns):
-      raise files.fault(
-        pair.mask_name or pair.mask,
-        'size',
-        f'mask is {columns}x{rows}, its image {w}x{h} (width x height)',
-      )
+      what = f'mask is {columns}x{rows}, its image {w}x{h} (width x height)'
+      raise files.fault(pair.mask_name or pair.mask, 'size', what)
     return {'image': image, 'label': label}
 
 
-def make_dataset(config, table, pairs, read_label, problems, *, upright=True):
+def with_error(entries):
+  """Yields the entries and, as the last one, a DataError that they raise."""
+  try:
+    yield from entries
+  except DataError as error:
+    yield error
+
+
+def make_dataset(config, table, splits, read_label, *, upright=True):
   """The Dataset of some pairs as the group `data` of a config asks for.
 
-  Args:
-    config: with name, limit and cache.
-    table: {class: (r, g, b)} in the order of train ids.
-    pairs: {split: [Pair, ...]}; a split without any is left out.
-    read_label, upright: see PairSource.
-    problems: of the layout.
+  `table` is {class: (r, g, b)} in the order of train ids. `splits` is {split:
+  iterable of Pair, and of DataError for what is missing}, which may also raise
+  one; a split without any pair is left out. For the others see PairSource.
   """
   options = {k: config[k] for k in ('limit', 'cache')} | {'upright': upright}
-  splits = {
-    split: PairSource(found, read_label, **options)
-    for split, found in pairs.items()
-    if found
-  }
+  sources, problems = {}, []
+  for split, entries in splits.items():
+    entries = list(with_error(entries))
+    problems += [x for x in entries if isinstance(x, DataError)]
+    if pairs := [x for x in entries if isinstance(x, Pair)]:
+      sources[split] = PairSource(pairs, read_label, **options)
   names, palette = classes.names_and_palette(table)
-  return Dataset(config['name'], names, palette, splits, tuple(problems))
+  return Dataset(config['name'], names, palette, sources, tuple(problems))
+
+
+def absent(path, what='not found'):
+  """The DataError of a folder or list that a split needs."""
+  hint = 'is config.data.root right? (--config.data.root=PATH)'
+  return files.fault(path, 'split', f'{what}; {hint}')
 
 
 def check_root(config):
   """config.data.root as a path; DataError if there is no such folder."""
-  root = pathlib.Path(config['root'])
-  if not config['root'] or not root.is_dir():
-    raise DataError(
-      f'{config["root"] or "config.data.root"}: no such folder; is '
-      'config.data.root right? (--config.data.root=PATH)',
-      'split',
-      root,
-    )
-  return root
+  root = config['root']
+  if not root or not pathlib.Path(root).is_dir():
+    raise absent(root or 'config.data.root', 'no such folder')
+  return pathlib.Path(root)
 
 
-def absent(path):
-  """The DataError of a folder or list that a split needs."""
-  what = 'not found; is config.data.root right? (--config.data.root=PATH)'
-  return DataError(f'{path}: {what}', 'split', path)
+def no_images(folder, suffix=''):
+  """The DataError of a folder without images whose stems end with `suffix`."""
+  what = f'no files *{suffix}{", ".join(IMAGE_ENDINGS)} in it'
+  return files.fault(folder, 'split', what)
 
 
-def empty(path, what):
-  return files.fault(path, 'split', f'no {what} in it')
+def no_partner(folder, name, why='', file=None):
+  """The DataError of a `name`, or its file, whose partner `folder` lacks."""
+  what = f'{folder}: no partner for {name}{why}.'
+  return DataError(what, 'partner', file or folder / name)
 
 
-def by_stem(found, problems):
-  """{stem: File}; of files with the same stem the first, and a problem."""
-  groups = collections.defaultdict(list)
-  for file in found:
-    groups[file.stem].append(file)
-  for group in groups.values():
-    if len(group) > 1:
-      names = ', '.join(file.name for file in group)
-      folder = os.path.dirname(str(group[0]))
-      what = f'{folder}: {names} have the same stem; keep one of them.'
-      problems.append(DataError(what, 'partner', group[1]))
-  return {stem: group[0] for stem, group in groups.items()}
+def match(images, labels, folders, suffixes=('', '')):
+  """Yields Pairs of Files, and a DataError for each File without partner.
 
-
-def match(images, labels, where, problems):
-  """[Pair, ...] of two {key: File}, sorted; the rest become problems.
-
-  `where` has the folders of both, for messages.
+  Partners have the same stem but for its suffix; Files without the suffix are
+  skipped. `folders` are those of images and labels, for messages.
   """
-  for ours, theirs, folder in (
-    (images, labels, where[1]),
-    (labels, images, where[0]),
+  by_key = []
+  for group, folder, suffix in zip(
+    (images, labels), folders, suffixes, strict=True
   ):
-    for key in sorted(ours.keys() - theirs.keys()):
-      what = f'{folder}: no partner for {ours[key].name}.'
-      problems.append(DataError(what, 'partner', ours[key]))
-  both = sorted(images.keys() & labels.keys())
-  return [Pair(key, images[key], labels[key]) for key in both]
+    by_key.append({})
+    for file in group:
+      if file.inner.stem.endswith(suffix):
+        key = file.inner.stem.removesuffix(suffix)
+        if (first := by_key[-1].setdefault(key, file)) != file:
+          names = f'{first.inner.name}, {file.inner.name}'
+          what = f'{folder}: {names} have the same stem; keep one of them.'
+          yield DataError(what, 'partner', file)
+  images, labels = by_key
+  if not images:
+    raise no_images(folders[0], suffixes[0])
+  for key in sorted(images.keys() - labels.keys()):
+    yield no_partner(folders[1], images[key].inner.name, file=images[key])
+  for key in sorted(labels.keys() - images.keys()):
+    yield no_partner(folders[0], labels[key].inner.name, file=labels[key])
+  for key in sorted(images.keys() & labels.keys()):
+    yield Pair(key, images[key], labels[key])
 
 
-def match_folders(images, labels, problems):
-  """[Pair, ...] of two folders by stem; absent and empty ones are problems."""
-  gone = [folder for folder in (images, labels) if not folder.is_dir()]
-  if gone:
-    problems.append(absent(gone[0]))
-    return []
-  left = by_stem(files.list_folder(images, IMAGE_ENDINGS), problems)
-  if not left:
-    problems.append(empty(images, f'{", ".join(IMAGE_ENDINGS)} files'))
-    return []
-  # A JPEG mask is found here and refused when it is read: its reason is told.
-  right = by_stem(files.list_folder(labels, IMAGE_ENDINGS), problems)
-  return match(left, right, (images, labels), problems)
+def match_folders(*folders):
+  """`match` of the files in two folders; raises if one of them is absent."""
+  for folder in folders:
+    if not folder.is_dir():
+      raise absent(folder)
+  # A JPEG mask is matched here and refused when it is read, with the reason.
+  groups = (files.list_folder(folder, IMAGE_ENDINGS) for folder in folders)
+  yield from match(*groups, folders)

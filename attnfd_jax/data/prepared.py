@@ -170,7 +170,7 @@ class _Pairs:
     key = key.decode() if isinstance(key, bytes) else str(key)
     name = f'{self.folder}, record {key}'
     return pairs.Pair(
-      key, files.InMemory(name, image), files.InMemory(name, label)
+      key, files.File(name, data=image), files.File(name, data=label)
     )
 
 
@@ -179,7 +179,7 @@ class PreparedSource(pairs.PairSource):
 
   def fingerprint(self):
     """Hex digest that changes with the shards and with what is read of them."""
-    info = self._pairs.folder / 'dataset_info.json'
+    info = self.pairs.folder / 'dataset_info.json'
     return cache.digest([], info.read_bytes() + repr(self.read_label).encode())
 
 

@@ -7,8 +7,6 @@ A source has `len`, `source[i]` -> {'image': uint8 [h, w, 3], 'label': uint8
 function from the group `data` of a config to a Dataset, and a row in DATASETS.
 """
 
-import difflib
-
 from attnfd_jax.data import prepared
 from attnfd_jax.data.camvid import camvid
 from attnfd_jax.data.cityscapes import cityscapes
@@ -20,7 +18,7 @@ from attnfd_jax.data.pairs import Dataset as Dataset
 from attnfd_jax.data.pairs import IMAGE_ENDINGS as IMAGE_ENDINGS
 from attnfd_jax.data.synthetic import scenes
 from attnfd_jax.data.voc import pascal_voc
-from attnfd_jax.errors import DataError, InputError
+from attnfd_jax.errors import DataError, known
 
 DATASETS = {
   'camvid': camvid,
@@ -44,23 +42,13 @@ def load_dataset(config, *, strict=True):
     DataError: missing folder; if strict, the first problem.
     InputError: unknown name, keys that do not go together.
   """
-  name = config['name']
-  if name not in DATASETS:
-    near = difflib.get_close_matches(name, DATASETS, 1)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise InputError(
-      f'Unknown data set {name!r}.{hint} Have: {", ".join(DATASETS)}.'
-    )
-  read = prepared.load if config['prepared'] else DATASETS[name]
+  known('data set', config['name'], DATASETS)
+  read = prepared.load if config['prepared'] else DATASETS[config['name']]
   dataset = read(config)
   if strict and dataset.problems:
     first, *others = dataset.problems
     if not others:
       raise first
-    raise DataError(
-      f'{first} (And {len(others)} more; python -m attnfd_jax.check_data lists '
-      'all.)',
-      first.kind,
-      first.file,
-    )
+    more = f'{len(others)} more; python -m attnfd_jax.check_data lists all.'
+    raise DataError(f'{first} (And {more})', first.kind, first.file)
   return dataset

@@ -10,39 +10,29 @@ that are 'building'. All sizes and probabilities are our choice.
 
 import math
 import random
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from attnfd_jax.data import pairs
+from attnfd_jax.errors import within
 from attnfd_jax.losses import IGNORE_LABEL
 
 CLASS_NAMES = tuple(
   'sky building road marking pavement tree pole car person'.split()
 )
 SKY, BUILDING, ROAD, MARKING, PAVEMENT, TREE, POLE, CAR, PERSON = range(9)
-
-
-class Lighting(NamedTuple):
-  """One weather at one time of day."""
-
-  zenith: tuple  # RGB of the sky at the top of the image.
-  skyline: tuple  # RGB of the sky at the horizon, and of fog.
-  sun: tuple  # Factors on the colours of things.
-  shade: float  # Brightness inside a shadow; 1 for no shadows.
-  visibility: float  # Metres until 63 % of the light comes from fog.
-  clouds: float  # 0 for none to 1 for a covered sky.
-
-
 # fmt: off
+# Of each weather and time of day: RGB of the sky at the top of the image and at
+# the horizon (also of fog), factors of the sun on colours, brightness inside a
+# shadow (1 for none), metres until 63 % of the light comes from fog, clouds.
 LIGHTINGS = (
-  Lighting((62, 112, 190), (178, 205, 228), (1.08, 1.03, .98), .5, 400, .4),
-  Lighting((120, 150, 190), (208, 215, 220), (1., 1., 1.), .6, 250, .7),
-  Lighting((150, 156, 162), (196, 198, 200), (.8, .82, .86), .93, 160, 1.),
-  Lighting((98, 134, 178), (248, 212, 156), (1.2, .99, .76), .42, 200, .3),
-  Lighting((54, 58, 98), (212, 134, 112), (.74, .66, .7), .8, 200, .6),
-  Lighting((178, 182, 184), (188, 190, 190), (.8, .82, .83), 1., 55, 0.),
+  ((62, 112, 190), (178, 205, 228), (1.08, 1.03, .98), .5, 400, .4),
+  ((120, 150, 190), (208, 215, 220), (1., 1., 1.), .6, 250, .7),
+  ((150, 156, 162), (196, 198, 200), (.8, .82, .86), .93, 160, 1.),
+  ((98, 134, 178), (248, 212, 156), (1.2, .99, .76), .42, 200, .3),
+  ((54, 58, 98), (212, 134, 112), (.74, .66, .7), .8, 200, .6),
+  ((178, 182, 184), (188, 190, 190), (.8, .82, .83), 1., 55, 0.),
 )
 # Cityscapes, but lane markings white and poles yellow, to be seen.
 PALETTE = np.uint8([
@@ -73,9 +63,9 @@ def ground(x, z):
   return x, 0.0, z
 
 
-def facing(x, z, y=0.0, scale=1.0, side=1):
+def facing(x, z, scale=1.0, side=1):
   """Upright plane across the road; s runs right, or left if side is -1."""
-  return lambda s, t: (x + side * scale * s, y + scale * t, z)
+  return lambda s, t: (x + side * scale * s, scale * t, z)
 
 
 def along(x, z, y=0.0, scale=1.0, run=0.0):
@@ -112,13 +102,22 @@ class Painter:
     self.rng = rng = random.Random(int(generator.integers(2**63)))
     self.image = np.zeros((2 * height, 2 * width, 3), np.uint8)
     self.label = np.zeros((2 * height, 2 * width), np.uint8)
-    self.light = rng.choice(LIGHTINGS)
+    self.zenith, self.skyline, self.light, *rest = rng.choice(LIGHTINGS)
+    self.shade, self.visibility, self.clouds = rest
     self.focal = rng.uniform(1.4, 1.9) * width
     self.eye = rng.uniform(1.25, 2.0)  # Metres above the ground.
     self.horizon = int(rng.uniform(0.36, 0.52) * 2 * height)
     self.centre = rng.uniform(0.3, 0.7) * 2 * width  # Vanishing point.
     self.bend = rng.uniform(-1, 1) ** 3 * 0.005
     self.sun = rng.uniform(-1.2, 1.2)  # Length of shadows, to the right.
+    # Where the road ends.
+    self.left, self.right = -rng.uniform(2, 6), rng.uniform(2, 4.5)
+    self.things = []  # (z, function that draws it, its arguments).
+    self.gaps = []  # Between houses: (x, near, far).
+    self.shadows = []  # Shapes on the ground.
+
+  def add(self, z, draw, *arguments):
+    self.things.append((z, draw, arguments))
 
   def pick(self, colours, spread=14):
     """One of the colours, somewhat lighter or darker, warmer or colder."""
@@ -137,12 +136,10 @@ class Painter:
     return near + self.rng.random() ** 2 * max(far - near, 4)
 
   def pixels(self, plane, shape):
-    focal, centre, horizon = self.focal, self.centre, self.horizon
-    bend, eye, corners = self.bend, self.eye, []
-    for s, t in shape:
-      x, y, z = plane(s, t)
-      column = centre + focal * (x / z + bend * z)
-      corners.append((column, horizon - focal * (y - eye) / z))
+    corners = []
+    for x, y, z in (plane(*corner) for corner in shape):
+      column = self.centre + self.focal * (x / z + self.bend * z)
+      corners.append((column, self.horizon - self.focal * (y - self.eye) / z))
     return np.array(corners, np.int32)
 
   def fill(self, plane, shapes, colour, class_id=None):
@@ -150,12 +147,11 @@ class Painter:
     pixels = [self.pixels(plane, shape) for shape in shapes]
     # One depth per call would not do for the ground: see `draw_ground`.
     depth = 0 if plane is ground else plane(*shapes[0][0])[2]
-    clear = math.exp(-depth / self.light.visibility)
+    clear = math.exp(-depth / self.visibility)
+    channels = zip(colour, self.light, self.skyline, strict=True)
     colour = [
       min(max(c * sun, 0), 255) * clear + fog * (1 - clear)
-      for c, sun, fog in zip(
-        colour, self.light.sun, self.light.skyline, strict=True
-      )
+      for c, sun, fog in channels
     ]
     cv2.fillPoly(self.image, pixels, colour)
     if class_id is not None:
@@ -170,13 +166,14 @@ def smooth_noise(generator, height, width, cells):
 
 
 def draw_sky(p):
-  shape = p.horizon // 2 + 1, p.image.shape[1] // 2  # It is smooth anyway.
-  skyline = np.float32(p.light.skyline)
+  # Half the size: it is smooth anyway.
+  shape = p.horizon // 2 + 1, p.image.shape[1] // 2
+  skyline = np.float32(p.skyline)
   mix = np.linspace(0, 1, shape[0], dtype=np.float32)[:, None, None]
-  sky = np.float32(p.pick([p.light.zenith])) * (1 - mix) + skyline * mix
+  sky = np.float32(p.pick([p.zenith])) * (1 - mix) + skyline * mix
   noise = smooth_noise(p.generator, *shape, 5)
   noise += 0.5 * smooth_noise(p.generator, *shape, 17)
-  cover = np.clip(noise + 2 * p.light.clouds - 1, 0, p.light.clouds)
+  cover = np.clip(noise + 2 * p.clouds - 1, 0, p.clouds)
   cloud = 0.5 * skyline + p.rng.uniform(80, 125)
   sky = sky + 0.8 * cover[..., None] * (cloud - sky)
   sky = np.clip(sky, 0, 255).astype(np.uint8)
@@ -188,20 +185,19 @@ def draw_skyline(p):
   x, z = -80, 110
   while x < 80:
     width, height = p.rng.uniform(8, 24), p.rng.uniform(2, 10)
+    shape, colours, class_id = box(0, -2, width, height + 4), WALLS, BUILDING
     if p.rng.random() < 0.4:
-      crown = disc(width / 2, 0, width * 0.7, height)
-      p.fill(facing(x, z), [crown], p.pick(LEAVES), TREE)
-    else:
-      house = box(0, -2, width, height + 4)
-      p.fill(facing(x, z), [house], p.pick(WALLS), BUILDING)
+      shape = disc(width / 2, 0, width * 0.7, height)
+      colours, class_id = LEAVES, TREE
+    p.fill(facing(x, z), [shape], p.pick(colours), class_id)
     x += width
 
 
-def draw_ground(p, left, right, gaps, shadows):
+def draw_ground(p):
   """Pavement everywhere, the road on it, side streets in the gaps."""
-  rng, below = p.rng, slice(p.horizon, None)
+  rng, below, left, right = p.rng, slice(p.horizon, None), p.left, p.right
   road, paving = p.pick(GREYS), p.pick(GREYS)
-  p.image[below] = np.clip(np.multiply(paving, p.light.sun), 0, 255)
+  p.image[below] = np.clip(np.multiply(paving, p.light), 0, 255)
   p.label[below] = PAVEMENT
   slabs = [box(-40, z, 40, z + 0.06) for z in range(4, 32, 3)]
   slabs += [strip(x, x + 0.05, 2, 60) for x in (left - 2, right + 2)]
@@ -209,34 +205,33 @@ def draw_ground(p, left, right, gaps, shadows):
   kerbs = [strip(left - 0.3, left, 1, 150), strip(right, right + 0.3, 1, 150)]
   p.fill(ground, kerbs, p.pick(GREYS, 30))
   p.fill(ground, [strip(left, right, 1, 150)], road, ROAD)
-  for x, near, far in gaps:
+  for x, near, far in p.gaps:
     street = box(left if x < 0 else right, near + 1, 8 * x, far - 1)
     p.fill(ground, [street], road, ROAD)
   for _ in range(rng.randrange(4)):  # Repairs and manhole covers.
     x, z = rng.uniform(left + 0.5, right - 2), rng.uniform(4, 20)
-    patch = strip(x, x + rng.uniform(0.5, 1.5), z, z * 1.3)
-    p.fill(ground, [patch], p.pick([road], 18))
+    repair = strip(x, x + rng.uniform(0.5, 1.5), z, z * 1.3)
+    p.fill(ground, [repair], p.pick([road], 18))
     p.fill(ground, [disc(x, z - 1, 0.35)], scaled(road, 0.6))
-  draw_markings(p, left, right)
-  for _ in range(rng.randrange(3) if p.light.shade > 0.5 else 0):  # Puddles.
+  draw_markings(p)
+  for _ in range(rng.randrange(3) if p.shade > 0.5 else 0):  # Puddles.
     x, z = rng.uniform(left - 1, right + 1), rng.uniform(4, 15)
     puddle = disc(x, z, rng.uniform(0.5, 1.8), rng.uniform(0.5, 1.5))
-    sky = np.divide(p.light.skyline, p.light.sun)
+    sky = np.divide(p.skyline, p.light)
     p.fill(ground, [puddle], sky * rng.uniform(0.75, 1))
-
   shaded = np.zeros(p.label.shape, np.uint8)
-  for shadow in shadows:
+  for shadow in p.shadows:
     cv2.fillPoly(shaded, [p.pixels(ground, shadow)], 255)
-  dark = cv2.convertScaleAbs(p.image, alpha=p.light.shade)
+  dark = cv2.convertScaleAbs(p.image, alpha=p.shade)
   cv2.copyTo(dark[below], shaded[below], p.image[below])
   rows = np.arange(0.5, p.image.shape[0] - p.horizon, dtype=np.float32)
-  clear = np.exp(-p.focal * p.eye / rows / p.light.visibility)[:, None, None]
-  fog = np.float32(p.light.skyline) * (1 - clear)
+  clear = np.exp(-p.focal * p.eye / rows / p.visibility)[:, None, None]
+  fog = np.float32(p.skyline) * (1 - clear)
   p.image[below] = p.image[below] * clear + fog
 
 
-def draw_markings(p, left, right):
-  rng, width = p.rng, p.rng.uniform(0.14, 0.24)
+def draw_markings(p):
+  rng, width, left, right = p.rng, p.rng.uniform(0.14, 0.24), p.left, p.right
   lanes = max(2, round((right - left) / 3.2))
   paint = scaled(p.pick(LINES, 10), rng.uniform(0.7, 1.05))  # Worn.
   lines = []
@@ -246,12 +241,12 @@ def draw_markings(p, left, right):
       lines.append(strip(x, x + width, 2, 60))
       continue
     dash, pitch = rng.choice(((2, 4), (3, 6), (3, 5)))
-    first = rng.uniform(2, 4)
-    starts = [first + i * pitch for i in range(10)]
+    z = rng.uniform(2, 4)
+    starts = [z + i * pitch for i in range(10)]
     lines += [box(x, z, x + width, z + dash) for z in starts]
   if rng.random() < 0.6:
-    for x in (left + 0.4, right - 0.4 - width):
-      lines.append(strip(x, x + width, 1, 70))
+    edges = (left + 0.4, right - 0.4 - width)
+    lines += [strip(x, x + width, 1, 70) for x in edges]
   p.fill(ground, lines, paint, MARKING)
   if rng.random() < 0.4:  # Zebra crossing.
     z, bar = rng.uniform(5, 16), rng.uniform(0.4, 0.6)
@@ -264,10 +259,10 @@ def draw_building(p, x, near, far):
   rng, side, length = p.rng, math.copysign(1, x), far - near
   storey, base = rng.uniform(2.8, 3.4), p.pick(WALLS)
   top = 1 + storey * rng.randint(1, 5)
-  glass = rng.choice((DARK, BLACK, p.light.skyline, scaled(base, 0.55)))
+  glass = rng.choice((DARK, BLACK, p.skyline, scaled(base, 0.55)))
   pitch, pier = rng.uniform(1.8, 3.5), rng.uniform(0.8, 1.4)
   front, wall = facing(x, near, side=side), along(x, near)
-  sunny = 1.1 if side * p.sun > 0 else p.light.shade**0.5
+  sunny = 1.1 if side * p.sun > 0 else p.shade**0.5
   faces = [(wall, length, sunny)]
   if near > p.nearest(x):
     faces.append((front, 12, rng.uniform(0.7, 1.1)))
@@ -276,24 +271,22 @@ def draw_building(p, x, near, far):
     p.fill(plane, [box(0, 0, span, top)], colour, BUILDING)
     if near < 50:  # Bands of glass behind piers: fewer shapes than windows.
       floors = np.arange(1.3, top - 1.8, storey).tolist()
-      piers = np.arange(0, span, pitch).tolist()
       bands = [box(0, t, span, t + 1.5) for t in floors]
       p.fill(plane, bands, scaled(glass, gain))
-      p.fill(plane, [box(s, 0, s + pier, top) for s in piers], colour)
+      starts = np.arange(0, span, pitch).tolist()
+      p.fill(plane, [box(s, 0, s + pier, top) for s in starts], colour)
     ledges = [box(0, top - 0.5, span, top), box(0, 0, span, 0.5)]
     p.fill(plane, ledges, scaled(colour, rng.uniform(0.7, 1.2)))
   if rng.random() < 0.5:  # Pitched roof.
     slope, rise = side * rng.uniform(0.5, 1.5), rng.uniform(1, 3)
-    roof = along(x, near, top, run=slope)
+    roof, ridge = along(x, near, top, run=slope), top + rise
     p.fill(roof, [box(0, 0, length, rise)], p.pick(WALLS), BUILDING)
-    ridge = top + rise
     gable = [(0, top), (abs(slope) * rise, ridge), (12, ridge), (12, top)]
     p.fill(front, [gable], base, BUILDING)
   if rng.random() < 0.5:  # Shop with an awning.
     p.fill(wall, [box(0.4, 0.3, length - 0.4, 2.6)], glass)
-    awning = along(x, near, 3.3, run=side * 1.3)
-    shape = box(0.4, -0.8, length - 0.4, 0)
-    p.fill(awning, [shape], p.pick(PAINTS), BUILDING)
+    awning, end = along(x, near, 3.3, run=side * 1.3), length - 0.4
+    p.fill(awning, [box(0.4, -0.8, end, 0)], p.pick(PAINTS), BUILDING)
   if rng.random() < 0.4:  # A drainpipe looks like a pole.
     p.fill(wall, [box(length - 0.4, 0, length - 0.15, top)], p.pick(METALS))
   if rng.random() < 0.5 and near < 30:  # Poster.
@@ -350,7 +343,7 @@ def draw_car_side(p, plane, class_id, paint=None, top=1.45):
   front = [(1.65, 0.95), (2.8, 0.95), (2.4, top - 0.1), (1.65, top - 0.1)]
   p.fill(plane, [body], paint, class_id)
   p.fill(plane, [cabin], scaled(paint, 0.9), class_id)
-  p.fill(plane, [rear, front], p.pick((DARK, p.light.skyline)))
+  p.fill(plane, [rear, front], p.pick((DARK, p.skyline)))
   p.fill(plane, [disc(s, 0.33, 0.34) for s in (0.8, 3.4)], BLACK, class_id)
 
 
@@ -370,9 +363,8 @@ def draw_car(p, x, z, oncoming):
 
   draw_car_side(p, flank, CAR, scaled(paint, p.rng.uniform(0.6, 1.1)), top)
   p.fill(end, [box(-0.85, 0, 0.85, 0.4)], BLACK, CAR)
-  p.fill(
-    end, [box(-0.9, 0.28, 0.9, 0.95), box(-0.9, 0.95, 0.9, top)], paint, CAR
-  )
+  back = [box(-0.9, 0.28, 0.9, 0.95), box(-0.9, 0.95, 0.9, top)]
+  p.fill(end, back, paint, CAR)
   p.fill(end, [box(-0.75, 0.98, 0.75, top - 0.1)], p.pick((DARK, BLACK)))
   lamps = [box(s, 0.65, s + 0.3, 0.85) for s in (-0.85, 0.55)]
   p.fill(end, lamps, (250, 246, 220) if oncoming else (190, 24, 24))
@@ -402,77 +394,66 @@ def draw_person(p, plane, class_id):
   p.fill(plane, [disc(0.01, 0.9, 0.05)], skin, class_id)
 
 
-def furnish_side(p, side, edge, add, shadows):
-  """Adds what stands beyond the kerb at x=edge; returns gaps for streets."""
-  rng, gaps = p.rng, []
-  pavement = rng.uniform(2.5, 6)
+def furnish_side(p, side, edge):
+  """What stands beyond the kerb at x=edge."""
+  rng, pavement = p.rng, p.rng.uniform(2.5, 6)
   wall, z = edge + side * pavement, rng.uniform(1, 6)
   while z < 75:
     length = rng.uniform(6, 18)
     if rng.random() < 0.2:
-      gaps.append((wall, z, z + length))
+      p.gaps.append((wall, z, z + length))
     elif z + length > p.nearest(wall):
       # Sorted by the far end: what stands before the wall is drawn later.
-      add(z + length, draw_building, wall, z, z + length)
+      p.add(z + length, draw_building, wall, z, z + length)
     z += length
   if side * p.sun < -0.3:  # These houses stand before the sun.
     reach = edge - side * rng.uniform(0, 4)
-    shadows.append(strip(2 * wall, reach, 1, rng.uniform(20, 90)))
+    p.shadows.append(strip(2 * wall, reach, 1, rng.uniform(20, 90)))
 
   for _ in range(rng.randrange(4)):
     x, height = edge + side * rng.uniform(0.7, 1.5), rng.uniform(3.5, 9)
     z = p.depth(x, 45)
-    add(z, draw_tree, x, z, height)
+    p.add(z, draw_tree, x, z, height)
     for t in (0.5, 0.6, 0.7, 0.8, 0.9):
       s = x + p.sun * t * height + rng.uniform(-1, 1)
-      shadows.append(disc(s, z + rng.uniform(-1, 1), rng.uniform(0.4, 1)))
+      p.shadows.append(disc(s, z + rng.uniform(-1, 1), rng.uniform(0.4, 1)))
   for kind in rng.choices(('lamp', 'light', 'sign', 'bollard'), k=2):
     x = edge + side * rng.uniform(0.4, 0.9)
     z = p.depth(x, 24)
-    add(z, draw_pole, x, z, kind)
-    shadows.append(box(x, z, x + 4 * p.sun, z + 0.15))
+    p.add(z, draw_pole, x, z, kind)
+    p.shadows.append(box(x, z, x + 4 * p.sun, z + 0.15))
   for _ in range(rng.randint(1, 3)):
     x = edge + side * rng.uniform(0.2, pavement - 0.4)
     z = p.depth(x, 22)
-    add(z, draw_person, facing(x, z, 0, rng.uniform(1.2, 1.9)), PERSON)
+    p.add(z, draw_person, facing(x, z, rng.uniform(1.2, 1.9)), PERSON)
   if rng.random() < 0.55:  # Parked cars.
     first = p.depth(edge, 20)
     for i in range(rng.randint(1, 3)):
       z = first + 5.4 * i
-      add(z, draw_car, edge - side * 1.1, z, rng.random() < 0.3)
-      shadows.append(box(edge - side * 2.3, z - 0.3, edge, z + 4.5))
-  return gaps
+      p.add(z, draw_car, edge - side * 1.1, z, rng.random() < 0.3)
+      p.shadows.append(box(edge - side * 2.3, z - 0.3, edge, z + 4.5))
 
 
-def furnish(p, left, right):
-  """Returns things as (z, draw), gaps between houses, shadow shapes."""
-  rng, things, shadows = p.rng, [], []
-
-  def add(z, draw, *arguments):
-    things.append((z, lambda: draw(p, *arguments)))
-
-  gaps = furnish_side(p, -1, left, add, shadows)
-  gaps += furnish_side(p, 1, right, add, shadows)
+def furnish_road(p):
+  rng = p.rng
   for _ in range(rng.randrange(3)):  # Traffic.
     lane = rng.choice((0.28, 0.72))
-    x = left + lane * (right - left)
+    x = p.left + lane * (p.right - p.left)
     z = p.depth(x, 45) + 2
-    add(z, draw_car, x, z, lane < 0.5)
-    shadows.append(box(x - 1.1, z - 0.3, x + 1.1 + p.sun, z + 4.5))
+    p.add(z, draw_car, x, z, lane < 0.5)
+    p.shadows.append(box(x - 1.1, z - 0.3, x + 1.1 + p.sun, z + 4.5))
   if rng.random() < 0.4:  # Someone or something crosses.
-    x, z = rng.uniform(left, right), rng.uniform(8, 20)
+    x, z = rng.uniform(p.left, p.right), rng.uniform(8, 20)
     if rng.random() < 0.6:
-      add(z, draw_person, facing(x, z, 0, 1.7), PERSON)
+      p.add(z, draw_person, facing(x, z, 1.7), PERSON)
     else:
-      add(z, draw_car_side, facing(x, z, side=rng.choice((-1, 1))), CAR)
-  return things, gaps, shadows
+      p.add(z, draw_car_side, facing(x, z, side=rng.choice((-1, 1))), CAR)
 
 
 def photograph(p):
   """Canvas to image: smaller, with texture, a lens, noise and JPEG."""
   rng, shape = p.rng, (p.label.shape[0] // 2, p.label.shape[1] // 2)
-  size = shape[::-1]
-  image = cv2.resize(p.image, size, interpolation=cv2.INTER_AREA)
+  image = cv2.resize(p.image, shape[::-1], interpolation=cv2.INTER_AREA)
   if rng.random() < 0.5:
     image = cv2.GaussianBlur(image, (3, 3), rng.uniform(0.3, 0.8))
   texture = sum(smooth_noise(p.generator, *shape, n) for n in (4, 16, 48))
@@ -489,21 +470,21 @@ def photograph(p):
   return cv2.imdecode(cv2.imencode('.jpg', image, quality)[1], 1)
 
 
-def render_scene(generator, *, height, width):
-  """Draws one scene; the same state of the generator, the same scene.
+def render_scene(generator, height, width):
+  """RGB image, uint8 [h, w, 3], and label, uint8 [h, w], of one scene.
 
-  Returns:
-    RGB image, uint8 [h, w, 3], and label, uint8 [h, w]: an index of
-    CLASS_NAMES or 255 (ignored).
+  A label is an index of CLASS_NAMES or 255 (ignored). The same state of the
+  generator gives the same scene.
   """
   p = Painter(generator, height, width)
-  left, right = -p.rng.uniform(2, 6), p.rng.uniform(2, 4.5)
-  things, gaps, shadows = furnish(p, left, right)
+  furnish_side(p, -1, p.left)
+  furnish_side(p, 1, p.right)
+  furnish_road(p)
   draw_sky(p)
-  draw_ground(p, left, right, gaps, shadows)
+  draw_ground(p)
   draw_skyline(p)
-  for _, draw in sorted(things, key=lambda thing: -thing[0]):
-    draw()
+  for _, draw, arguments in sorted(p.things, key=lambda thing: -thing[0]):
+    draw(p, *arguments)
   if p.rng.random() < 0.25:  # Of the car that carries the camera.
     bonnet = (width, 2 * height), (width, int(0.14 * height))
     cv2.ellipse(p.image, *bonnet, 0, 0, 360, p.pick(PAINTS), -1)
@@ -516,33 +497,23 @@ class StreetScenes(pairs.Decoded):
 
   A scene is a pure function of (seed, index): sets with other seeds do not
   overlap, and any reader may read in any order or process.
-
-  Raises:
-    ValueError: if num_scenes < 1 or a size is under 32.
   """
 
   def __init__(self, num_scenes, *, height, width, seed):
-    super().__init__(cache=True)
-    if num_scenes < 1:
-      raise ValueError(f'{num_scenes=} leaves nothing to draw; use 1 or more.')
-    for name, value in (('height', height), ('width', width)):
-      if value < 32:
-        raise ValueError(f'{name}={value} is too small; use 32 or more.')
-    self._num_scenes, self._size, self._seed = num_scenes, (height, width), seed
-
-  def __len__(self):
-    return self._num_scenes
+    super().__init__(num_scenes, cache=True)
+    within('num_scenes', num_scenes, 1)
+    within('height', height, 32)
+    within('width', width, 32)
+    self._size, self._seed = (height, width), seed
 
   def _read(self, index):
-    if not 0 <= index < self._num_scenes:
-      raise IndexError(f'{index=} is outside [0, {self._num_scenes}).')
+    if not 0 <= index < len(self):
+      raise IndexError(f'{index=} is outside [0, {len(self)}).')
     generator = np.random.default_rng([self._seed, index])
-    height, width = self._size
-    image, label = render_scene(generator, height=height, width=width)
+    image, label = render_scene(generator, *self._size)
     return {'image': image, 'label': label}
 
   def size(self, index):
-    del index
     return self._size
 
   def name(self, index):
@@ -555,14 +526,9 @@ class StreetScenes(pairs.Decoded):
 def scenes(config):
   """Drawn scenes; val is drawn from another seed than train."""
   height, width = config['image_size']
-  splits = {
-    split: StreetScenes(
-      config[f'{split}_scenes'],
-      height=height,
-      width=width,
-      # Far apart, so that no scene of val is one of another run's train.
-      seed=2 * config['scenes_seed'] + i,
-    )
-    for i, split in enumerate(('train', 'val'))
-  }
+  splits = {}
+  for i, split in enumerate(('train', 'val')):
+    # Even and odd: no scene of val is one of another run's train.
+    seed, count = 2 * config['scenes_seed'] + i, config[f'{split}_scenes']
+    splits[split] = StreetScenes(count, height=height, width=width, seed=seed)
   return pairs.Dataset('scenes', CLASS_NAMES, PALETTE, splits)

@@ -2,58 +2,52 @@
 """PASCAL VOC 2012 in its devkit, with the masks of SBD where asked for."""
 
 import io
+import itertools
+import os
 import pathlib
 
 import numpy as np
 
 from attnfd_jax.data import classes, files, masks, pairs
-from attnfd_jax.errors import DataError, InputError
+from attnfd_jax.errors import InputError
 
 
-def read_list(path, problems):
-  """Ids of a list, one a line, without repetition; problems are appended."""
+def read_list(path):
+  """Yields the ids of a list, one a line, without repetition."""
   if not path.is_file():
     others = ', '.join(sorted(p.name for p in path.parent.glob('*.txt'))[:3])
-    what = (
-      f'no such list, there is {others}; it names the images of this split, '
-      'one a line, without their ending'
-    )
-    problems.append(
-      files.fault(path, 'split', what) if others else pairs.absent(path)
-    )
-    return []
+    if not others:
+      raise pairs.absent(path)
+    what = f'no such list, there is {others}; it names images without endings'
+    raise files.fault(path, 'split', what)
   ids = [key for key in dict.fromkeys(files.read_lines(path)) if key]
   if not ids:
-    problems.append(pairs.empty(path, 'names'))
-  return ids
+    raise files.fault(path, 'split', 'no names in it')
+  yield from ids
 
 
-def pair_listed(ids, where, endings, problems):
-  """[Pair, ...] in the order of a list of names without their ending.
+def pair_listed(ids, where, label_endings=pairs.IMAGE_ENDINGS):
+  """Yields the Pair, or the DataError, of each id of a list.
 
-  `where` and `endings` are of images and masks; what is missing becomes a
-  problem.
+  `where` are the folders of images and labels, in and below which they lie.
   """
   images, labels = (
-    files.without_ending(files.list_tree(folder, given))
-    for folder, given in zip(where, endings, strict=True)
+    {os.path.splitext(k)[0]: x for k, x in files.list_tree(*given).items()}
+    for given in zip(where, (pairs.IMAGE_ENDINGS, label_endings), strict=True)
   )
-  found = []
   for key in ids:
     if key in images and key in labels:
-      found.append(pairs.Pair(key, images[key], labels[key]))
-      continue
-    folder = where[1] if key in images else where[0]
-    what = f'{folder}: no partner for {key}, which the list of the split names.'
-    problems.append(DataError(what, 'partner', folder / key))
-  return found
+      yield pairs.Pair(key, images[key], labels[key])
+    else:
+      why = ', which the list of the split names'
+      yield pairs.no_partner(where[key in images], key, why)
 
 
 class _VocLabels(masks.IndexLabels):
   """PNGs of VOC and .mat files of SBD to train ids."""
 
   def __call__(self, file):
-    read = read_sbd if file.suffix == '.mat' else masks.read_mask
+    read = read_sbd if file.inner.suffix == '.mat' else masks.read_mask
     return self.from_ids(file, read(file))
 
 
@@ -61,71 +55,62 @@ def read_sbd(file):
   """Class ids 0 to 20 of a file of SBD's folder cls, uint8 [h, w]."""
   import scipy.io  # Only for SBD.
 
-  data = file.read()
-  try:
-    ids = scipy.io.loadmat(io.BytesIO(data))['GTcls'][0]['Segmentation'][0]
+  data = io.BytesIO(file.read())
+  with masks.decoding(file, 'SBD mask'):
+    ids = scipy.io.loadmat(data)['GTcls'][0]['Segmentation'][0]
     ids = np.ascontiguousarray(ids, np.uint8)  # It comes by columns.
     if ids.ndim != 2:
       raise ValueError(f'of shape {ids.shape}')
     return ids
-  except Exception as error:  # Of many types; all say that it is damaged.
-    what = f'not a readable SBD mask ({error})'
-    raise files.fault(file, 'unreadable', what) from error
 
 
-def _sbd_pairs(root, taken, problems):
-  """Pairs of SBD's train and val, sorted, but for the ids in `taken`."""
-  try:
-    import scipy.io  # noqa: F401
-  except ImportError as error:
-    raise InputError(
-      "config.data.sbd_root needs scipy: pip install 'attnfd_jax[data]'."
-    ) from error
-  root = pathlib.Path(root)
+def _sbd_pairs(root, taken):
+  """Those of SBD's train and val, sorted, but for the ids in `taken`."""
+  files.need('scipy.io', 'config.data.sbd_root')
   if (root / 'dataset').is_dir():  # As unpacked: benchmark_RELEASE/dataset.
     root = root / 'dataset'
   if not (root / 'cls').is_dir():
-    what = (
-      'no such folder; config.data.sbd_root is the folder benchmark_RELEASE'
-    )
-    problems.append(files.fault(root / 'cls', 'split', what))
-    return []
-  ids = {
-    key
-    for name in ('train.txt', 'val.txt')
-    for key in read_list(root / name, problems)
-  }
-  where = (root / 'img', root / 'cls')
-  return pair_listed(sorted(ids - taken), where, ('.jpg', '.mat'), problems)
+    what = 'no such folder; config.data.sbd_root is that of benchmark_RELEASE'
+    raise files.fault(root / 'cls', 'split', what)
+  ids = {*read_list(root / 'train.txt'), *read_list(root / 'val.txt')}
+  ids = sorted(ids - taken)
+  yield from pair_listed(ids, (root / 'img', root / 'cls'), ('.mat',))
+
+
+def list_path(root, name):
+  return root / 'ImageSets' / 'Segmentation' / f'{name}.txt'
+
+
+def read_split(root, name, labels='SegmentationClass'):
+  """`pair_listed` of a list in VOC's layout; `labels` is a folder of it."""
+  ids = read_list(list_path(root, name))
+  return pair_listed(ids, (root / 'JPEGImages', root / labels))
 
 
 def pascal_voc(config):
   """VOCdevkit/VOC2012, with SBD's images or the ready-made list trainaug."""
-  root, problems = pairs.check_root(config), []
+  root = pairs.check_root(config)
   for inner in ('VOC2012', 'VOCdevkit/VOC2012'):
     if not (root / 'JPEGImages').is_dir() and (root / inner).is_dir():
       root = root / inner
-  images = root / 'JPEGImages'
-  if not images.is_dir():
-    raise pairs.absent(images)
+  if not (root / 'JPEGImages').is_dir():
+    raise pairs.absent(root / 'JPEGImages')
   train_list, sbd_root = config['train_list'], config['sbd_root']
   if sbd_root and train_list != 'train':
     raise InputError(
       f'config.data.train_list={train_list!r} does not go with '
       "config.data.sbd_root, which adds to the list 'train'."
     )
-  ids, found = {}, {}
-  for split, name in (('train', train_list), ('val', 'val')):
-    path = root / 'ImageSets' / 'Segmentation' / f'{name}.txt'
-    ids[split] = read_list(path, problems)
-    aug = 'Aug' if name == 'trainaug' else ''
-    where = (images, root / f'SegmentationClass{aug}')
-    found[split] = pair_listed(ids[split], where, ('.jpg', '.png'), problems)
+  aug = 'Aug' if train_list == 'trainaug' else ''
+  train = read_split(root, train_list, f'SegmentationClass{aug}')
+  splits = {'train': train, 'val': read_split(root, 'val')}
   if sbd_root:
-    taken = {*ids['train'], *ids['val']}
-    found['train'] += _sbd_pairs(sbd_root, taken, problems)
+    lists = (read_list(list_path(root, split)) for split in splits)
+    taken = {key for ids in lists for key in pairs.with_error(ids)}
+    extra = _sbd_pairs(pathlib.Path(sbd_root), taken)
+    splits['train'] = itertools.chain(pairs.with_error(train), extra)
   read_label = _VocLabels(tuple(range(len(classes.VOC))))
   # Annotated as stored.
   return pairs.make_dataset(
-    config, classes.VOC, found, read_label, problems, upright=False
+    config, classes.VOC, splits, read_label, upright=False
   )

@@ -4,8 +4,6 @@
 method.py has the contract; to add a method, write its file and a line here.
 """
 
-import dataclasses
-import difflib
 import functools
 
 import jax
@@ -14,47 +12,26 @@ from attnfd_jax import user_code
 from attnfd_jax.distill.attnfd_method import AttnFDMethod
 from attnfd_jax.distill.kd import LogitKD
 from attnfd_jax.distill.weighted_sum import SCHEDULES, WeightedSum
-from attnfd_jax.errors import first_line, InputError, one_of, within
+from attnfd_jax.errors import explained, InputError, known, one_of, within
+from attnfd_jax.models import layers
 
 METHODS = {}  # Name -> class.
 WEIGHTS = {}  # Name -> default weight.
+TITLES = {}  # Name -> as people write it.
 # Of other terms in the log of a step.
 _TAKEN = ('loss', 'ce', 'ohem', 'focal', 'dice', 'grad_norm', 'learning_rate')
-TITLES = {}  # Name -> as people write it.
+# {field: default} of a Method's class: what its config has.
+option_defaults = layers.options_of
 
 
 def register(name, method, *, weight=1.0, title=None):
-  """Makes a Method known as config.distill.method=`name`.
-
-  Args:
-    name: of the method.
-    method: its class.
-    weight: published, or 1.
-    title: for people; `name` in capitals by default.
-  """
+  """Makes a Method's class known by name; its weight is published, or 1."""
   METHODS[name], WEIGHTS[name] = method, weight
   TITLES[name] = title or name.upper()
 
 
 register('attnfd', AttnFDMethod, weight=2.0, title='AttnFD')
 register('kd', LogitKD)
-
-
-def option_defaults(method):
-  """{field: default} of a Method's class: what its config has."""
-  ours = {'parent', 'name'}  # Of every module.
-  return {
-    field.name: field.default
-    for field in dataclasses.fields(method)
-    if field.name not in ours and field.default is not dataclasses.MISSING
-  }
-
-
-def _build(method, options, name):
-  try:
-    return method(**options)
-  except (TypeError, ValueError) as error:
-    raise InputError(f'config.distill.{name}: {error}') from error
 
 
 def make_method(name, student_outputs, teacher_outputs, **options):
@@ -69,40 +46,26 @@ def make_method(name, student_outputs, teacher_outputs, **options):
     InputError: for an unknown method or option, and for outputs that the method
       cannot compare.
   """
-  method = _build(_find(name), options, name)
+  method_class = _find(name)
+  with explained(f'config.distill.{name}'):
+    method = method_class(**options)
   abstract_variables(method, student_outputs, teacher_outputs)
   return method
 
 
 def abstract_variables(method, student, teacher):
-  """Shapes of the variables of a method, or of a sum, for two Outputs.
-
-  Args:
-    method: Method or WeightedSum.
-    student, teacher: Outputs, arrays or their shapes.
-
-  Raises:
-    InputError: if it cannot compare these outputs; one line.
-  """
+  """Shapes of the variables of a method, or a sum, if it can compare these."""
   rngs = {name: jax.random.key(0) for name in ('params', 'distill')}
   labels = jax.ShapeDtypeStruct(student['logits'].shape[:-1], 'uint8')
   init = functools.partial(method.init, rngs, train=True, step=0)
-  try:
+  with explained('config.distill.method'):
     return jax.eval_shape(init, student, teacher, labels)
-  except Exception as error:  # Of a method of the user's, anything.
-    raise InputError(f'config.distill.method: {first_line(error)}') from error
 
 
 def _find(name):
   if user_code.is_code(name):
     return user_code.load_object(name, option='config.distill.method')
-  if name not in METHODS:
-    near = difflib.get_close_matches(name, METHODS, 1)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise InputError(
-      f'Unknown method {name!r} in config.distill.method.{hint} Have: '
-      f'{", ".join(METHODS)}, joined by "+", or \'file.py:Class\'.'
-    )
+  known('method', name, METHODS, others=', joined by "+", or "file.py:Class"')
   return METHODS[name]
 
 
@@ -116,20 +79,14 @@ def title(method):
 def make_distiller(method, groups, *, options=None, num_steps=1):
   """The WeightedSum of 'attnfd', 'attnfd+kd' or 'file.py:Class'.
 
-  Args:
-    method: names, joined by '+', or one class of the user's.
-    groups: {name: {'weight', 'weight_schedule', fields ...}}.
-    options: fields of the user's class, beside 'weight', 'weight_schedule'.
-    num_steps: of the stage, for schedules of weights.
-
-  Raises:
-    InputError: for a method, an option or a value that does not exist.
+  `groups` are {name: {'weight', 'weight_schedule', fields ...}}, and `options`
+  is such a group of the user's class; `num_steps` is of the stage, for
+  schedules of weights.
   """
   own = user_code.is_code(method)
   if own:
-    name = method.rpartition(':')[2].lower()
-    if name in _TAKEN:
-      name += '_method'
+    name = title(method).lower()
+    name = f'{name}_method' if name in _TAKEN else name
     chosen = {name: (_find(method), dict(options or {}))}
   elif options:
     raise InputError(
@@ -145,5 +102,6 @@ def make_distiller(method, groups, *, options=None, num_steps=1):
     group = 'config.distill.options' if own else f'config.distill.{name}'
     within(f'{group}.weight', weights[name], 0, 1e30)
     one_of(f'{group}.weight_schedule', schedules[name], SCHEDULES)
-    methods[name] = _build(method_class, fields, name)
+    with explained(f'config.distill.{name}'):
+      methods[name] = method_class(**fields)
   return WeightedSum(methods, weights, schedules, num_steps)

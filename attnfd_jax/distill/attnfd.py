@@ -11,6 +11,7 @@ where ||.|| runs over the whole batch (distiller.py:40-51 of the authors).
 """
 
 from collections.abc import Mapping
+import math
 
 import flax.core
 import flax.linen as nn
@@ -28,16 +29,16 @@ NORM_AXES = {
   'pixel': (3,),
   'channel': (1, 2),
 }
-TEACHER_ATTENTION = (
-  'checkpoint',
-  'random',
-  'parameter_free',
-  'in_path',
-  'none',
-)
-STUDENT_ATTENTION = ('learnable', 'mlp_frozen', 'parameter_free', 'none')
-REDUCTIONS = ('batchmean', 'unitmean', 'mean')
-MATCH_SIZES = ('none', 'to_teacher', 'to_student')
+# Those of teachers' gates that have parameters of their own.
+STORED = ('checkpoint', 'random')
+CHOICES = {
+  'teacher_attention': (*STORED, 'parameter_free', 'in_path', 'none'),
+  'student_attention': ('learnable', 'mlp_frozen', 'parameter_free', 'none'),
+  'norm_scope': tuple(NORM_AXES),
+  'reduction': ('batchmean', 'unitmean', 'mean'),
+  'teacher_bn': ('batch', 'running'),
+  'match_size': ('none', 'to_teacher', 'to_student'),
+}
 # Squared length below which a map has no direction.
 TINY = 1e-12
 
@@ -55,15 +56,13 @@ def unit(x, axes):
 
 
 def direction_distance(student, teacher, *, norm_scope, reduction):
-  """Squared distance of two maps after each is scaled to unit length.
+  """Squared distance of two maps [b, h, w, c], each scaled to unit length.
 
   With the cosine of each pair of unit arrays a distance is 2 - 2 cos. With
   norm_scope 'batch' the length is over the whole array, on a sharded batch a
-  global one.
+  global one. The teacher's map is a constant.
 
   Args:
-    student: [b, h, w, c].
-    teacher: [b, h, w, c]; treated as a constant.
     norm_scope: key of NORM_AXES.
     reduction: of the distances: 'batchmean' sums and divides by b, 'unitmean'
       averages, 'mean' divides by the number of elements.
@@ -74,11 +73,9 @@ def direction_distance(student, teacher, *, norm_scope, reduction):
   axes = NORM_AXES[norm_scope]
   target = jax.lax.stop_gradient(unit(teacher, axes))
   distance = jnp.sum(jnp.square(unit(student, axes) - target))
-  b = student.shape[0]
-  units = student.size
-  for axis in axes:
-    units //= student.shape[axis]
-  divisor = {'batchmean': b, 'unitmean': units, 'mean': student.size}
+  b, size = student.shape[0], student.size
+  units = size // math.prod(student.shape[axis] for axis in axes)
+  divisor = {'batchmean': b, 'unitmean': units, 'mean': size}
   return distance / divisor[reduction]
 
 
@@ -89,30 +86,31 @@ class Connector(nn.Module):
 
   @nn.compact
   def __call__(self, x, *, train):
-    # N(0, 2 / c_teacher), distiller.py:10-22.
-    return layers.ConvNorm(
-      self.features,
-      1,
-      kernel_init=layers.fan_out_normal,
-      dtype=x.dtype,
-      name='conv_norm',
-    )(x, train=train)
+    init = layers.fan_out_normal  # N(0, 2 / c_teacher), distiller.py:10-22.
+    conv_norm = layers.ConvNorm(
+      self.features, 1, kernel_init=init, dtype=x.dtype, name='conv_norm'
+    )
+    return conv_norm(x, train=train)
 
 
-def check_options(module):
-  """Raises InputError for an option of AttnFD that does not exist."""
-  for name, allowed in (
-    ('teacher_attention', TEACHER_ATTENTION),
-    ('student_attention', STUDENT_ATTENTION),
-    ('norm_scope', tuple(NORM_AXES)),
-    ('reduction', REDUCTIONS),
-    ('teacher_bn', ('batch', 'running')),
-    ('match_size', MATCH_SIZES),
-  ):
-    one_of(name, getattr(module, name), allowed)
+class AttnFDOptions(nn.Module, kw_only=True):
+  """The options of AttnFD, which describes them, and of its Method."""
+
+  teacher_attention: str = 'parameter_free'
+  student_attention: str = 'learnable'
+  norm_scope: str = 'batch'
+  reduction: str = 'unitmean'
+  teacher_bn: str = 'running'
+  match_size: str = 'none'
+  fan_out_taps: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    for name, choices in CHOICES.items():
+      one_of(name, getattr(self, name), choices)
+    super().__post_init__()
 
 
-class AttnFD(nn.Module):
+class AttnFD(AttnFDOptions):
   """Attention gates, connectors and the distance of refined maps.
 
   Attributes:
@@ -136,70 +134,50 @@ class AttnFD(nn.Module):
 
   student_channels: Mapping[str, int]
   teacher_channels: Mapping[str, int]
-  teacher_attention: str = 'parameter_free'
-  student_attention: str = 'learnable'
-  norm_scope: str = 'batch'
-  reduction: str = 'unitmean'
-  teacher_bn: str = 'running'
-  match_size: str = 'none'
-  fan_out_taps: tuple[str, ...] = ()
 
   def __post_init__(self):
-    check_options(self)
     if set(self.student_channels) != set(self.teacher_channels):
       raise ValueError(
         f'Taps differ: student {sorted(self.student_channels)}, teacher '
         f'{sorted(self.teacher_channels)}.'
       )
     # Hashable, so that jit can take a module as a static argument.
-    for name in ('student_channels', 'teacher_channels'):
-      frozen = flax.core.FrozenDict(getattr(self, name))
-      object.__setattr__(self, name, frozen)
-    object.__setattr__(self, 'fan_out_taps', tuple(self.fan_out_taps))
+    self.student_channels = flax.core.FrozenDict(self.student_channels)
+    self.teacher_channels = flax.core.FrozenDict(self.teacher_channels)
+    self.fan_out_taps = tuple(self.fan_out_taps)
     super().__post_init__()
 
   def setup(self):
-    taps = sorted(self.student_channels)
+    taps, channels = sorted(self.student_channels), self.teacher_channels
     if self.student_attention != 'none':
       self.student_gates = {
-        tap: self._gate(
-          tap,
-          parameter_free=self.student_attention == 'parameter_free',
-          freeze_mlp=self.student_attention == 'mlp_frozen',
-        )
-        for tap in taps
+        tap: self._gate(tap, self.student_attention) for tap in taps
       }
-    self.connectors = {
-      tap: Connector(self.teacher_channels[tap]) for tap in taps
-    }
+    self.connectors = {tap: Connector(channels[tap]) for tap in taps}
     # The teacher's gates are constants: a collection of their own, not params.
-    if self.teacher_attention in ('checkpoint', 'random'):
-      gates = {}
+    stored, gates = self.teacher_attention in STORED, {}
+    parts = ('params', 'batch_stats') if stored else ()
+    if parts and not self.has_variable('teacher', 'params'):
+      rng = self.make_rng('params')
+      for i, tap in enumerate(taps):
+        gate = self._gate(tap, self.teacher_attention, parent=None)
+        x = jnp.zeros((1, 1, 1, channels[tap]))
+        gates[tap] = gate.init(jax.random.fold_in(rng, i), x, train=False)
+    self.teacher_variables = {
+      part: self.variable(
+        'teacher', part, lambda x: {tap: gates[tap][x] for tap in taps}, part
+      )
+      for part in parts
+    }
 
-      def variables():
-        if not gates:
-          rng = self.make_rng('params')
-          for i, tap in enumerate(taps):
-            x = jnp.zeros((1, 1, 1, self.teacher_channels[tap]))
-            gates[tap] = self._gate(tap, parent=None).init(
-              jax.random.fold_in(rng, i), x, train=False
-            )
-        return gates
-
-      self.teacher_variables = {
-        part: self.variable(
-          'teacher',
-          part,
-          lambda part=part: {tap: variables()[tap][part] for tap in taps},
-        )
-        for part in ('params', 'batch_stats')
-      }
-
-  def _gate(self, tap, **options):
-    init = layers.fan_in_normal
-    if tap in self.fan_out_taps:
-      init = layers.fan_out_normal
-    return CBAM(spatial_init=init, **options)
+  def _gate(self, tap, attention, **options):
+    fan_out = tap in self.fan_out_taps
+    return CBAM(
+      parameter_free=attention == 'parameter_free',
+      freeze_mlp=attention == 'mlp_frozen',
+      spatial_init=layers.fan_out_normal if fan_out else layers.fan_in_normal,
+      **options,
+    )
 
   def _check(self, student_features, teacher_features):
     for role, features, channels in (
@@ -230,42 +208,23 @@ class AttnFD(nn.Module):
     self._check(student_features, teacher_features)
     students, teachers = {}, {}
     for tap in sorted(self.student_channels):
-      students[tap], teachers[tap] = (
-        student_features[tap],
-        teacher_features[tap],
-      )
+      ours, theirs = student_features[tap], teacher_features[tap]
       if self.student_attention != 'none':
-        students[tap] = self.student_gates[tap](students[tap], train=train)
-      if self.teacher_attention == 'parameter_free':
-        gate = CBAM(parameter_free=True, parent=None)
-        teachers[tap] = gate.apply({}, teachers[tap], train=False)
-      elif self.teacher_attention in ('checkpoint', 'random'):
-        variables = {
-          part: variable.value[tap]
-          for part, variable in self.teacher_variables.items()
-        }
-        teachers[tap] = self._gate(tap, parent=None).apply(
-          variables, teachers[tap], train=train and self.teacher_bn == 'batch'
-        )
+        ours = self.student_gates[tap](ours, train=train)
+      if self.teacher_attention in (*STORED, 'parameter_free'):
+        gate = self._gate(tap, self.teacher_attention, parent=None)
+        variables = {k: x.value[tap] for k, x in self.teacher_variables.items()}
+        batch = train and self.teacher_bn == 'batch'
+        theirs = gate.apply(variables, theirs, train=batch)
+      students[tap], teachers[tap] = ours, theirs
     return students, jax.lax.stop_gradient(teachers)
 
   def __call__(self, student_features, teacher_features, *, train):
-    """Sum over the taps, and the term of each tap.
-
-    Args:
-      student_features: tap -> [b, h, w, c_student].
-      teacher_features: tap -> [b, h', w', c_teacher]; constants.
-      train: normalise connectors and gates by the statistics of the batch.
-
-    Returns:
-      float32 scalar and {tap: float32 scalar}.
-
-    Raises:
-      ValueError: names the tap and both shapes that do not fit.
+    """Sum over the taps, and {tap: its term}; see `attnfd_loss`. ValueError
+    names a tap and both shapes that do not fit.
     """
-    students, teachers = self.refined_maps(
-      student_features, teacher_features, train=train
-    )
+    maps = student_features, teacher_features
+    students, teachers = self.refined_maps(*maps, train=train)
     terms = {}
     for tap, target in teachers.items():
       student = self.connectors[tap](students[tap], train=train)

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """AttnFD as a method of the registry: any two networks, stored gates, maps."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attnfd_jax.distill import attnfd
 from attnfd_jax.distill import taps as matching
-from attnfd_jax.distill.attnfd import AttnFD
+from attnfd_jax.distill.attnfd import AttnFD, AttnFDOptions
 from attnfd_jax.distill.method import CONNECTOR_SCHEDULES
 from attnfd_jax.errors import InputError, one_of
+from attnfd_jax.models import layers
 
 
-class AttnFDMethod(nn.Module):
+class AttnFDMethod(AttnFDOptions):
   """`AttnFD` between the taps that two networks share.
 
   Attributes:
@@ -22,19 +21,11 @@ class AttnFDMethod(nn.Module):
       'parameter_free' for a teacher without trained gates, 'checkpoint' becomes
       'random' for one without stored gates, as the authors' own training leaves
       them.
-    student_attention, norm_scope, reduction, teacher_bn, match_size,
-      fan_out_taps: see AttnFD.
     connector_schedule: see training/optim.py; 'first_epoch' is the authors'.
+    others: see AttnFD.
   """
 
   taps: tuple[str, ...] = ('backbone', 'aspp', 'decoder')
-  teacher_attention: str = 'parameter_free'
-  student_attention: str = 'learnable'
-  norm_scope: str = 'batch'
-  reduction: str = 'unitmean'
-  teacher_bn: str = 'running'
-  match_size: str = 'none'
-  fan_out_taps: tuple[str, ...] = ()
   connector_schedule: str = 'always'
 
   pictures_note = (
@@ -43,9 +34,7 @@ class AttnFDMethod(nn.Module):
   )
 
   def __post_init__(self):
-    attnfd.check_options(self)
-    schedule = self.connector_schedule
-    one_of('connector_schedule', schedule, CONNECTOR_SCHEDULES)
+    one_of('connector_schedule', self.connector_schedule, CONNECTOR_SCHEDULES)
     super().__post_init__()
 
   @property
@@ -54,11 +43,7 @@ class AttnFDMethod(nn.Module):
     return self.reduction == 'batchmean' and self.norm_scope == 'batch'
 
   def adapted(self, student, teacher):
-    """With the attention that this teacher has, and starts by the networks.
-
-    Raises:
-      ValueError: for an attention that does not go with its forward path.
-    """
+    """With the attention that this teacher has, and starts by the networks."""
     attention = self.teacher_attention
     if getattr(teacher, 'in_path_attention', False):
       if attention not in ('in_path', 'checkpoint'):
@@ -71,36 +56,24 @@ class AttnFDMethod(nn.Module):
       attention = 'parameter_free'  # Gates that nobody trained would be noise.
     elif attention == 'checkpoint' and getattr(teacher, 'gates', None) is None:
       attention = 'random'
-    backbones = [
-      getattr(network, 'backbone', '') or ''
-      for network in (student, getattr(teacher, 'network', None))
-    ]
+    networks = student, getattr(teacher, 'network', None)
+    backbones = [str(getattr(x, 'backbone', '')) for x in networks]
     # Those of ResNets start as their convolutions, resnet.py of the authors.
     resnets = all(name.startswith('resnet') for name in backbones)
-    return self.clone(
-      teacher_attention=attention,
-      fan_out_taps=self.fan_out_taps or (('backbone',) if resnets else ()),
-    )
+    taps = self.fan_out_taps or (('backbone',) if resnets else ())
+    return self.clone(teacher_attention=attention, fan_out_taps=taps)
 
   def adopt(self, variables, teacher):
-    """`variables` with the gates of the teacher's checkpoint.
-
-    Raises:
-      InputError: if they do not fit the teacher's maps.
-    """
+    """`variables` with the gates of the teacher's checkpoint."""
     gates = getattr(teacher, 'gates', None)
     if self.teacher_attention != 'checkpoint' or gates is None:
       return variables
     own = variables['teacher']
-    try:
-      chosen = {
-        part: {tap: gates[part][tap] for tap in taps}
-        for part, taps in own.items()
-      }
-      fits = jax.tree.map(lambda x, y: x.shape == y.shape, own, chosen)
-    except (KeyError, ValueError):
-      fits = False
-    if not all(jax.tree.leaves(fits)):
+    chosen = {
+      part: {tap: gates[part].get(tap) for tap in taps}
+      for part, taps in own.items()
+    }
+    if jax.tree.map(jnp.shape, chosen) != jax.tree.map(jnp.shape, own):
       raise InputError(
         'The gates in the checkpoint of the teacher do not fit its maps; use '
         '--config.distill.attnfd.teacher_attention=parameter_free.'
@@ -141,28 +114,14 @@ class AttnFDMethod(nn.Module):
     """Length of the refined vector at each pixel of each tap."""
     distiller, maps = self._distiller(student, teacher)
     refined = distiller.refined_maps(*maps, train=train)
-    return dict(
-      zip(
-        ('student', 'teacher'),
-        jax.tree.map(lambda x: jnp.linalg.norm(x, axis=-1), refined),
-        strict=True,
-      )
-    )
+    lengths = jax.tree.map(lambda x: jnp.linalg.norm(x, axis=-1), refined)
+    return dict(zip(('student', 'teacher'), lengths, strict=True))
 
   def _distiller(self, student, teacher):
     """The AttnFD, in the scope of this module, and its two sets of maps."""
     maps = matching.shared(student, teacher, self.taps)
     channels = [{tap: x.shape[-1] for tap, x in side.items()} for side in maps]
-    reduction = 'unitmean' if self.divides_by_batch else self.reduction
-    distiller = AttnFD(
-      *channels,
-      teacher_attention=self.teacher_attention,
-      student_attention=self.student_attention,
-      norm_scope=self.norm_scope,
-      reduction=reduction,
-      teacher_bn=self.teacher_bn,
-      match_size=self.match_size,
-      fan_out_taps=self.fan_out_taps,
-      parent=self.scope,
-    )
-    return distiller, maps
+    options = layers.options_of(self, AttnFDOptions)
+    if self.divides_by_batch:
+      options['reduction'] = 'unitmean'
+    return AttnFD(*channels, **options, parent=self.scope), maps

@@ -21,9 +21,6 @@ def logit_distance(student, teacher, *, temperature):
 
   Returns:
     Mean over b h w pixels, 0 iff the logits differ by a constant at each pixel.
-
-  Raises:
-    ValueError: if the shapes differ.
   """
   if student.shape != teacher.shape:
     raise ValueError(

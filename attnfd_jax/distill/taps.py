@@ -3,31 +3,17 @@
 
 
 def shared(student, teacher, taps):
-  """The maps of `taps` that both sides have, two dicts {tap: [b, h, w, c]}.
-
-  Args:
-    student, teacher: Outputs.
-    taps: names.
-
-  Raises:
-    ValueError: if there is none, with what each side has.
-  """
-  both = [
-    tap
-    for tap in taps
-    if tap in student['features'] and tap in teacher['features']
-  ]
+  """The maps of `taps` that both sides have, two dicts {tap: [b, h, w, c]}."""
+  sides = student['features'], teacher['features']
+  both = [tap for tap in taps if all(tap in maps for maps in sides)]
   if not both:
-    have = [', '.join(x['features']) or 'none' for x in (student, teacher)]
+    have = [', '.join(maps) or 'none' for maps in sides]
     raise ValueError(
       f'No tap of {", ".join(taps)} is in both networks: the student has '
       f'{have[0]}, the teacher {have[1]}. Name shared ones by the option taps, '
       'or use a method that compares logits.'
     )
-  return [
-    {tap: outputs['features'][tap] for tap in both}
-    for outputs in (student, teacher)
-  ]
+  return [{tap: maps[tap] for tap in both} for maps in sides]
 
 
 def logits(student, teacher):
@@ -35,11 +21,9 @@ def logits(student, teacher):
 
   With a sixteenth of the pixels they tell nearly as much.
   """
-  key = 'coarse_logits'
-  if (
-    key in student
-    and key in teacher
-    and student[key].shape == teacher[key].shape
-  ):
-    return student[key], teacher[key]
+  sides = student, teacher
+  if all('coarse_logits' in side for side in sides):
+    ours, theirs = (side['coarse_logits'] for side in sides)
+    if ours.shape == theirs.shape:
+      return ours, theirs
   return student['logits'], teacher['logits']

@@ -33,7 +33,7 @@ def test_images(root):
       f'{root / "leftImg8bit" / "test"}: no images of the test split, nor '
       f'{archive.name} beside it; is the folder right? (--data_root=PATH)'
     )
-  pairs = [Pair(file.stem, file, file) for file in found]
+  pairs = [Pair(file.inner.stem, file, file) for file in found]
   return PairSource(pairs, _all_ignored, upright=False)
 
 

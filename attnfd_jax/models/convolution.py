@@ -33,10 +33,6 @@ def _dilated(x, kernel, dilation):
   return _grouped(x, kernel, 1, dilation, dilation * (kernel.shape[0] // 2))
 
 
-def _dilated_forward(x, kernel, dilation):
-  return _dilated(x, kernel, dilation), (x, kernel)
-
-
 def _dilated_backward(dilation, residuals, gradient):
   x, kernel = residuals
   padding = dilation * (kernel.shape[0] // 2)
@@ -47,7 +43,7 @@ def _dilated_backward(dilation, residuals, gradient):
   return lax.optimization_barrier(of_x(gradient)[0]), *of_kernel(gradient)
 
 
-_dilated.defvjp(_dilated_forward, _dilated_backward)
+_dilated.defvjp(lambda *args: (_dilated(*args), args[:2]), _dilated_backward)
 
 
 def convolve(x, kernel, *, strides=1, dilation=1, padding=0):
@@ -59,53 +55,39 @@ def convolve(x, kernel, *, strides=1, dilation=1, padding=0):
   below (docs/speed.md).
   """
   size, _, inputs, features = kernel.shape
+  same_size = strides == 1 and 2 * padding == dilation * (size - 1)
+  # Of a symbolic size (export.py) nobody knows which taps see the map.
+  known = all(isinstance(n, int) for n in x.shape[1:3])
+  dense = inputs == x.shape[-1]
 
   def grouped(x, kernel):
     return _grouped(x, kernel, strides, dilation, padding)
 
-  if size == 1 and padding == 0 and inputs == x.shape[-1]:
-    return lax.platform_dependent(
-      x,
-      kernel,
-      cpu=lambda x, w: cpu_forms.pointwise(x, w, strides),
-      default=grouped,
-    )
-  if inputs == 1 and features == x.shape[-1] > 1:
+  def shifted(x, kernel):
+    pad = (padding, padding)
+    x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
+    return cpu_forms.shifted(x, kernel, strides, dilation)
 
-    def shifted(x, kernel):
-      pad = (padding, padding)
-      x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
-      return cpu_forms.shifted(x, kernel, strides, dilation)
-
-    return lax.platform_dependent(x, kernel, cpu=shifted, default=grouped)
-  same_size = strides == 1 and 2 * padding == dilation * (size - 1)
-  # Of a symbolic size (export.py) nobody knows which taps see the map.
-  known = all(isinstance(n, int) for n in x.shape[1:3])
-  dense = inputs == x.shape[-1] and size % 2 == 1
-  if dilation > 1 and same_size and known and dense:
-    return lax.platform_dependent(
-      x,
-      kernel,
-      cpu=lambda x, w: cpu_forms.by_taps(x, w, dilation),
-      cuda=lambda x, w: _dilated(x, w, dilation),
-      default=grouped,
-    )
-  return grouped(x, kernel)
+  if dense and size == 1 and padding == 0:
+    forms = {'cpu': lambda x, w: cpu_forms.pointwise(x, w, strides)}
+  elif inputs == 1 and features == x.shape[-1] > 1:
+    forms = {'cpu': shifted}
+  elif dense and dilation > 1 and same_size and known and size % 2 == 1:
+    forms = {
+      'cpu': lambda x, w: cpu_forms.by_taps(x, w, dilation),
+      'cuda': lambda x, w: _dilated(x, w, dilation),
+    }
+  else:
+    return grouped(x, kernel)
+  return lax.platform_dependent(x, kernel, default=grouped, **forms)
 
 
 def convolve_joined(coarse, fine, kernel):
   """`convolve` of [coarse, resized to the size of fine; fine], the same size.
 
   On a CPU coarse is never resized: with a sixteenth of the pixels its part of
-  the work is a tenth (docs/speed.md).
-
-  Args:
-    coarse: [b, h', w', c'].
-    fine: [b, h, w, c].
-    kernel: [k, k, c' + c, features], k odd.
-
-  Returns:
-    [b, h, w, features].
+  the work is a tenth (docs/speed.md). The kernel, [k, k, c' + c, features], is
+  of odd size.
   """
   height, width = fine.shape[1:3]
   padding = kernel.shape[0] // 2

@@ -19,32 +19,26 @@ from attnfd_jax.models import resizing
 # Convolutions.
 
 
-def _strided(x, top, left, height, width, strides):
-  """Every `strides`-th pixel of x from (top, left), height x width of them."""
-  b, _, _, c = x.shape
-  bottom = top + (height - 1) * strides + 1
-  right = left + (width - 1) * strides + 1
-  return lax.slice(
-    x, (0, top, left, 0), (b, bottom, right, c), (1, strides, strides, 1)
-  )
+def _windows(x, size, strides, dilation):
+  """What each tap of a kernel sees of x, in the order of the taps."""
+  b, h, w, c = x.shape
+  reach = dilation * (size - 1)
+  rows, columns = ((n - reach - 1) // strides * strides + 1 for n in (h, w))
+  return [
+    lax.slice(
+      x, (0, i, j, 0), (b, i + rows, j + columns, c), (1, strides, strides, 1)
+    )
+    for i in range(0, reach + 1, dilation)
+    for j in range(0, reach + 1, dilation)
+  ]
 
 
 def pointwise(x, kernel, strides):
   """A 1x1 convolution as a matrix product."""
-  b, h, w, c = x.shape
-  h, w = ((n - 1) // strides + 1 for n in (h, w))
+  (seen,) = _windows(x, 1, strides, 1)
   # Pixels as a list: of maps, XLA would transpose a copy for the gradient.
-  pixels = _strided(x, 0, 0, h, w, strides).reshape(-1, c)
-  return (pixels @ kernel[0, 0]).reshape(b, h, w, kernel.shape[-1])
-
-
-def _windows(x, size, dilation, height, width, strides):
-  """The part of x that each tap of a kernel sees, in the order of its taps."""
-  return [
-    _strided(x, i * dilation, j * dilation, height, width, strides)
-    for i in range(size)
-    for j in range(size)
-  ]
+  pixels = seen.reshape(-1, seen.shape[-1])
+  return (pixels @ kernel[0, 0]).reshape(*seen.shape[:3], kernel.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -54,29 +48,19 @@ def shifted(x, kernel, strides, dilation):
   Its own rule for gradients: that of the operations would keep what each tap
   sees as a map of its own, and pad a gradient for each.
   """
-  size = kernel.shape[0]
-  reach = dilation * (size - 1) + 1
-  height, width = ((n - reach) // strides + 1 for n in x.shape[1:3])
-  windows = _windows(x, size, dilation, height, width, strides)
+  windows = _windows(x, kernel.shape[0], strides, dilation)
   taps = kernel.reshape(-1, 1, 1, 1, x.shape[-1])
   return sum(window * tap for window, tap in zip(windows, taps, strict=True))
-
-
-def _shifted_forward(x, kernel, strides, dilation):
-  return shifted(x, kernel, strides, dilation), (x, kernel)
 
 
 def _shifted_backward(strides, dilation, residuals, gradient):
   x, kernel = residuals
   size = kernel.shape[0]
-  before = dilation * (size - 1)
-  _, height, width, _ = gradient.shape
   pads = [
-    (before, n - (m - 1) * strides - 1, strides - 1)
-    for n, m in zip(x.shape[1:3], (height, width), strict=True)
+    (dilation * (size - 1), n - (m - 1) * strides - 1, strides - 1)
+    for n, m in zip(x.shape[1:3], gradient.shape[1:3], strict=True)
   ]
-  none = (0, 0, 0)
-  zero = jnp.zeros((), gradient.dtype)
+  none, zero = (0, 0, 0), jnp.zeros((), gradient.dtype)
   spread = lax.pad(gradient, zero, (none, *pads, none))
   of_x = shifted(spread, kernel[::-1, ::-1], 1, dilation)
   # One pass for the sums of all taps, along rows first: a row is short enough
@@ -84,7 +68,7 @@ def _shifted_backward(strides, dilation, residuals, gradient):
   wide = np.promote_types(x.dtype, np.float32)
   products = [
     window.astype(wide) * gradient.astype(wide)
-    for window in _windows(x, size, dilation, height, width, strides)
+    for window in _windows(x, size, strides, dilation)
   ]
   sums = lax.reduce(
     products,
@@ -96,7 +80,7 @@ def _shifted_backward(strides, dilation, residuals, gradient):
   return of_x, of_kernel.astype(kernel.dtype)
 
 
-shifted.defvjp(_shifted_forward, _shifted_backward)
+shifted.defvjp(lambda *args: (shifted(*args), args[:2]), _shifted_backward)
 
 
 def by_taps(x, kernel, dilation):
@@ -105,21 +89,15 @@ def by_taps(x, kernel, dilation):
   Each tap of the kernel sees the part of the map that it moves over the map;
   those of high dilation see little of it, or none, and the rest is no work.
   """
-  h, w = x.shape[1:3]
-  size = kernel.shape[0]
-  total = 0
-  for i in range(size):
-    for j in range(size):
-      down, right = (dilation * (n - size // 2) for n in (i, j))
-      if abs(down) >= h or abs(right) >= w:
-        continue
-      window = x[
-        :,
-        max(down, 0) : h + min(down, 0),
-        max(right, 0) : w + min(right, 0),
-      ]
-      rows, columns = ((max(-n, 0), max(n, 0)) for n in (down, right))
-      total += jnp.pad(window @ kernel[i, j], ((0, 0), rows, columns, (0, 0)))
+  (h, w), total = x.shape[1:3], 0
+  for tap in np.ndindex(kernel.shape[:2]):
+    down, right = (dilation * (n - kernel.shape[0] // 2) for n in tap)
+    if abs(down) < h and abs(right) < w:
+      rows = slice(max(down, 0), h + min(down, 0))
+      columns = slice(max(right, 0), w + min(right, 0))
+      pads = [(max(-n, 0), max(n, 0)) for n in (down, right)]
+      product = x[:, rows, columns] @ kernel[tap]
+      total += jnp.pad(product, ((0, 0), *pads, (0, 0)))
   return total
 
 
@@ -129,9 +107,8 @@ def _interpolation(size_out, size_in, taps):
   Row y has, for tap i, what pixel y + i - taps // 2 of the line is made of, and
   zeros beyond its ends.
   """
-  line = jnp.pad(
-    resizing.matrix(size_out, size_in), ((taps // 2, taps // 2), (0, 0))
-  )
+  pad = (taps // 2, taps // 2)
+  line = jnp.pad(resizing.matrix(size_out, size_in), (pad, (0, 0)))
   shifted = [line[i : i + size_out] for i in range(taps)]
   return jnp.stack(shifted, -1).reshape(size_out, size_in * taps)
 
@@ -158,25 +135,11 @@ def convolve_resized(x, kernel, height, width):
 
 
 def hold(x, known):
-  """x, computed once for all that read it; as lax.optimization_barrier.
-
-  On a CPU, barriers are gone before operations are merged; a branch that XLA
-  cannot foresee stays.
-
-  Args:
-    x: of any shape.
-    known: a scalar that is no constant of the program, such as a weight.
+  """layers.finished: on a CPU, barriers are gone before operations are merged;
+  a branch that XLA cannot foresee stays.
   """
   broken = jnp.isnan(lax.stop_gradient(known))
   return lax.cond(broken, lambda x: jnp.full_like(x, jnp.nan), lambda x: x, x)
-
-
-def _after(first, x):
-  """The tree x, but not before all of the float tree `first` is computed."""
-  known = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(first))
-  zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-  # If a gradient is not finite, the step is lost anyhow.
-  return lax.cond(jnp.isnan(known), zeros, lambda x: x, x)
 
 
 def scan(body, start, parts, *, platform):
@@ -185,16 +148,14 @@ def scan(body, start, parts, *, platform):
   In a loop XLA's convolutions for a CPU are plain ones on one core: there the
   loop is unrolled, and a part waits for the float tree of the one before, else
   memory would hold all parts at once.
-
-  Args:
-    body, start, parts: see lax.scan.
-    platform: of the devices.
   """
   if platform != 'cpu':
     return lax.scan(body, start, parts)
 
   def ordered(carry, part):
-    return body(carry, _after(carry[1], part))
+    known = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(carry[1]))
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    # If a gradient is not finite, the step is lost anyhow.
+    return body(carry, lax.cond(jnp.isnan(known), zeros, lambda x: x, part))
 
-  length = len(jax.tree.leaves(parts)[0])
-  return lax.scan(ordered, start, parts, unroll=length)
+  return lax.scan(ordered, start, parts, unroll=True)

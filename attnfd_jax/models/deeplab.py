@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepLabV3+ (arXiv 1802.02611) with the three maps that AttnFD distils."""
 
-import difflib
 import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from attnfd_jax.errors import within
+from attnfd_jax.errors import known, within
 from attnfd_jax.models import layers, resizing
 from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.mobilenet_v2 import MobileNetV2
@@ -30,10 +29,10 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 def normalise(image):
   """uint8 RGB [..., 3] -> float32 with ImageNet's mean and deviation."""
   image = image.astype(jnp.float32) / 255
-  mean, std = jnp.array(IMAGE_MEAN), jnp.array(IMAGE_STD)
-  return (image - layers.per_channel(mean, image)) / layers.per_channel(
-    std, image
+  mean, std = (
+    layers.per_channel(jnp.array(x), image) for x in (IMAGE_MEAN, IMAGE_STD)
   )
+  return (image - mean) / std
 
 
 class ASPP(nn.Module):
@@ -46,7 +45,6 @@ class ASPP(nn.Module):
   @nn.compact
   def __call__(self, x, *, train):
     """[b, h, w, c] -> [b, h, w, features]."""
-    _, h, w, _ = x.shape
 
     def conv_norm_relu(name, x, size=1, dilation=1):
       module = layers.ConvNorm(
@@ -58,8 +56,7 @@ class ASPP(nn.Module):
     branches = [conv_norm_relu('point', x)]
     for i in (1, 2, 3):
       branches.append(conv_norm_relu(f'atrous{i}', x, 3, i * rate))
-    pooled = jnp.mean(x, (1, 2), keepdims=True)
-    pooled = conv_norm_relu('pool', pooled)
+    pooled = conv_norm_relu('pool', jnp.mean(x, (1, 2), keepdims=True))
     branches.append(jnp.broadcast_to(pooled, branches[0].shape))
     return conv_norm_relu('merge', jnp.concatenate(branches, -1))
 
@@ -120,24 +117,17 @@ class DeepLabV3Plus(nn.Module):
   dtype: jnp.dtype | None = None
 
   def __post_init__(self):
-    if self.backbone not in BACKBONES:
-      near = difflib.get_close_matches(self.backbone, BACKBONES, 1)
-      hint = f' Did you mean {near[0]!r}?' if near else ''
-      names = ', '.join(BACKBONES)
-      raise ValueError(
-        f'Unknown backbone {self.backbone!r}.{hint} Have: {names}.'
-      )
+    known('backbone', self.backbone, BACKBONES)
     if self.output_stride not in (8, 16):
       raise ValueError(f'output_stride={self.output_stride} must be 8 or 16.')
     if self.num_classes < 1:
       raise ValueError(f'num_classes={self.num_classes} must be at least 1.')
     within('width_multiplier', self.width_multiplier, 1e-3, 64)
-    for part in ('aspp', 'decoder', 'low_level'):
-      name = f'{part}_channels'
-      within(name, getattr(self, name), 1, 2**16)
-    for part in ('aspp', 'decoder', 'head'):
-      name = f'{part}_dropout'
-      within(name, getattr(self, name), 0, 1)
+    for name, value in layers.options_of(self).items():
+      if name.endswith('_channels'):
+        within(name, value, 1, 2**16)
+      elif name.endswith('_dropout'):
+        within(name, value, 0, 1)
     super().__post_init__()
 
   @nn.compact
@@ -164,44 +154,36 @@ class DeepLabV3Plus(nn.Module):
       raise ValueError(f'{image.shape=} must be [b, h, w, 3].')
     dropout = train if dropout is None else dropout
 
-    def refine(tap, x):
-      if not self.in_path_attention:
-        return x
-      module = CBAM(dtype=self.dtype, name=f'attention_{tap}')
-      return module(x, train=train)
+    features = {}
+
+    def tapped(tap, x):
+      if self.in_path_attention:
+        x = CBAM(dtype=self.dtype, name=f'attention_{tap}')(x, train=train)
+      features[tap] = x
+      return x
 
     def drop(name, rate, x):
       return nn.Dropout(rate, name=name)(x, deterministic=not dropout)
 
-    options = {}
+    names = ['output_stride', 'width_multiplier', 'dtype']
     if self.backbone.startswith('mobilenet'):
-      options['update_norms_twice'] = self.update_norms_twice
-    backbone = BACKBONES[self.backbone](
-      output_stride=self.output_stride,
-      width_multiplier=self.width_multiplier,
-      dtype=self.dtype,
-      name='backbone',
-      **options,
-    )
-    features = {}
+      names.append('update_norms_twice')
+    options = {name: getattr(self, name) for name in names}
+    backbone = BACKBONES[self.backbone](**options, name='backbone')
     low_level, x = backbone(image, train=train)
-    features['backbone'] = x = refine('backbone', x)
+    x = tapped('backbone', x)
     if backbone.relu_after_tap:
       x = nn.relu(x)
-    aspp = ASPP(
-      self.aspp_channels, self.output_stride, dtype=self.dtype, name='aspp'
-    )
-    features['aspp'] = x = refine('aspp', aspp(x, train=train))
+    aspp = ASPP(self.aspp_channels, self.output_stride, self.dtype, name='aspp')
+    x = tapped('aspp', aspp(x, train=train))
     x = drop('aspp_dropout', self.aspp_dropout, x)
-    decoder = Decoder(
+    form = (
       self.decoder_channels,
       self.low_level_channels,
       self.decoder_dropout,
-      dtype=self.dtype,
-      name='decoder',
     )
-    x = decoder(low_level, x, train=train, dropout=dropout)
-    features['decoder'] = x = refine('decoder', x)
+    decoder = Decoder(*form, self.dtype, name='decoder')
+    x = tapped('decoder', decoder(low_level, x, train=train, dropout=dropout))
     x = drop('head_dropout', self.head_dropout, x)
     head = layers.Conv(
       self.num_classes, 1, use_bias=True, dtype=self.dtype, name='classifier'

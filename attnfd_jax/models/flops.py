@@ -17,18 +17,16 @@ def count_flops(function, *args):
 
 
 def _count(jaxpr):
-  return sum(_of_equation(equation) for equation in jaxpr.eqns)
-
-
-def _of_equation(equation):
-  name, params = equation.primitive.name, equation.params
-  result = equation.outvars[0].aval
-  if name == 'conv_general_dilated':
-    kernel = equation.invars[1].aval.shape
-    features = kernel[params['dimension_numbers'].rhs_spec[0]]
-    return 2 * result.size * math.prod(kernel) // features
-  if name == 'cond':
-    # lax.platform_dependent: forms of one convolution, the last the plain one.
-    return _count(params['branches'][-1].jaxpr)
-  nested = [p for p in params.values() if isinstance(p, core.ClosedJaxpr)]
-  return sum(_count(inner.jaxpr) for inner in nested)
+  total = 0
+  for equation in jaxpr.eqns:
+    name, params = equation.primitive.name, equation.params
+    inner = [x for x in params.values() if isinstance(x, core.ClosedJaxpr)]
+    if name == 'conv_general_dilated':
+      kernel = equation.invars[1].aval.shape
+      features = kernel[params['dimension_numbers'].rhs_spec[0]]
+      total += 2 * equation.outvars[0].aval.size * math.prod(kernel) // features
+    elif name == 'cond':
+      # lax.platform_dependent: forms of one convolution, last the plain one.
+      inner = params['branches'][-1:]
+    total += sum(_count(x.jaxpr) for x in inner)
+  return total

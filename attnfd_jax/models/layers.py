@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that agree with PyTorch up to rounding, on maps [b, h, w, c]."""
 
+import dataclasses
+import functools
+
 import flax.linen as nn
 import jax
 from jax import lax
@@ -16,12 +19,10 @@ fan_out_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 def torch_uniform(fan_in):
   """PyTorch's default for Linear and Conv2d: U(-1, 1) / sqrt(fan_in)."""
-
-  def init(rng, shape, dtype=jnp.float32):
-    bound = fan_in**-0.5
-    return jax.random.uniform(rng, shape, dtype, -bound, bound)
-
-  return init
+  bound = fan_in**-0.5
+  return functools.partial(
+    jax.random.uniform, dtype=jnp.float32, minval=-bound, maxval=bound
+  )
 
 
 def at_least_float32(dtype):
@@ -35,48 +36,49 @@ def per_channel(values, x):
   return values.reshape((1,) * (x.ndim - 1) + values.shape)
 
 
-class Conv(nn.Module):
-  """Convolution with explicit symmetric padding, as in PyTorch."""
+def options_of(module, kind=None):
+  """{field: value} of a module, {field: default} of a class; of base `kind`."""
+  names = [field.name for field in dataclasses.fields(kind or module)]
+  own = [x for x in names if x not in ('parent', 'name') and hasattr(module, x)]
+  return {name: getattr(module, name) for name in own}
 
+
+class _Convolution(nn.Module):
   features: int
   kernel_size: int = 3
   strides: int = 1
   dilation: int = 1
   padding: int | None = None  # None keeps the size at stride 1.
   depthwise: bool = False
-  use_bias: bool = False
   kernel_init: nn.initializers.Initializer = fan_in_normal
   dtype: jnp.dtype | None = None
+
+
+class Conv(_Convolution):
+  """Convolution with explicit symmetric padding, as in PyTorch."""
+
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x, affine=None, *, coarse=None):
     """[b, h, w, c] -> [b, h', w', features].
 
-    Args:
-      x: the map.
-      affine: (factor, shift) of the result, [features] each, as part of the
-        kernel and as bias; not together with use_bias.
-      coarse: a smaller map [b, h'', w'', c''], which is resized to x and whose
-        channels come before those of x.
-
-    Raises:
-      ValueError: if coarse is given, and the kernel is not dense, of odd size,
-        at stride 1, undilated and with the default padding.
+    `affine` is (factor, shift) of the result, [features] each, as part of the
+    kernel and as bias; not together with use_bias. `coarse` is a smaller map,
+    which is resized to x and whose channels come before those of x.
     """
-    k = self.kernel_size
+    k, dilation, padding = self.kernel_size, self.dilation, self.padding
     inputs = 1 if self.depthwise else x.shape[-1]
     if coarse is not None:
-      form = (self.strides, self.dilation, self.padding, self.depthwise, k % 2)
+      form = (self.strides, dilation, padding, self.depthwise, k % 2)
       if form != (1, 1, None, False, 1):
         raise ValueError(
           'coarse needs a dense kernel of odd size at stride 1, undilated and '
           'with the default padding.'
         )
       inputs += coarse.shape[-1]
-    kernel = self.param(
-      'kernel', self.kernel_init, (k, k, inputs, self.features)
-    )
-    bias = None
+    shape, bias = (k, k, inputs, self.features), None
+    kernel = self.param('kernel', self.kernel_init, shape)
     if affine is not None:
       factor, bias = affine
       # Not in place: a parameter may be an array of NumPy, and the caller's.
@@ -87,15 +89,13 @@ class Conv(nn.Module):
     x, coarse, kernel, bias = nn.dtypes.promote_dtype(
       x, coarse, kernel, bias, dtype=self.dtype
     )
-    padding = self.padding
-    if padding is None:
-      # 'SAME' would pad (0, 1) at stride 2 on even sizes; torch pads (1, 1).
-      padding = self.dilation * (k - 1) // 2
     if coarse is not None:
       x = convolution.convolve_joined(coarse, x, kernel)
     else:
+      # 'SAME' would pad (0, 1) at stride 2 on even sizes; torch pads (1, 1).
+      padding = dilation * (k - 1) // 2 if padding is None else padding
       x = convolution.convolve(
-        x, kernel, strides=self.strides, dilation=self.dilation, padding=padding
+        x, kernel, strides=self.strides, dilation=dilation, padding=padding
       )
     return x if bias is None else x + per_channel(bias, x)
 
@@ -127,9 +127,8 @@ class BatchNorm(nn.Module):
       # Two passes: E[x^2] - E[x]^2 loses everything for maps far from zero.
       mean = jnp.mean(x, axes)
       var = jnp.mean(jnp.square(x - per_channel(mean, x)), axes)
-      if (
-        self.is_mutable_collection('batch_stats') and not self.is_initializing()
-      ):
+      moves = self.is_mutable_collection('batch_stats')
+      if moves and not self.is_initializing():
         n = x.size // x.shape[-1]
         unbiased = var * (n / max(n - 1, 1))
         keep, new = self.momentum, 1 - self.momentum
@@ -147,63 +146,35 @@ class BatchNorm(nn.Module):
     return factor, bias - mean * factor
 
 
-class ConvNorm(nn.Module):
+class ConvNorm(_Convolution):
   """Convolution without bias, then batch normalisation.
 
   With running statistics they are one convolution, with a scaled kernel.
   """
 
-  features: int
-  kernel_size: int = 3
-  strides: int = 1
-  dilation: int = 1
-  padding: int | None = None
-  depthwise: bool = False
-  kernel_init: nn.initializers.Initializer = fan_in_normal
-  dtype: jnp.dtype | None = None
-
   @nn.compact
   def __call__(self, x, *, train, coarse=None):
     """Of x, and of what Conv joins to it."""
-    conv = Conv(
-      self.features,
-      self.kernel_size,
-      self.strides,
-      self.dilation,
-      self.padding,
-      self.depthwise,
-      kernel_init=self.kernel_init,
-      dtype=self.dtype,
-      name='conv',
-    )
+    conv = Conv(**options_of(self), name='conv')
     norm = BatchNorm(dtype=self.dtype, name='bn')
     if train or self.is_initializing():
       return norm(conv(x, coarse=coarse), train=train)
     return conv(x, norm.affine(), coarse=coarse)
 
 
-def finished(x, known):
-  """x, computed once for all that read it.
+def finished(x, params):
+  """x, computed once for all that read it; `params` must not be constants.
 
   XLA computes sums and activations again in each reader rather than store
   them. Along a chain of residual sums that is each block in all later ones:
   work that grows with the square of the depth, and maps that stay in memory.
-
-  Args:
-    x: of any shape.
-    known: a scalar that is no constant of the program, such as a weight.
   """
   return lax.platform_dependent(
     x,
-    known,
+    jax.tree.leaves(params)[0].ravel()[0],
     cpu=cpu_forms.hold,
     default=lambda x, _: lax.optimization_barrier(x),
   )
-
-
-def any_weight(module):
-  """A scalar of the parameters that `module` has by now, for `finished`."""
-  return jax.tree.leaves(module.variables['params'])[0].ravel()[0]
 
 
 def max_pool(x):
@@ -212,15 +183,11 @@ def max_pool(x):
   As maxima of shifted maps: their gradient needs no scatter, which is slow, and
   not deterministic on a GPU. Of equal values each gets a part of it.
   """
-
-  def along(axis, x):
-    half = (x.shape[axis] + 1) // 2
+  for axis in (1, 2):
+    reach = 2 * ((x.shape[axis] + 1) // 2) - 1
     padding = [(0, 0)] * x.ndim
     padding[axis] = (1, 1)
     x = jnp.pad(x, padding, constant_values=-np.inf)
-    first, second, third = (
-      lax.slice_in_dim(x, i, i + 2 * half - 1, 2, axis) for i in range(3)
-    )
-    return jnp.maximum(jnp.maximum(first, second), third)
-
-  return along(2, along(1, x))
+    shifted = [lax.slice_in_dim(x, i, i + reach, 2, axis) for i in range(3)]
+    x = functools.reduce(jnp.maximum, shifted)
+  return x

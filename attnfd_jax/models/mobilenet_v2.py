@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dilated MobileNetV2 of the AttnFD reference, border quirk included."""
 
-from typing import ClassVar
+import functools
 
 import flax.linen as nn
 from jax.ad_checkpoint import checkpoint_name
@@ -28,15 +28,11 @@ def block_table(output_stride):
   """Yields (expansion, channels, stride, dilation) of blocks 1 to 17."""
   stride, dilation = 2, 1
   for expansion, channels, blocks, first in STAGES:
-    if stride == output_stride:
-      # The stride that is not taken becomes dilation of the *next* stage.
-      used, following = 1, dilation * first
-    else:
-      used, following = first, dilation
-      stride *= first
+    taken = first if stride < output_stride else 1
     for i in range(blocks):
-      yield expansion, channels, used if i == 0 else 1, dilation
-    dilation = following
+      yield expansion, channels, taken if i == 0 else 1, dilation
+    # A stride that is not taken becomes dilation of the *next* stage.
+    stride, dilation = stride * taken, dilation * (first // taken)
 
 
 class InvertedResidual(nn.Module):
@@ -55,31 +51,20 @@ class InvertedResidual(nn.Module):
 
   @nn.compact
   def __call__(self, x, *, train):
-    def conv_norm(name, features, size=1, strides=1, dilation=1):
-      return layers.ConvNorm(
-        features,
-        size,
-        strides,
-        dilation,
-        padding=0,
-        depthwise=size > 1,
-        dtype=self.dtype,
-        name=name,
-      )
-
-    pad = (self.dilation, self.dilation)
+    conv_norm = functools.partial(layers.ConvNorm, padding=0, dtype=self.dtype)
+    hidden, pad = self.expansion * x.shape[-1], (self.dilation, self.dilation)
     y = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
-    hidden = self.expansion * x.shape[-1]
     if self.expansion != 1:
-      expand = conv_norm('expand', hidden)
+      expand = conv_norm(hidden, 1, name='expand')
       y = nn.relu6(expand(y, train=train))
       if self.update_twice and train:
         expand(x, train=train)
-    depthwise = conv_norm('depthwise', hidden, 3, self.strides, self.dilation)
+    form = (hidden, 3, self.strides, self.dilation)
+    depthwise = conv_norm(*form, depthwise=True, name='depthwise')
     y = nn.relu6(depthwise(y, train=train))
-    y = conv_norm('project', self.features)(y, train=train)
+    y = conv_norm(self.features, 1, name='project')(y, train=train)
     if self.strides == 1 and x.shape[-1] == self.features:
-      y = layers.finished(x + y, layers.any_weight(self))
+      y = layers.finished(x + y, self.variables['params'])
     return checkpoint_name(y, 'block')
 
 
@@ -92,7 +77,7 @@ class MobileNetV2(nn.Module):
   update_norms_twice: bool = False
   dtype: jnp.dtype | None = None
 
-  relu_after_tap: ClassVar[bool] = False
+  relu_after_tap = False
 
   @nn.compact
   def __call__(self, x, *, train):
@@ -102,21 +87,14 @@ class MobileNetV2(nn.Module):
       # Multiples of 8, as in the MobileNetV2 paper's smaller networks.
       return max(8, int(channels * self.width_multiplier + 4) // 8 * 8)
 
-    x = layers.ConvNorm(scaled(32), strides=2, dtype=self.dtype, name='stem')(
-      x, train=train
-    )
-    x = nn.relu6(x)
+    stem = layers.ConvNorm(scaled(32), 3, 2, dtype=self.dtype, name='stem')
+    x = nn.relu6(stem(x, train=train))
     rows = enumerate(block_table(self.output_stride), start=1)
     for index, (expansion, channels, strides, dilation) in rows:
-      x = InvertedResidual(
-        expansion,
-        scaled(channels),
-        strides,
-        dilation,
-        self.update_norms_twice and index in TWICE_UPDATED,
-        dtype=self.dtype,
-        name=f'block{index}',
-      )(x, train=train)
+      twice = self.update_norms_twice and index in TWICE_UPDATED
+      form = (expansion, scaled(channels), strides, dilation, twice)
+      block = InvertedResidual(*form, dtype=self.dtype, name=f'block{index}')
+      x = block(x, train=train)
       if index == 3:
         low_level = x
     return low_level, x

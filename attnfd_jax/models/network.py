@@ -7,7 +7,6 @@ that maps normalized images to `Outputs`. To add one by name: a row in NETWORKS.
 """
 
 from collections.abc import Mapping
-import dataclasses
 import functools
 from typing import Any, NotRequired, Protocol, TypedDict
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnfd_jax import user_code
-from attnfd_jax.errors import first_line, InputError, one_of
+from attnfd_jax.errors import explained, InputError, one_of
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.flops import count_flops
@@ -60,65 +59,41 @@ class Network(Protocol):
 
 
 NETWORKS = {'deeplabv3plus': DeepLabV3Plus}
-# Keys of the groups `student` and `teacher` that are no fields of a network.
-_OTHER_KEYS = {'network', 'options'}
 
 
 def compute_dtype(name):
-  """The `dtype` of modules: None leaves float32 images in float32.
-
-  Raises:
-    InputError: for another type than float32 and bfloat16.
-  """
+  """The `dtype` of modules: None leaves float32 images in float32."""
   one_of('config.optim.dtype', name, ('float32', 'bfloat16'))
   return None if name == 'float32' else jnp.dtype(name)
-
-
-def _fields(network_class):
-  if not dataclasses.is_dataclass(network_class):
-    return set()
-  return {field.name for field in dataclasses.fields(network_class)}
 
 
 def make_network(config, num_classes, *, dtype='float32', **changes):
   """The network of a group `student` or `teacher` of a config.
 
-  Args:
-    config: the group: 'network', one of NETWORKS, whose fields are keys of the
-      group; or a class of the user's, whose fields are `options`.
-    num_classes: k.
-    dtype: of the computation.
-    **changes: fields that differ; those that the network lacks are left out.
-
-  Raises:
-    InputError: for a network, a field or a value that does not exist.
+  Its 'network' is one of NETWORKS, whose fields are keys of the group; or a
+  class of the user's, whose fields are 'options'. `changes` are fields that
+  differ; those that the network lacks are left out.
   """
   name = config['network']
-  if name in NETWORKS:
+  if user_code.is_code(name):
+    network_class = user_code.load_object(name, option='network')
+    options = dict(config['options'])
+  else:
+    one_of('network', name, (*NETWORKS, "or 'file.py:Class' of your own"))
     if config['options']:
       raise InputError(
         f'options={dict(config["options"])} are of a class of your own; those '
         f'of {name} are keys of the group, such as width_multiplier.'
       )
     network_class = NETWORKS[name]
-    keys = _fields(network_class) & set(config) - _OTHER_KEYS
+    keys = network_class.__dataclass_fields__.keys() & set(config)
     options = {key: config[key] for key in keys}
-  elif user_code.is_code(name):
-    network_class = user_code.load_object(name, option='network')
-    options = dict(config['options'])
-  else:
-    raise InputError(
-      f'network={name!r} must be one of {", ".join(NETWORKS)}, or '
-      "'file.py:Class' of your own."
-    )
-  known = _fields(network_class)
-  options |= {key: x for key, x in changes.items() if key in known}
-  try:
+  fields = getattr(network_class, '__dataclass_fields__', {})
+  options |= {key: x for key, x in changes.items() if key in fields}
+  with explained(f'network={name!r}'):
     return network_class(
       num_classes=num_classes, dtype=compute_dtype(dtype), **options
     )
-  except (ValueError, TypeError) as error:
-    raise InputError(f'network={name!r}: {error}') from error
 
 
 def is_ours(network):
@@ -131,49 +106,52 @@ def describe(config):
   if user_code.is_code(config['network']):
     return config['network'].rpartition(':')[2]
   width = config['width_multiplier']
-  suffix = '' if width == 1 else f' x{width:g}'
-  return f'{config["backbone"]}{suffix}'
+  return config['backbone'] + ('' if width == 1 else f' x{width:g}')
 
 
 def abstract_variables(network):
   """Shapes and types of the variables, without computing or compiling."""
   image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-  return jax.eval_shape(
-    lambda x: network.init(jax.random.key(0), x, train=False), image
-  )
+  init = functools.partial(network.init, jax.random.key(0), train=False)
+  return jax.eval_shape(init, image)
 
 
-def abstract_outputs(network, image_size, *, batch=2):
-  """Shapes and types of its Outputs for images of `image_size`."""
-  image = jax.ShapeDtypeStruct((batch, *image_size, 3), jnp.float32)
+def abstract_outputs(network, image_size):
+  """Shapes and types of its Outputs for two images of `image_size`."""
+  image = jax.ShapeDtypeStruct((2, *image_size, 3), jnp.float32)
   forward = functools.partial(network.apply, train=False)
   return jax.eval_shape(forward, abstract_variables(network), image)
 
 
 def check_outputs(network, num_classes, image_size):
-  """Holds a network of the user's to the contract, before anything is trained.
-
-  Raises:
-    InputError: names the output that differs and what is expected.
-  """
+  """Holds a user's network to the contract; InputError names what differs."""
   name = type(network).__name__
-  try:
+  with explained(f'{name} fails on images {image_size}'):
     out = abstract_outputs(network, image_size)
-  except Exception as error:  # Whatever the user's code raises.
-    raise InputError(
-      f'{name} fails on images {image_size}: {first_line(error)}'
-    ) from error
   check_shapes(out, name, num_classes, image_size)
-  if 'coarse_logits' in out:
-    _check_coarse(network, name)
+  if 'coarse_logits' not in out:
+    return
+
+  # The loss of large batches, and evaluation, resize coarse_logits.
+  @jax.jit
+  def both(image):
+    variables = network.init(jax.random.key(0), image, train=False)
+    out = network.apply(variables, image, train=False)
+    coarse = out['coarse_logits'].astype(jnp.float32)
+    return out['logits'], resizing.resize(coarse, *image.shape[1:3])
+
+  image = np.random.default_rng(0).normal(size=(1, 64, 64, 3))
+  logits, resized = both(image.astype(np.float32))
+  allowed = 0.02 * (np.max(np.abs(logits)) or 1)
+  if logits.shape != resized.shape or np.max(abs(logits - resized)) > allowed:
+    raise InputError(
+      f'{name}: logits are not the align-corners resize of coarse_logits; '
+      "leave 'coarse_logits' out of what it returns."
+    )
 
 
 def check_shapes(out, name, num_classes, image_size):
-  """Holds Outputs, or their shapes, for two images to the contract.
-
-  Raises:
-    InputError: names what differs and what is expected.
-  """
+  """Holds Outputs, or their shapes, for two images to the contract."""
   found = out if isinstance(out, Mapping) else {}
   whole = isinstance(found.get('features'), Mapping)
   if not whole or not hasattr(found.get('logits'), 'shape'):
@@ -188,33 +166,6 @@ def check_shapes(out, name, num_classes, image_size):
     shape = getattr(x, 'shape', x)
     if not isinstance(shape, tuple) or len(shape) != 4:
       raise InputError(f'{name}: map {tap!r} is {shape}, not [b, h, w, c].')
-
-
-def _check_coarse(network, name):
-  """The loss of large batches, and evaluation, resize coarse_logits."""
-  image = np.random.default_rng(0).normal(size=(1, 64, 64, 3))
-
-  @jax.jit
-  def both(image):
-    variables = network.init(jax.random.key(0), image, train=False)
-    out = network.apply(variables, image, train=False)
-    coarse = out['coarse_logits'].astype(jnp.float32)
-    return out['logits'], resizing.resize(coarse, *image.shape[1:3])
-
-  logits, resized = both(image.astype(np.float32))
-  scale = np.max(np.abs(logits)) or 1
-  if logits.shape != resized.shape or np.max(abs(logits - resized)) > (
-    0.02 * scale
-  ):
-    raise InputError(
-      f'{name}: logits are not the align-corners resize of coarse_logits; '
-      "leave 'coarse_logits' out of what it returns."
-    )
-
-
-def count_params(variables):
-  """Number of trained values of a network."""
-  return sum(x.size for x in jax.tree.leaves(variables.get('params', {})))
 
 
 def count_gflops(network, height, width):

@@ -5,13 +5,17 @@ Forward values are those of a standard ResNet; the entry ReLU lets the last
 map be tapped before its activation (AttnFD, modeling/backbone/resnet.py).
 """
 
-from typing import ClassVar
+import functools
 
 import flax.linen as nn
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from attnfd_jax.models import layers
+
+_conv_norm = functools.partial(
+  layers.ConvNorm, kernel_init=layers.fan_out_normal
+)
 
 
 class Block(nn.Module):
@@ -25,53 +29,33 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, *, train):
-    def conv_norm(name, features, size, strides=1, dilation=1):
-      return layers.ConvNorm(
-        features,
-        size,
-        strides,
-        dilation,
-        kernel_init=layers.fan_out_normal,
-        dtype=self.dtype,
-        name=name,
-      )
-
-    x = nn.relu(x)
+    conv_norm = functools.partial(_conv_norm, dtype=self.dtype)
     width, strides, dilation = self.width, self.strides, self.dilation
+    # Features, kernel size, strides, dilation.
+    forms = [(width, 3, strides, dilation), (width, 3, 1, dilation)]
     if self.bottleneck:
-      features = 4 * width
-      y = conv_norm('conv1', width, 1)(x, train=train)
-      y = conv_norm('conv2', width, 3, strides, dilation)(
-        nn.relu(y), train=train
-      )
-      y = conv_norm('conv3', features, 1)(nn.relu(y), train=train)
-    else:
-      features = width
-      y = conv_norm('conv1', width, 3, strides, dilation)(x, train=train)
-      y = conv_norm('conv2', width, 3, 1, dilation)(nn.relu(y), train=train)
-    if strides != 1 or x.shape[-1] != features:
-      x = conv_norm('downsample', features, 1, strides)(x, train=train)
-    x = layers.finished(x + y, layers.any_weight(self))
+      forms = [(width, 1), forms[0], (4 * width, 1)]
+    x = y = nn.relu(x)
+    for i, form in enumerate(forms, 1):
+      y = y if i == 1 else nn.relu(y)
+      y = conv_norm(*form, name=f'conv{i}')(y, train=train)
+    if strides != 1 or x.shape[-1] != y.shape[-1]:
+      x = conv_norm(y.shape[-1], 1, strides, name='downsample')(x, train=train)
+    x = layers.finished(x + y, self.variables['params'])
     return checkpoint_name(x, 'block')
 
 
 def block_table(stage_sizes, bottleneck, output_stride):
-  """[(name, stage from 1, strides, dilation), ...] of the blocks in order."""
+  """Yields (name, stage from 1, stride, dilation) of the blocks."""
   if output_stride == 16:
     strides, dilations = (1, 2, 2, 1), (1, 1, 1, 2)
   else:
     strides, dilations = (1, 2, 1, 1), (1, 1, 2, 4)
-  return [
-    (
-      f'layer{stage + 1}_{i}',
-      stage + 1,
-      strides[stage] if i == 0 else 1,
-      # Multi-grid (1, 2, 4).
-      dilations[stage] * (2**i if bottleneck and stage == 3 else 1),
-    )
-    for stage, blocks in enumerate(stage_sizes)
-    for i in range(blocks)
-  ]
+  stages = zip(stage_sizes, strides, dilations, strict=True)
+  for stage, (blocks, stride, dilation) in enumerate(stages, start=1):
+    for i in range(blocks):
+      grid = 2**i if bottleneck and stage == 4 else 1  # Multi-grid (1, 2, 4).
+      yield f'layer{stage}_{i}', stage, stride if i == 0 else 1, dilation * grid
 
 
 class ResNet(nn.Module):
@@ -83,31 +67,18 @@ class ResNet(nn.Module):
   width_multiplier: float = 1.0
   dtype: jnp.dtype | None = None
 
-  relu_after_tap: ClassVar[bool] = True
+  relu_after_tap = True  # In the network that follows.
 
   @nn.compact
   def __call__(self, x, *, train):
     """[b, h, w, 3] -> low level [b, h/4, w/4, c], last map [b, h/s, w/s, c]."""
     base = round(64 * self.width_multiplier)
-    x = layers.ConvNorm(
-      base,
-      7,
-      2,
-      kernel_init=layers.fan_out_normal,
-      dtype=self.dtype,
-      name='stem',
-    )(x, train=train)
-    x = layers.max_pool(nn.relu(x))
+    stem = _conv_norm(base, 7, 2, dtype=self.dtype, name='stem')
+    x = layers.max_pool(nn.relu(stem(x, train=train)))
     table = block_table(self.stage_sizes, self.bottleneck, self.output_stride)
     for name, stage, strides, dilation in table:
       if stage == 2 and strides == 2:
         low_level = nn.relu(x)
-      x = Block(
-        base * 2 ** (stage - 1),
-        strides,
-        dilation,
-        self.bottleneck,
-        dtype=self.dtype,
-        name=name,
-      )(x, train=train)
+      form = (base * 2 ** (stage - 1), strides, dilation, self.bottleneck)
+      x = Block(*form, dtype=self.dtype, name=name)(x, train=train)
     return low_level, x

@@ -40,8 +40,8 @@ class PilSource:
     return len(self._source)
 
   def __getitem__(self, index):
-    if hasattr(self._source, 'image_bytes'):
-      data = io.BytesIO(self._source.image_bytes(index))
+    if hasattr(self._source, 'pairs'):
+      data = io.BytesIO(self._source.pairs[index].image.read())
       image = Image.open(data).convert('RGB')
       label = self._label(index)
     else:  # Drawn: there is nothing to decode.
@@ -53,7 +53,7 @@ class PilSource:
     read = self._source.read_label
     if not isinstance(read, masks.IndexLabels):
       return self._source.label(index)
-    file = self._source.mask(index)
+    file = self._source.pairs[index].mask
     ids = np.asarray(Image.open(io.BytesIO(file.read())))
     return read.from_ids(file, ids)
 

@@ -142,7 +142,7 @@ def test_threads_read_a_zip_at_once(tmp_path, method):
     heads = list(pool.map(lambda file: file.read(100), found))
   assert read == [contents[file.member] for file in found] * 5
   assert heads == [contents[file.member][:100] for file in found]
-  assert (found[0].stem, found[0].suffix) == ('0', '.png')
+  assert found[0].inner.name == '0.png'
   assert str(found[0]) == f'{path}!a/0.png'
 
 
@@ -154,7 +154,9 @@ def test_a_damaged_zip_is_named(tmp_path):
   data[middle + 40] ^= 255
   path.write_bytes(data)
   source = load(tmp_path, 'cityscapes').splits['train']
-  with pytest.raises(DataError, match='zip!.*checksum differs') as error:
+  with pytest.raises(
+    DataError, match='zip!.*Bad CRC-32.*copy the zip'
+  ) as error:
     source[0]
   assert error.value.kind == 'unreadable'
   path.write_bytes(data[: len(data) // 2])
@@ -258,7 +260,7 @@ def test_coco_is_drawn_once(coco_root, cache_folder, monkeypatch):
   assert len(made) == 2
   with monkeypatch.context() as patch:
     patch.delattr(coco, 'draw_label')
-    patch.setitem(sys.modules, 'pycocotools', None)  # Is needed once.
+    patch.setitem(sys.modules, 'pycocotools.mask', None)  # Is needed once.
     load(coco_root, 'coco').splits['train'][0]
   # Another file: drawn again, and the old masks are gone.
   path = coco_root / 'annotations' / 'instances_val2017.json'
@@ -278,12 +280,12 @@ def test_coco_leaves_out_images_of_few_pixels(coco_root):
   path = coco_root / 'annotations' / 'instances_val2017.json'
   listed, sizes = len(json.loads(path.read_text())['images']), {}
   for pixels in (1000, 999, 239):
-    labels = coco.draw_labels(
+    _, labels, _ = coco.draw_labels(
       path,
       class_names=('background', *classes.COCO_NAMES),
       min_pixels=pixels,
     )
-    sizes[pixels] = len(labels.image_names)
+    sizes[pixels] = len(labels)
   # Of one there are exactly 1000.
   assert sizes == {1000: listed - 1, 999: listed, 239: listed}
 
@@ -380,7 +382,10 @@ def test_wrong_annotations_are_named(tmp_path, segmentation, message):
       lambda c: c['annotations'][0].update(image_id=78),
       'annotations of image 78, which the file does not list',
     ),
-    (lambda c: c['categories'].pop(), "no category 'tree'; it has road"),
+    (
+      lambda c: c['categories'].pop(),
+      "no class 'tree'; it has .*road",
+    ),
   ],
   ids=[
     'list',
@@ -413,9 +418,9 @@ def test_coco_without_json_or_pycocotools(coco_root, monkeypatch):
   edit = coco_root / 'annotations' / 'instances_val2017.json'
   edit_json(edit, lambda c: c['categories'][0].update(name='cactus'))
   problems = load(coco_root, 'coco', strict=False).problems
-  assert "no category 'airplane'; it has person" in str(problems[1])
-  monkeypatch.setitem(sys.modules, 'pycocotools', None)
-  message = r"need pycocotools: pip install 'attnfd_jax\[data\]'"
+  assert "no class 'airplane'; it has background, person" in str(problems[1])
+  monkeypatch.setitem(sys.modules, 'pycocotools.mask', None)
+  message = r"needs pycocotools: pip install 'attnfd_jax\[data\]'"
   with pytest.raises(InputError, match=message):
     load(coco_root, 'coco')
 
@@ -472,7 +477,7 @@ def test_names_choose_among_those_of_the_layout(tmp_path, kind):
       assert set(np.unique(found).tolist()) <= {0, 1}
     else:
       np.testing.assert_array_equal(found, table[label])
-  with pytest.raises(DataError, match="no c(lass|ategory) 'cactus'.* has "):
+  with pytest.raises(DataError, match="no class 'cactus'.* has "):
     load_folder(tmp_path, kind, class_names=('background', 'cactus'))
 
 
@@ -516,7 +521,10 @@ def test_colours_in_other_modes(tmp_path, mode):
       {'id_map': (1, 2, 3), 'palette': fixtures.COLOURS},
       'give one of them',
     ),
-    ({'layout': 'yolo'}, "layout='yolo' must be auto, pairs, voc, roboflow"),
+    (
+      {'layout': 'yolo'},
+      "layout='yolo' must be one of auto, pairs, voc",
+    ),
     (
       {'layout': 'roboflow', 'id_map': (1, 2, 3)},
       'does not go with the layout',

@@ -182,7 +182,7 @@ def test_a_missing_folder_names_the_key(camvid, missing):
 def test_an_empty_folder_is_refused(camvid):
   for path in (*(camvid / 'val').iterdir(), *(camvid / 'valannot').iterdir()):
     path.unlink()
-  with pytest.raises(InputError, match='val: no .jpg, .jpeg, .png files'):
+  with pytest.raises(InputError, match=r'val: no files \*\.jpg, .* in it'):
     load_train(camvid)
 
 
@@ -282,7 +282,7 @@ def test_folder_reads_test_if_it_is_there(folder):
 
 
 def test_folder_needs_names(folder):
-  with pytest.raises(InputError, match=r'config\.data\.class_names is empty'):
+  with pytest.raises(InputError, match=r'config\.data\.class_names must be'):
     load_folder(folder, ())
 
 

@@ -121,7 +121,7 @@ def test_a_weight_may_go_to_zero():
       'atnfd',
       "Unknown method 'atnfd'.*Did you mean 'attnfd'.*Have: attnfd, kd",
     ),
-    ('attnfd+dk', "Unknown method 'dk' in config.distill.method"),
+    ('attnfd+dk', "Unknown method 'dk'. Have"),
     ('', "Unknown method ''"),
     ('gone.py:Method', "distill.method='gone.py:Method': there is no file"),
   ],

@@ -93,7 +93,7 @@ def test_declared_pixels_take_no_memory(tmp_path, size):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   start = time.perf_counter()
   for read in (masks.read_image, masks.read_size):
-    with pytest.raises(DataError, match='declares more than the 178956970 pi'):
+    with pytest.raises(DataError, match='exceeds limit of 178956970 pixels'):
       read(path)
   with pytest.raises(DataError, match='exceeds limit of 178956970 pixels'):
     masks.read_mask(path)
@@ -107,17 +107,13 @@ def test_declared_pixels_of_a_jpeg_take_no_memory(progressive):
   image = Image.fromarray(np.zeros((24, 40), np.uint8))
   image.save(file, 'JPEG', progressive=progressive, comment=b'\xff\xc0' * 9)
   data = file.getvalue()
-  assert masks._jpeg_pixels(data) == 24 * 40
   size = data.index(struct.pack('>HH', 24, 40))
   for height, width in ((65500, 65500), (0, 40)):
     declared = struct.pack('>HH', height, width)
     data = data[:size] + declared + data[size + 4 :]
     with pytest.raises(DataError) as error:
       masks.decode_image('x', data)
-    assert ('declares more' in str(error.value)) == (height > 0)
-  # Cut anywhere, it is no frame, or the same one.
-  for end in range(size):
-    assert masks._jpeg_pixels(data[:end]) == 0
+    assert ('exceeds limit' in str(error.value)) == (height > 0)
 
 
 def test_declared_chunk_takes_no_memory():
@@ -162,7 +158,7 @@ def test_colours_of_another_kind(tmp_path, monkeypatch):
   path = tmp_path / 'mask.png'
   Image.new('RGB', (8, 8)).convert('LAB').save(path, 'TIFF')
   monkeypatch.setattr(Image.Image, 'convert', convert)
-  with pytest.raises(DataError, match='has mode LAB; save its colours'):
+  with pytest.raises(DataError, match='conversion from LAB to RGB'):
     masks.ColourLabels(((0, 0, 0),))(files.File(str(path)))
 
 
@@ -196,12 +192,11 @@ def make_zip(path, data, **fields):
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'file_size': 10}, 'checksum differs'),
+    ({'file_size': 10}, 'Bad CRC-32.*; copy the zip again'),
     ({'file_size': 2**40}, '1099511627776 bytes, more than an image has'),
-    ({'compress_size': 2**40}, 'lies outside of the zip'),
-    ({'header_offset': 2**63}, 'lies outside of the zip'),
+    ({'header_offset': 2**63}, 'cannot be read'),
   ],
-  ids=['bomb', 'size', 'packed', 'offset'],
+  ids=['bomb', 'size', 'offset'],
 )
 def test_members_that_lie(tmp_path, fields, message):
   member = make_zip(tmp_path / 'a.zip', bytes(1 << 24), **fields)
