@@ -16,7 +16,7 @@ from attnfd_jax.data import classes, synthetic
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.training import experiment
-from attnfd_jax.training.stage import make_student
+from attnfd_jax.training.stage import make_network
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 VARIANTS = {
@@ -130,7 +130,7 @@ def test_networks_build(name, arg):
   assert NUM_CLASSES[name] == PUBLISHED[name]
   built = (
     networks.make_network(config.teacher, NUM_CLASSES[name]),
-    make_student(config, NUM_CLASSES[name], distilled=True),
+    make_network('distill', config, NUM_CLASSES[name]),
   )
   assert built[1].aspp_dropout == config.distill.aspp_dropout
   for network, options in zip(

@@ -303,7 +303,8 @@ def test_updates_of_the_first_steps(distilled):
     jax.tree.map(lambda x, v=v: np.full_like(x, v), distilled.start.params)
     for v in (weight, gradient)
   )
-  update, state = jax.jit(stage.tx.update), stage.tx.init(params)
+  tx = stage.make_optimizer()
+  update, state = jax.jit(tx.update), tx.init(params)
   d = gradient + 5e-4 * weight
   # Momentum is empty at the first step of a phase.
   buffers = [d, d + 0.9 * d] * 2
@@ -444,7 +445,7 @@ def test_student_and_teacher_drop_apart(distilled):
   noise = Noise()
   train_step = make_train_step(
     noise,
-    distilled.stage.tx,
+    distilled.stage.make_optimizer(),
     task_loss=lambda *x: {'ce': softmax_cross_entropy(*x)},
     teacher=FrozenNetwork(noise, {}, 'noise', (), True, True),
     distiller=Difference(),
@@ -477,8 +478,8 @@ def test_norms_are_updated_twice():
   config.student.backbone = 'mobilenet_v2'
   config = resolve(config)
   found = [
-    stages.make_student(config, 21, distilled=distilled).update_norms_twice
-    for distilled in (True, False)
+    stages.make_network(name, config, 21).update_norms_twice
+    for name in ('distill', 'student')
   ]
   assert found == [True, False]
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of a stored stage on a split of its data set, and their text."""
 
-import math
-
 import numpy as np
 
 from attnfd_jax import metrics
@@ -139,11 +137,6 @@ def evaluate_checkpoint(
   }
 
 
-def _percent(value):
-  absent = value is None or math.isnan(value)
-  return 'absent' if absent else f'{100 * value:.2f}'
-
-
 def _describe_protocol(result):
   """'protocol native: ...' and what else the scores depend on."""
   words = [f'protocol {result["protocol"]}: {PROTOCOLS[result["protocol"]]}']
@@ -171,7 +164,7 @@ def as_text(counts, result):
     ('boundary_miou', 'boundary mIoU'),
   ):
     if key in result:
-      lines.append(f'{name:16}{_percent(result[key]):>7} %')
+      lines.append(f'{name:16}{logs.percent(result[key]):>7} %')
   shares = counts.sum(1) / (counts.sum() or np.nan)
   columns = {
     'IoU %': result['iou_per_class'],
@@ -182,7 +175,7 @@ def as_text(counts, result):
     columns['boundary %'] = result['boundary_iou_per_class']
   table = [['class', *columns]]
   for name in result['iou_per_class']:
-    table.append([name, *(_percent(x[name]) for x in columns.values())])
+    table.append([name, *(logs.percent(x[name]) for x in columns.values())])
   width = max(len(name) for name, *_ in table)
   lines.append('')
   for name, *cells in table:

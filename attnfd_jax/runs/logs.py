@@ -61,6 +61,12 @@ def duration(seconds):
   return text.removeprefix('0:')
 
 
+def percent(fraction):
+  """'43.55', or 'absent' where there is no such score: None or NaN."""
+  absent = fraction is None or math.isnan(fraction)
+  return 'absent' if absent else f'{100 * fraction:.2f}'
+
+
 class StageLog:
   """log.txt and metrics.jsonl of a stage; lines also go to the screen.
 

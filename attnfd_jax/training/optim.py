@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer: poly schedule, parameter groups, phases (METHOD section 4)."""
 
+import functools
 import re
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,7 @@ def poly_schedule(lr, *, num_steps, power, warmup_steps=0):
 
 
 def make_labels(groups=()):
-  """params -> the group of every leaf, as a tree.
-
-  Args:
-    groups: ((regex of a path in the distiller, group), ...) of the methods.
-  """
+  """params -> the group of every leaf; see WeightedSum.parameter_groups."""
   rules = [
     (r'student/backbone/.*', 'backbone'),
     (r'student/.*', 'head'),
@@ -46,47 +42,12 @@ def make_labels(groups=()):
   return lambda params: jax.tree_util.tree_map_with_path(label, params)
 
 
-class _Phase(NamedTuple):
-  """When a group trains, and at how many times the backbone's rate."""
-
-  trains: object  # step -> bool, or None for always.
-  scale: object  # step -> float.
-
-
-def _phases(connector_schedule, epoch_steps, head_lr_scale):
-  """{group: _Phase}."""
-
-  def first(step):
-    return step < epoch_steps
-
-  def later(step):
-    return step >= epoch_steps
-
-  def connector_scale(step):
-    if connector_schedule == 'always':
-      return head_lr_scale
-    # The authors' scheduler overwrites the tenfold rate of a single group.
-    return jnp.where(first(step), 1.0, head_lr_scale)
-
-  main = None if connector_schedule == 'always' else later
-  connectors = first if connector_schedule == 'first_epoch' else None
-  return {
-    'backbone': _Phase(main, lambda step: 1.0),
-    'head': _Phase(main, lambda step: head_lr_scale),
-    'connectors': _Phase(connectors, connector_scale),
-  }
-
-
-def _clip_what_trains(clip_norm, labels, phases):
+def _clip_what_trains(clip_norm, labels, trains):
   """optax.clip_by_global_norm over the groups that train at a step."""
   clip = optax.clip_by_global_norm(clip_norm)
 
-  def update(updates, state, params=None):
-    count = state
-    active = {
-      group: True if phase.trains is None else phase.trains(count)
-      for group, phase in phases.items()
-    }
+  def update(updates, count, params=None):
+    active = {group: now(count) for group, now in trains.items()}
 
     def resting(update, group):
       # Groups of a method's own optimizer always train.
@@ -96,9 +57,7 @@ def _clip_what_trains(clip_norm, labels, phases):
     updates, _ = clip.update(updates, clip.init(params), params)
     return updates, count + 1
 
-  return optax.GradientTransformation(
-    lambda params: jnp.zeros((), jnp.int32), update
-  )
+  return optax.GradientTransformation(lambda params: jnp.int32(0), update)
 
 
 def make_optimizer(
@@ -117,18 +76,18 @@ def make_optimizer(
 ):
   """An Optax transformation with PyTorch's SGD, or AdamW, for each group.
 
+  Weight decay is of every trained tensor, norms and biases included; in SGD it
+  is added to the gradient, before momentum.
+
   Args:
     schedule: step -> learning rate of the backbone.
     name: 'sgd' or 'adamw'.
     head_lr_scale: learning rate of everything else over the backbone's.
-    weight_decay: of every trained tensor, norms and biases included; in SGD
-      it is added to the gradient, before momentum.
-    momentum, nesterov: of SGD.
+    weight_decay, momentum, nesterov: of SGD; AdamW has the first.
     clip_norm: largest norm of the gradient of what trains at a step, or None.
     connector_schedule: 'always' trains all groups all the time. 'first_epoch'
       trains the connectors alone in the first `epoch_steps` steps, at the
-      learning rate of the backbone, and fixes them afterwards: the authors'
-      scheduler overwrites the tenfold rate of a single group. 'warmup' starts
+      learning rate of the backbone, and fixes them afterwards. 'warmup' starts
       the same way and continues with all of them.
     epoch_steps: length of that first phase.
     groups: ((regex, group), ...) of methods, see WeightedSum.parameter_groups.
@@ -144,34 +103,39 @@ def make_optimizer(
   within('config.optim.momentum', momentum, 0, 1)
   if clip_norm is not None:
     within('config.optim.clip_norm', clip_norm, 0)
+  decay = optax.add_decayed_weights(weight_decay)
+  core = optax.chain(decay, optax.trace(momentum, nesterov=nesterov))
   if name == 'adamw':
-    core = optax.chain(
-      optax.scale_by_adam(), optax.add_decayed_weights(weight_decay)
-    )
-  else:
-    core = optax.chain(
-      optax.add_decayed_weights(weight_decay),
-      optax.trace(momentum, nesterov=nesterov),
-    )
+    core = optax.chain(optax.scale_by_adam(), decay)
+  phased, trains = connector_schedule != 'always', {}
+  if phased:
+    trains['backbone'] = trains['head'] = lambda step: step >= epoch_steps
+  if connector_schedule == 'first_epoch':
+    trains['connectors'] = lambda step: step < epoch_steps
 
-  def group(phase):
+  def rate(group, step):
+    scale = 1.0 if group == 'backbone' else head_lr_scale
+    if group == 'connectors' and phased:
+      # The authors' scheduler overwrites the tenfold rate of a single group.
+      scale = jnp.where(step < epoch_steps, 1.0, scale)
+    return -scale * schedule(step)
+
+  def make_group(name):
     inner = core
-    if phase.trains is not None:
+    if name in trains:
       # Outside its phase a group keeps weights and momentum as they are.
-      inner = optax.conditionally_mask(core, phase.trains)
-    rate = optax.scale_by_schedule(
-      lambda step: -phase.scale(step) * schedule(step)
+      inner = optax.conditionally_mask(core, trains[name])
+    return optax.chain(
+      inner, optax.scale_by_schedule(functools.partial(rate, name))
     )
-    return optax.chain(inner, rate)
 
   labels = make_labels(groups)
-  phases = _phases(connector_schedule, epoch_steps, head_lr_scale)
   tx = optax.partition(
-    {key: group(phase) for key, phase in phases.items()}
+    {name: make_group(name) for name in ('backbone', 'head', 'connectors')}
     | {'frozen': optax.set_to_zero()}
     | (optimizers or {}),
     labels,
   )
   if clip_norm:
-    tx = optax.chain(_clip_what_trains(clip_norm, labels, phases), tx)
+    tx = optax.chain(_clip_what_trains(clip_norm, labels, trains), tx)
   return tx

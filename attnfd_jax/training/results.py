@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a finished stage leaves for people: result.json and pictures.npz."""
 
+import functools
 import json
 
 import jax
@@ -54,7 +55,20 @@ def write(stage, state, directory, *, step, log):
     'versions': logs.versions(),
   }
   if stage.teacher is not None:
-    result |= _distilled(stage)
+    teacher, method = stage.teacher, config.distill.method
+    result['teacher'] = {
+      'name': teacher.name,
+      'miou': stage.teacher_miou,
+      'source': getattr(teacher, 'source', config.teacher.factory),
+    }
+    # As they are used: the config may ask for what this teacher lacks.
+    options = json.dumps(stage.distiller.options(), default=str)
+    result['method'] = {
+      'name': method,
+      'title': distill.title(method),
+      'options': json.loads(options),
+      'pictures': stage.distiller.pictures_note,
+    }
     gates = stage.distiller.student_attention_variables(
       sharding.to_host(state.variables('distiller'))
     )
@@ -65,36 +79,18 @@ def write(stage, state, directory, *, step, log):
   return result
 
 
-def _distilled(stage):
-  """What a result says of its teacher and of its method."""
-  teacher, method = stage.teacher, stage.config.distill.method
-  return {
-    'teacher': {
-      'name': teacher.name,
-      'miou': stage.teacher_miou,
-      'source': getattr(teacher, 'source', stage.config.teacher.factory),
-    },
-    'method': {
-      'name': method,
-      'title': distill.title(method),
-      # As they are used: the config may ask for what this teacher lacks.
-      'options': json.loads(json.dumps(stage.distiller.options(), default=str)),
-      'pictures': stage.distiller.pictures_note,
-    },
-  }
-
-
 def make_pictures(stage, state, records):
   """Arrays for the report: image, label, prediction, palette, and the maps of
   the method, 'map_<role>_<name>', float16 [n, h, w] from 0 to 1.
   """
   image = np.stack([record['image'] for record in records])
   student = sharding.to_host(state.variables('student'))
+  forward = functools.partial(stage.network.apply, train=False)
 
   @jax.jit
   def predict(variables, image):
-    out = stage.network.apply(variables, normalise(image), train=False)
-    return jnp.argmax(out['logits'], -1).astype(jnp.uint8)
+    logits = forward(variables, normalise(image))['logits']
+    return jnp.argmax(logits, -1).astype(jnp.uint8)
 
   pictures = {
     'image': image,
@@ -108,24 +104,17 @@ def make_pictures(stage, state, records):
   @jax.jit
   def draw(student, teacher, distiller, image):
     image = normalise(image)
+    outputs = forward(student, image), stage.teacher.apply(teacher, image)
     return stage.distiller.apply(
-      distiller,
-      stage.network.apply(student, image, train=False),
-      stage.teacher.apply(teacher, image),
-      train=False,
-      method='pictures',
+      distiller, *outputs, train=False, method='pictures'
     )
 
-  found = draw(
-    student,
-    sharding.to_host(stage.teacher.variables),
-    sharding.to_host(state.variables('distiller')),
-    image,
-  )
+  others = stage.teacher.variables, state.variables('distiller')
+  found = draw(student, *sharding.to_host(others), image)
   for role, maps in found.items():
     for name, x in maps.items():
       x = np.asarray(x, np.float32)
-      low, high = (f(x, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
-      scaled = (x - low) / np.maximum(high - low, 1e-12)
-      pictures[f'map_{role}_{name}'] = scaled.astype(np.float16)
+      x = x - np.min(x, axis=(1, 2), keepdims=True)
+      x = x / np.maximum(np.max(x, axis=(1, 2), keepdims=True), 1e-12)
+      pictures[f'map_{role}_{name}'] = x.astype(np.float16)
   return pictures

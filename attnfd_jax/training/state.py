@@ -36,11 +36,8 @@ class TrainState:
 
 def make_state(variables, tx, *, ema):
   """TrainState of {'student': variables, ...}; `ema` keeps an average."""
-  params, collections = {}, {}
-  for name, parts in variables.items():
-    parts = dict(parts)
-    params[name] = parts.pop('params', {})
-    collections[name] = parts
+  collections = {name: dict(parts) for name, parts in variables.items()}
+  params = {name: x.pop('params', {}) for name, x in collections.items()}
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,

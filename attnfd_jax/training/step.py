@@ -43,13 +43,12 @@ def make_train_step(
     student: the Network in training.
     tx: Optax transformation.
     task_loss: (logits, labels) -> {term: Mean}.
-    teacher: Teacher or None; teacher_variables are then {}.
-    distiller: distill.WeightedSum, or None without a teacher.
+    teacher, distiller: Teacher and distill.WeightedSum, or None;
+      teacher_variables are then {}.
     schedule: step -> learning rate, for the log.
     mesh: see devices.sharding.make_mesh.
-    state_sharding: TrainState of shardings, as of sharding.split_state: the
-      weights are gathered for the gradient, which comes back split. None is
-      a whole state on every device.
+    state_sharding: as of sharding.split_state: the weights are gathered for the
+      gradient, which comes back split. None is a whole state on every device.
     plain_cross_entropy: task_loss is the cross-entropy: large logits that are
       the resize of coarse ones need never exist as a whole.
     ce_batch_division: divide the task loss by the batch, as the authors do
@@ -64,12 +63,9 @@ def make_train_step(
   everywhere = sharding.replicated(mesh)
 
   def forward(variables, image, rng):
+    mutable = [name for name in variables if name != 'params']
     return student.apply(
-      variables,
-      image,
-      train=True,
-      rngs={'dropout': rng},
-      mutable=[name for name in variables if name != 'params'],
+      variables, image, train=True, rngs={'dropout': rng}, mutable=mutable
     )
 
   if remat:
@@ -89,7 +85,9 @@ def make_train_step(
       )
     }
 
-  def compute_losses(params, collections, teacher_variables, batch, step, rng):
+  def compute_losses(
+    params, collections, batch, rng, *, teacher_variables, step
+  ):
     """Two dicts {term: Mean}, new collections, and scalars for the log."""
     image = batch['image']
     if image.dtype == jnp.uint8:
@@ -97,11 +95,8 @@ def make_train_step(
     image = sharding.split_height(image, mesh)
     label = sharding.split_height(batch['label'], mesh)
     student_rng, teacher_rng = jax.random.split(rng)
-    out, updated = forward(
-      {'params': params['student'], **collections['student']},
-      image,
-      student_rng,
-    )
+    variables = {'params': params['student'], **collections['student']}
+    out, updated = forward(variables, image, student_rng)
     task = task_terms(out, label)
     collections = {**collections, 'student': updated}
     if distiller is None:
@@ -124,10 +119,10 @@ def make_train_step(
     collections['distiller'] = {**state, **updated}
     return task, distances, collections, terms
 
-  def loss_fn(params, collections, teacher_variables, batch, step, rng, counts):
+  def loss_fn(params, collections, batch, rng, counts, **fixed):
     """The loss of a batch, or its share of it; counts are the whole batch's."""
     task, distances, collections, terms = compute_losses(
-      params, collections, teacher_variables, batch, step, rng
+      params, collections, batch, rng, **fixed
     )
     values = {
       name: loss._replace(count=counts.get(name, loss.count)).value
@@ -138,81 +133,63 @@ def make_train_step(
       loss = loss / (accumulate * batch['image'].shape[0])
     if distances:
       loss = loss + sum(
-        distiller.weight(name, step) * values[name] for name in distances
+        distiller.weight(name, fixed['step']) * values[name]
+        for name in distances
       )
     share = jax.tree.map(lambda x: x / accumulate, terms)
     return loss, (collections, values | share | {'loss': loss})
 
-  def gradients(state, teacher_variables, batch, rng):
-    grad_fn = jax.grad(loss_fn, has_aux=True)
+  def gradients(state, batch, rng, **fixed):
+    grad_fn = jax.grad(functools.partial(loss_fn, **fixed), has_aux=True)
     if accumulate == 1:
-      return grad_fn(
-        state.params,
-        state.collections,
-        teacher_variables,
-        batch,
-        state.step,
-        rng,
-        {},
-      )
+      return grad_fn(state.params, state.collections, batch, rng, {})
 
     def split(x):
       # Every device keeps its images: the parts interleave.
       parts = x.reshape(-1, accumulate, *x.shape[1:])
       return jnp.swapaxes(parts, 0, 1)
 
-    parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
-    scan = functools.partial(
-      cpu_forms.scan, platform=mesh.devices.flat[0].platform
-    )
-
-    def count_part(carry, part):
+    def count(part):
       # The compiler drops all that the counts do not need: for most losses
       # that is everything but the labels.
       index, batch = part
       task, distances, _, _ = compute_losses(
         state.params,
         state.collections,
-        teacher_variables,
         batch,
-        state.step,
         jax.random.fold_in(rng, index),
+        **fixed,
       )
-      return carry, {
-        name: jax.lax.stop_gradient(loss.count)
-        for name, loss in (task | distances).items()
-      }
+      return {name: loss.count for name, loss in (task | distances).items()}
 
-    _, counts = jax.lax.scan(count_part, None, parts)
-    counts = jax.tree.map(jnp.sum, counts)
-
-    def add_part(carry, part):
+    def add(carry, part):
       collections, total = carry
       index, batch = part
       grads, (collections, terms) = grad_fn(
-        state.params,
-        collections,
-        teacher_variables,
-        batch,
-        state.step,
-        jax.random.fold_in(rng, index),
-        counts,
+        state.params, collections, batch, jax.random.fold_in(rng, index), counts
       )
       return (collections, jax.tree.map(jnp.add, total, grads)), terms
 
+    parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
+    counts = jax.tree.map(jnp.sum, jax.lax.map(count, parts))
     start = (state.collections, jax.tree.map(jnp.zeros_like, state.params))
-    (collections, grads), terms = scan(add_part, start, parts)
+    (collections, grads), terms = cpu_forms.scan(
+      add, start, parts, platform=mesh.devices.flat[0].platform
+    )
     return grads, (collections, jax.tree.map(jnp.sum, terms))
 
   def train_step(state, teacher_variables, batch, rng):
-    rng = jax.random.fold_in(rng, state.step)
     whole = state
     if state_sharding is not None:
       # Said, not left to XLA, which might split channels of maps instead.
       constrain = jax.lax.with_sharding_constraint
       whole = state.replace(params=constrain(state.params, everywhere))
     grads, (collections, metrics) = gradients(
-      whole, teacher_variables, batch, rng
+      whole,
+      batch,
+      jax.random.fold_in(rng, state.step),
+      teacher_variables=teacher_variables,
+      step=state.step,
     )
     if state_sharding is not None:
       grads = constrain(grads, state_sharding.params)

@@ -39,16 +39,12 @@ class Stop:
 
     With several processes JAX listens itself, so that all stop at one step.
     """
-    if jax.distributed.is_initialized():
+    with contextlib.ExitStack() as stack:
+      if not jax.distributed.is_initialized():
+        for number in (signal.SIGINT, signal.SIGTERM):
+          before = signal.signal(number, self._handle)
+          stack.callback(signal.signal, number, before)
       yield self
-      return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, self._handle) for number in numbers}
-    try:
-      yield self
-    finally:
-      for number, handler in before.items():
-        signal.signal(number, handler)
 
   def _handle(self, signum, frame):
     del frame

@@ -12,25 +12,19 @@ NAMES = ('ce', 'ohem', 'focal', 'dice', 'ce+dice')
 
 
 def make_task_loss(options):
-  """(logits, labels) -> {term: Mean}, of the group `loss` of a config.
-
-  Raises:
-    InputError: for a loss or a value that does not exist.
-  """
+  """(logits, labels) -> {term: Mean}, of the group `loss` of a config."""
   _check(options)
-  weights = tuple(options['class_weights']) or None
+  weights = {'class_weights': tuple(options['class_weights']) or None}
   made = {
-    'ce': functools.partial(
-      losses.softmax_cross_entropy, class_weights=weights
-    ),
+    'ce': functools.partial(losses.softmax_cross_entropy, **weights),
     'ohem': functools.partial(
       losses.ohem_cross_entropy,
       threshold=options['ohem_threshold'],
       min_kept=options['ohem_min_kept'],
-      class_weights=weights,
+      **weights,
     ),
     'focal': functools.partial(
-      losses.focal_loss, gamma=options['focal_gamma'], class_weights=weights
+      losses.focal_loss, gamma=options['focal_gamma'], **weights
     ),
     'dice': losses.dice_loss,
   }
@@ -46,14 +40,12 @@ def is_plain(options):
 
 
 def _check(options):
+  given, weighting = tuple(options['class_weights']), options['weighting']
   one_of('config.loss.name', options['name'], NAMES)
-  one_of(
-    'config.loss.weighting', options['weighting'], ('none', 'given', 'auto')
-  )
+  one_of('config.loss.weighting', weighting, ('none', 'given', 'auto'))
   within('config.loss.ohem_threshold', options['ohem_threshold'], 1e-30, 1)
   within('config.loss.ohem_min_kept', options['ohem_min_kept'], 0, 1)
   within('config.loss.focal_gamma', options['focal_gamma'], 0)
-  given, weighting = tuple(options['class_weights']), options['weighting']
   for value in given:
     within('config.loss.class_weights', value, 0, 1e30)
   if weighting == 'given' and not any(given):
@@ -62,10 +54,7 @@ def _check(options):
       'such as --config.loss.class_weights="(1.0, 2.5)".'
     )
   if given and weighting == 'none':
-    raise InputError(
-      f'config.loss.class_weights={given} needs loss.weighting=given, not '
-      f'{weighting!r}.'
-    )
+    raise _needs_given(options)
   if options['name'] == 'dice' and weighting != 'none':
     raise InputError(
       f"config.loss.weighting={weighting!r} does not go with name='dice', in "
@@ -73,18 +62,18 @@ def _check(options):
     )
 
 
-def check_class_weights(options, class_names):
-  """What the user gives must be one weight for each class, or none.
+def _needs_given(options):
+  return InputError(
+    f'config.loss.class_weights={tuple(options["class_weights"])} needs '
+    f'loss.weighting=given, not {options["weighting"]!r}.'
+  )
 
-  Raises:
-    InputError: if it is not.
-  """
-  if options['weighting'] == 'auto' and options['class_weights']:
-    raise InputError(
-      f'config.loss.class_weights={tuple(options["class_weights"])} needs '
-      "loss.weighting=given, not 'auto'."
-    )
+
+def check_class_weights(options, class_names):
+  """Refuses what is not one weight for each class, or none."""
   found, expected = len(options['class_weights']), len(class_names)
+  if options['weighting'] == 'auto' and found:
+    raise _needs_given(options)
   if options['weighting'] == 'given' and found != expected:
     raise InputError(
       f'config.loss.class_weights has {found} numbers for the {expected} '
@@ -92,28 +81,12 @@ def check_class_weights(options, class_names):
     )
 
 
-def _counted_before(workdir):
-  """Weights that another stage, or a part before a restart, wrote down."""
-  for path in sorted(workdir.glob('*/config.json')):
-    try:
-      options = json.loads(path.read_text()).get('loss', {})
-    except ValueError:
-      continue  # Damaged: it will be written again.
-    if options.get('weighting') == 'auto' and options['class_weights']:
-      return tuple(options['class_weights'])
-  return None
-
-
 def with_class_weights(config, dataset, workdir):
   """`config` with numbers in loss.class_weights where weighting is 'auto'.
 
-  Median-frequency weights of the training split. It is read once in a run:
+  Median-frequency weights of the training split, which is read once in a run:
   the stages of `workdir` keep the numbers in their config.json.
-
-  Raises:
-    InputError: if given weights do not fit the classes.
   """
-  check_class_weights(config.loss, dataset.class_names)
   if config.loss.weighting != 'auto':
     return config
   weights = _counted_before(workdir)
@@ -126,11 +99,21 @@ def with_class_weights(config, dataset, workdir):
     )
     found = frequencies.median_frequency_weights(rows)
     weights = tuple(float(f'{x:.4g}') for x in found)
-  named = zip(dataset.class_names, weights, strict=True)
-  print(
-    f'class weights: {", ".join(f"{n} {x:g}" for n, x in named)}', flush=True
-  )
+  pairs = zip(dataset.class_names, weights, strict=True)
+  named = ', '.join(f'{name} {x:g}' for name, x in pairs)
+  print(f'class weights: {named}', flush=True)
   config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.loss.class_weights = weights
-  return config.lock()
+  config.loss.class_weights = weights
+  return config
+
+
+def _counted_before(workdir):
+  """Weights that another stage, or a part before a restart, wrote down."""
+  for path in sorted(workdir.glob('*/config.json')):
+    try:
+      options = json.loads(path.read_text()).get('loss', {})
+    except ValueError:
+      continue  # Damaged: it will be written again.
+    if options.get('weighting') == 'auto' and options['class_weights']:
+      return tuple(options['class_weights'])
+  return None

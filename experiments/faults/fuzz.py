@@ -791,8 +791,8 @@ def _compute(stage):
   json.dumps(stage.description())
   assert stage.num_steps > 0 and stage.eval_every > 0
   params = {'student': {'head': {'kernel': np.ones((2, 2), np.float32)}}}
-  jax.eval_shape(stage.tx.init, params)
-  lr = jax.eval_shape(stage.schedule, jax.ShapeDtypeStruct((), np.int32))
+  jax.eval_shape(stage.make_optimizer().init, params)
+  lr = jax.eval_shape(stage.make_schedule(), jax.ShapeDtypeStruct((), np.int32))
   assert not lr.shape
   task_loss.make_task_loss(config.loss)
   pipeline.make_balance(config, dataset)

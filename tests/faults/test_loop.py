@@ -5,6 +5,7 @@ import contextlib
 import json
 import signal
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -52,29 +53,35 @@ def evaluate(variables):
   return {'miou': 1 / (1 + float(variables['params']['w']))}
 
 
-def train(folder, stop=None, **changes):
+def train(
+  folder, stop=None, train_step=add, log_every=1, save_minutes=0, **changes
+):
   """8 steps, scored after 4 and 8; returns the final weight."""
   folder.mkdir(exist_ok=True)
   saved = folder / 'checkpoints'
   state, step = checkpoints.restore_latest(saved, make_state(), RUN)
   log = logs.StageLog(folder)
   log.forget_after(step)
-  options = {
-    'train_step': add,
-    'teacher_variables': {},
+  stage = {
+    'make_train_step': lambda: train_step,
+    'teacher': None,
     'make_batches': make_batches,
     'batch_names': lambda step: [f'image {step}'],
     'evaluate': evaluate,
     'rng': None,
+    'run_facts': RUN,
     'num_steps': 8,
     'eval_every': 4,
-    'log_every': 1,
-    'save_minutes': 0,
-    'batch_size': 2,
+    'config': types.SimpleNamespace(
+      log_every_steps=log_every,
+      batch_size=2,
+      checkpoint=types.SimpleNamespace(every_minutes=save_minutes),
+    ),
   } | changes
+  stage = types.SimpleNamespace(**stage)
   with checkpoints.managed(saved) as manager:
     state = loop.train(
-      state, manager=manager, run=RUN, log=log, stop=stop or Stop(), **options
+      stage, state, manager=manager, log=log, stop=stop or Stop()
     )
   return float(state.params['student']['w'])
 

@@ -13,6 +13,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -92,7 +93,7 @@ def photographed(tmp_path_factory):
     calls = iter(('student evaluates 2', 'student evaluates 4', None, None))
     before(stage_room, 'make_state', lambda *_: 'student is built')
     before(loop, 'train', lambda *_: 'student compiles')
-    before(finite, 'check_metrics', step_of)
+    before(finite, 'check', step_of)
     before(evaluation, 'evaluate', lambda *_: next(calls))
     before(os, 'rename', finished)
     before(results, 'write', lambda *_: 'student scores')
@@ -307,15 +308,14 @@ class Numbered:
 
 @pytest.mark.parametrize('step', [0, 3, 10])
 def test_names_are_those_of_the_batch(step):
-  source = Numbered()
-  options = {'batch_size': 4, 'seed': 3}
-  names = finite.batch_names(source, step=step, **options)
-  batches = pipeline.train_batches(source, finite._Unchanged(), **options)
+  config = small_run.make_config()
+  config.batch_size, config.seed = 4, 3
+  dataset = types.SimpleNamespace(splits={'train': Numbered()})
+  stage = stage_room.Stage('student', config, dataset, None, None)
+  names = stage.batch_names(step)
+  batches = pipeline.train_batches(
+    Numbered(), lambda record, rng: record, batch_size=4, seed=3
+  )
   for _, batch in zip(range(step + 1), batches, strict=False):
     found = [f'image {index}' for index in batch['index']]
   assert names == found and len(names) == 4
-
-
-def test_clock_of_saves():
-  assert not loop._Timer(0).due() and not loop._Timer(100).due()
-  assert loop._Timer(1e-9).due()

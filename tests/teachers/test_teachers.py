@@ -57,7 +57,8 @@ def distilled(config, *, in_path, gates=None):
   teacher = FrozenNetwork(
     network, abstract_variables(network), 'small', NAMES, gates=gates
   )
-  found, _ = stages.make_stage_distiller(config, student, teacher)
+  stage = stages.Stage('distill', config, None, None, student)
+  found = stages.with_teacher(stage, teacher).distiller
   return found.methods['attnfd'].teacher_attention
 
 

@@ -34,7 +34,7 @@ def make_tx(method, recipe, **options):
     distiller=distill.make_distiller(method, config.distill),
     epoch_steps=2,
     num_steps=10,
-  ).tx
+  ).make_optimizer()
 
 
 def moved(tx, params, *, steps=1, scale=1.0):
