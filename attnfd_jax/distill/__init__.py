@@ -7,6 +7,7 @@ method.py has the contract; to add a method, write its file and a line here.
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from attnfd_jax import user_code
 from attnfd_jax.distill.attnfd_method import AttnFDMethod
@@ -53,13 +54,20 @@ def make_method(name, student_outputs, teacher_outputs, **options):
   return method
 
 
-def abstract_variables(method, student, teacher):
-  """Shapes of the variables of a method, or a sum, if it can compare these."""
-  rngs = {name: jax.random.key(0) for name in ('params', 'distill')}
-  labels = jax.ShapeDtypeStruct(student['logits'].shape[:-1], 'uint8')
-  init = functools.partial(method.init, rngs, train=True, step=0)
+def init_distiller(distiller, shapes, rng=None, *, train=False):
+  """Variables of a method, or a sum, for Outputs of these shapes."""
+  rng = jax.random.key(0) if rng is None else rng
+  outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  labels = jnp.full(outputs[0]['logits'].shape[:-1], 255, jnp.uint8)
+  rngs = {'params': rng, 'distill': jax.random.fold_in(rng, 1)}
+  return distiller.init(rngs, *outputs, labels, train=train, step=0)
+
+
+def abstract_variables(distiller, *shapes):
+  """Shapes of its variables; InputError if it cannot compare these Outputs."""
+  init = functools.partial(init_distiller, distiller, shapes, train=True)
   with explained('config.distill.method'):
-    return jax.eval_shape(init, student, teacher, labels)
+    return jax.eval_shape(init)
 
 
 def _find(name):

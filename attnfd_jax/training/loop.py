@@ -7,11 +7,55 @@ import signal
 import time
 
 import jax
+import jax.numpy as jnp
 
 from attnfd_jax.devices import processes
+from attnfd_jax.errors import InputError
 from attnfd_jax.runs import checkpoints, logs
-from attnfd_jax.training import finite
 from attnfd_jax.training.stopping import Stopped
+
+_SHOWN = 16  # Names of a batch.
+
+
+class NonFiniteLoss(InputError):
+  """The loss became NaN or infinite; what is saved stays."""
+
+
+def check_finite(step, metrics, *, names, manager, state=None):
+  """Waits for a step's metrics; NonFiniteLoss if they are not finite.
+
+  Or a `state` that is to be saved: its loss is that of the weights before.
+  `names` maps a step to the names of the images of the batch after it.
+  """
+  loss, gradient = jax.device_get((metrics['loss'], metrics['grad_norm']))
+  if not math.isfinite(loss):
+    what = 'Loss'
+  elif not math.isfinite(gradient):
+    what = 'Gradient'
+  elif state and not _all_finite((state.params, state.collections)):
+    what = 'Update of the weights'
+  else:
+    return
+  terms = ', '.join(
+    f'{name} {float(value):.4g}'
+    for name, value in sorted(jax.device_get(metrics).items())
+  )
+  images = names(step - 1)
+  more = f' and {len(images) - _SHOWN} more' if len(images) > _SHOWN else ''
+  saved = manager.latest_step()
+  kept = 'There is no checkpoint yet'
+  kept = kept if saved is None else f'Last good checkpoint: step {saved}'
+  raise NonFiniteLoss(
+    f'{what} is not finite at step {step}: {terms}. Images: '
+    f'{", ".join(images[:_SHOWN])}{more}. {kept}. Lower --config.optim.lr or '
+    'set --config.optim.clip_norm=1.'
+  )
+
+
+@jax.jit
+def _all_finite(tree):
+  finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+  return jnp.all(jnp.stack(finite))
 
 
 class _Clock:
@@ -44,11 +88,8 @@ def train(stage, state, *, manager, log, stop):
   """The state after the last step of a Stage, from wherever `state` is.
 
   `state` is donated. The Orbax `manager` saves it after each evaluation, as
-  often as the config says, and when `stop`, a stopping.Stop, says so.
-
-  Raises:
-    NonFiniteLoss: at the first step with such a loss.
-    Stopped: after a signal, when the last step is saved.
+  often as the config says, and when `stop`, a stopping.Stop, says so. Raises
+  NonFiniteLoss at the first such step, and Stopped after a signal.
   """
   config, num_steps = stage.config, stage.num_steps
   log_every = config.log_every_steps
@@ -67,7 +108,7 @@ def train(stage, state, *, manager, log, stop):
   unchecked = metrics = None
   advised = False
   check = functools.partial(
-    finite.check, names=stage.batch_names, manager=manager
+    check_finite, names=stage.batch_names, manager=manager
   )
 
   def save(miou=None):

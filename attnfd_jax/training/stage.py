@@ -13,7 +13,7 @@ from attnfd_jax import distill, metrics
 from attnfd_jax.data import cache, pipeline
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.devices import memory, sharding
-from attnfd_jax.errors import first_line, InputError, within
+from attnfd_jax.errors import explained, within
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.network import Network
@@ -21,17 +21,7 @@ from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.teachers.teacher import Teacher
 from attnfd_jax.training import optim, task_loss
-from attnfd_jax.training.state import make_state
-from attnfd_jax.training.step import make_train_step
-
-
-def init_distiller(distiller, shapes, rng=None):
-  """Variables of a distiller for outputs of these shapes."""
-  rng = jax.random.key(0) if rng is None else rng
-  outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  labels = jnp.full(outputs[0]['logits'].shape[:-1], 255, jnp.uint8)
-  rngs = {'params': rng, 'distill': jax.random.fold_in(rng, 1)}
-  return distiller.init(rngs, *outputs, labels, train=False, step=0)
+from attnfd_jax.training.step import make_state, make_train_step
 
 
 def init_key(seed, index):
@@ -164,7 +154,7 @@ class Stage:
     )
     variables = {'student': {**student, **filled}}
     if self.distiller is not None:
-      variables['distiller'] = init_distiller(
+      variables['distiller'] = distill.init_distiller(
         self.distiller, self.output_shapes, jax.random.fold_in(rng, 1)
       )
     keep_average = self.config.optim.ema_decay > 0
@@ -249,12 +239,10 @@ def make_network(name, config, num_classes):
     within('config.distill.aspp_dropout', options.aspp_dropout, 0, 1)
     keys = ('aspp_dropout', 'update_norms_twice')
     changes = {key: options[key] for key in keys}
-  try:
+  with explained(f'config.{role}'):
     return networks.make_network(
       config[role], num_classes, dtype=config.optim.dtype, **changes
     )
-  except InputError as error:
-    raise InputError(f'config.{role}.{error}') from error
 
 
 def plan(name, config, dataset, mesh):
@@ -288,42 +276,28 @@ def make_stage(name, config, dataset, mesh, workdir):
 
 
 def with_teacher(stage, teacher):
-  """`stage` with a teacher and the distiller that its config names.
-
-  Raises:
-    InputError: for a method or an option that does not exist, or that does not
-      go with these networks.
+  """`stage` with a teacher and the distiller that its config names, if they go
+  together.
   """
   options = stage.config.distill
   distiller = distill.make_distiller(
     options.method, options, options=options.options, num_steps=stage.num_steps
   )
-  try:
+  with explained('config.distill.method'):
     distiller = distiller.adapted(stage.network, teacher)
-  except ValueError as error:
-    raise InputError(f'config.distill.method: {error}') from error
   size = tuple(stage.config.data.crop_size)
   shapes = (
     networks.abstract_outputs(stage.network, size),
-    _abstract_outputs(teacher, size),
+    networks.checked_outputs(
+      teacher,
+      f'teacher {teacher.name}',
+      len(teacher.class_names),
+      size,
+      variables=teacher.variables,
+      rng=jax.random.key(0),
+    ),
   )
   distill.abstract_variables(distiller, *shapes)
   return dataclasses.replace(
     stage, teacher=teacher, distiller=distiller, output_shapes=shapes
   )
-
-
-def _abstract_outputs(teacher, image_size):
-  """Shapes of a teacher's Outputs for two images of `image_size`."""
-  image = jax.ShapeDtypeStruct((2, *image_size, 3), jnp.float32)
-  learn = functools.partial(teacher.apply, rng=jax.random.key(0))
-  try:
-    out = jax.eval_shape(learn, teacher.variables, image)
-  except Exception as error:  # Of a teacher of the user's, anything.
-    raise InputError(
-      f'{teacher.name}: the teacher fails on images {image_size}: '
-      f'{first_line(error)}'
-    ) from error
-  names = teacher.class_names
-  networks.check_shapes(out, teacher.name, len(names), image_size)
-  return out

@@ -14,7 +14,6 @@ from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.models import resizing
-from attnfd_jax.training import state as states
 from attnfd_jax.training import step as steps
 
 CODE = """
@@ -156,7 +155,7 @@ def test_large_logits_of_another_upsampling_have_their_own_loss(monkeypatch):
     schedule=lambda step: 0.1,
     mesh=mesh,
   )
-  state = states.make_state({'student': variables}, tx, ema=False)
+  state = steps.make_state({'student': variables}, tx, ema=False)
   batch = jax.device_put(
     {'image': image, 'label': label}, sharding.by_batch(mesh)
   )
