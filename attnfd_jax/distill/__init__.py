@@ -91,25 +91,24 @@ def make_distiller(method, groups, *, options=None, num_steps=1):
   is such a group of the user's class; `num_steps` is of the stage, for
   schedules of weights.
   """
-  own = user_code.is_code(method)
-  if own:
+  if user_code.is_code(method):
     name = title(method).lower()
     name = f'{name}_method' if name in _TAKEN else name
-    chosen = {name: (_find(method), dict(options or {}))}
+    chosen = {name: (_find(method), 'options', options or {})}
   elif options:
     raise InputError(
       f'config.distill.options={dict(options)} are of a class of your own; '
       f'those of {method} are keys of config.distill.{method.split("+")[0]}.'
     )
   else:
-    chosen = {x: (_find(x), dict(groups[x])) for x in method.split('+')}
+    chosen = {x: (_find(x), x, groups[x]) for x in method.split('+')}
   methods, weights, schedules = {}, {}, {}
-  for name, (method_class, fields) in chosen.items():
+  for name, (method_class, key, fields) in chosen.items():
+    group, fields = f'config.distill.{key}', dict(fields)
     weights[name] = fields.pop('weight', 1.0)
     schedules[name] = fields.pop('weight_schedule', 'constant')
-    group = 'config.distill.options' if own else f'config.distill.{name}'
     within(f'{group}.weight', weights[name], 0, 1e30)
     one_of(f'{group}.weight_schedule', schedules[name], SCHEDULES)
-    with explained(f'config.distill.{name}'):
+    with explained(group):
       methods[name] = method_class(**fields)
   return WeightedSum(methods, weights, schedules, num_steps)

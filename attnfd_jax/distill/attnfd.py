@@ -58,17 +58,13 @@ def unit(x, axes):
 def direction_distance(student, teacher, *, norm_scope, reduction):
   """Squared distance of two maps [b, h, w, c], each scaled to unit length.
 
-  With the cosine of each pair of unit arrays a distance is 2 - 2 cos. With
-  norm_scope 'batch' the length is over the whole array, on a sharded batch a
-  global one. The teacher's map is a constant.
+  With the cosine of each pair of unit arrays a distance is 2 - 2 cos. The
+  teacher's map is a constant; a float32 scalar, finite also for maps of zeros.
 
   Args:
-    norm_scope: key of NORM_AXES.
+    norm_scope: key of NORM_AXES; 'batch' is global on a sharded batch, too.
     reduction: of the distances: 'batchmean' sums and divides by b, 'unitmean'
       averages, 'mean' divides by the number of elements.
-
-  Returns:
-    float32 scalar, finite also for maps of zeros.
   """
   axes = NORM_AXES[norm_scope]
   target = jax.lax.stop_gradient(unit(teacher, axes))

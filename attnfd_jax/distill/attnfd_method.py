@@ -94,15 +94,11 @@ class AttnFDMethod(AttnFDOptions):
     """{'params', 'batch_stats'} of the student's gates by tap, or None."""
     if self.student_attention not in ('learnable', 'mlp_frozen'):
       return None
-    prefix = 'student_gates_'
-    return {
-      part: {
-        name.removeprefix(prefix): tree
-        for name, tree in variables[part].items()
-        if name.startswith(prefix)
-      }
-      for part in ('params', 'batch_stats')
-    }
+    prefix, found = 'student_gates_', {}
+    for part in ('params', 'batch_stats'):
+      names = [x for x in variables[part] if x.startswith(prefix)]
+      found[part] = {x.removeprefix(prefix): variables[part][x] for x in names}
+    return found
 
   def __call__(self, student, teacher, labels, *, train, step):
     """See distill/method.py; one term for each tap."""

@@ -105,10 +105,8 @@ class Stage:
     )
 
   def init_state(self, *, fresh=True, log=print):
-    """A TrainState at step 0 on the mesh, compiled as one program.
-
-    With pretrained weights if it is `fresh` (else a checkpoint follows), and
-    `log` is called with a line about them.
+    """A TrainState at step 0 on the mesh, compiled as one program; pretrained
+    if it is `fresh` (else a checkpoint follows), with a line to `log`.
     """
     loaded = {}
     if fresh and self.options.pretrained:
