@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from attnfd_jax import user_code
-from attnfd_jax.distill.attnfd_method import AttnFDMethod
+from attnfd_jax.distill.attnfd import AttnFDMethod
 from attnfd_jax.distill.kd import LogitKD
 from attnfd_jax.distill.weighted_sum import SCHEDULES, WeightedSum
 from attnfd_jax.errors import explained, InputError, known, one_of, within

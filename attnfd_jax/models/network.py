@@ -120,8 +120,7 @@ def abstract_outputs(network, image_size, *, variables=None, **options):
 
 def check_outputs(network, num_classes, image_size):
   """Holds a user's network to the contract; InputError names what differs."""
-  name = type(network).__name__
-  out = checked_outputs(network, name, num_classes, image_size)
+  out = checked_outputs(network, num_classes, image_size)
   if 'coarse_logits' not in out:
     return
 
@@ -138,13 +137,14 @@ def check_outputs(network, num_classes, image_size):
   allowed = 0.02 * (np.max(np.abs(logits)) or 1)
   if logits.shape != resized.shape or np.max(abs(logits - resized)) > allowed:
     raise InputError(
-      f'{name}: logits are not the align-corners resize of coarse_logits; '
-      "leave 'coarse_logits' out of what it returns."
+      f'{type(network).__name__}: logits are not the align-corners resize of '
+      "coarse_logits; leave 'coarse_logits' out of what it returns."
     )
 
 
-def checked_outputs(network, name, num_classes, image_size, **options):
+def checked_outputs(network, num_classes, image_size, **options):
   """`abstract_outputs`, held to the contract; of a Teacher, too."""
+  name = getattr(network, 'name', None) or type(network).__name__
   with explained(f'{name} fails on images {image_size}'):
     out = abstract_outputs(network, image_size, **options)
   found = out if isinstance(out, Mapping) else {}

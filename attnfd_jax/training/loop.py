@@ -59,12 +59,9 @@ def _all_finite(tree):
 
 
 class _Clock:
-  """Speed since the last reading, and the share of the time without data."""
+  """Speed since it was made, and the share of the time without data."""
 
   def __init__(self, step):
-    self.reset(step)
-
-  def reset(self, step):
     self._step, self._start, self._waited = step, time.monotonic(), 0.0
 
   def next(self, batches):
@@ -76,7 +73,6 @@ class _Clock:
   def read(self, step, batch_size):
     elapsed = max(time.monotonic() - self._start, 1e-9)
     seconds, waited = elapsed / (step - self._step), self._waited / elapsed
-    self.reset(step)
     return {
       'step_seconds': seconds,
       'images_per_second': batch_size / seconds,
@@ -112,7 +108,7 @@ def train(stage, state, *, manager, log, stop):
   )
 
   def save(miou=None):
-    nonlocal saved, save_time
+    nonlocal saved, save_time, clock
     if metrics is not None:
       check(step, metrics, state=state)
     checkpoints.save(manager, step, state, stage.run_facts, miou=miou)
@@ -120,7 +116,7 @@ def train(stage, state, *, manager, log, stop):
     if saved == first:
       checkpoints.wait(manager)  # Errors of saving come late.
     saved, save_time = step, time.monotonic()
-    clock.reset(step)
+    clock = _Clock(step)
 
   def save_is_due():
     # Clocks of processes differ, and to ask all of them is not free.
@@ -182,7 +178,7 @@ def train(stage, state, *, manager, log, stop):
         jax.block_until_ready(metrics)
         seconds = time.monotonic() - start
         log.line(f'first step after {seconds:.1f} s; faster next time, cached')
-        clock.reset(step)
+        clock = _Clock(step)
       if step % log_every and step != num_steps:
         continue
       check(*unchecked)
@@ -194,6 +190,7 @@ def train(stage, state, *, manager, log, stop):
       )
       if step > first + 1:  # The time of the first is that of the compiler.
         values |= clock.read(step, config.batch_size)
+        clock = _Clock(step)
         left = logs.duration(values['step_seconds'] * (num_steps - step))
         text += (
           f'  {values["images_per_second"]:.1f} images/s  '

@@ -179,9 +179,7 @@ class Stage:
       mesh=self.mesh,
       state_sharding=self.state_sharding,
       ce_batch_division=self.config.distill.ce_batch_division,
-      accumulate=options.accumulate,
-      remat=options.remat,
-      ema_decay=options.ema_decay,
+      **{key: options[key] for key in ('accumulate', 'remat', 'ema_decay')},
     )
 
   def make_batches(self, step):
@@ -284,16 +282,11 @@ def with_teacher(stage, teacher):
   with explained('config.distill.method'):
     distiller = distiller.adapted(stage.network, teacher)
   size = tuple(stage.config.data.crop_size)
+  inputs = {'variables': teacher.variables, 'rng': jax.random.key(0)}
+  classes = len(teacher.class_names)
   shapes = (
     networks.abstract_outputs(stage.network, size),
-    networks.checked_outputs(
-      teacher,
-      f'teacher {teacher.name}',
-      len(teacher.class_names),
-      size,
-      variables=teacher.variables,
-      rng=jax.random.key(0),
-    ),
+    networks.checked_outputs(teacher, classes, size, **inputs),
   )
   distill.abstract_variables(distiller, *shapes)
   return dataclasses.replace(

@@ -176,8 +176,9 @@ def make_train_step(
 
   def gradients(state, batch, rng, **fixed):
     grad_fn = jax.grad(functools.partial(loss_fn, **fixed), has_aux=True)
+    start = state.params, state.collections
     if accumulate == 1:
-      return grad_fn(state.params, state.collections, batch, rng, {})
+      return grad_fn(*start, batch, rng, {})
 
     def split(x):
       # Every device keeps its images: the parts interleave.
@@ -189,11 +190,7 @@ def make_train_step(
       # that is everything but the labels.
       index, batch = part
       task, distances, _, _ = compute_losses(
-        state.params,
-        state.collections,
-        batch,
-        jax.random.fold_in(rng, index),
-        **fixed,
+        *start, batch, jax.random.fold_in(rng, index), **fixed
       )
       return {name: loss.count for name, loss in (task | distances).items()}
 
@@ -207,9 +204,9 @@ def make_train_step(
 
     parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
     counts = jax.tree.map(jnp.sum, jax.lax.map(count, parts))
-    start = (state.collections, jax.tree.map(jnp.zeros_like, state.params))
+    carry = (state.collections, jax.tree.map(jnp.zeros_like, state.params))
     (collections, grads), terms = cpu_forms.scan(
-      add, start, parts, platform=mesh.devices.flat[0].platform
+      add, carry, parts, platform=mesh.devices.flat[0].platform
     )
     return grads, (collections, jax.tree.map(jnp.sum, terms))
 
