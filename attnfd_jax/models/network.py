@@ -118,7 +118,7 @@ def abstract_outputs(network, image_size, *, variables=None, **options):
   return jax.eval_shape(forward, variables, image)
 
 
-def check_outputs(network, num_classes, image_size):
+def check_network(network, num_classes, image_size):
   """Holds a user's network to the contract; InputError names what differs."""
   out = checked_outputs(network, num_classes, image_size)
   if 'coarse_logits' not in out:
@@ -172,15 +172,13 @@ def count_gflops(network, height, width):
 
 
 def count_flops(function, *args):
-  """Operations of the convolutions of one call; multiply and add are two.
-
-  Counted on its trace: the same number on every platform, which XLA's own cost
-  analysis does not give.
+  """Operations of the convolutions in the trace of one call, the same on every
+  platform; multiply and add are two.
   """
-  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+  return _convolution_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _count(jaxpr):
+def _convolution_flops(jaxpr):
   total = 0
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
@@ -192,5 +190,5 @@ def _count(jaxpr):
     elif name == 'cond':
       # lax.platform_dependent: forms of one convolution, last the plain one.
       inner = params['branches'][-1:]
-    total += sum(_count(x.jaxpr) for x in inner)
+    total += sum(_convolution_flops(x.jaxpr) for x in inner)
   return total

@@ -136,7 +136,7 @@ def check(config, dataset, mesh, workdir):
     begins = chosen and not (workdir / name).exists()
     if name != 'distill' and user_code.is_code(stage.options.network):
       size = tuple(config.data.crop_size)
-      networks.check_outputs(stage.network, dataset.num_classes, size)
+      networks.check_network(stage.network, dataset.num_classes, size)
     pretrained = stage.options.pretrained
     if begins and pretrained and not (name == 'teacher' and given):
       torch_networks.load_pretrained(pretrained, stage.network)

@@ -103,7 +103,7 @@ def test_what_cannot_be_built_is_refused(tmp_path, spec, message):
 
 
 def test_a_network_that_keeps_the_contract_passes():
-  networks.check_outputs(Answer(3), 3, (32, 48))
+  networks.check_network(Answer(3), 3, (32, 48))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_network_that_keeps_the_contract_passes():
 )
 def test_what_breaks_the_contract_is_named(kind, message):
   with pytest.raises(InputError, match=message):
-    networks.check_outputs(Answer(3, kind), 3, (32, 48))
+    networks.check_network(Answer(3, kind), 3, (32, 48))
 
 
 class WithoutCoarse(Answer):
