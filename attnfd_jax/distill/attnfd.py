@@ -40,6 +40,7 @@ CHOICES = {
   'reduction': ('batchmean', 'unitmean', 'mean'),
   'teacher_bn': ('batch', 'running'),
   'match_size': ('none', 'to_teacher', 'to_student'),
+  'connector_schedule': CONNECTOR_SCHEDULES,  # Of the Method alone.
 }
 # Squared length below which a map has no direction.
 TINY = 1e-12
@@ -104,7 +105,8 @@ class AttnFDOptions(nn.Module, kw_only=True):
 
   def __post_init__(self):
     for name, choices in CHOICES.items():
-      one_of(name, getattr(self, name), choices)
+      if hasattr(self, name):
+        one_of(name, getattr(self, name), choices)
     super().__post_init__()
 
 
@@ -285,10 +287,6 @@ class AttnFDMethod(AttnFDOptions):
     'Where the refined features of the teacher and of the student are strong, '
     'at the taps where they are compared.'
   )
-
-  def __post_init__(self):
-    one_of('connector_schedule', self.connector_schedule, CONNECTOR_SCHEDULES)
-    super().__post_init__()
 
   @property
   def divides_by_batch(self):

@@ -115,8 +115,7 @@ class DeepLabV3Plus(nn.Module):
     known('backbone', self.backbone, BACKBONES)
     if self.output_stride not in (8, 16):
       raise ValueError(f'output_stride={self.output_stride} must be 8 or 16.')
-    if self.num_classes < 1:
-      raise ValueError(f'num_classes={self.num_classes} must be at least 1.')
+    within('num_classes', self.num_classes, 1)
     within('width_multiplier', self.width_multiplier, 1e-3, 64)
     for name, value in layers.options_of(self).items():
       if name.endswith('_channels'):

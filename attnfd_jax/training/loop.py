@@ -43,8 +43,9 @@ def check_finite(step, metrics, *, names, manager, state=None):
   images = names(step - 1)
   more = f' and {len(images) - _SHOWN} more' if len(images) > _SHOWN else ''
   saved = manager.latest_step()
-  kept = 'There is no checkpoint yet'
-  kept = kept if saved is None else f'Last good checkpoint: step {saved}'
+  kept = f'Last good checkpoint: step {saved}'
+  if saved is None:
+    kept = 'There is no checkpoint yet'
   raise NonFiniteLoss(
     f'{what} is not finite at step {step}: {terms}. Images: '
     f'{", ".join(images[:_SHOWN])}{more}. {kept}. Lower --config.optim.lr or '

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss that compares logits with labels, from the group `loss`."""
 
+import contextlib
 import functools
 import json
 
@@ -80,11 +81,9 @@ def with_class_weights(config, dataset, workdir):
     return config
   weights = _counted_before(workdir)
   if weights is None:
+    source, threads = dataset.splits['train'], config.data.threads
     rows = frequencies.count_labels(
-      dataset.splits['train'],
-      dataset.num_classes,
-      config.data.threads,
-      'class weights',
+      source, dataset.num_classes, threads, 'class weights'
     )
     found = frequencies.median_frequency_weights(rows)
     weights = tuple(float(f'{x:.4g}') for x in found)
@@ -99,10 +98,8 @@ def with_class_weights(config, dataset, workdir):
 def _counted_before(workdir):
   """Weights that another stage, or a part before a restart, wrote down."""
   for path in sorted(workdir.glob('*/config.json')):
-    try:
+    with contextlib.suppress(ValueError):  # Damaged: it is written again.
       options = json.loads(path.read_text()).get('loss', {})
-    except ValueError:
-      continue  # Damaged: it will be written again.
-    if options.get('weighting') == 'auto' and options['class_weights']:
-      return tuple(options['class_weights'])
+      if options.get('weighting') == 'auto' and options['class_weights']:
+        return tuple(options['class_weights'])
   return None
