@@ -7,15 +7,16 @@ r"""Measures speed on this machine.
     [--config.data.root=PATH] [--json]
 
 train: seconds of a training step, its memory, its compilation and the share of
-what the device can do. data: how many images a second the training pipeline
-prepares. predict: seconds from an image to its class ids, with --student,
---height and --width as for train. With --json the last line is one JSON object.
+what the device can do. A teacher without --teacher_checkpoint has random
+weights; --method=none is without one. data: how many images a second the
+training pipeline prepares. predict: seconds from an image to its class ids,
+with --student, --height and --width as for train. With --json the last line is
+one JSON object.
 """
 
 import json
 
 from absl import flags
-from ml_collections import config_flags
 
 from attnfd_jax import cli
 from attnfd_jax.benchmarks import data, predict, train
@@ -25,38 +26,26 @@ from attnfd_jax.errors import InputError
 COMMANDS = {'train': train.run, 'data': data.run, 'predict': predict.run}
 
 
-def main(argv):
-  if len(argv) != 2 or argv[1] not in COMMANDS:
-    given = ' '.join(argv[1:]) or 'nothing'
+def main(*given):
+  if len(given) != 1 or given[0] not in COMMANDS:
     raise InputError(
-      f'Expected one of {", ".join(COMMANDS)}, got {given}; for example '
+      f'Expected one of {", ".join(COMMANDS)}, got '
+      f'{" ".join(given) or "nothing"}; for example '
       'python -m attnfd_jax.benchmark data --config=configs/quickstart.py.'
     )
-  cli.enable_compilation_cache()
-  result = COMMANDS[argv[1]](flags.FLAGS)
+  result = COMMANDS[given[0]](flags.FLAGS)
   if flags.FLAGS.json:
-    print(json.dumps({'benchmark': argv[1]} | result))
+    print(json.dumps({'benchmark': given[0]} | result))
 
 
 if __name__ == '__main__':
-  # Defined here, so that the verbs can be imported together.
-  config_flags.DEFINE_config_file(
-    'config', None, 'configs/NAME.py or configs/NAME.py:VARIANT.'
-  )
+  cli.define_config()
   flags.DEFINE_bool('json', False, 'Print one JSON object as the last line.')
-  for name, text in {
-    'student': 'backbone',
-    'teacher': 'backbone',
-    'teacher_checkpoint': 'folder of a stage or PyTorch file; else random',
-    'method': 'as config.distill.method; none trains without a teacher',
-    'dtype': 'float32 or bfloat16',
-    'recipe': 'clean or reference',
-    'trace': 'folder for a profile of the steps',
-  }.items():
-    flags.DEFINE_string(name, '', f'train: {text}.')
+  for name, key in train.FLAGS.items():
+    flags.DEFINE_string(name, '', f'train: in place of config.{key}.')
   for name in ('batch', 'height', 'width'):
-    text = f'train: {name} of the images; 0 is as the config.'
-    flags.DEFINE_integer(name, 0, text)
+    flags.DEFINE_integer(name, 0, 'train: of the images; 0 is as the config.')
+  flags.DEFINE_string('trace', '', 'train: folder for a profile of the steps.')
   flags.DEFINE_integer('num_classes', 21, 'train: of both networks.')
   flags.DEFINE_integer('steps', 10, 'train: the result is their median.')
   flags.DEFINE_integer('rounds', 5, 'data: the result is their median.')

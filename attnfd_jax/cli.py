@@ -2,13 +2,14 @@
 """What all verbs share: bad input ends in one line and exit code 2."""
 
 import contextlib
-import os
+import pathlib
 import re
 import sys
 import traceback
 
 from absl import app, flags, logging
 import jax
+from ml_collections import config_flags
 
 from attnfd_jax import user_cache
 from attnfd_jax.data import tuning
@@ -16,6 +17,35 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.training.stopping import Stopped
 
 DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of bad input.')
+flags.disclaim_key_flags()  # The flags below are of the command that asks.
+# ml_collections reports a wrong key by AttributeError or KeyError with the
+# nearest one, a wrong value by TypeError or ValueError, a wrong path by
+# OSError; all of them come from the command line while it is parsed.
+_PARSING = (AttributeError, KeyError, TypeError, ValueError, OSError)
+_PARSING += (ImportError, SyntaxError, flags.Error)
+
+
+def define_config():
+  """Defines --config and its overrides."""
+  text = 'configs/NAME.py or configs/NAME.py:VARIANT.'
+  config_flags.DEFINE_config_file('config', None, text)
+
+
+def own_flags():
+  """{name: value} of the flags that the command itself defines."""
+  own = flags.FLAGS.get_flags_for_module('__main__')
+  return {flag.name: flags.FLAGS[flag.name].value for flag in own}
+
+
+def output_file(flag, ending=''):
+  """The path of a flag or None, known to be writable before the long part."""
+  if not flags.FLAGS[flag].value:
+    return None
+  path = pathlib.Path(flags.FLAGS[flag].value)
+  if path.is_dir() or not path.name.lower().endswith(ending):
+    raise InputError(f'--{flag}={path}: name a file, such as found{ending}.')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  return path
 
 
 def enable_compilation_cache():
@@ -23,12 +53,6 @@ def enable_compilation_cache():
   if not jax.config.jax_compilation_cache_dir:
     path = str(user_cache.folder('xla'))
     jax.config.update('jax_compilation_cache_dir', path)
-
-
-def make_deterministic():
-  """Asks XLA for GPU kernels that repeat their bits; before JAX is used."""
-  flags_of_xla = os.environ.get('XLA_FLAGS', '')
-  os.environ['XLA_FLAGS'] = f'{flags_of_xla} --xla_gpu_deterministic_ops=true'
 
 
 def _one_line(error):
@@ -49,7 +73,7 @@ def _one_line(error):
 
 
 @contextlib.contextmanager
-def _readable(errors, debug):
+def _readable(*errors):
   try:
     yield
   except KeyboardInterrupt:
@@ -60,31 +84,19 @@ def _readable(errors, debug):
       print(f'\n{stopped.message}', file=sys.stderr)
     raise
   except errors as error:
-    if debug():
+    parsed = flags.FLAGS.is_parsed()
+    debug = DEBUG.value if parsed else '--debug' in sys.argv
+    if debug:
       traceback.print_exc()
     print(f'error: {_one_line(error)}', file=sys.stderr)
     sys.exit(2)
 
 
 def _parse(argv):
-  # ml_collections reports a wrong key by AttributeError or KeyError with the
-  # nearest one, a wrong value by TypeError or ValueError, a wrong path by
-  # IOError; all of them come from the command line here.
-  errors = (
-    AttributeError,
-    KeyError,
-    TypeError,
-    ValueError,
-    OSError,
-    ImportError,
-    SyntaxError,
-    flags.Error,
-  )
-  debugging = '--debug' in argv
-  with _readable(errors, lambda: debugging):
+  with _readable(*_PARSING):
     try:
       return flags.FLAGS(argv)
-    except errors:
+    except _PARSING:
       raise
     except Exception as error:
       raise InputError(
@@ -102,6 +114,7 @@ def _without_afterthoughts(unraisable):
 def prepare_process():
   """Settings of the whole process, which only a command may change."""
   tuning.tune_process()
+  enable_compilation_cache()
   # Orbax tells every step it takes, and an error that is raised, too.
   logging.set_verbosity(logging.INFO if DEBUG.value else logging.FATAL)
   if not DEBUG.value:
@@ -110,14 +123,21 @@ def prepare_process():
   sys.stdout.reconfigure(errors='backslashreplace')
 
 
-def run(main, *, positional=False):
-  """Parses flags, calls main(argv) and makes its bad input readable."""
+def run(main, *, required=(), positional=False):
+  """Parses flags and calls main(); its bad input becomes one line.
+
+  `required` flags must have a value; with `positional`, main gets the arguments
+  that are no flags.
+  """
 
   def guarded(argv):
-    with _readable((InputError, OSError), lambda: DEBUG.value):
+    with _readable(InputError, OSError):
       prepare_process()
       if len(argv) > 1 and not positional:
         raise InputError(f'Unknown argument {argv[1]!r}; flags start with --.')
-      main(argv)
+      for flag in map(flags.FLAGS.__getitem__, required):
+        if not flag.value:
+          raise InputError(f'--{flag.name} is missing: {flag.help}')
+      main(*argv[1:])
 
   app.run(guarded, flags_parser=_parse)

@@ -6,50 +6,64 @@ that are None here are filled from the recipe by `resolve`, so that a single
 item can be overridden after it: --config.distill.teacher_bn=batch.
 """
 
+import math
 import os
 
+from flax.traverse_util import flatten_dict
 from ml_collections import config_dict, ConfigDict
 
 from attnfd_jax import distill
 from attnfd_jax.errors import InputError, one_of, within
 
 # METHOD section 5: what the authors' code does, and what we would advise.
+_BY_RECIPE = {
+  'data.label_pad': ('dataset', 'ignore'),
+  'distill.aspp_dropout': (0.0, 'student'),
+  'distill.ce_batch_division': (True, False),
+  'distill.teacher_bn': ('batch', 'running'),
+  'distill.teacher_dropout': (True, False),
+  'distill.update_norms_twice': (True, False),
+  'distill.attnfd.connector_schedule': ('first_epoch', 'always'),
+  'distill.attnfd.norm_scope': ('batch', 'batch'),
+  'distill.attnfd.reduction': ('batchmean', 'unitmean'),
+  'distill.attnfd.student_attention': ('mlp_frozen', 'learnable'),
+  'distill.attnfd.teacher_attention': ('checkpoint', 'in_path'),
+  'distill.attnfd.teacher_bn': ('batch', 'running'),
+  'eval.protocol': ('reference', 'native'),
+}
 RECIPES = {
-  'reference': {
-    'data.label_pad': 'dataset',
-    'distill.aspp_dropout': 0.0,
-    'distill.ce_batch_division': True,
-    'distill.teacher_bn': 'batch',
-    'distill.teacher_dropout': True,
-    'distill.update_norms_twice': True,
-    'distill.attnfd.connector_schedule': 'first_epoch',
-    'distill.attnfd.norm_scope': 'batch',
-    'distill.attnfd.reduction': 'batchmean',
-    'distill.attnfd.student_attention': 'mlp_frozen',
-    'distill.attnfd.teacher_attention': 'checkpoint',
-    'distill.attnfd.teacher_bn': 'batch',
-    'eval.protocol': 'reference',
-  },
-  'clean': {
-    'data.label_pad': 'ignore',
-    'distill.aspp_dropout': 'student',
-    'distill.ce_batch_division': False,
-    'distill.teacher_bn': 'running',
-    'distill.teacher_dropout': False,
-    'distill.update_norms_twice': False,
-    'distill.attnfd.connector_schedule': 'always',
-    'distill.attnfd.norm_scope': 'batch',
-    'distill.attnfd.reduction': 'unitmean',
-    'distill.attnfd.student_attention': 'learnable',
-    'distill.attnfd.teacher_attention': 'in_path',
-    'distill.attnfd.teacher_bn': 'running',
-    'eval.protocol': 'native',
-  },
+  recipe: {key: values[i] for key, values in _BY_RECIPE.items()}
+  for i, recipe in enumerate(('reference', 'clean'))
 }
 STAGES = ('teacher', 'student', 'distill')
 LOGGERS = ('tensorboard', 'wandb')
-_MOST = 2**31 - 1  # JAX's integers have 32 bits.
-_OPTIONAL = ('optim.clip_norm',)
+_CHOICES = {
+  'data.label_pad': ('ignore', 'background'),
+  'distill.teacher_bn': ('batch', 'running'),
+  'eval.protocol': ('native', 'reference'),
+  'optim.dtype': ('float32', 'bfloat16'),
+}
+# Least and most of values; what belongs to one room is checked there.
+_RANGES = {
+  (0, 1): 'data.balanced data.blur data.flip optim.ema_decay teacher.min_miou',
+  (0, 2): 'data.photometric',
+  (0, 180): 'data.rotation',
+  (0, 1024): 'data.workers',
+  (0, 1e4): 'optim.warmup_epochs',
+  (0, math.inf): (
+    'seed checkpoint.every_minutes data.limit data.scenes_seed '
+    'eval.num_pictures eval.short_side'
+  ),
+  (1, 1024): 'data.threads',
+  (1, 1e6): 'data.train_scenes data.val_scenes',
+  (1, math.inf): (
+    'batch_size log_every_steps checkpoint.keep_best data.base_size '
+    'eval.batch_size eval.size_multiple optim.accumulate'
+  ),
+  # A step is a number of 32 bits.
+  (1e-9, 1e4): 'num_epochs student.num_epochs teacher.num_epochs',
+  (1e-9, math.inf): 'eval.every_epochs',
+}
 
 
 def num_cores():
@@ -74,26 +88,17 @@ def _network(backbone):
   config.aspp_dropout = 0.5
   config.decoder_dropout = 0.5
   config.head_dropout = 0.1
-  # PyTorch file of first weights, of a backbone or a whole network.
-  config.pretrained = ''
+  config.pretrained = ''  # PyTorch file of a backbone or a whole network.
   # None: as config.num_epochs and config.optim.lr.
   config.num_epochs = config_dict.placeholder(float)
   config.lr = config_dict.placeholder(float)
   return config
 
 
-def _placeholders(group):
-  """Keys of a group that the recipe fills."""
-  return {
-    key.rpartition('.')[2]: config_dict.placeholder(type(value))
-    for key, value in RECIPES['reference'].items()
-    if key.rpartition('.')[0] == group
-  }
-
-
 def default_config():
   """All keys; configs/*.py change them and cannot add any."""
-  config = ConfigDict()
+  groups = ('data', 'distill', 'optim', 'loss', 'eval', 'checkpoint', 'mesh')
+  config = ConfigDict({name: ConfigDict() for name in groups})
   config.recipe = 'clean'
   config.seed = 0
   config.stages = STAGES
@@ -102,33 +107,28 @@ def default_config():
   config.log_every_steps = 20
   config.loggers = ()  # Beside metrics.jsonl: 'tensorboard', 'wandb'.
 
-  config.data = ConfigDict()
   config.data.name = 'scenes'
   config.data.root = ''
   config.data.prepared = ''  # Folder of prepare_data, in place of root.
   config.data.train_list = 'train'  # For 'pascal_voc': or 'trainaug'.
-  # For 'pascal_voc': folder benchmark_RELEASE; adds SBD's images to train.
-  config.data.sbd_root = ''
+  config.data.sbd_root = ''  # For 'pascal_voc': SBD's benchmark_RELEASE.
   # For 'folder', see docs/own_data.md. Names in the order of ids; () where the
   # layout has names: its own.
   config.data.class_names = ()
   config.data.layout = 'auto'  # Or 'pairs', 'voc', 'roboflow', 'coco'.
   config.data.palette = ()  # Masks of colours: (r, g, b) of each class.
   config.data.id_map = ()  # Masks of other ids: the id of each class.
-  config.data.base_size = 513
+  config.data.base_size = 513  # train_kd.py:197.
   config.data.scale_range = (0.5, 2.0)  # Of the short side, times base_size.
-  config.data.crop_size = (513, 513)  # Height, width.
+  config.data.crop_size = (513, 513)  # Height, width; train_kd.py:199.
   config.data.flip = 0.5
   config.data.blur = 0.5
   config.data.photometric = 0.0
   config.data.rotation = 0.0  # At most, in degrees, either way.
-  # Share of records drawn by class: any class alike, then one of its images.
-  config.data.balanced = 0.0
-  config.data.label_pad = config_dict.placeholder(str)
+  config.data.balanced = 0.0  # Share drawn by class, then one of its images.
   config.data.limit = 0  # Images of each split, 0 for all.
   config.data.cache = False  # Decoded pairs stay in memory.
-  # Folder for decoded pixels, 4 bytes each, for large images; empty: none.
-  config.data.decoded_cache = ''
+  config.data.decoded_cache = ''  # Folder for decoded pixels, 4 bytes each.
   # One a core. Python's lock lets no more than about eight work.
   config.data.threads = min(max(num_cores(), 2), 8)
   config.data.workers = 0
@@ -140,16 +140,12 @@ def default_config():
 
   config.teacher = _network('resnet101')
   config.teacher.in_path_attention = False
-  # Folder of a stage or PyTorch file; empty: train one.
-  config.teacher.checkpoint = ''
+  config.teacher.checkpoint = ''  # Stage or PyTorch file; empty: train.
   config.teacher.allow_code = False  # Of a checkpoint whose network is a file.
-  # 'file.py:make', a function that returns a teacher; see teachers/teacher.py.
-  config.teacher.factory = ''
-  # From 0 to 1, on val; a worse teacher stops the run before distillation.
-  config.teacher.min_miou = 0.0
+  config.teacher.factory = ''  # 'file.py:make'; see teachers/teacher.py.
+  config.teacher.min_miou = 0.0  # On val; a worse teacher stops the run.
   config.student = _network('resnet18')
 
-  config.distill = ConfigDict()
   # Names joined by '+', or one class of your own, 'file.py:Class', with its
   # options; see distill/method.py.
   config.distill.method = 'attnfd'
@@ -158,11 +154,8 @@ def default_config():
     config.distill[name] = ConfigDict(
       {'weight': distill.WEIGHTS[name], 'weight_schedule': 'constant'}
       | distill.option_defaults(method)
-      | _placeholders(f'distill.{name}')
     )
-  config.distill.update(_placeholders('distill'))
 
-  config.optim = ConfigDict()
   config.optim.name = 'sgd'
   config.optim.lr = 0.01
   config.optim.head_lr_scale = 10.0  # ASPP, decoder, gates, connectors.
@@ -177,9 +170,7 @@ def default_config():
   config.optim.ema_decay = 0.0  # 0 is off.
   config.optim.dtype = 'float32'  # Of the computation, or 'bfloat16'.
 
-  config.loss = ConfigDict()
-  # 'ce', 'ohem', 'focal', 'dice' or 'ce+dice'; see losses.py.
-  config.loss.name = 'ce'
+  config.loss.name = 'ce'  # Or 'ohem', 'focal', 'dice', 'ce+dice'.
   # 'none', 'given' by class_weights, or 'auto': median frequency, counted on
   # the training split. Of all but 'dice', in which classes count the same.
   config.loss.weighting = 'none'
@@ -190,8 +181,6 @@ def default_config():
   config.loss.ohem_min_kept = 0.0625
   config.loss.focal_gamma = 2.0
 
-  config.eval = ConfigDict()
-  config.eval.protocol = config_dict.placeholder(str)
   config.eval.every_epochs = 1.0
   config.eval.batch_size = 8
   # Short side of what the network sees, 0 for the image as it is; scores are
@@ -201,16 +190,16 @@ def default_config():
   config.eval.test_split = ''  # Evaluated once, with the checkpoint of val.
   config.eval.num_pictures = 4
 
-  config.checkpoint = ConfigDict()
   config.checkpoint.keep_best = 1
-  # At most so long without a checkpoint, even between evaluations; 0 is off.
-  config.checkpoint.every_minutes = 10.0
+  config.checkpoint.every_minutes = 10.0  # Between two, at most; 0 is off.
 
-  config.mesh = ConfigDict()
   config.mesh.data = -1  # Parts of a batch; -1 is all devices / spatial.
   config.mesh.spatial = 1  # Parts of the height of each image.
-  # Weights, average and momentum are split over the axis data, too.
-  config.mesh.fsdp = False
+  config.mesh.fsdp = False  # Weights, average, momentum are split over data.
+
+  config.update_from_flattened_dict(
+    {k: config_dict.placeholder(type(v)) for k, (v, _) in _BY_RECIPE.items()}
+  )
   return config.lock()  # A typo in a config file is an error, too.
 
 
@@ -219,8 +208,6 @@ def reference_config():
   config = default_config()
   config.recipe = 'reference'
   config.batch_size = 6  # train_kd.py:281; global here, per GPU there.
-  config.data.base_size = 513  # train_kd.py:197.
-  config.data.crop_size = (513, 513)  # train_kd.py:199.
   return config
 
 
@@ -249,13 +236,6 @@ def with_variant(config, arg):
   return debug(config) if arg else config
 
 
-def _at(config, key):
-  """The item 'group.key'."""
-  for part in key.split('.'):
-    config = config[part]
-  return config
-
-
 def resolve(config):
   """A locked copy in which every None of the recipe is filled.
 
@@ -263,61 +243,47 @@ def resolve(config):
     InputError: for a value outside its choices or its range.
   """
   config = config.copy_and_resolve_references()
-  if config.recipe not in RECIPES:
-    raise InputError(
-      f'config.recipe={config.recipe!r} must be one of {", ".join(RECIPES)}.'
-    )
-  for key, value in RECIPES[config.recipe].items():
-    group, _, name = key.rpartition('.')
-    target = _at(config, group)
-    if target[name] is None:
-      # 'student': as in the baseline, so that only the loss differs. A field
-      # keeps the type of its first value.
-      target[name] = config.student[name] if value == 'student' else value
+  one_of('config.recipe', config.recipe, RECIPES)
+  filled = dict(RECIPES[config.recipe])
+  if filled['distill.aspp_dropout'] == 'student':
+    # As in the baseline, so that only the loss differs.
+    filled['distill.aspp_dropout'] = config.student.aspp_dropout
+  for role in ('teacher', 'student'):
+    filled[f'{role}.num_epochs'] = config.num_epochs
+    filled[f'{role}.lr'] = config.optim.lr
+  given = leaves(config)
+  config.update_from_flattened_dict(
+    {key: value for key, value in filled.items() if given[key] is None}
+  )
   if config.data.label_pad == 'dataset':
     # pascal.py:87 and coco.py:100 pad with background, Cityscapes with 255.
     background = config.data.name in ('pascal_voc', 'coco')
     config.data.label_pad = 'background' if background else 'ignore'
-  for role in ('teacher', 'student'):
-    for name, default in (
-      ('num_epochs', config.num_epochs),
-      ('lr', config.optim.lr),
-    ):
-      if config[role][name] is None:
-        config[role][name] = default
   _check(config)
   return config.lock()
 
 
-def leaves(config, prefix=''):
-  """Pairs of 'group.key' and value, of a config or of its JSON."""
-  for key, value in config.items():
-    if isinstance(value, (dict, ConfigDict)):
-      yield from leaves(value, f'{prefix}{key}.')
-    else:
-      yield f'{prefix}{key}', value
+def leaves(config):
+  """{'group.key': value} of a config or of its JSON."""
+  nested = config.to_dict() if isinstance(config, ConfigDict) else config
+  return flatten_dict(nested, sep='.')
 
 
 def _check(config):
   """What belongs to no single room; the rest is checked where it is used."""
-  for key, value in leaves(config):
-    name = f'config.{key}'
-    if value is None and key not in _OPTIONAL:
-      raise InputError(f'{name}=None; leave it out for its default.')
+  values = leaves(config)
+  for key, value in values.items():
+    if value is None and key != 'optim.clip_norm':
+      raise InputError(f'config.{key}=None; leave it out for its default.')
     if isinstance(value, (int, float)):
-      # What devices cannot count.
-      within(name, value, -_MOST, _MOST if isinstance(value, int) else 1e30)
-  for key in ('batch_size', 'log_every_steps'):
-    within(f'config.{key}', config[key], 1)
-  within('config.seed', config.seed, 0)
-  for key in ('num_epochs', 'teacher.num_epochs', 'student.num_epochs'):
-    # A step is a number of 32 bits.
-    within(f'config.{key}', _at(config, key), 1e-9, 1e4)
-  for key, choices in (
-    ('optim.dtype', ('float32', 'bfloat16')),
-    ('distill.teacher_bn', ('batch', 'running')),
-  ):
-    one_of(f'config.{key}', _at(config, key), choices)
+      # What devices cannot count: JAX's integers have 32 bits.
+      most = 2**31 - 1 if isinstance(value, int) else 1e30
+      within(f'config.{key}', value, -(2**31 - 1), most)
+  for limits, keys in _RANGES.items():
+    for key in keys.split():
+      within(f'config.{key}', values[key], *limits)
+  for key, choices in _CHOICES.items():
+    one_of(f'config.{key}', values[key], choices)
   for key, allowed in (('stages', STAGES), ('loggers', LOGGERS)):
     chosen = {*config[key]}
     if not chosen <= {*allowed} or (key == 'stages' and not chosen):
@@ -326,53 +292,15 @@ def _check(config):
         f'{", ".join(allowed)}.'
       )
   parts = config.optim.accumulate
-  within('config.optim.accumulate', parts, 1)
   if config.batch_size % parts or config.batch_size // parts < 2:
     raise InputError(
       f'config.batch_size={config.batch_size} over optim.accumulate={parts} '
       'must leave at least 2 images a part: the pooled branch of ASPP '
       'normalizes over them.'
     )
-  within('config.optim.warmup_epochs', config.optim.warmup_epochs, 0, 1e4)
-  within('config.optim.ema_decay', config.optim.ema_decay, 0, 1)
-  within('config.teacher.min_miou', config.teacher.min_miou, 0, 1)
-  _check_eval(config.eval)
-  within('config.checkpoint.keep_best', config.checkpoint.keep_best, 1)
-  within('config.checkpoint.every_minutes', config.checkpoint.every_minutes, 0)
-  _check_data(config.data)
-
-
-def _check_eval(options):
-  one_of('config.eval.protocol', options.protocol, ('native', 'reference'))
-  for key, least in (
-    ('batch_size', 1),
-    ('every_epochs', 1e-9),
-    ('short_side', 0),
-    ('size_multiple', 1),
-    ('num_pictures', 0),
-  ):
-    within(f'config.eval.{key}', options[key], least)
-  if options.short_side and options.size_multiple != 1:
+  if config.eval.short_side and config.eval.size_multiple != 1:
     raise InputError('config.eval.short_side needs size_multiple=1.')
-
-
-def _check_data(data):
-  one_of('config.data.label_pad', data.label_pad, ('ignore', 'background'))
-  for key, least, most in (
-    ('base_size', 1, _MOST),
-    ('limit', 0, _MOST),
-    ('workers', 0, 1024),
-    ('threads', 1, 1024),
-    ('flip', 0, 1),
-    ('blur', 0, 1),
-    ('photometric', 0, 2),
-    ('balanced', 0, 1),
-    ('rotation', 0, 180),
-    ('train_scenes', 1, 10**6),
-    ('val_scenes', 1, 10**6),
-    ('scenes_seed', 0, _MOST),
-  ):
-    within(f'config.data.{key}', data[key], least, most)
+  data = config.data
   if data.cache and data.decoded_cache:
     raise InputError(
       'config.data.cache keeps in memory what config.data.decoded_cache keeps '
@@ -387,13 +315,8 @@ def _check_data(data):
         f'and at most {2**15}.'
       )
   scales = tuple(data.scale_range)
-  numbers = all(isinstance(x, (int, float)) for x in scales)
-  if (
-    len(scales) != 2
-    or not numbers
-    or not 0 < scales[0] <= scales[1] <= 100
-    or scales[0] * data.base_size < 1
-  ):
+  pair = len(scales) == 2 and all(isinstance(x, (int, float)) for x in scales)
+  if not pair or not 1 / data.base_size <= scales[0] <= scales[1] <= 100:
     raise InputError(
       f'config.data.scale_range={scales} must be (least, most), above 0 and at '
       'most 100, and leave a pixel of base_size.'

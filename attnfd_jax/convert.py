@@ -18,22 +18,9 @@ from attnfd_jax.config import default_config, resolve
 from attnfd_jax.runs import conversion
 
 
-def main(argv):
-  del argv
-  options = flags.FLAGS
+def main():
   config = json.loads(resolve(default_config()).to_json_best_effort())
-  lines = conversion.convert(
-    options.source,
-    options.target,
-    config=config,
-    allow_code=options.allow_code,
-    backbone=options.backbone,
-    num_classes=options.num_classes,
-    class_names=options.class_names,
-    in_path_attention=options.in_path_attention,
-    allow_missing=options.allow_missing,
-  )
-  print('\n'.join(lines))
+  print('\n'.join(conversion.convert(config=config, **cli.own_flags())))
 
 
 if __name__ == '__main__':
@@ -42,11 +29,7 @@ if __name__ == '__main__':
   flags.DEFINE_string('backbone', None, 'As in the file by default.')
   flags.DEFINE_integer('num_classes', None, 'As in the file by default.')
   flags.DEFINE_list('class_names', [], 'Names in the order of ids.')
-  flags.DEFINE_bool(
-    'in_path_attention', None, 'The CBAMs belong into the forward path.'
-  )
+  flags.DEFINE_bool('in_path_attention', None, 'CBAMs are in the forward path.')
   flags.DEFINE_bool('allow_missing', False, 'Fill what is missing at random.')
-  flags.DEFINE_bool(
-    'allow_code', False, 'Run the Python files that this folder brings.'
-  )
+  flags.DEFINE_bool('allow_code', False, 'Run Python files of the folder.')
   cli.run(main)

@@ -16,9 +16,7 @@ from attnfd_jax import cli
 from attnfd_jax.devices import diagnosis
 
 
-def main(argv):
-  del argv
-  cli.enable_compilation_cache()
+def main():
   problems = 0
   for finding in diagnosis.find_all(flags.FLAGS.workdir):
     problems += bool(finding.remedy)

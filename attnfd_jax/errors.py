@@ -33,11 +33,9 @@ class DataError(InputError):
 def within(name, value, least, most=math.inf):
   """Raises InputError unless least <= value <= most; NaN is in no range."""
   if not isinstance(value, (int, float)) or not least <= value <= most:
-    limits = (
-      f'{least:g} or more'
-      if most == math.inf
-      else (f'from {least:g} to {most:g}')
-    )
+    limits = f'from {least:g} to {most:g}'
+    if most == math.inf:
+      limits = f'{least:g} or more'
     raise InputError(f'{name}={value} must be {limits}.')
 
 
@@ -58,10 +56,7 @@ def known(what, name, names, *, others=''):
 
 
 def first_line(error):
-  """First line of what the user's code raised, with its type if no ValueError.
-
-  JAX adds lines of its own.
-  """
+  """First line (JAX adds more), after the type unless it is a ValueError."""
   kind = '' if isinstance(error, ValueError) else f'{type(error).__name__} '
   return kind + next(iter(str(error).splitlines()), '')
 

@@ -10,50 +10,32 @@ r"""Scores a trained network on a split of its data set.
 contours, --submission writes what the Cityscapes server takes.
 """
 
-import pathlib
-
 from absl import flags
 
 from attnfd_jax import cli
-from attnfd_jax.errors import InputError
 from attnfd_jax.inference import options, scoring
 from attnfd_jax.runs import logs
 
 
-def main(argv):
-  del argv
-  cli.enable_compilation_cache()
-  values = flags.FLAGS
-  given = options.read(values)
-  output = pathlib.Path(values.output) if values.output else None
-  if output is not None:  # Known to be writable before the long part.
-    if output.is_dir():
-      raise InputError(f'--output={output} is a folder; name a .json file.')
-    output.parent.mkdir(parents=True, exist_ok=True)
-  counts, result = scoring.evaluate_checkpoint(
-    data_root=values.data_root,
-    split=values.split,
-    protocol=values.protocol,
-    boundary=values.boundary,
-    submission=values.submission,
-    **given,
-  )
+def main():
+  given = cli.own_flags() | options.read(flags.FLAGS)
+  del given['output']
+  output = cli.output_file('output')
+  counts, result = scoring.evaluate_checkpoint(**given)
   print(scoring.as_text(counts, result))
-  if output is not None:
+  if output:
     logs.write_json(output, result)
     print(f'\nscores: {output}')
-  if values.submission:
-    print(f'\n{result["images"]} files for the server: {values.submission}')
+  if folder := given['submission']:
+    print(f'\n{result["images"]} files for the server: {folder}')
 
 
 if __name__ == '__main__':
   options.define()
   flags.DEFINE_string('data_root', None, 'Data set, if not where it was.')
   flags.DEFINE_string('split', 'val', 'train, val or test.')
-  flags.DEFINE_string(
-    'protocol', None, 'native or reference; that of the stage by default.'
-  )
+  flags.DEFINE_string('protocol', None, 'native or reference; else as its run.')
   flags.DEFINE_bool('boundary', False, 'Boundary IoU as well.')
   flags.DEFINE_string('submission', None, 'Folder for the Cityscapes server.')
   flags.DEFINE_string('output', None, 'JSON file to write.')
-  cli.run(main)
+  cli.run(main, required=['checkpoint'])

@@ -19,24 +19,11 @@ from attnfd_jax import cli
 from attnfd_jax.exporting import agreement, stablehlo, student
 
 
-def main(argv):
-  del argv
+def main():
   # Neither the program nor the comparison may depend on the machine.
   jax.config.update('jax_platforms', 'cpu')
-  cli.enable_compilation_cache()
-  options = flags.FLAGS
-  lines = student.export_student(
-    options.checkpoint,
-    options.output,
-    kind=options.format,
-    uint8=options.uint8,
-    argmax=options.argmax,
-    weights=options.weights,
-    images=options.images,
-    num_images=options.num_images,
-    overwrite=options.overwrite,
-    allow_code=options.allow_code,
-  )
+  given = cli.own_flags()
+  lines = student.export_student(kind=given.pop('format'), **given)
   print('\n'.join(lines))
 
 
@@ -53,7 +40,5 @@ if __name__ == '__main__':
   flags.DEFINE_integer(
     'num_images', agreement.NUM_IMAGES, 'How many of them, at most.', 1
   )
-  flags.DEFINE_bool(
-    'allow_code', False, 'Run the Python files that this folder brings.'
-  )
+  flags.DEFINE_bool('allow_code', False, 'Run Python files of the folder.')
   cli.run(main)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses over arrays: pure, masked, in float32, safe when no pixel counts.
 
-All take logits [b, h, w, k] and labels [b, h, w] and return a `Mean`. Labels
-outside the classes must have been refused when data was read: 255 would give
-NaN with a finite gradient here, -1 would train the last class.
+All take logits [b, h, w, k] and labels [b, h, w] and return a `Mean`; what they
+have in common is at softmax_cross_entropy. Labels outside the classes must have
+been refused when data was read: 255 would give NaN with a finite gradient here,
+-1 would train the last class.
 """
 
 import math
@@ -67,6 +68,13 @@ def _cross_entropies(logits, labels, valid):
   )
 
 
+def _pixel_losses(logits, labels, ignore_label, class_weights):
+  """Cross-entropies [b, h, w], and True where they count."""
+  _check_shapes(logits, labels, class_weights)
+  valid = labels != ignore_label
+  return _cross_entropies(logits, labels, valid), valid
+
+
 def _mean(losses, labels, counted, class_weights):
   """Over the pixels that are counted, weighted by their labels."""
   if class_weights is None:
@@ -86,46 +94,32 @@ def softmax_cross_entropy(
   Args:
     logits: [b, h, w, k].
     labels: integers [b, h, w]; `ignore_label` does not count.
-    class_weights: k numbers; the mean is weighted by those of the labels, so
-      that a common factor changes nothing.
+    class_weights: k numbers; the mean is weighted by those of the labels, and
+      the count their sum, so that a common factor changes nothing.
     ignore_label: value of the pixels to leave out.
-
-  Returns:
-    Mean, whose count is the number of pixels, or the sum of their weights.
 
   Raises:
     ValueError: if the shapes do not fit.
   """
-  _check_shapes(logits, labels, class_weights)
-  valid = labels != ignore_label
-  losses = _cross_entropies(logits, labels, valid)
+  losses, valid = _pixel_losses(logits, labels, ignore_label, class_weights)
   return _mean(losses, labels, valid, class_weights)
 
 
 def upsampled_cross_entropy(
-  logits,
-  labels,
-  *,
-  parts,
-  precision='highest',
-  ignore_label=IGNORE_LABEL,
+  logits, labels, *, parts, precision='highest', ignore_label=IGNORE_LABEL
 ):
   """softmax_cross_entropy of logits resized to the labels, part by part.
 
-  Resized as models.resizing.resize does it.
-
-  Logits at full size, and their gradients, never exist as a whole: a part of
-  the rows is resized, scored, and resized again for the gradient.
+  Resized as models.resizing.resize does it. Logits at full size, and their
+  gradients, never exist as a whole: a part of the rows is resized, scored, and
+  resized again for the gradient. The Mean is that of the whole up to rounding.
 
   Args:
     logits: [b, h, w, k].
-    labels: integers [b, height, width].
+    labels: [b, height, width].
     parts: of the rows of the labels.
     precision: of the products that resize.
-    ignore_label: value of the pixels to leave out.
-
-  Returns:
-    Mean; that of the whole up to rounding.
+    ignore_label: see softmax_cross_entropy.
   """
   logits = _float(logits)
   _, h, w, _ = logits.shape
@@ -133,20 +127,18 @@ def upsampled_cross_entropy(
   rows = -(-height // parts)
   missing = parts * rows - height
   down = jnp.pad(resizing.matrix(height, h), ((0, missing), (0, 0)))
-  across = resizing.matrix(width, w)
+  down = down.astype(logits.dtype).reshape(parts, rows, h)
+  across = resizing.matrix(width, w).astype(logits.dtype)
   labels = jnp.pad(
     labels, ((0, 0), (0, missing), (0, 0)), constant_values=ignore_label
   )
+  labels = jnp.moveaxis(labels.reshape(b, parts, rows, width), 1, 0)
 
   @jax.checkpoint
   def add_part(sums, part):
     down, labels = part
     resized = jnp.einsum(
-      'Hh,bhwk,Ww->bHWk',
-      down,
-      logits,
-      jnp.asarray(across, logits.dtype),
-      precision=precision,
+      'Hh,bhwk,Ww->bHWk', down, logits, across, precision=precision
     )
     valid = labels != ignore_label
     losses = _cross_entropies(resized, labels, valid)
@@ -155,15 +147,8 @@ def upsampled_cross_entropy(
     return (total, count + jnp.sum(valid, dtype=losses.dtype)), None
 
   zero = jnp.zeros((), logits.dtype)
-  (total, count), _ = jax.lax.scan(
-    add_part,
-    (zero, zero),
-    (
-      jnp.asarray(down, logits.dtype).reshape(parts, rows, h),
-      jnp.moveaxis(labels.reshape(b, parts, rows, width), 1, 0),
-    ),
-  )
-  return Mean(total, count)
+  sums, _ = jax.lax.scan(add_part, (zero, zero), (down, labels))
+  return Mean(*sums)
 
 
 def ohem_cross_entropy(
@@ -183,15 +168,10 @@ def ohem_cross_entropy(
   that is computed at a time, on any number of devices. Shrivastava et al.,
   arXiv 1604.03540, for pixels.
 
-  Args:
-    logits, labels, class_weights, ignore_label: see softmax_cross_entropy;
-      weights enter the mean, not the choice.
-    threshold: in (0, 1]; 1 is the plain cross-entropy.
-    min_kept: from 0 to 1.
+  `threshold` is in (0, 1], 1 the plain cross-entropy; `min_kept` from 0 to 1.
+  Class weights enter the mean, not the choice.
   """
-  _check_shapes(logits, labels, class_weights)
-  valid = labels != ignore_label
-  losses = _cross_entropies(logits, labels, valid)
+  losses, valid = _pixel_losses(logits, labels, ignore_label, class_weights)
   known = jax.lax.stop_gradient(losses)
   ordered = jnp.sort(jnp.where(valid, known, -1).ravel(), descending=True)
   kept = jnp.ceil(min_kept * jnp.sum(valid, dtype=losses.dtype))
@@ -201,26 +181,15 @@ def ohem_cross_entropy(
 
 
 def focal_loss(
-  logits,
-  labels,
-  *,
-  gamma=2.0,
-  class_weights=None,
-  ignore_label=IGNORE_LABEL,
+  logits, labels, *, gamma=2.0, class_weights=None, ignore_label=IGNORE_LABEL
 ):
   """Mean of (1 - p)^gamma times cross-entropy, p that of the label.
 
   Lin et al., arXiv 1708.02002; per pixel, unlike the authors' --loss-type
-  focal, which rescales the mean (METHOD 4.4).
-
-  Args:
-    logits, labels, class_weights, ignore_label: see softmax_cross_entropy;
-      the weights are the paper's alpha.
-    gamma: not negative; 0 is the cross-entropy.
+  focal, which rescales the mean (METHOD 4.4). `gamma` is not negative, 0 the
+  cross-entropy; the class weights are the paper's alpha.
   """
-  _check_shapes(logits, labels, class_weights)
-  valid = labels != ignore_label
-  losses = _cross_entropies(logits, labels, valid)
+  losses, valid = _pixel_losses(logits, labels, ignore_label, class_weights)
   # 1 - p without cancellation; a power below 1 has no derivative at 0.
   wrong = jnp.maximum(-jnp.expm1(-losses), 1e-6)
   return _mean(wrong**gamma * losses, labels, valid, class_weights)
@@ -234,9 +203,6 @@ def dice_loss(logits, labels, *, ignore_label=IGNORE_LABEL):
   y 1 where it is the label: every class weighs the same, whatever its size. The
   count is that of the classes. Milletari et al., arXiv 1606.04797, without
   their squares.
-
-  Args:
-    logits, labels, ignore_label: see softmax_cross_entropy.
   """
   _check_shapes(logits, labels)
   valid = labels != ignore_label

@@ -9,64 +9,50 @@ last step first; the exit codes are then 143 and 130, see docs/resuming.md. For
 several machines see docs/scaling.md.
 """
 
-import contextlib
 import os
 import pathlib
+import sys
 
 from absl import flags
-from ml_collections import config_flags
 
 from attnfd_jax import cli
 from attnfd_jax.devices import processes
 from attnfd_jax.training import experiment
 from attnfd_jax.training.stopping import Stop
 
-CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'configs/NAME.py or configs/NAME.py:VARIANT.'
-)
-WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run, or gs://...; runs/NAME by default.'
-)
-DETERMINISTIC = flags.DEFINE_bool(
+cli.define_config()
+flags.DEFINE_string('workdir', None, 'Folder or gs://...; else runs/NAME.')
+flags.DEFINE_bool(
   'deterministic', False, 'On a GPU: kernels that repeat their bits, slower.'
 )
-COORDINATOR = flags.DEFINE_string(
-  'coordinator', None, 'HOST:PORT of process 0, if there are several.'
-)
-NUM_PROCESSES = flags.DEFINE_integer(
+flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0 of several.')
+flags.DEFINE_integer(
   'num_processes', None, 'In the whole job; 1 is alone, even on a cluster.'
 )
-PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Of this one, from 0.')
+flags.DEFINE_integer('process_id', None, 'Of this process, from 0.')
 
 
-def _default_workdir():
-  path, _, variant = flags.FLAGS['config'].config_filename.partition(':')
-  name = pathlib.Path(path).stem
-  return f'runs/{name}_{variant}' if variant else f'runs/{name}'
-
-
-def main(argv):
-  del argv
-  if DETERMINISTIC.value:
-    cli.make_deterministic()
+def main():
+  options = flags.FLAGS
+  if options.deterministic:  # XLA reads it when JAX is first used.
+    given = os.environ.get('XLA_FLAGS', '')
+    os.environ['XLA_FLAGS'] = f'{given} --xla_gpu_deterministic_ops=true'
   processes.initialise(
-    coordinator=COORDINATOR.value,
-    num_processes=NUM_PROCESSES.value,
-    process_id=PROCESS_ID.value,
+    coordinator=options.coordinator,
+    num_processes=options.num_processes,
+    process_id=options.process_id,
   )
-  cli.enable_compilation_cache()
-  workdir = WORKDIR.value or _default_workdir()
-  with contextlib.ExitStack() as stack:
-    if not processes.is_first():
-      quiet = stack.enter_context(open(os.devnull, 'w'))
-      stack.enter_context(contextlib.redirect_stdout(quiet))
-    stop = stack.enter_context(Stop().listening())
-    results = experiment.train(CONFIG.value, workdir, stop=stop)
-    for line in experiment.summary_lines(results):
-      print(line)
-    print(f'report: {workdir}/report.html')
+  if not processes.is_first():
+    sys.stdout = open(os.devnull, 'w')
+  path, _, variant = options['config'].config_filename.partition(':')
+  name = pathlib.Path(path).stem + (f'_{variant}' if variant else '')
+  workdir = options.workdir or f'runs/{name}'
+  with Stop().listening() as stop:
+    results = experiment.train(options.config, workdir, stop=stop)
+  for line in experiment.summary_lines(results):
+    print(line)
+  print(f'report: {workdir}/report.html')
 
 
 if __name__ == '__main__':
-  flags.mark_flag_as_required('config')
-  cli.run(main)
+  cli.run(main, required=['config'])

@@ -14,15 +14,10 @@ def confusion_matrix(
 ):
   """Counts pixels by (label, prediction), int32 [k, k]; jit-able, summable.
 
+  Predictions in [0, k) and labels are integers of one shape, k is num_classes.
   Sum batches on the host in int64: a training set has more than 2^31 pixels.
-  Labels outside [0, num_classes) do not count, so padding needs no mask, but
-  wrong labels must be caught when data is read.
-
-  Args:
-    predictions: integers in [0, num_classes), any shape.
-    labels: integers of the same shape.
-    num_classes: k.
-    ignore_label: label of the pixels that do not count.
+  Labels outside [0, k), or equal to `ignore_label`, do not count: padding needs
+  no mask, but wrong labels must be caught when data is read.
 
   Raises:
     ValueError: if the shapes differ, or there are so many pixels that a count
@@ -37,8 +32,7 @@ def confusion_matrix(
       'batches.'
     )
   # uint8 * 19 would wrap at 256.
-  predictions = predictions.astype(jnp.int32)
-  labels = labels.astype(jnp.int32)
+  predictions, labels = predictions.astype(jnp.int32), labels.astype(jnp.int32)
   valid = (labels != ignore_label) & (labels >= 0) & (labels < num_classes)
   cell = jnp.where(valid, labels * num_classes + predictions, 0)
   counts = jnp.zeros(num_classes**2, jnp.int32)
@@ -59,36 +53,8 @@ def host_confusion_matrix(
   return counts.reshape(num_classes, num_classes)
 
 
-def boundary_band(ids, *, reach):
-  """True within `reach` pixels of another id or of the image's border.
-
-  For every id at once the mask minus its erosion by a square of 2 reach + 1
-  pixels: inside of it all ids are the same.
-
-  Args:
-    ids: uint8 [h, w].
-    reach: at least 1.
-  """
-  import cv2  # Slow to load, and `import attnfd_jax` needs this module.
-
-  square = np.ones((2 * reach + 1,) * 2, np.uint8)
-  # Of the two only the larger sees the border, which is no id.
-  least = cv2.erode(
-    ids, square, borderType=cv2.BORDER_CONSTANT, borderValue=255
-  )
-  most = cv2.dilate(
-    ids, square, borderType=cv2.BORDER_CONSTANT, borderValue=255
-  )
-  return least != most
-
-
 def boundary_matrix(
-  predictions,
-  labels,
-  *,
-  num_classes,
-  ratio=0.02,
-  ignore_label=IGNORE_LABEL,
+  predictions, labels, *, num_classes, ratio=0.02, ignore_label=IGNORE_LABEL
 ):
   """What boundary IoU of one image needs, int64 [k + 1, k + 1]; summable.
 
@@ -101,21 +67,26 @@ def boundary_matrix(
   border of the image, and as in the paper's code, they bound a mask.
 
   Args:
-    predictions: uint8 [h, w].
-    labels: uint8 [h, w].
+    predictions, labels: uint8 [h, w].
     num_classes: k, below 255.
     ratio: width of the band, of the image's diagonal.
     ignore_label: label of the pixels that do not count.
   """
+  import cv2  # Slow to load, and `import attnfd_jax` needs this module.
+
   if num_classes >= IGNORE_LABEL:
     raise ValueError(f'{num_classes=} must be below {IGNORE_LABEL}.')
   reach = max(round(ratio * math.hypot(*labels.shape)), 1)
   valid = (labels != ignore_label) & (labels < num_classes)
+  square = np.ones((2 * reach + 1,) * 2, np.uint8)
+  border = {'borderType': cv2.BORDER_CONSTANT, 'borderValue': IGNORE_LABEL}
 
   def banded(ids):
     ids = np.where(valid, ids, IGNORE_LABEL).astype(np.uint8)
-    inner = ~boundary_band(ids, reach=reach)
-    return np.where(valid & inner, np.uint8(num_classes), ids)
+    # For every id at once its mask after erosion: all ids of a square are the
+    # same. Of the two only the larger sees the border, which is no id.
+    least, most = (f(ids, square, **border) for f in (cv2.erode, cv2.dilate))
+    return np.where(valid & (least == most), np.uint8(num_classes), ids)
 
   return host_confusion_matrix(
     banded(predictions), banded(labels), num_classes=num_classes + 1
@@ -128,13 +99,16 @@ def _divide(a, b):
   return np.divide(a, b, out=np.full(b.shape, np.nan), where=b > 0)
 
 
-def iou_per_class(counts):
-  """Intersection over union, float64 [k]; NaN for a class that is absent from
-  labels and predictions.
-  """
+def _sums(counts):
+  """Pixels of each class in float64: hits, of the label, of the prediction."""
   counts = np.asarray(counts, np.float64)
-  hits = np.diag(counts)
-  return _divide(hits, counts.sum(0) + counts.sum(1) - hits)
+  return np.diag(counts), counts.sum(1), counts.sum(0)
+
+
+def iou_per_class(counts):
+  """Intersection over union, float64 [k]; NaN for a class that never occurs."""
+  hits, labeled, predicted = _sums(counts)
+  return _divide(hits, predicted + labeled - hits)
 
 
 def boundary_iou_per_class(counts):
@@ -143,11 +117,9 @@ def boundary_iou_per_class(counts):
 
 
 def accuracy_per_class(counts):
-  """Share of the labelled pixels that is found, float64 [k]; NaN for a class
-  without any.
-  """
-  counts = np.asarray(counts, np.float64)
-  return _divide(np.diag(counts), counts.sum(1))
+  """Share of labeled pixels that is found, float64 [k]; NaN for no pixels."""
+  hits, labeled, _ = _sums(counts)
+  return _divide(hits, labeled)
 
 
 def _nanmean(values):
@@ -162,8 +134,8 @@ def mean_iou(counts):
 
 def pixel_accuracy(counts):
   """Share of the counted pixels that are right; NaN if there are none."""
-  counts = np.asarray(counts, np.float64)
-  return float(_divide(np.trace(counts), counts.sum()))
+  hits, labeled, _ = _sums(counts)
+  return float(_divide(hits.sum(), labeled.sum()))
 
 
 def class_accuracy(counts):
@@ -172,13 +144,11 @@ def class_accuracy(counts):
 
 
 def frequency_weighted_iou(counts):
-  """Mean IoU weighted by the share of each class in the labels; NaN if there
-  are no pixels.
-  """
-  counts = np.asarray(counts, np.float64)
-  if not counts.sum():
+  """Mean IoU weighted by the share of each class in the labels, or NaN."""
+  _, labeled, _ = _sums(counts)
+  if not labeled.any():
     return float('nan')
-  share = _divide(counts.sum(1), np.full(len(counts), counts.sum()))
+  share = labeled / labeled.sum()
   return float(np.sum(share * iou_per_class(counts), where=share > 0))
 
 

@@ -24,29 +24,16 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.inference import image_files, options
 
 
-def main(argv):
-  del argv
-  cli.enable_compilation_cache()
-  values = flags.FLAGS
-  given = options.read(values)
-  if not values.input:
-    raise InputError('--input is missing; name an image, a folder or a glob.')
-  if not values.output:
-    raise InputError('--output is missing; name a folder for the results.')
-  if values.fps is not None and not values.video:
+def main():
+  given = cli.own_flags() | options.read(flags.FLAGS)
+  if given['fps'] is None:
+    given['fps'] = 25.0
+  elif not given['video']:
     raise InputError('--fps is of a video; add --video=FILE.mp4.')
-  count = image_files.predict_files(
-    pattern=values.input,
-    output=values.output,
-    overwrite=values.overwrite,
-    confidence=values.confidence,
-    video=values.video,
-    fps=25.0 if values.fps is None else values.fps,
-    **given,
-  )
-  print(f'{count} images: {values.output}')
-  if values.video:
-    print(f'their overlays: {values.video}')
+  count = image_files.predict_files(pattern=given.pop('input'), **given)
+  print(f'{count} images: {given["output"]}')
+  if given['video']:
+    print(f'their overlays: {given["video"]}')
 
 
 if __name__ == '__main__':
@@ -57,4 +44,4 @@ if __name__ == '__main__':
   flags.DEFINE_bool('confidence', False, 'Write the probabilities, too.')
   flags.DEFINE_string('video', None, 'File for the overlays, .mp4 or .avi.')
   flags.DEFINE_float('fps', None, 'Frames a second of it; 25 by default.')
-  cli.run(main)
+  cli.run(main, required=['checkpoint', 'input', 'output'])

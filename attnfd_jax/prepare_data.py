@@ -11,7 +11,6 @@ with the first unfinished shard. Train from it with --config.data.prepared=DIR.
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
 
 from attnfd_jax import cli
 from attnfd_jax.config import resolve
@@ -20,18 +19,12 @@ from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.errors import InputError
 
 
-def main(argv):
-  del argv
+def main():
   options = flags.FLAGS
-  if not options.target:
-    raise InputError('--target is missing; name the folder to write to.')
-  if options.workers < 1:
-    raise InputError(f'--workers={options.workers} must be positive.')
   config = resolve(options.config)
   if config.data.prepared:
     raise InputError('config.data.prepared is set: this is prepared already.')
-  with config.unlocked():
-    config.data.cache = False  # Every pair is read once.
+  config.data.cache = False  # Every pair is read once.
   dataset = load_dataset(config.data)
   folder, counts = prepared.prepare(
     dataset, pathlib.Path(options.target), workers=options.workers
@@ -42,11 +35,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  # Defined here, so that the verbs can be imported together.
-  config_flags.DEFINE_config_file(
-    'config', None, 'configs/NAME.py or configs/NAME.py:VARIANT.'
-  )
+  cli.define_config()
   flags.DEFINE_string('target', None, 'Folder to write to.')
-  flags.DEFINE_integer('workers', 4, 'Threads that read and pack.')
-  flags.mark_flag_as_required('config')
-  cli.run(main)
+  flags.DEFINE_integer('workers', 4, 'Threads that read and pack.', 1)
+  cli.run(main, required=['config', 'target'])

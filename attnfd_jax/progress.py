@@ -6,20 +6,12 @@ import sys
 from tqdm.auto import tqdm
 
 
-def progress(total, text=None, *, initial=0, **options):
-  """A bar on terminals; elsewhere a line now and then.
+def progress(total, text=None, **options):
+  """A bar over `total` images on terminals; elsewhere a line now and then.
 
-  Args:
-    total: images.
-    text: before the bar.
-    initial: of the images, how many were done before.
-    **options: of tqdm.
+  `text` stands before it; `options` are of tqdm, as `initial`.
   """
+  interval = 0.2 if sys.stderr.isatty() else 10
   return tqdm(
-    desc=text,
-    total=total,
-    initial=initial,
-    unit=' images',
-    mininterval=0.2 if sys.stderr.isatty() else 10,
-    **options,
+    desc=text, total=total, unit=' images', mininterval=interval, **options
   )

@@ -14,10 +14,10 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.reporting.page import write_report
 
 
-def main(argv):
-  if len(argv) < 2:
+def main(*folders):
+  if not folders:
     raise InputError('No run folder: give one or more, as runs/quickstart.')
-  write_report(argv[1:], flags.FLAGS.output)
+  write_report(folders, flags.FLAGS.output)
   print(f'Wrote {flags.FLAGS.output}')
 
 

@@ -593,8 +593,8 @@ def test_a_broken_set_ends_with_2_and_a_line_for_each_file(done):
 @pytest.mark.parametrize(
   ('name', 'line'),
   [
-    ('flag', 'error: --threads=0 must be positive.'),
-    ('ending', 'error: --contact_sheet=sheet: name a .png file.'),
+    ('flag', 'error: flag --threads=0: 0 is not a positive integer'),
+    ('ending', 'error: --contact_sheet=sheet: name a file, such as found.png.'),
   ],
 )
 def test_wrong_flags_are_one_line(done, name, line):

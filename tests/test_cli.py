@@ -42,7 +42,7 @@ BAD = {
   ),
   'value': ((CONFIG, '--config.optim.lr=fast'), ('optim.lr', 'fast')),
   'flag': ((CONFIG, '--workdr=x'), ("'workdr'", 'Did you mean: workdir')),
-  'missing': ((), ('--config must have a value',)),
+  'missing': ((), ('--config is missing: configs/NAME.py',)),
   'word': ((CONFIG, 'train'), ("Unknown argument 'train'; flags start",)),
 }
 GOOD = {

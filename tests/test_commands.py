@@ -190,13 +190,14 @@ def run(arguments):
   verb, *arguments = arguments
   path = str(ROOT / 'attnfd_jax' / f'{verb}.py')
 
-  def start(main, *, positional=False):
+  def start(main, *, required=(), positional=False):
     with warnings.catch_warnings():
       # ml_collections loads configs by a deprecated way.
       warnings.filterwarnings('ignore', 'the load_module', DeprecationWarning)
       argv = flags.FLAGS(sys.argv)
+    assert all(flags.FLAGS[name].value for name in required)
     assert positional or len(argv) == 1, f'not a flag: {argv[1:]}'
-    main(argv)
+    main(*argv[1:])
 
   with pytest.MonkeyPatch.context() as patch, flags_of_one_verb():
     patch.setattr(cli, 'run', start)

@@ -8,6 +8,7 @@ what `benchmark train` consumes.
 import multiprocessing
 import os
 import pathlib
+import re
 import statistics
 import threading
 import time
@@ -15,36 +16,32 @@ import time
 from attnfd_jax.config import num_cores, resolve
 from attnfd_jax.data import cache, pipeline
 from attnfd_jax.data.sources import load_dataset
-from attnfd_jax.errors import InputError
+from attnfd_jax.errors import InputError, within
 from attnfd_jax.runs import logs
 
 
-def _workers():
-  """Folders of /proc of the running worker processes."""
-  return [
-    pathlib.Path('/proc', str(process.pid))
-    for process in multiprocessing.active_children()
-  ]
+def _of_workers(name):
+  """Texts of a file in /proc of each running worker process."""
+  workers = multiprocessing.active_children()
+  return [pathlib.Path(f'/proc/{x.pid}/{name}').read_text() for x in workers]
 
 
 def _cpu_seconds():
   """Of this process and its workers, up to now."""
   total = time.process_time()
-  for folder in _workers():
+  for text in _of_workers('stat'):
     # The fields 14 and 15 of the line; the second one, a name, has spaces.
-    fields = (folder / 'stat').read_text().rpartition(')')[2].split()
-    total += (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+    user, system = text.rpartition(')')[2].split()[11:13]
+    total += (int(user) + int(system)) / os.sysconf('SC_CLK_TCK')
   return total
 
 
 def _peak_memory():
   """Bytes of this process and its workers at their highest."""
-  total = 0
   # Not getrusage's, which begins with that of the process it was forked from.
-  for folder in (pathlib.Path('/proc/self'), *_workers()):
-    lines = (folder / 'status').read_text().splitlines()
-    total += sum(int(x.split()[1]) for x in lines if x.startswith('VmHWM'))
-  return 1024 * total
+  own = pathlib.Path('/proc/self/status').read_text()
+  text = '\n'.join([own, *_of_workers('status')])
+  return 1024 * sum(map(int, re.findall(r'^VmHWM:\s*(\d+)', text, re.M)))
 
 
 def measure(batches, config, *, seconds):
@@ -91,18 +88,11 @@ def describe(config, dataset):
 
 
 def run(options):
-  """Prints a line for each round; returns what `--json` prints.
-
-  Args:
-    options: flags config, rounds and seconds.
-  """
+  """Prints a line for each round; returns what `--json` prints."""
   if options.config is None:
     raise InputError('--config is missing, as in --config=configs/camvid.py.')
-  if options.rounds < 1 or not options.seconds > 0:
-    raise InputError(
-      f'--rounds={options.rounds} and --seconds={options.seconds:g} must be '
-      'positive.'
-    )
+  within('--rounds', options.rounds, 1)
+  within('--seconds', options.seconds, 1e-9)
   config = resolve(options.config)
   dataset = load_dataset(config.data)
   if folder := config.data.decoded_cache:

@@ -13,6 +13,7 @@ import os
 import pathlib
 import statistics
 import time
+import timeit
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from attnfd_jax import distill
 from attnfd_jax.config import default_config, resolve
 from attnfd_jax.data.pairs import Dataset
 from attnfd_jax.devices import sharding
-from attnfd_jax.errors import InputError
+from attnfd_jax.errors import InputError, within
 from attnfd_jax.models import network as networks
 from attnfd_jax.runs import logs
 from attnfd_jax.teachers import sources as teachers
@@ -31,44 +32,47 @@ from attnfd_jax.training.stage import plan, with_teacher
 
 # Side of the matrices whose product shows what the device can do.
 PEAK_SIZE = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
+# Flags of a key of the config; an empty one leaves it as it is.
+FLAGS = {
+  'recipe': 'recipe',
+  'student': 'student.backbone',
+  'teacher': 'teacher.backbone',
+  'teacher_checkpoint': 'teacher.checkpoint',
+  'method': 'distill.method',
+  'dtype': 'optim.dtype',
+}
 
 
 def process_seconds():
   """Since this process was started, or None where nobody tells."""
   try:
     fields = pathlib.Path('/proc/self/stat').read_text().rpartition(')')[2]
-    ticks = int(fields.split()[19])
-    boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+    start = int(fields.split()[19]) / os.sysconf('SC_CLK_TCK')
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - start
   except (OSError, AttributeError):
     return None
-  return boot - ticks / os.sysconf('SC_CLK_TCK')
 
 
-def measure_peak(dtype, *, repeats=5):
-  """Operations a second of a large matrix product, the best of some."""
+def measure_peak(dtype):
+  """Operations a second of a large matrix product, the best of five."""
   size = PEAK_SIZE.get(jax.default_backend(), 2048)
   a, b = (
     jax.random.normal(jax.random.key(i), (size, size), dtype) for i in (0, 1)
   )
   product = jax.jit(jnp.matmul)
-  product(a, b).block_until_ready()
-  best = 0.0
-  for _ in range(repeats):
-    start = time.perf_counter()
-    # Several in flight: the launch of one hides behind the one before.
-    products = [product(a, b) for _ in range(4)]
-    jax.block_until_ready(products)
-    seconds = (time.perf_counter() - start) / len(products)
-    best = max(best, 2 * size**3 / seconds)
-  return best
+
+  def several():
+    # In flight together: the launch of one hides behind the one before.
+    jax.block_until_ready([product(a, b) for _ in range(4)])
+
+  several()
+  return 4 * 2 * size**3 / min(timeit.repeat(several, number=1, repeat=5))
 
 
 def program_memory(compiled):
   """Bytes of arguments, results and temporaries of a program, or None."""
   found = compiled.memory_analysis()
-  if found is None:
-    return None
-  return (
+  return found and (
     found.argument_size_in_bytes
     + found.output_size_in_bytes
     - found.alias_size_in_bytes
@@ -96,9 +100,7 @@ def random_variables(network, seed):
     ones = path[-1].key in ('scale', 'var')
     return np.full(leaf.shape, ones, np.float32)
 
-  return jax.tree_util.tree_map_with_path(
-    draw, networks.abstract_variables(network)
-  )
+  return jax.tree.map_with_path(draw, networks.abstract_variables(network))
 
 
 def _class_names(config, number):
@@ -106,7 +108,7 @@ def _class_names(config, number):
   path = pathlib.Path(config.teacher.checkpoint) / 'config.json'
   if config.teacher.checkpoint and path.is_file():
     return tuple(json.loads(path.read_text())['class_names'])
-  return tuple(str(i) for i in range(number))
+  return tuple(map(str, range(number)))
 
 
 def make_stage(config, num_classes):
@@ -136,8 +138,7 @@ def model_flops(stage):
   Operations of convolutions that the step needs, not what a program or
   rematerialisation makes of them; the share of the peak counts these.
   """
-  config = stage.config
-  batch, size = config.batch_size, tuple(config.data.crop_size)
+  batch, size = stage.config.batch_size, stage.config.data.crop_size
   image = jax.ShapeDtypeStruct((batch, *size, 3), jnp.float32)
 
   def flops(network, variables):
@@ -174,47 +175,40 @@ def step_arguments(stage):
 
 
 def configure(options):
-  """A resolved config of the flags."""
+  """A resolved config of the flags that `train` and `predict` share."""
+  within('--steps', options.steps, 1)
+  within('--num_classes', options.num_classes, 2)
   config = default_config()
   if options.config is not None:
     config = options.config.copy_and_resolve_references()
-  if options.recipe:
-    config.recipe = options.recipe
-  if options.student:
-    config.student.backbone = options.student
-  if options.teacher:
-    config.teacher.backbone = options.teacher
-  if options.teacher_checkpoint:
-    config.teacher.checkpoint = options.teacher_checkpoint
-  if options.method:
-    config.distill.method = options.method
-  if options.batch:
-    config.batch_size = options.batch
-  if options.dtype:
-    config.optim.dtype = options.dtype
+  given = {key: getattr(options, flag) for flag, key in FLAGS.items()}
+  config.update_from_flattened_dict({k: v for k, v in given.items() if v})
+  config.batch_size = options.batch or config.batch_size
   height, width = config.data.crop_size
   config.data.crop_size = (options.height or height, options.width or width)
-  if options.steps < 1 or options.num_classes < 2:
-    raise InputError(
-      f'--steps={options.steps} must be at least 1, '
-      f'--num_classes={options.num_classes} at least 2.'
-    )
   return resolve(config)
 
 
-def run(options):
-  """Prints what it measures; returns what `--json` prints.
+def speed(times, images):
+  """What a result says of the seconds of steps; two of them are warm-up."""
+  seconds = statistics.median(times[2:])
+  return {
+    'step_seconds': seconds,
+    'step_seconds_all': times[2:],
+    'images_per_second': images / seconds,
+    'device': logs.device_name(),
+    'versions': logs.versions(),
+  }
 
-  Args:
-    options: flags config, student, teacher, teacher_checkpoint, method, batch,
-      height, width, num_classes, dtype, steps, recipe and trace.
+
+def run(options):
+  """Prints what it measures with these flags; returns what `--json` prints.
 
   Raises:
     InputError: whenever the user can mend it.
   """
   config = configure(options)
   stage = make_stage(config, options.num_classes)
-  mesh = stage.mesh
   facts = {
     'student': networks.describe(config.student),
     'teacher': stage.teacher.name if stage.teacher else None,
@@ -247,36 +241,25 @@ def run(options):
         facts['seconds_to_first_step'] = process_seconds()
   if not np.isfinite(metrics['loss']):
     raise InputError('The loss is not finite: this measures nothing.')
-  seconds = statistics.median(times[2:])
+  facts |= speed(times, config.batch_size)
   flops, peak = model_flops(stage), measure_peak(config.optim.dtype)
-  devices = mesh.size
+  computed, memory = program_flops(step), program_memory(step)
+  rate = flops / facts['step_seconds']
+  # Of the first device at its highest, what the compiler needed included.
+  device = jax.local_devices()[0].memory_stats() or {}
   facts |= {
-    'step_seconds': seconds,
-    'step_seconds_all': times[2:],
-    'images_per_second': config.batch_size / seconds,
     'gflops_per_step': flops / 1e9,
-    'program_gflops_per_step': _giga(program_flops(step)),
+    'program_gflops_per_step': computed and computed / 1e9,
     'device_peak_gflops': peak / 1e9,
-    'flop_utilisation': flops / (seconds * peak * devices),
-    'peak_memory_bytes': program_memory(step),
-    'device_peak_memory_bytes': _device_peak(),
-    'versions': logs.versions(),
+    'flop_utilisation': rate / (peak * stage.mesh.size),
+    'peak_memory_bytes': memory,
+    'device_peak_memory_bytes': device.get('peak_bytes_in_use'),
   }
   print(
-    f'{seconds:.4g} s a step (median of {options.steps}), '
+    f'{facts["step_seconds"]:.4g} s a step (median of {options.steps}), '
     f'{facts["images_per_second"]:.4g} images/s, {flops / 1e9:.4g} GFLOP, '
     f'{facts["flop_utilisation"]:.1%} of a matrix product; '
-    f'{facts["peak_memory_bytes"] or 0:.3g} bytes; compiled in '
-    f'{facts["compile_seconds"]:.1f} s, first step '
-    f'{facts["seconds_to_first_step"] or 0:.1f} s after the start'
+    f'{memory or 0:.3g} bytes; compiled in {facts["compile_seconds"]:.1f} s, '
+    f'first step {facts["seconds_to_first_step"] or 0:.1f} s after the start'
   )
   return facts
-
-
-def _giga(number):
-  return None if number is None else number / 1e9
-
-
-def _device_peak():
-  """Bytes of the first device at their highest, the compiler's included."""
-  return (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use')

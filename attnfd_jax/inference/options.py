@@ -7,10 +7,13 @@ from absl import flags
 
 from attnfd_jax.errors import InputError
 
+flags.disclaim_key_flags()  # They are of the command: its --help has them.
+
 
 def define():
   """Defines the shared flags."""
-  flags.DEFINE_string('checkpoint', None, 'Folder of a stage.')
+  text = 'Folder of a stage, such as runs/quickstart/distill.'
+  flags.DEFINE_string('checkpoint', None, text)
   flags.DEFINE_integer('step', None, 'Checkpoint; the best by default.')
   flags.DEFINE_bool('allow_code', False, 'Run Python files of the folder.')
   flags.DEFINE_string('scales', '1', 'Mean over these, e.g. 0.75,1,1.25.')
@@ -21,11 +24,6 @@ def define():
 
 def read(values):
   """Keyword arguments of `Predictor` from the flags; InputError if unusable."""
-  if not values.checkpoint:
-    raise InputError(
-      '--checkpoint is missing; name the folder of a stage, such as '
-      '--checkpoint=runs/quickstart/distill.'
-    )
   if values.overlap is not None and values.tile is None:
     raise InputError('--overlap is of tiles; add --tile=HEIGHTxWIDTH.')
   taken = ('checkpoint', 'step', 'allow_code', 'flip')

@@ -302,8 +302,8 @@ def test_the_command_says_what_is_missing():
   done = tiny_run.run_verb('evaluate')
   assert done.returncode == 2
   assert done.stderr == (
-    'error: --checkpoint is missing; name the folder of a stage, such as '
-    '--checkpoint=runs/quickstart/distill.\n'
+    'error: --checkpoint is missing: Folder of a stage, such as '
+    'runs/quickstart/distill.\n'
   )
 
 

@@ -631,9 +631,12 @@ def test_flags_that_do_not_go_together(stage):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ((), '--checkpoint is missing; name the folder of a stage'),
-    (('--checkpoint=x',), '--input is missing; name an image'),
-    (('--checkpoint=x', '--input=y'), '--output is missing; name a folder'),
+    ((), '--checkpoint is missing: Folder of a stage'),
+    (('--checkpoint=x',), '--input is missing: Image, folder'),
+    (
+      ('--checkpoint=x', '--input=y'),
+      '--output is missing: Folder for',
+    ),
     (
       ('--checkpoint=x', '--input=y', '--output=z', '--fps=9'),
       '--fps is of a video; add --video=FILE.mp4.',
