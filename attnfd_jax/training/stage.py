@@ -13,7 +13,7 @@ from attnfd_jax import distill, metrics
 from attnfd_jax.data import cache, pipeline
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.devices import memory, sharding
-from attnfd_jax.errors import explained, within
+from attnfd_jax.errors import explained, InputError, within
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.network import Network
@@ -235,10 +235,12 @@ def make_network(name, config, num_classes):
     within('config.distill.aspp_dropout', options.aspp_dropout, 0, 1)
     keys = ('aspp_dropout', 'update_norms_twice')
     changes = {key: options[key] for key in keys}
-  with explained(f'config.{role}'):
+  try:
     return networks.make_network(
       config[role], num_classes, dtype=config.optim.dtype, **changes
     )
+  except InputError as error:
+    raise InputError(f'config.{role}.{error}') from error
 
 
 def plan(name, config, dataset, mesh):
