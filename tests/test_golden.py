@@ -30,8 +30,7 @@ from attnfd_jax.models.mobilenet_v2 import InvertedResidual
 from attnfd_jax.models.resnet import Block
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_models
-from attnfd_jax.training import state as states
-from attnfd_jax.training.step import make_train_step
+from attnfd_jax.training.step import make_state, make_train_step
 
 FOLDER = pathlib.Path(__file__).parent / 'golden' / 'networks'
 IMAGE, CLASSES = (3, 3, 33, 37), 5
@@ -409,7 +408,7 @@ def run_step(backbone):
     wanted['distiller'][part] = {'methods_attnfd': modules}
   # The update is the gradient.
   tx = optax.scale(-1.0)
-  start = states.make_state(wanted, tx, ema=False)
+  start = make_state(wanted, tx, ema=False)
   train_step = make_train_step(
     student,
     tx,

@@ -19,20 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnfd_jax import distill
 from attnfd_jax.config import default_config, resolve
 from attnfd_jax.data.pairs import Dataset
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError, within
 from attnfd_jax.models import network as networks
-from attnfd_jax.models.flops import count_flops
 from attnfd_jax.runs import logs
 from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.teachers.teacher import Scored
-from attnfd_jax.training.stage import (
-  init_distiller,
-  plan,
-  with_teacher,
-)
+from attnfd_jax.training.stage import plan, with_teacher
 
 # Side of the matrices whose product shows what the device can do.
 PEAK_SIZE = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
@@ -147,17 +143,17 @@ def model_flops(stage):
 
   def flops(network, variables):
     forward = functools.partial(network.apply, train=False)
-    return count_flops(forward, variables, image)
+    return networks.count_flops(forward, variables, image)
 
   total = 3 * flops(stage.network, networks.abstract_variables(stage.network))
   if stage.teacher:
     total += flops(Scored(stage.teacher), stage.teacher.variables)
     shapes = stage.output_shapes  # Of two images.
-    init = functools.partial(init_distiller, stage.distiller, shapes)
+    variables = distill.abstract_variables(stage.distiller, *shapes)
     labels = jax.ShapeDtypeStruct(shapes[0]['logits'].shape[:-1], jnp.uint8)
     apply = functools.partial(stage.distiller.apply, train=False, step=0)
-    method = count_flops(apply, jax.eval_shape(init), *shapes, labels)
-    total += 3 * method * batch // 2
+    counted = networks.count_flops(apply, variables, *shapes, labels)
+    total += 3 * counted * batch // 2
   return total
 
 

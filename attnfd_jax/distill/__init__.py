@@ -7,9 +7,10 @@ method.py has the contract; to add a method, write its file and a line here.
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from attnfd_jax import user_code
-from attnfd_jax.distill.attnfd_method import AttnFDMethod
+from attnfd_jax.distill.attnfd import AttnFDMethod
 from attnfd_jax.distill.kd import LogitKD
 from attnfd_jax.distill.weighted_sum import SCHEDULES, WeightedSum
 from attnfd_jax.errors import explained, InputError, known, one_of, within
@@ -53,13 +54,20 @@ def make_method(name, student_outputs, teacher_outputs, **options):
   return method
 
 
-def abstract_variables(method, student, teacher):
-  """Shapes of the variables of a method, or a sum, if it can compare these."""
-  rngs = {name: jax.random.key(0) for name in ('params', 'distill')}
-  labels = jax.ShapeDtypeStruct(student['logits'].shape[:-1], 'uint8')
-  init = functools.partial(method.init, rngs, train=True, step=0)
+def init_distiller(distiller, shapes, rng=None, *, train=False):
+  """Variables of a method, or a sum, for Outputs of these shapes."""
+  rng = jax.random.key(0) if rng is None else rng
+  outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  labels = jnp.full(outputs[0]['logits'].shape[:-1], 255, jnp.uint8)
+  rngs = {'params': rng, 'distill': jax.random.fold_in(rng, 1)}
+  return distiller.init(rngs, *outputs, labels, train=train, step=0)
+
+
+def abstract_variables(distiller, *shapes):
+  """Shapes of its variables; InputError if it cannot compare these Outputs."""
+  init = functools.partial(init_distiller, distiller, shapes, train=True)
   with explained('config.distill.method'):
-    return jax.eval_shape(init, student, teacher, labels)
+    return jax.eval_shape(init)
 
 
 def _find(name):
@@ -83,25 +91,24 @@ def make_distiller(method, groups, *, options=None, num_steps=1):
   is such a group of the user's class; `num_steps` is of the stage, for
   schedules of weights.
   """
-  own = user_code.is_code(method)
-  if own:
+  if user_code.is_code(method):
     name = title(method).lower()
     name = f'{name}_method' if name in _TAKEN else name
-    chosen = {name: (_find(method), dict(options or {}))}
+    chosen = {name: (_find(method), 'options', options or {})}
   elif options:
     raise InputError(
       f'config.distill.options={dict(options)} are of a class of your own; '
       f'those of {method} are keys of config.distill.{method.split("+")[0]}.'
     )
   else:
-    chosen = {x: (_find(x), dict(groups[x])) for x in method.split('+')}
+    chosen = {x: (_find(x), x, groups[x]) for x in method.split('+')}
   methods, weights, schedules = {}, {}, {}
-  for name, (method_class, fields) in chosen.items():
+  for name, (method_class, key, fields) in chosen.items():
+    group, fields = f'config.distill.{key}', dict(fields)
     weights[name] = fields.pop('weight', 1.0)
     schedules[name] = fields.pop('weight_schedule', 'constant')
-    group = 'config.distill.options' if own else f'config.distill.{name}'
     within(f'{group}.weight', weights[name], 0, 1e30)
     one_of(f'{group}.weight_schedule', schedules[name], SCHEDULES)
-    with explained(f'config.distill.{name}'):
+    with explained(group):
       methods[name] = method_class(**fields)
   return WeightedSum(methods, weights, schedules, num_steps)

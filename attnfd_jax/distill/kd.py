@@ -12,15 +12,10 @@ from attnfd_jax.models import layers
 
 
 def logit_distance(student, teacher, *, temperature):
-  """T^2 times the mean over pixels of KL(teacher || student) at temperature T.
+  """T^2 times the Mean over pixels of KL(teacher || student) at temperature T.
 
-  Args:
-    student: logits [b, h, w, k].
-    teacher: logits of the same shape; treated as a constant.
-    temperature: T; softens both distributions.
-
-  Returns:
-    Mean over b h w pixels, 0 iff the logits differ by a constant at each pixel.
+  Of two logits [b, h, w, k], the teacher's being constants; 0 iff they differ
+  by a constant at each pixel.
   """
   if student.shape != teacher.shape:
     raise ValueError(

@@ -8,7 +8,7 @@ takes 'file.py:Class'.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 
@@ -47,13 +47,7 @@ class Method(Protocol):
   """
 
   def __call__(
-    self,
-    student: Outputs,
-    teacher: Outputs,
-    labels: jax.Array,
-    *,
-    train: bool,
-    step: Any,
+    self, student: Outputs, teacher: Outputs, labels, *, train: bool, step
   ) -> tuple[jax.Array | Mean, Mapping[str, jax.Array]]:
     """The loss before its weight, and named scalars for the log.
 

@@ -89,9 +89,9 @@ class WeightedSum(nn.Module):
 
   def student_attention_variables(self, variables):
     """Of the first method that has some, or None."""
-    for name, gates_of in self._having('student_attention_variables'):
-      return gates_of(_variables_of(name, variables))
-    return None
+    found = self._having('student_attention_variables')
+    gates = (of(_variables_of(name, variables)) for name, of in found)
+    return next(gates, None)
 
   @property
   def connector_schedule(self):

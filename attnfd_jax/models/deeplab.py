@@ -35,6 +35,11 @@ def normalise(image):
   return (image - mean) / std
 
 
+def _conv_norm_relu(x, *form, train, coarse=None, **options):
+  module = layers.ConvNorm(*form, **options)
+  return nn.relu(module(x, train=train, coarse=coarse))
+
+
 class ASPP(nn.Module):
   """Five branches of context at the output stride; AttnFD, modeling/aspp.py."""
 
@@ -45,20 +50,14 @@ class ASPP(nn.Module):
   @nn.compact
   def __call__(self, x, *, train):
     """[b, h, w, c] -> [b, h, w, features]."""
-
-    def conv_norm_relu(name, x, size=1, dilation=1):
-      module = layers.ConvNorm(
-        self.features, size, dilation=dilation, dtype=self.dtype, name=name
-      )
-      return nn.relu(module(x, train=train))
-
-    rate = 96 // self.output_stride
-    branches = [conv_norm_relu('point', x)]
+    conv = functools.partial(_conv_norm_relu, train=train, dtype=self.dtype)
+    width, rate = self.features, 96 // self.output_stride
+    branches = [conv(x, width, 1, name='point')]
     for i in (1, 2, 3):
-      branches.append(conv_norm_relu(f'atrous{i}', x, 3, i * rate))
-    pooled = conv_norm_relu('pool', jnp.mean(x, (1, 2), keepdims=True))
+      branches.append(conv(x, width, dilation=i * rate, name=f'atrous{i}'))
+    pooled = conv(jnp.mean(x, (1, 2), keepdims=True), width, 1, name='pool')
     branches.append(jnp.broadcast_to(pooled, branches[0].shape))
-    return conv_norm_relu('merge', jnp.concatenate(branches, -1))
+    return conv(jnp.concatenate(branches, -1), width, 1, name='merge')
 
 
 class Decoder(nn.Module):
@@ -72,15 +71,11 @@ class Decoder(nn.Module):
   @nn.compact
   def __call__(self, low_level, context, *, train, dropout):
     """[b, h/4, w/4, c], [b, h/s, w/s, c] -> [b, h/4, w/4, features]."""
-
-    def conv_norm_relu(name, x, features, size, coarse=None):
-      module = layers.ConvNorm(features, size, dtype=self.dtype, name=name)
-      return nn.relu(module(x, train=train, coarse=coarse))
-
-    detail = conv_norm_relu('low_level', low_level, self.low_level_features, 1)
-    x = conv_norm_relu('conv1', detail, self.features, 3, coarse=context)
+    conv = functools.partial(_conv_norm_relu, train=train, dtype=self.dtype)
+    detail = conv(low_level, self.low_level_features, 1, name='low_level')
+    x = conv(detail, self.features, coarse=context, name='conv1')
     x = nn.Dropout(self.dropout, name='dropout')(x, deterministic=not dropout)
-    return conv_norm_relu('conv2', x, self.features, 3)
+    return conv(x, self.features, name='conv2')
 
 
 class DeepLabV3Plus(nn.Module):
@@ -120,8 +115,7 @@ class DeepLabV3Plus(nn.Module):
     known('backbone', self.backbone, BACKBONES)
     if self.output_stride not in (8, 16):
       raise ValueError(f'output_stride={self.output_stride} must be 8 or 16.')
-    if self.num_classes < 1:
-      raise ValueError(f'num_classes={self.num_classes} must be at least 1.')
+    within('num_classes', self.num_classes, 1)
     within('width_multiplier', self.width_multiplier, 1e-3, 64)
     for name, value in layers.options_of(self).items():
       if name.endswith('_channels'):

@@ -8,9 +8,11 @@ that maps normalized images to `Outputs`. To add one by name: a row in NETWORKS.
 
 from collections.abc import Mapping
 import functools
+import math
 from typing import Any, NotRequired, Protocol, TypedDict
 
 import jax
+from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,7 +20,6 @@ from attnfd_jax import user_code
 from attnfd_jax.errors import explained, InputError, one_of
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.models.flops import count_flops
 
 
 class Outputs(TypedDict):
@@ -39,18 +40,10 @@ class Outputs(TypedDict):
 class Network(Protocol):
   """A Linen module, or anything with these two pure functions."""
 
-  def init(self, rngs: Any, image: jax.Array, *, train: bool) -> Any:
+  def init(self, rngs, image, *, train) -> Any:
     """Variables: 'params' and, if it has any, other collections."""
 
-  def apply(
-    self,
-    variables: Any,
-    image: jax.Array,
-    *,
-    train: bool,
-    rngs: Any = None,
-    mutable: Any = False,
-  ) -> Any:
+  def apply(self, variables, image, *, train, rngs=None, mutable=False) -> Any:
     """Outputs of normalized images; with `mutable` also those collections.
 
     `train` uses the statistics of the batch, and drops at random by the rng
@@ -116,19 +109,18 @@ def abstract_variables(network):
   return jax.eval_shape(init, image)
 
 
-def abstract_outputs(network, image_size):
+def abstract_outputs(network, image_size, *, variables=None, **options):
   """Shapes and types of its Outputs for two images of `image_size`."""
   image = jax.ShapeDtypeStruct((2, *image_size, 3), jnp.float32)
-  forward = functools.partial(network.apply, train=False)
-  return jax.eval_shape(forward, abstract_variables(network), image)
+  if variables is None:
+    variables = abstract_variables(network)
+  forward = functools.partial(network.apply, **(options or {'train': False}))
+  return jax.eval_shape(forward, variables, image)
 
 
-def check_outputs(network, num_classes, image_size):
+def check_network(network, num_classes, image_size):
   """Holds a user's network to the contract; InputError names what differs."""
-  name = type(network).__name__
-  with explained(f'{name} fails on images {image_size}'):
-    out = abstract_outputs(network, image_size)
-  check_shapes(out, name, num_classes, image_size)
+  out = checked_outputs(network, num_classes, image_size)
   if 'coarse_logits' not in out:
     return
 
@@ -145,13 +137,16 @@ def check_outputs(network, num_classes, image_size):
   allowed = 0.02 * (np.max(np.abs(logits)) or 1)
   if logits.shape != resized.shape or np.max(abs(logits - resized)) > allowed:
     raise InputError(
-      f'{name}: logits are not the align-corners resize of coarse_logits; '
-      "leave 'coarse_logits' out of what it returns."
+      f'{type(network).__name__}: logits are not the align-corners resize of '
+      "coarse_logits; leave 'coarse_logits' out of what it returns."
     )
 
 
-def check_shapes(out, name, num_classes, image_size):
-  """Holds Outputs, or their shapes, for two images to the contract."""
+def checked_outputs(network, num_classes, image_size, **options):
+  """`abstract_outputs`, held to the contract; of a Teacher, too."""
+  name = getattr(network, 'name', None) or type(network).__name__
+  with explained(f'{name} fails on images {image_size}'):
+    out = abstract_outputs(network, image_size, **options)
   found = out if isinstance(out, Mapping) else {}
   whole = isinstance(found.get('features'), Mapping)
   if not whole or not hasattr(found.get('logits'), 'shape'):
@@ -166,6 +161,7 @@ def check_shapes(out, name, num_classes, image_size):
     shape = getattr(x, 'shape', x)
     if not isinstance(shape, tuple) or len(shape) != 4:
       raise InputError(f'{name}: map {tap!r} is {shape}, not [b, h, w, c].')
+  return out
 
 
 def count_gflops(network, height, width):
@@ -173,3 +169,26 @@ def count_gflops(network, height, width):
   image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
   forward = functools.partial(network.apply, train=False)
   return count_flops(forward, abstract_variables(network), image) / 1e9
+
+
+def count_flops(function, *args):
+  """Operations of the convolutions in the trace of one call, the same on every
+  platform; multiply and add are two.
+  """
+  return _convolution_flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _convolution_flops(jaxpr):
+  total = 0
+  for equation in jaxpr.eqns:
+    name, params = equation.primitive.name, equation.params
+    inner = [x for x in params.values() if isinstance(x, core.ClosedJaxpr)]
+    if name == 'conv_general_dilated':
+      kernel = equation.invars[1].aval.shape
+      features = kernel[params['dimension_numbers'].rhs_spec[0]]
+      total += 2 * equation.outvars[0].aval.size * math.prod(kernel) // features
+    elif name == 'cond':
+      # lax.platform_dependent: forms of one convolution, last the plain one.
+      inner = params['branches'][-1:]
+    total += sum(_convolution_flops(x.jaxpr) for x in inner)
+  return total

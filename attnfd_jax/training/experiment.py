@@ -111,11 +111,7 @@ def _disk_errors(workdir):
 
 
 def check(config, dataset, mesh, workdir):
-  """Refuses what is wrong with any stage before the first one begins.
-
-  Raises:
-    InputError: names the key, or the file, and what is possible.
-  """
+  """Refuses what is wrong with any stage before the first one begins."""
   devices, parts = mesh.shape['data'], config.optim.accumulate
   if config.batch_size % (devices * parts):
     raise InputError(
@@ -130,8 +126,7 @@ def check(config, dataset, mesh, workdir):
       f'{dataset.name} has no images in {", ".join(missing)}; have '
       f'{", ".join(splits)}.'
     )
-  task_loss.check_class_weights(config.loss, dataset.class_names)
-  task_loss.make_task_loss(config.loss)
+  task_loss.check(config.loss, dataset.class_names)
   known = [name for name in distill.METHODS if name in config.distill]
   distill.make_distiller('+'.join(known), config.distill)  # Chosen or not.
   given = _given_teacher(config)
@@ -141,7 +136,7 @@ def check(config, dataset, mesh, workdir):
     begins = chosen and not (workdir / name).exists()
     if name != 'distill' and user_code.is_code(stage.options.network):
       size = tuple(config.data.crop_size)
-      networks.check_outputs(stage.network, dataset.num_classes, size)
+      networks.check_network(stage.network, dataset.num_classes, size)
     pretrained = stage.options.pretrained
     if begins and pretrained and not (name == 'teacher' and given):
       torch_networks.load_pretrained(pretrained, stage.network)

@@ -7,20 +7,62 @@ import signal
 import time
 
 import jax
+import jax.numpy as jnp
 
 from attnfd_jax.devices import processes
+from attnfd_jax.errors import InputError
 from attnfd_jax.runs import checkpoints, logs
-from attnfd_jax.training import finite
 from attnfd_jax.training.stopping import Stopped
+
+_SHOWN = 16  # Names of a batch.
+
+
+class NonFiniteLoss(InputError):
+  """The loss became NaN or infinite; what is saved stays."""
+
+
+def check_finite(step, metrics, *, names, manager, state=None):
+  """Waits for a step's metrics; NonFiniteLoss if they are not finite.
+
+  Or a `state` that is to be saved: its loss is that of the weights before.
+  `names` maps a step to the names of the images of the batch after it.
+  """
+  loss, gradient = jax.device_get((metrics['loss'], metrics['grad_norm']))
+  if not math.isfinite(loss):
+    what = 'Loss'
+  elif not math.isfinite(gradient):
+    what = 'Gradient'
+  elif state and not _all_finite((state.params, state.collections)):
+    what = 'Update of the weights'
+  else:
+    return
+  terms = ', '.join(
+    f'{name} {float(value):.4g}'
+    for name, value in sorted(jax.device_get(metrics).items())
+  )
+  images = names(step - 1)
+  more = f' and {len(images) - _SHOWN} more' if len(images) > _SHOWN else ''
+  saved = manager.latest_step()
+  kept = f'Last good checkpoint: step {saved}'
+  if saved is None:
+    kept = 'There is no checkpoint yet'
+  raise NonFiniteLoss(
+    f'{what} is not finite at step {step}: {terms}. Images: '
+    f'{", ".join(images[:_SHOWN])}{more}. {kept}. Lower --config.optim.lr or '
+    'set --config.optim.clip_norm=1.'
+  )
+
+
+@jax.jit
+def _all_finite(tree):
+  finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+  return jnp.all(jnp.stack(finite))
 
 
 class _Clock:
-  """Speed since the last reading, and the share of the time without data."""
+  """Speed since it was made, and the share of the time without data."""
 
   def __init__(self, step):
-    self.reset(step)
-
-  def reset(self, step):
     self._step, self._start, self._waited = step, time.monotonic(), 0.0
 
   def next(self, batches):
@@ -32,7 +74,6 @@ class _Clock:
   def read(self, step, batch_size):
     elapsed = max(time.monotonic() - self._start, 1e-9)
     seconds, waited = elapsed / (step - self._step), self._waited / elapsed
-    self.reset(step)
     return {
       'step_seconds': seconds,
       'images_per_second': batch_size / seconds,
@@ -44,11 +85,8 @@ def train(stage, state, *, manager, log, stop):
   """The state after the last step of a Stage, from wherever `state` is.
 
   `state` is donated. The Orbax `manager` saves it after each evaluation, as
-  often as the config says, and when `stop`, a stopping.Stop, says so.
-
-  Raises:
-    NonFiniteLoss: at the first step with such a loss.
-    Stopped: after a signal, when the last step is saved.
+  often as the config says, and when `stop`, a stopping.Stop, says so. Raises
+  NonFiniteLoss at the first such step, and Stopped after a signal.
   """
   config, num_steps = stage.config, stage.num_steps
   log_every = config.log_every_steps
@@ -67,11 +105,11 @@ def train(stage, state, *, manager, log, stop):
   unchecked = metrics = None
   advised = False
   check = functools.partial(
-    finite.check, names=stage.batch_names, manager=manager
+    check_finite, names=stage.batch_names, manager=manager
   )
 
   def save(miou=None):
-    nonlocal saved, save_time
+    nonlocal saved, save_time, clock
     if metrics is not None:
       check(step, metrics, state=state)
     checkpoints.save(manager, step, state, stage.run_facts, miou=miou)
@@ -79,7 +117,7 @@ def train(stage, state, *, manager, log, stop):
     if saved == first:
       checkpoints.wait(manager)  # Errors of saving come late.
     saved, save_time = step, time.monotonic()
-    clock.reset(step)
+    clock = _Clock(step)
 
   def save_is_due():
     # Clocks of processes differ, and to ask all of them is not free.
@@ -141,7 +179,7 @@ def train(stage, state, *, manager, log, stop):
         jax.block_until_ready(metrics)
         seconds = time.monotonic() - start
         log.line(f'first step after {seconds:.1f} s; faster next time, cached')
-        clock.reset(step)
+        clock = _Clock(step)
       if step % log_every and step != num_steps:
         continue
       check(*unchecked)
@@ -153,6 +191,7 @@ def train(stage, state, *, manager, log, stop):
       )
       if step > first + 1:  # The time of the first is that of the compiler.
         values |= clock.read(step, config.batch_size)
+        clock = _Clock(step)
         left = logs.duration(values['step_seconds'] * (num_steps - step))
         text += (
           f'  {values["images_per_second"]:.1f} images/s  '

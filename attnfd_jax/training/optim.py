@@ -80,21 +80,14 @@ def make_optimizer(
   is added to the gradient, before momentum.
 
   Args:
-    schedule: step -> learning rate of the backbone.
-    name: 'sgd' or 'adamw'.
-    head_lr_scale: learning rate of everything else over the backbone's.
-    weight_decay, momentum, nesterov: of SGD; AdamW has the first.
+    schedule: step -> learning rate of the backbone; that of everything else is
+      `head_lr_scale` times as high.
     clip_norm: largest norm of the gradient of what trains at a step, or None.
     connector_schedule: 'always' trains all groups all the time. 'first_epoch'
       trains the connectors alone in the first `epoch_steps` steps, at the
       learning rate of the backbone, and fixes them afterwards. 'warmup' starts
       the same way and continues with all of them.
-    epoch_steps: length of that first phase.
-    groups: ((regex, group), ...) of methods, see WeightedSum.parameter_groups.
-    optimizers: {group: GradientTransformation} that methods bring.
-
-  Raises:
-    InputError: for a value that does not exist or is out of range.
+    groups, optimizers: of methods, see WeightedSum.
   """
   one_of('config.optim.name', name, ('sgd', 'adamw'))
   one_of('connector_schedule', connector_schedule, CONNECTOR_SCHEDULES)

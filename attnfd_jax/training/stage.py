@@ -13,7 +13,7 @@ from attnfd_jax import distill, metrics
 from attnfd_jax.data import cache, pipeline
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.devices import memory, sharding
-from attnfd_jax.errors import first_line, InputError, within
+from attnfd_jax.errors import explained, InputError, within
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.network import Network
@@ -21,17 +21,7 @@ from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.teachers.teacher import Teacher
 from attnfd_jax.training import optim, task_loss
-from attnfd_jax.training.state import make_state
-from attnfd_jax.training.step import make_train_step
-
-
-def init_distiller(distiller, shapes, rng=None):
-  """Variables of a distiller for outputs of these shapes."""
-  rng = jax.random.key(0) if rng is None else rng
-  outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  labels = jnp.full(outputs[0]['logits'].shape[:-1], 255, jnp.uint8)
-  rngs = {'params': rng, 'distill': jax.random.fold_in(rng, 1)}
-  return distiller.init(rngs, *outputs, labels, train=False, step=0)
+from attnfd_jax.training.step import make_state, make_train_step
 
 
 def init_key(seed, index):
@@ -115,10 +105,8 @@ class Stage:
     )
 
   def init_state(self, *, fresh=True, log=print):
-    """A TrainState at step 0 on the mesh, compiled as one program.
-
-    With pretrained weights if it is `fresh` (else a checkpoint follows), and
-    `log` is called with a line about them.
+    """A TrainState at step 0 on the mesh, compiled as one program; pretrained
+    if it is `fresh` (else a checkpoint follows), with a line to `log`.
     """
     loaded = {}
     if fresh and self.options.pretrained:
@@ -164,7 +152,7 @@ class Stage:
     )
     variables = {'student': {**student, **filled}}
     if self.distiller is not None:
-      variables['distiller'] = init_distiller(
+      variables['distiller'] = distill.init_distiller(
         self.distiller, self.output_shapes, jax.random.fold_in(rng, 1)
       )
     keep_average = self.config.optim.ema_decay > 0
@@ -191,9 +179,7 @@ class Stage:
       mesh=self.mesh,
       state_sharding=self.state_sharding,
       ce_batch_division=self.config.distill.ce_batch_division,
-      accumulate=options.accumulate,
-      remat=options.remat,
-      ema_decay=options.ema_decay,
+      **{key: options[key] for key in ('accumulate', 'remat', 'ema_decay')},
     )
 
   def make_batches(self, step):
@@ -288,42 +274,23 @@ def make_stage(name, config, dataset, mesh, workdir):
 
 
 def with_teacher(stage, teacher):
-  """`stage` with a teacher and the distiller that its config names.
-
-  Raises:
-    InputError: for a method or an option that does not exist, or that does not
-      go with these networks.
+  """`stage` with a teacher and the distiller that its config names, if they go
+  together.
   """
   options = stage.config.distill
   distiller = distill.make_distiller(
     options.method, options, options=options.options, num_steps=stage.num_steps
   )
-  try:
+  with explained('config.distill.method'):
     distiller = distiller.adapted(stage.network, teacher)
-  except ValueError as error:
-    raise InputError(f'config.distill.method: {error}') from error
   size = tuple(stage.config.data.crop_size)
+  inputs = {'variables': teacher.variables, 'rng': jax.random.key(0)}
+  classes = len(teacher.class_names)
   shapes = (
     networks.abstract_outputs(stage.network, size),
-    _abstract_outputs(teacher, size),
+    networks.checked_outputs(teacher, classes, size, **inputs),
   )
   distill.abstract_variables(distiller, *shapes)
   return dataclasses.replace(
     stage, teacher=teacher, distiller=distiller, output_shapes=shapes
   )
-
-
-def _abstract_outputs(teacher, image_size):
-  """Shapes of a teacher's Outputs for two images of `image_size`."""
-  image = jax.ShapeDtypeStruct((2, *image_size, 3), jnp.float32)
-  learn = functools.partial(teacher.apply, rng=jax.random.key(0))
-  try:
-    out = jax.eval_shape(learn, teacher.variables, image)
-  except Exception as error:  # Of a teacher of the user's, anything.
-    raise InputError(
-      f'{teacher.name}: the teacher fails on images {image_size}: '
-      f'{first_line(error)}'
-    ) from error
-  names = teacher.class_names
-  networks.check_shapes(out, teacher.name, len(names), image_size)
-  return out

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One jitted, sharded, donated step for all stages."""
+"""The state, and the one jitted, sharded, donated step of all stages."""
 
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,10 +13,50 @@ from attnfd_jax.losses import upsampled_cross_entropy
 from attnfd_jax.models import cpu_forms
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.models.resizing import score_precision
-from attnfd_jax.training.state import TrainState
 
 # Bytes of logits on a device above which the loss is taken part by part.
 LARGE_LOGITS = 2**26
+
+
+@flax.struct.dataclass
+class TrainState:
+  """State of one stage, arrays only.
+
+  Attributes:
+    step: int32 scalar, updates applied so far.
+    params: {'student': ..., 'distiller': ...}; the network in training is
+      called student in every stage. Without a teacher there is no distiller.
+    collections: same keys, everything that is not trained: running statistics,
+      memories, the teacher's frozen gates.
+    opt_state: of the optimizer.
+    ema: averaged params, of the same keys, or {}. Statistics are averages
+      already, and are not averaged again.
+  """
+
+  step: jax.Array
+  params: dict
+  collections: dict
+  opt_state: optax.OptState
+  ema: dict
+
+  def variables(self, name):
+    """Of 'student' or 'distiller' as they are evaluated: averaged if kept."""
+    params = (self.ema or self.params)[name]
+    return {'params': params, **self.collections[name]}
+
+
+def make_state(variables, tx, *, ema):
+  """TrainState of {'student': variables, ...}; `ema` keeps an average."""
+  collections = {name: dict(parts) for name, parts in variables.items()}
+  params = {name: x.pop('params', {}) for name, x in collections.items()}
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    collections=collections,
+    opt_state=tx.init(params),
+    # Copies: a donated state must not hold one buffer twice.
+    ema=jax.tree.map(jnp.copy, params) if ema else {},
+  )
 
 
 def make_train_step(
@@ -40,24 +81,18 @@ def make_train_step(
   the result does not depend on the number of devices.
 
   Args:
-    student: the Network in training.
-    tx: Optax transformation.
     task_loss: (logits, labels) -> {term: Mean}.
-    teacher, distiller: Teacher and distill.WeightedSum, or None;
-      teacher_variables are then {}.
+    teacher, distiller: without them teacher_variables are {}.
     schedule: step -> learning rate, for the log.
-    mesh: see devices.sharding.make_mesh.
     state_sharding: as of sharding.split_state: the weights are gathered for the
       gradient, which comes back split. None is a whole state on every device.
     plain_cross_entropy: task_loss is the cross-entropy: large logits that are
       the resize of coarse ones need never exist as a whole.
-    ce_batch_division: divide the task loss by the batch, as the authors do
-      (utils/loss.py).
+    ce_batch_division: as the authors divide the task loss (utils/loss.py).
     accumulate: parts of the batch, one after the other, in less memory. What is
       a Mean is divided once, by what the whole batch counts; batch statistics,
       norms and other losses are over a part, and their mean is taken.
-    remat: keep only block outputs for the backward pass, compute the rest
-      again.
+    remat: compute all but block outputs again for the backward pass.
     ema_decay: of the averaged parameters; 0 keeps none.
   """
   everywhere = sharding.replicated(mesh)
@@ -141,8 +176,9 @@ def make_train_step(
 
   def gradients(state, batch, rng, **fixed):
     grad_fn = jax.grad(functools.partial(loss_fn, **fixed), has_aux=True)
+    start = state.params, state.collections
     if accumulate == 1:
-      return grad_fn(state.params, state.collections, batch, rng, {})
+      return grad_fn(*start, batch, rng, {})
 
     def split(x):
       # Every device keeps its images: the parts interleave.
@@ -154,11 +190,7 @@ def make_train_step(
       # that is everything but the labels.
       index, batch = part
       task, distances, _, _ = compute_losses(
-        state.params,
-        state.collections,
-        batch,
-        jax.random.fold_in(rng, index),
-        **fixed,
+        *start, batch, jax.random.fold_in(rng, index), **fixed
       )
       return {name: loss.count for name, loss in (task | distances).items()}
 
@@ -172,9 +204,9 @@ def make_train_step(
 
     parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
     counts = jax.tree.map(jnp.sum, jax.lax.map(count, parts))
-    start = (state.collections, jax.tree.map(jnp.zeros_like, state.params))
+    carry = (state.collections, jax.tree.map(jnp.zeros_like, state.params))
     (collections, grads), terms = cpu_forms.scan(
-      add, start, parts, platform=mesh.devices.flat[0].platform
+      add, carry, parts, platform=mesh.devices.flat[0].platform
     )
     return grads, (collections, jax.tree.map(jnp.sum, terms))
 

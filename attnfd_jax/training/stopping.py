@@ -8,10 +8,7 @@ import jax
 
 
 class Stopped(SystemExit):
-  """The run was told to stop; the exit code is 128 plus the signal.
-
-  That is 130 after Ctrl-C and 143 after SIGTERM, as the shell has it.
-  """
+  """The run was told to stop; the exit code is 128 plus the signal."""
 
   def __init__(self, signum, message=''):
     super().__init__(128 + signum)
@@ -68,9 +65,8 @@ class Stop:
       self._deferred = False
 
   def attempt(self, function, *arguments):
-    """Inside `deferred`: function(*arguments), or None if a signal ends it.
-
-    For what the next start does again, such as an evaluation.
+    """Inside `deferred`: function(*arguments), or None if a signal ends it; for
+    what the next start does again.
     """
     self._deferred = False
     try:

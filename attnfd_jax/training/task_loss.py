@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss that compares logits with labels, from the group `loss`."""
 
+import contextlib
 import functools
 import json
 
@@ -13,7 +14,6 @@ NAMES = ('ce', 'ohem', 'focal', 'dice', 'ce+dice')
 
 def make_task_loss(options):
   """(logits, labels) -> {term: Mean}, of the group `loss` of a config."""
-  _check(options)
   weights = {'class_weights': tuple(options['class_weights']) or None}
   made = {
     'ce': functools.partial(losses.softmax_cross_entropy, **weights),
@@ -39,7 +39,8 @@ def is_plain(options):
   return options['name'] == 'ce' and not options['class_weights']
 
 
-def _check(options):
+def check(options, class_names):
+  """Refuses what does not exist, go together, or fit the classes."""
   given, weighting = tuple(options['class_weights']), options['weighting']
   one_of('config.loss.name', options['name'], NAMES)
   one_of('config.loss.weighting', weighting, ('none', 'given', 'auto'))
@@ -53,31 +54,20 @@ def _check(options):
       "config.loss.weighting='given' needs a number for each class, not all 0, "
       'such as --config.loss.class_weights="(1.0, 2.5)".'
     )
-  if given and weighting == 'none':
-    raise _needs_given(options)
+  if given and weighting != 'given':
+    raise InputError(
+      f'config.loss.class_weights={given} needs loss.weighting=given, not '
+      f'{weighting!r}.'
+    )
+  if given and len(given) != len(class_names):
+    raise InputError(
+      f'config.loss.class_weights has {len(given)} numbers for the '
+      f'{len(class_names)} classes {", ".join(class_names)}.'
+    )
   if options['name'] == 'dice' and weighting != 'none':
     raise InputError(
       f"config.loss.weighting={weighting!r} does not go with name='dice', in "
       "which all classes count the same; use 'none', or 'ce+dice'."
-    )
-
-
-def _needs_given(options):
-  return InputError(
-    f'config.loss.class_weights={tuple(options["class_weights"])} needs '
-    f'loss.weighting=given, not {options["weighting"]!r}.'
-  )
-
-
-def check_class_weights(options, class_names):
-  """Refuses what is not one weight for each class, or none."""
-  found, expected = len(options['class_weights']), len(class_names)
-  if options['weighting'] == 'auto' and found:
-    raise _needs_given(options)
-  if options['weighting'] == 'given' and found != expected:
-    raise InputError(
-      f'config.loss.class_weights has {found} numbers for the {expected} '
-      f'classes {", ".join(class_names)}.'
     )
 
 
@@ -91,11 +81,9 @@ def with_class_weights(config, dataset, workdir):
     return config
   weights = _counted_before(workdir)
   if weights is None:
+    source, threads = dataset.splits['train'], config.data.threads
     rows = frequencies.count_labels(
-      dataset.splits['train'],
-      dataset.num_classes,
-      config.data.threads,
-      'class weights',
+      source, dataset.num_classes, threads, 'class weights'
     )
     found = frequencies.median_frequency_weights(rows)
     weights = tuple(float(f'{x:.4g}') for x in found)
@@ -110,10 +98,8 @@ def with_class_weights(config, dataset, workdir):
 def _counted_before(workdir):
   """Weights that another stage, or a part before a restart, wrote down."""
   for path in sorted(workdir.glob('*/config.json')):
-    try:
+    with contextlib.suppress(ValueError):  # Damaged: it is written again.
       options = json.loads(path.read_text()).get('loss', {})
-    except ValueError:
-      continue  # Damaged: it will be written again.
-    if options.get('weighting') == 'auto' and options['class_weights']:
-      return tuple(options['class_weights'])
+      if options.get('weighting') == 'auto' and options['class_weights']:
+        return tuple(options['class_weights'])
   return None

@@ -29,7 +29,6 @@ from attnfd_jax.pytorch import networks as torch_models
 from attnfd_jax.runs import logs
 from attnfd_jax.teachers.teacher import FrozenNetwork
 from attnfd_jax.training import optim
-from attnfd_jax.training import state as states
 from attnfd_jax.training import step as steps
 from attnfd_jax.training.task_loss import make_task_loss
 
@@ -307,7 +306,7 @@ def trajectory(reference, fresh, student, *, epoch_steps, num_steps):
     part: {'methods_attnfd': value}
     for part, value in pair.distiller_variables.items()
   }
-  state = states.make_state(
+  state = steps.make_state(
     {'student': pair.student_variables, 'distiller': wrapped}, tx, ema=False
   )
   state = jax.tree.map(jnp.array, state)

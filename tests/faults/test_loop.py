@@ -15,8 +15,8 @@ import pytest
 from attnfd_jax.devices import memory
 from attnfd_jax.errors import InputError
 from attnfd_jax.runs import checkpoints, logs
-from attnfd_jax.training import finite, loop
-from attnfd_jax.training.state import TrainState
+from attnfd_jax.training import loop
+from attnfd_jax.training.step import TrainState
 from attnfd_jax.training.stopping import Stop, Stopped
 
 RUN = {'seed': 0}
@@ -219,7 +219,7 @@ def test_not_finite_stops_at_the_first_step(tmp_path, value, log_every):
     rf'{what} is not finite at step 6: .*learning_rate 0\.5, loss .*\. Images: '
     r'image 5\. Last good checkpoint: step 4\. Lower .*clip_norm=1'
   )
-  with pytest.raises(finite.NonFiniteLoss, match=message):
+  with pytest.raises(loop.NonFiniteLoss, match=message):
     train(tmp_path / 'run', train_step=step, log_every=log_every)
   assert checkpoints.steps(tmp_path / 'run/checkpoints') == [4]
 
@@ -236,7 +236,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, part):
     return state, metrics
 
   message = 'Update of the weights is not finite at step 8: .*step 4'
-  with pytest.raises(finite.NonFiniteLoss, match=message):
+  with pytest.raises(loop.NonFiniteLoss, match=message):
     train(tmp_path / 'run', train_step=step)
   assert checkpoints.steps(tmp_path / 'run/checkpoints') == [4]
 

@@ -23,7 +23,7 @@ from attnfd_jax.data import pipeline
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import evaluation
 from attnfd_jax.runs import checkpoints, loading, lock
-from attnfd_jax.training import experiment, finite, loop, results
+from attnfd_jax.training import experiment, loop, results
 from attnfd_jax.training import stage as stage_room
 
 MOMENTS = (
@@ -93,7 +93,7 @@ def photographed(tmp_path_factory):
     calls = iter(('student evaluates 2', 'student evaluates 4', None, None))
     before(stage_room, 'make_state', lambda *_: 'student is built')
     before(loop, 'train', lambda *_: 'student compiles')
-    before(finite, 'check', step_of)
+    before(loop, 'check_finite', step_of)
     before(evaluation, 'evaluate', lambda *_: next(calls))
     before(os, 'rename', finished)
     before(results, 'write', lambda *_: 'student scores')

@@ -553,7 +553,7 @@ def test_training_drops_unless_told_otherwise():
     ({'backbone': 'resnet-18'}, "Unknown backbone 'resnet-18'.*'resnet18'"),
     ({'backbone': 'vgg'}, 'Have: resnet18, .*mobilenet_v2'),
     ({'output_stride': 32}, 'output_stride=32 must be 8 or 16'),
-    ({'num_classes': 0}, 'num_classes=0 must be at least 1'),
+    ({'num_classes': 0}, 'num_classes=0 must be 1 or more'),
   ],
   ids=['near', 'far', 'stride', 'classes'],
 )

@@ -14,7 +14,6 @@ from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.models import resizing
-from attnfd_jax.training import state as states
 from attnfd_jax.training import step as steps
 
 CODE = """
@@ -104,7 +103,7 @@ def test_what_cannot_be_built_is_refused(tmp_path, spec, message):
 
 
 def test_a_network_that_keeps_the_contract_passes():
-  networks.check_outputs(Answer(3), 3, (32, 48))
+  networks.check_network(Answer(3), 3, (32, 48))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +121,7 @@ def test_a_network_that_keeps_the_contract_passes():
 )
 def test_what_breaks_the_contract_is_named(kind, message):
   with pytest.raises(InputError, match=message):
-    networks.check_outputs(Answer(3, kind), 3, (32, 48))
+    networks.check_network(Answer(3, kind), 3, (32, 48))
 
 
 class WithoutCoarse(Answer):
@@ -156,7 +155,7 @@ def test_large_logits_of_another_upsampling_have_their_own_loss(monkeypatch):
     schedule=lambda step: 0.1,
     mesh=mesh,
   )
-  state = states.make_state({'student': variables}, tx, ema=False)
+  state = steps.make_state({'student': variables}, tx, ema=False)
   batch = jax.device_put(
     {'image': image, 'label': label}, sharding.by_batch(mesh)
   )

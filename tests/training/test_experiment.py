@@ -13,7 +13,7 @@ import test_loggers
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import evaluation
 from attnfd_jax.runs import logs
-from attnfd_jax.training import experiment, finite
+from attnfd_jax.training import experiment, loop
 
 STAGES = small_run.STAGES
 
@@ -293,7 +293,7 @@ def test_a_loss_that_is_not_finite_stops(tmp_path, finished):
   message = (
     r'Loss is not finite at step 2: .*ce nan.*Images: scene \d+, .*no che'
   )
-  with pytest.raises(finite.NonFiniteLoss, match=message):
+  with pytest.raises(loop.NonFiniteLoss, match=message):
     experiment.train(config, workdir)
   assert not (workdir / 'student' / 'result.json').exists()
   # No network with such weights is kept.

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnfd_jax.distill import make_distiller
+from attnfd_jax.distill import init_distiller, make_distiller
 from attnfd_jax.errors import InputError
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.network import abstract_outputs, abstract_variables
 from attnfd_jax.training import optim
-from attnfd_jax.training.stage import init_distiller
 
 SHAPES = {
   'student': {

@@ -10,7 +10,7 @@ import pytest
 from attnfd_jax import distill
 from attnfd_jax.config import default_config, resolve
 from attnfd_jax.training import optim
-from attnfd_jax.training import state as states
+from attnfd_jax.training import step as steps
 from attnfd_jax.training.stage import Stage
 
 PARAMS = {
@@ -120,7 +120,7 @@ def test_evaluated_are_averaged_params_with_the_statistics_of_now():
     name: {'params': {'w': jnp.ones(2)}, 'batch_stats': {'mean': jnp.ones(2)}}
     for name in ('student', 'distiller')
   }
-  state = states.make_state(variables, optax.sgd(0.1), ema=True)
+  state = steps.make_state(variables, optax.sgd(0.1), ema=True)
   state = state.replace(
     ema=jax.tree.map(lambda x: 3 * x, state.ema),
     collections=jax.tree.map(lambda x: 5 * x, state.collections),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from attnfd_jax.devices import sharding
-from attnfd_jax.distill import make_distiller
+from attnfd_jax.distill import init_distiller, make_distiller
 from attnfd_jax.inference import evaluation
 from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.models import layers, resizing
@@ -20,8 +20,6 @@ from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.teachers.teacher import FrozenNetwork
 from attnfd_jax.training import optim
 from attnfd_jax.training import step as steps
-from attnfd_jax.training.stage import init_distiller
-from attnfd_jax.training.state import make_state
 
 NUM_CLASSES = 3
 DISTILL = {'weight': 2.0, 'norm_scope': 'batch', 'reduction': 'unitmean'}
@@ -148,7 +146,7 @@ class Setting:
     everywhere = sharding.replicated(self.mesh)
     self.rng = jax.device_put(jax.random.key(0), everywhere)
     self.teacher_variables = jax.device_put(self.teacher_variables, everywhere)
-    state = make_state(variables, tx, ema=ema_decay > 0)
+    state = steps.make_state(variables, tx, ema=ema_decay > 0)
     self.state = jax.device_put(state, everywhere)
 
   def run(self, *batches, teacher_variables=None):

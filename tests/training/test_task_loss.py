@@ -139,20 +139,20 @@ def test_each_name_and_its_parameters(options, expected):
 def test_wrong_values_are_named(options, message):
   options = make_config(**options).loss
   with pytest.raises(InputError, match=rf'^config\..*{message}'):
-    task_loss.make_task_loss(options)
+    task_loss.check(options, ('road', 'car', 'sky'))
 
 
 def test_counted_weights_are_not_given(dataset):
   config = make_config(weighting='auto', class_weights=(1.0, 2.0, 3.0))
   with pytest.raises(InputError, match="needs loss.weighting=given, not 'auto"):
-    task_loss.check_class_weights(config.loss, dataset.class_names)
+    task_loss.check(config.loss, dataset.class_names)
 
 
 def test_given_weights_must_be_as_many_as_classes(dataset, tmp_path):
   config = make_config(weighting='given', class_weights=(1.0, 2.0))
   message = r'class_weights has 2 numbers for the 3 classes road, car, sky'
   with pytest.raises(InputError, match=message):
-    task_loss.check_class_weights(config.loss, dataset.class_names)
+    task_loss.check(config.loss, dataset.class_names)
   config = make_config(**WEIGHTS)
   assert task_loss.with_class_weights(config, dataset, tmp_path) is config
   assert dataset.splits['train'].reads == 0

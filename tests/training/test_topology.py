@@ -19,7 +19,7 @@ from attnfd_jax.inference import evaluation
 from attnfd_jax.models import deeplab
 from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.runs import checkpoints
-from attnfd_jax.training.state import make_state
+from attnfd_jax.training.step import make_state
 
 PATH = tiny_run.ROOT / 'experiments' / 'topology' / 'compare.py'
 MESH = {'data': 2, 'spatial': 2, 'fsdp': True}  # All at once.

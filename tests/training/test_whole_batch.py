@@ -12,10 +12,8 @@ from attnfd_jax.config import default_config, resolve
 from attnfd_jax.devices import sharding
 from attnfd_jax.models import layers, resizing
 from attnfd_jax.teachers.teacher import FrozenNetwork
-from attnfd_jax.training import stage as stages
 from attnfd_jax.training import task_loss
-from attnfd_jax.training.state import make_state
-from attnfd_jax.training.step import make_train_step
+from attnfd_jax.training.step import make_state, make_train_step
 
 SIZE = (16, 16)
 
@@ -66,7 +64,7 @@ def one_step(recipe, method, batch, *, accumulate, norm=False, loss='ce'):
     config.distill.method, config.distill
   ).adapted(student, teacher)
   outputs = student.apply(variables, image, train=False)
-  gates = stages.init_distiller(distiller, [outputs, outputs])
+  gates = distill.init_distiller(distiller, [outputs, outputs])
   tx = optax.sgd(1.0)
   mesh = sharding.make_mesh(2)
   step = make_train_step(
