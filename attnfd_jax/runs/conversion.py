@@ -32,9 +32,8 @@ _DATASETS = {
 
 def convert(source, target, *, config, allow_code=False, **options):
   """`import_stage` of a file, with options, or `export_stage` of a folder."""
-  for name, path in (('source', source), ('target', target)):
-    if not path:
-      raise InputError(f'--{name} is missing; name a file or a folder.')
+  if not (source and target):
+    raise InputError('--source and --target must name a file and a folder.')
   source = paths.as_path(source)
   if not source.exists():
     raise InputError(f'--source={source}: no such file or folder.')
@@ -45,9 +44,8 @@ def convert(source, target, *, config, allow_code=False, **options):
     )
   if source.is_file():
     return import_stage(source, target, config=config, **options)
-  for name, value in options.items():
-    if value not in (None, [], False):
-      raise InputError(f'--{name} is for PyTorch files as --source.')
+  if given := [name for name, value in options.items() if value]:
+    raise InputError(f'--{given[0]} is for PyTorch files as --source.')
   return export_stage(source, target, allow_code=allow_code)
 
 
@@ -102,8 +100,8 @@ def _describe_classes(num_classes, class_names, metadata):
     alike = [list(x) for x in _DATASETS.values() if len(x) == num_classes]
     names = [*alike, [f'class_{i}' for i in range(num_classes)]][0]
   for dataset, table in _DATASETS.items():
-    if names == list(table):
-      return dataset, names, [list(colour) for colour in table.values()]
+    if names == [*table]:
+      return dataset, names, [*map(list, table.values())]
   palette = metadata.get('palette', ())
   if np.shape(palette) != (num_classes, 3):
     palette = classes.voc_palette(num_classes).tolist()
@@ -123,35 +121,28 @@ def import_stage(
 ):
   """Writes the folder `target` from a PyTorch file; returns lines to print.
 
-  Args:
-    source: .pth, .pth.tar or .safetensors file.
-    target: folder that does not exist.
-    config: of the stage, as far as the file does not show it: a resolved config
-      as plain values.
-    backbone: key of BACKBONES; by default what the names show.
-    num_classes: by default that of the classifier in the file.
-    class_names: in the order of ids.
-    in_path_attention: the CBAMs belong into the forward path of the network;
-      by default what our own .safetensors says, else False, as in the authors'
-      code.
-    allow_missing: fill what does not fit at random.
-
-  Raises:
-    InputError: whenever the user can fix it; nothing is written then.
+  `config` is a resolved one as plain values, for what the file does not show.
+  None is: as in the file. The CBAMs are in the forward path if our own
+  .safetensors says so; in the authors' code they are not. `allow_missing` fills
+  what does not fit at random. Nothing is written on InputError.
   """
   source, target = pathlib.Path(source), _new(target)
   tensors = torch_networks.reference_names(source)
   metadata = _metadata(source)
-  options = torch_networks.infer_options(tensors)
-  for key, value in (('backbone', backbone), ('num_classes', num_classes)):
+  options = {
+    'in_path_attention': metadata.get('in_path_attention') is True,
+    **torch_networks.infer_options(tensors),
+  }
+  for key, value in (
+    ('backbone', backbone),
+    ('num_classes', num_classes),
+    ('in_path_attention', in_path_attention),
+  ):
     if value is not None:
       options[key] = value
     if key not in options:
       raise InputError(f'{source.name}: does not show its {key}; give --{key}.')
   num_classes = options.pop('num_classes')
-  if in_path_attention is None:
-    in_path_attention = metadata.get('in_path_attention') is True
-  options['in_path_attention'] = in_path_attention
   student = config['student'] | options
   network = networks.make_network(student, num_classes)
   variables, attention, report = torch_networks.import_network(tensors, network)
@@ -214,10 +205,9 @@ def _write_folder(target, info, variables, attention):
 
 def check_format(network, kind):
   """InputError for 'onnx' and 'pth', which name the layers of DeepLabV3Plus."""
-  name = {'onnx': 'ONNX', 'pth': '.pth'}.get(kind)
-  if name and not networks.is_ours(network):
+  if kind in ('onnx', 'pth') and not networks.is_ours(network):
     raise InputError(
-      f'{name} is written for DeepLabV3Plus only; use --format=stablehlo or '
+      f'{kind} is written for DeepLabV3Plus only; use --format=stablehlo or '
       'safetensors of export.'
     )
 
@@ -276,15 +266,9 @@ def write_weights(path, directory, network, variables, info):
 
 
 def export_stage(source, target, *, allow_code=False):
-  """Writes a PyTorch file from a stage's folder; returns lines to print.
+  """Writes a PyTorch file from a stage's best checkpoint; lines to print.
 
-  Args:
-    source: folder of a stage; its best checkpoint is taken.
-    target: file that does not exist; its ending decides the format.
-    allow_code: see loading.load_network.
-
-  Raises:
-    InputError: whenever the user can fix it; nothing is written then.
+  The ending of `target` decides the format. Nothing is written on InputError.
   """
   target = _new(target)
   *network, info = loading.load_network(source, allow_code=allow_code)

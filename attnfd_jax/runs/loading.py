@@ -73,13 +73,14 @@ def load_network(
   directory = paths.as_path(directory)
   info = _read_info(directory)
   if network is None:
-    options = dict(info[role_of(info)])
+    options, source = dict(info[role_of(info)]), None
     if user_code.is_code(options['network']):
-      options['network'] = user_code.stored_spec(
+      options['network'], source = user_code.stored(
         directory, info, options['network'], allow_code=allow_code
       )
+    classes, dtype = len(info['class_names']), info['optim']['dtype']
     network = networks.make_network(
-      options, len(info['class_names']), dtype=info['optim']['dtype']
+      options, classes, dtype=dtype, source=source
     )
   sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shapes = jax.tree.map(
