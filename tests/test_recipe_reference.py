@@ -192,7 +192,8 @@ def draw(tree, seed):
 def checkpoint(tmp_path_factory):
   """Path of a teacher in the authors' format, and its gates."""
   network = Small('resnet18', 21, aspp_channels=6, decoder_channels=5)
-  gates = draw(torch_models.abstract_gates(network), 1)
+  gated = networks.abstract_variables(network.clone(in_path_attention=True))
+  gates = draw(torch_models.split_gates(gated)[1], 1)
   tensors = torch_models.export_torch(
     draw(networks.abstract_variables(network), 0), gates, backbone='resnet18'
   )

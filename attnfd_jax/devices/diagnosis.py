@@ -39,10 +39,7 @@ def _numbers(version):
 
 
 def check_versions(requirements, find_version):
-  """Findings about packages against bounds such as 'orbax-checkpoint>=0.12,<1'.
-
-  find_version: importlib.metadata.version, or the like.
-  """
+  """Findings about packages, by bounds such as 'orbax-checkpoint>=0.12,<1'."""
   for line in sorted(requirements):
     if ';' in line:
       continue  # Of an extra.
@@ -79,10 +76,10 @@ def _has_nvidia_gpu():
   """What the driver lists, without jax."""
   command = ['nvidia-smi', '-L']
   try:
-    done = subprocess.run(command, capture_output=True, timeout=20)
-  except (OSError, subprocess.TimeoutExpired):
+    done = subprocess.run(command, capture_output=True, timeout=20, check=True)
+  except (OSError, subprocess.SubprocessError):
     return False
-  return done.returncode == 0 and b'GPU' in done.stdout
+  return b'GPU' in done.stdout
 
 
 def check_backend(backend, *, platforms, installed, has_gpu):
@@ -99,26 +96,25 @@ def check_backend(backend, *, platforms, installed, has_gpu):
         f"'jax[{extra}]'; then look at the messages of python -c 'import jax; "
         "jax.devices()'",
       )
-  if has_gpu:
-    text = 'backend cpu, although there is an NVIDIA GPU'
-    return Finding(text, "pip install -U 'jax[cuda12]'")
-  return Finding('backend cpu: no GPU or TPU and no plugin for one')
+  if not has_gpu:
+    return Finding('backend cpu: no GPU or TPU and no plugin for one')
+  text = 'backend cpu, although there is an NVIDIA GPU'
+  return Finding(text, "pip install -U 'jax[cuda12]'")
 
 
 def check_pages(mode, tunables, *, libc):
   """A Finding about the pages of a CPU's memory; `mode` is Linux' text."""
-  if '[always]' in mode:
-    return Finding('memory in huge pages')
   library, version = libc
   tunable = library == 'glibc' and _numbers(version) >= (2, 35)
-  if '[madvise]' not in mode or not tunable:
-    return Finding('memory in small pages')
-  if re.search(r'glibc\.malloc\.hugetlb=[1-9]', tunables):
-    return Finding(f'memory in huge pages, by GLIBC_TUNABLES={tunables}')
-  return Finding(
-    'memory in small pages; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 makes steps '
-    'on a CPU a tenth faster (docs/speed.md)'
+  tunable = tunable and '[madvise]' in mode
+  tuned = tunable and re.search(r'glibc\.malloc\.hugetlb=[1-9]', tunables)
+  if '[always]' in mode or tuned:
+    return Finding('memory in huge pages')
+  hint = (
+    '; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 makes steps on a CPU a tenth '
+    'faster (docs/speed.md)'
   )
+  return Finding(f'memory in small pages{hint if tunable else ""}')
 
 
 def check_memory(backend, environment):

@@ -70,8 +70,8 @@ def _fill(variables, holes, network):
     # Only what is returned is compiled.
     return {path: fresh[path] for path in holes}
 
-  filled = torch_names.flatten(variables)
-  filled |= jax.device_get(init(jax.random.key(0)))
+  filled = jax.device_get(init(jax.random.key(0)))
+  filled = torch_names.flatten(variables) | filled
   return traverse_util.unflatten_dict(filled, sep='/')
 
 
@@ -159,7 +159,7 @@ def import_stage(
   if dataset == 'folder':
     data['class_names'] = class_names
   lines = [found]
-  if torch_networks.backbone_only(report):
+  if report.backbone_only:
     lines.append('the file holds a backbone and nothing else')
   if holes := _holes(variables):
     variables = _fill(variables, holes, network)
