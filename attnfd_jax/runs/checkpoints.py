@@ -8,8 +8,6 @@ word.
 import contextlib
 import json
 import operator
-import os
-import re
 import zlib
 
 import jax
@@ -20,6 +18,7 @@ from attnfd_jax import paths
 from attnfd_jax.devices import processes
 from attnfd_jax.devices import sharding as shardings
 from attnfd_jax.errors import InputError
+from attnfd_jax.runs.logs import reason
 
 
 def steps(directory):
@@ -50,10 +49,8 @@ def _scores(directory):
 def managed(directory, *, keep_best=1):
   """A CheckpointManager; what it saves is complete at exit.
 
-  `best_fn` looks redundant and is not: without it metrics stay in memory and
-  the best checkpoint is lost after a restart. Checkpoints without an
-  evaluation are never the best. Two are kept for the case that the last one
-  cannot be read. InputError if something cannot be saved, or an mIoU not read.
+  Two are kept for the case that the last one cannot be read. InputError if
+  something cannot be saved, or an mIoU not read.
   """
   directory = paths.as_path(directory)
   _scores(directory)  # Orbax says less about what it cannot read.
@@ -66,7 +63,7 @@ def managed(directory, *, keep_best=1):
     preservation_policy=policies.AnyPreservationPolicy(
       [policies.LatestN(2), best]
     ),
-    best_fn=miou,
+    best_fn=miou,  # Without it the best one is forgotten at a restart.
     cleanup_tmp_directories=True,  # What a killed process had half written.
   )
   with _saving(directory):
@@ -86,13 +83,10 @@ def save(manager, step, state, run, *, miou=None):
   """Saves a state in the background; one of the same step is replaced.
 
   `run` is what the data order depends on: seed, batch, records. Without `miou`
-  it is never the best. InputError if this one, or the one before it, could not
-  be saved.
+  it is never the best. InputError also if the one before it was not saved.
   """
-  facts = {'run': run, 'checksums': _checksums(state)}
-  args = ocp.args.Composite(
-    state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(facts)
-  )
+  facts = ocp.args.JsonSave({'run': run, 'checksums': _checksums(state)})
+  args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=facts)
   # Scalars of NumPy and jax are not JSON.
   metrics = None if miou is None else {'miou': float(miou)}
   with _saving(manager.directory):
@@ -101,9 +95,8 @@ def save(manager, step, state, run, *, miou=None):
       manager.delete(step)
     if not manager.directory.is_dir():
       raise InputError(
-        f'{manager.directory}: the folder is gone, and step {step} cannot be '
-        'saved; put it back, or start the same command again to begin this '
-        'stage anew.'
+        f'{manager.directory}: the folder is gone, and step {step} not saved; '
+        'put it back, or start the same command again for a new stage.'
       )
     manager.save(step, args=args, metrics=metrics)
 
@@ -123,19 +116,10 @@ def _saving(directory):
     raise
   except Exception as error:
     raise InputError(
-      f'{directory}: cannot save ({_reason(error)}); make room, or make the '
+      f'{directory}: cannot save ({reason(error)}); make room, or make the '
       'folder writable, and start the same command again. What was saved '
       'before is still there.'
     ) from error
-
-
-def _reason(error):
-  """What the system said, or the first line: messages can be pages of JSON."""
-  if isinstance(error, OSError) and error.strerror:
-    return error.strerror
-  text = str(error).strip() or type(error).__name__
-  system = re.search(r"os_error_code='(\d+)'", text)
-  return os.strerror(int(system[1])) if system else text.splitlines()[0][:160]
 
 
 def _checksums(tree):
@@ -163,9 +147,8 @@ def _read(folder, shapes, *, partial=False, alone=False):
     options['multiprocessing_options'] = ocp.options.MultiprocessingOptions(
       primary_host=0, active_processes={0}, barrier_sync_key_prefix='first'
     )
-  handler = ocp.CompositeCheckpointHandler(
-    composite_options=ocp.CompositeOptions(**options)
-  )
+  composite = ocp.CompositeOptions(**options)
+  handler = ocp.CompositeCheckpointHandler(composite_options=composite)
   shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, shapes)
   arrays = ocp.args.PyTreeRestore(
     shapes,
@@ -184,7 +167,7 @@ def _read(folder, shapes, *, partial=False, alone=False):
   except jax.errors.JaxRuntimeError:
     raise  # Out of memory says nothing about the files.
   except Exception as error:
-    raise _Unreadable(_reason(error)) from error
+    raise _Unreadable(reason(error)) from error
 
 
 def restore_latest(directory, state, run, *, log=print):
@@ -200,15 +183,14 @@ def restore_latest(directory, state, run, *, log=print):
   if processes.is_first():
     found, *decided = _newest_readable(directory, state, alone=alone)
   step, skipped = processes.from_first(decided)
-  if step is None and not skipped:
-    return state, 0
   if step is None:
-    first, reason = skipped[0]
+    if not skipped:
+      return state, 0
+    bad = ', '.join(str(bad) for bad, _ in skipped)
     raise InputError(
-      f'{directory}: none of the checkpoints '
-      f'{", ".join(str(bad) for bad, _ in skipped)} can be read ({first}: '
-      f'{reason}). Nothing was deleted; put a copy back, or move '
-      f'{directory.parent} away to begin this stage again.'
+      f'{directory}: none of the checkpoints {bad} can be read '
+      f'({skipped[0][0]}: {skipped[0][1]}). Nothing was deleted; put a copy '
+      f'back, or move {directory.parent} away to begin this stage again.'
     )
   folder = directory / str(step)
   try:
@@ -223,12 +205,10 @@ def restore_latest(directory, state, run, *, log=print):
       f'{directory}: written with {of_run}, this run has {run}; use another '
       '--workdir.'
     )
-  for bad, reason in skipped:
+  for bad, why in skipped:
     aside = _move_aside(directory / str(bad))
-    log(
-      f'checkpoint {bad} cannot be read ({reason}), moved to {aside}; resumes '
-      f'from {step}'
-    )
+    line = f'checkpoint {bad} cannot be read ({why}), moved to {aside}'
+    log(f'{line}; resumes from {step}')
   return found, step
 
 

@@ -44,8 +44,7 @@ def _read_info(directory):
     ) from error
   if 'stage' not in info:
     raise InputError(
-      f'{directory}: is a run; name one of its stages, e.g. '
-      f'{directory / "distill"}.'
+      f'{directory}: is a run; name one of its stages, such as distill.'
     )
   return info
 
@@ -96,8 +95,8 @@ def load_network(
   found, info['checkpoint_step'] = checkpoints.restore(
     directory / 'checkpoints', wanted, step=step
   )
-  variables = {'params': found[weights]['student']}
-  variables |= found['collections']['student']
+  rest = found['collections']['student']
+  variables = {'params': found[weights]['student'], **rest}
   info['palette'] = np.array(info['palette'], np.uint8)
   return network, variables, info
 

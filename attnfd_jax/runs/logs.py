@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import sys
 import tempfile
 
@@ -59,6 +60,15 @@ def duration(seconds):
   """'1:02:03' or '2:03'."""
   text = str(datetime.timedelta(seconds=round(max(seconds, 0))))
   return text.removeprefix('0:')
+
+
+def reason(error):
+  """What the system said, or the first line: messages can be pages of JSON."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  text = str(error).strip() or type(error).__name__
+  system = re.search(r"os_error_code='(\d+)'", text)  # Of Orbax.
+  return os.strerror(int(system[1])) if system else text.splitlines()[0][:160]
 
 
 class StageLog:
@@ -112,11 +122,12 @@ class StageLog:
     """One JSON object for programs."""
     if not processes.is_first():
       return
-    record = {'kind': kind, 'step': int(step)}
-    for key, value in values.items():
-      if value is not None:
-        record[key] = value if isinstance(value, dict) else float(value)
-    record = without_nan(record)
+    record = {
+      key: value if isinstance(value, dict) else float(value)
+      for key, value in values.items()
+      if value is not None
+    }
+    record = {'kind': kind, 'step': int(step)} | without_nan(record)
     with self._metrics.open('a') as file:
       file.write(json.dumps(record) + '\n')
     if self.on_record:
