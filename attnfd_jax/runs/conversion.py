@@ -109,22 +109,15 @@ def _describe_classes(num_classes, class_names, metadata):
 
 
 def import_stage(
-  source,
-  target,
-  *,
-  config,
-  backbone=None,
-  num_classes=None,
-  class_names=(),
-  in_path_attention=None,
-  allow_missing=False,
+  source, target, *, config, class_names=(), allow_missing=False, **options
 ):
   """Writes the folder `target` from a PyTorch file; returns lines to print.
 
-  `config` is a resolved one as plain values, for what the file does not show.
-  None is: as in the file. The CBAMs are in the forward path if our own
-  .safetensors says so; in the authors' code they are not. `allow_missing` fills
-  what does not fit at random. Nothing is written on InputError.
+  `config` is a resolved one as plain values, for what the file does not show;
+  `options` are of DeepLabV3Plus, None as in the file. The CBAMs are in the
+  forward path if our own .safetensors says so; in the authors' code they are
+  not. `allow_missing` fills what does not fit at random. Nothing is written on
+  InputError.
   """
   source, target = pathlib.Path(source), _new(target)
   tensors = torch_networks.reference_names(source)
@@ -132,22 +125,17 @@ def import_stage(
   options = {
     'in_path_attention': metadata.get('in_path_attention') is True,
     **torch_networks.infer_options(tensors),
+    **{key: value for key, value in options.items() if value is not None},
   }
-  for key, value in (
-    ('backbone', backbone),
-    ('num_classes', num_classes),
-    ('in_path_attention', in_path_attention),
-  ):
-    if value is not None:
-      options[key] = value
+  for key in ('backbone', 'num_classes'):
     if key not in options:
       raise InputError(f'{source.name}: does not show its {key}; give --{key}.')
   num_classes = options.pop('num_classes')
   student = config['student'] | options
   network = networks.make_network(student, num_classes)
   variables, attention, report = torch_networks.import_network(tensors, network)
-  name = networks.describe(student)
-  found = f'{source.name} as {name} with {num_classes} classes: {report}'
+  name = f'{networks.describe(student)}, {num_classes} classes'
+  found = f'{source.name} as {name}: {report}'
   if not report.loaded:
     raise InputError(f'{found}; nothing in it fits.')
   if not report.complete and not allow_missing:
@@ -155,7 +143,7 @@ def import_stage(
   dataset, class_names, palette = _describe_classes(
     num_classes, class_names, metadata
   )
-  data = config['data'] | {'name': dataset}
+  data = {'name': dataset}
   if dataset == 'folder':
     data['class_names'] = class_names
   lines = [found]
@@ -170,23 +158,21 @@ def import_stage(
   info = config | {
     'stage': 'converted',
     'student': student,
-    'data': data,
+    'data': config['data'] | data,
     'source': source.name,
     'class_names': class_names,
     'palette': palette,
   }
   _write_folder(target, info, variables, attention)
   gates = 'no attention' if attention is None else 'attention kept'
-  lines.append(f'{target}: {name}, {num_classes} classes ({dataset}), {gates}')
-  return lines
+  return [*lines, f'{target}: {name} ({dataset}), {gates}']
 
 
 def _write_folder(target, info, variables, attention):
   target.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    prefix=f'.{target.name}.', dir=target.parent
-  ) as temporary:
-    stage = pathlib.Path(temporary) / 'stage'
+  hidden = f'.{target.name}.'
+  with tempfile.TemporaryDirectory('', hidden, target.parent) as temporary:
+    stage = pathlib.Path(temporary, 'stage')
     stage.mkdir()
     logs.write_json(stage / 'config.json', info)
     logs.write_json(stage / 'environment.json', logs.environment())
@@ -239,13 +225,12 @@ def write_weights(path, directory, network, variables, info):
     spec = {x: getattr(network, x) for x in ('backbone', 'in_path_attention')}
     if network.in_path_attention:
       remarks.append(
-        "its attention is in the forward path, which the authors' DeepLab has "
-        'not: it loads the file, and computes something else'
+        "its attention is in the forward path; the authors' DeepLab loads it "
+        'and computes something else'
       )
     elif attention is None:
       remarks.append(
-        'without attention, as in plain DeepLabV3+; the strict load of the '
-        'authors wants some'
+        "no attention, as in plain DeepLabV3+; the authors' strict load fails"
       )
   else:
     tensors = torch_names.flatten(jax.device_get(variables))
@@ -258,8 +243,7 @@ def write_weights(path, directory, network, variables, info):
     metadata = (describe_data(info) | spec).items()
     metadata = {key: json.dumps(value) for key, value in metadata}
     files.write_safetensors(path, tensors, metadata)
-  else:
-    # What the authors' train_kd.py reads.
+  else:  # What the authors' train_kd.py reads.
     checkpoint = {'epoch': 0, 'state_dict': tensors, 'best_pred': 0.0}
     files.write_torch(path, checkpoint)
   return len(tensors), remarks
