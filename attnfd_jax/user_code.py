@@ -81,11 +81,7 @@ def _run(source, path):
   name = f'{epath.Path(path).stem}_{_digest(source)[:8]}'
   module = sys.modules[name] = types.ModuleType(name)
   module.__file__ = path
-  try:
-    exec(compile(source, path, 'exec'), module.__dict__)
-  except BaseException:
-    del sys.modules[name]
-    raise
+  exec(compile(source, path, 'exec'), module.__dict__)
   return module
 
 

@@ -93,8 +93,7 @@ def check_backend(backend, *, platforms, installed, has_gpu):
       return Finding(
         f'backend cpu, although support for {kind} is installed',
         'versions of jax and its plugin must be the same: pip install -U '
-        f"'jax[{extra}]'; then look at the messages of python -c 'import jax; "
-        "jax.devices()'",
+        f"'jax[{extra}]', then python -c 'import jax; jax.devices()' says more",
       )
   if not has_gpu:
     return Finding('backend cpu: no GPU or TPU and no plugin for one')
@@ -121,13 +120,12 @@ def check_memory(backend, environment):
   """A Finding about what jax takes of a device's memory."""
   if backend != 'gpu':
     return Finding(f'memory preallocation: none on {backend}')
-  if environment.get('XLA_PYTHON_CLIENT_PREALLOCATE', '').lower() == 'false':
+  variable = 'XLA_PYTHON_CLIENT_PREALLOCATE'
+  if environment.get(variable, '').lower() == 'false':
     return Finding('memory preallocation off: grows as needed')
-  share = environment.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.75')
-  return Finding(
-    f'memory preallocation: {float(share):.0%} of each GPU, which looks like a '
-    'leak and is none; XLA_PYTHON_CLIENT_PREALLOCATE=false turns it off'
-  )
+  share = float(environment.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.75'))
+  text = f'memory preallocation: {share:.0%} of each GPU, which is no leak'
+  return Finding(f'{text}; {variable}=false turns it off')
 
 
 def check_folder(folder, what, option, *, least_free=_LEAST_FREE):
@@ -169,11 +167,9 @@ def check_device(device, convolve=convolve):
       value, gradient = jax.device_get(convolve(*ones))
       seconds = time.perf_counter() - start
   except Exception as error:  # Whatever a driver may raise.
-    return Finding(
-      f'{name}: a convolution fails ({first_line(error)})',
-      'check the driver and that jax, jaxlib and the plugin are of one '
-      'version; end other programs on the device',
-    )
+    text = f'{name}: a convolution fails ({first_line(error)})'
+    remedy = 'check the driver, that jax, jaxlib and plugin are of one version'
+    return Finding(text, f'{remedy}, and what else is on the device')
   # Rows see 3 taps, the 2 at either border only 2; columns alike.
   taps = np.concatenate([np.full(28, 3.0), np.full(4, 2.0)])
   expected = np.mean(np.square(16 * taps)) * np.mean(np.square(taps))

@@ -184,8 +184,7 @@ def read_state_dict(path):
   all names have them.
 
   Raises:
-    TorchFileError: also if there is no such mapping.
-    OSError: if the file cannot be opened.
+    TorchFileError, OSError: as read_torch, and if there is no such mapping.
   """
   found = read_torch(path)
   inner = found if type(found) is dict else {}
@@ -204,8 +203,8 @@ def read_state_dict(path):
 
 
 def _plain(array):
-  # C order (safetensors writes wrong values without a word otherwise) and
-  # the byte order of this machine; a scalar stays a scalar.
+  # Safetensors writes wrong values of another order without a word. A scalar
+  # stays a scalar.
   return np.asarray(array, array.dtype.newbyteorder('='), order='C')
 
 
@@ -271,15 +270,12 @@ def _emit(value, arrays, where):
 def write_torch(path, obj):
   """Writes what torch.load reads, also with weights_only=True; atomically.
 
-  Args:
-    path: where to; replaced in one step.
-    obj: dict, OrderedDict (keys str or int), list, tuple, str, bool, int,
-      float, None, NumPy scalars (written as Python numbers) and arrays. An
-      array that appears twice is stored once, and torch shares its memory.
+  `obj` holds dict, OrderedDict (keys str or int), list, tuple, str, bool, int,
+  float, None, NumPy scalars (written as Python numbers) and arrays. An array
+  that appears twice is stored once, and torch shares its memory.
 
   Raises:
     TorchFileError: if `obj` holds anything else; nothing is written then.
-    OSError: if the file cannot be written.
   """
   arrays = {}
   with _errors(path, 'cannot be written'):

@@ -23,7 +23,6 @@ from attnfd_jax.runs.logs import reason
 
 def steps(directory):
   """Steps of the finished checkpoints in `directory`, in order."""
-  directory = paths.as_path(directory)
   if not directory.is_dir():
     return []
   return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
@@ -178,19 +177,27 @@ def restore_latest(directory, state, run, *, log=print):
   one decides which can be read. `state` has the shardings; `run`: see `save`.
   InputError if there are some and none can be read, or another run wrote them.
   """
-  directory = paths.as_path(directory)
-  alone, found, decided = jax.process_count() > 1, None, None
-  if processes.is_first():
-    found, *decided = _newest_readable(directory, state, alone=alone)
-  step, skipped = processes.from_first(decided)
+  alone, target = jax.process_count() > 1, state
+  if alone:  # The arrays are not on the devices of one process.
+    target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
+  found, step, skipped = None, None, []
+  for saved in reversed(steps(directory) if processes.is_first() else []):
+    try:
+      found = _read(directory / str(saved), target, alone=alone)
+      step = saved
+      break
+    except _Unreadable as error:
+      skipped.append((saved, str(error)))
+  step, skipped = processes.from_first((step, skipped))
   if step is None:
     if not skipped:
       return state, 0
-    bad = ', '.join(str(bad) for bad, _ in skipped)
+    newest, why = skipped[0]
     raise InputError(
-      f'{directory}: none of the checkpoints {bad} can be read '
-      f'({skipped[0][0]}: {skipped[0][1]}). Nothing was deleted; put a copy '
-      f'back, or move {directory.parent} away to begin this stage again.'
+      f'{directory}: none of the checkpoints '
+      f'{", ".join(str(bad) for bad, _ in skipped)} can be read ({newest}: '
+      f'{why}). Nothing was deleted; put a copy back, or move '
+      f'{directory.parent} away to begin this stage again.'
     )
   folder = directory / str(step)
   try:
@@ -212,20 +219,6 @@ def restore_latest(directory, state, run, *, log=print):
   return found, step
 
 
-def _newest_readable(directory, state, *, alone):
-  """(what `_read` returns, its step, [(newer step, why it cannot be read)])."""
-  if alone:  # The arrays are not on the devices of one process.
-    state = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
-  skipped = []
-  for step in reversed(steps(directory)):
-    try:
-      found = _read(directory / str(step), state, alone=alone)
-      return found, step, skipped
-    except _Unreadable as error:
-      skipped.append((step, str(error)))
-  return None, None, skipped
-
-
 def _move_aside(folder):
   """Moves a checkpoint beside the others; its step will be saved again."""
   aside = folder.parent.parent / f'damaged_{folder.name}'
@@ -244,7 +237,6 @@ def restore(directory, shapes, *, step=None):
   `shapes` is a tree of arrays or ShapeDtypeStruct with shardings. InputError if
   there is no checkpoint, it is damaged, or it has no such part.
   """
-  directory = paths.as_path(directory)
   known = steps(directory)
   if step is None and (scores := _scores(directory)):
     step = sorted(scores, key=scores.get)[-1]  # As Orbax: the last of equals.
