@@ -177,6 +177,7 @@ def restore_latest(directory, state, run, *, log=print):
   one decides which can be read. `state` has the shardings; `run`: see `save`.
   InputError if there are some and none can be read, or another run wrote them.
   """
+  directory = paths.as_path(directory)
   alone, target = jax.process_count() > 1, state
   if alone:  # The arrays are not on the devices of one process.
     target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
@@ -237,6 +238,7 @@ def restore(directory, shapes, *, step=None):
   `shapes` is a tree of arrays or ShapeDtypeStruct with shardings. InputError if
   there is no checkpoint, it is damaged, or it has no such part.
   """
+  directory = paths.as_path(directory)
   known = steps(directory)
   if step is None and (scores := _scores(directory)):
     step = sorted(scores, key=scores.get)[-1]  # As Orbax: the last of equals.
