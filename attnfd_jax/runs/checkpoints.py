@@ -115,9 +115,8 @@ def _saving(directory):
     raise
   except Exception as error:
     raise InputError(
-      f'{directory}: cannot save ({reason(error)}); make room, or make the '
-      'folder writable, and start the same command again. What was saved '
-      'before is still there.'
+      f'{directory}: cannot save ({reason(error)}); make room, or make it '
+      'writable, and start the same command again. Older ones are still there.'
     ) from error
 
 
@@ -131,15 +130,11 @@ def _checksums(tree):
   }
 
 
-class _Unreadable(Exception):
-  """Says why a checkpoint cannot be read."""
-
-
 def _read(folder, shapes, *, partial=False, alone=False):
   """The arrays `shapes` of a checkpoint, and what `save` got as `run`.
 
   With `partial` it may hold more. With `alone` the first process reads, and
-  others do not take part.
+  others do not take part. The InputError only says why it cannot be read.
   """
   options = {}
   if alone:
@@ -166,7 +161,7 @@ def _read(folder, shapes, *, partial=False, alone=False):
   except jax.errors.JaxRuntimeError:
     raise  # Out of memory says nothing about the files.
   except Exception as error:
-    raise _Unreadable(reason(error)) from error
+    raise InputError(reason(error)) from error
 
 
 def restore_latest(directory, state, run, *, log=print):
@@ -187,7 +182,7 @@ def restore_latest(directory, state, run, *, log=print):
       found = _read(directory / str(saved), target, alone=alone)
       step = saved
       break
-    except _Unreadable as error:
+    except InputError as error:
       skipped.append((saved, str(error)))
   step, skipped = processes.from_first((step, skipped))
   if step is None:
@@ -203,7 +198,7 @@ def restore_latest(directory, state, run, *, log=print):
   folder = directory / str(step)
   try:
     found, of_run = _read(folder, state) if alone else found
-  except _Unreadable as error:  # The first process could read it.
+  except InputError as error:  # The first process could read it.
     raise InputError(
       f'{folder}: process {jax.process_index()} cannot read it ({error}); do '
       'all processes see the same disk?'
@@ -247,9 +242,8 @@ def restore(directory, shapes, *, step=None):
     raise InputError(f'{directory}: no {wanted}; have {known}.')
   try:
     return _read(directory / str(step), shapes, partial=True)[0], step
-  except _Unreadable as error:
+  except InputError as error:
     raise InputError(
-      f'{directory}: checkpoint {step} cannot be read ({error}): it is '
-      'damaged, or of another network than config.json beside it says; put a '
-      'copy back, or move it away to use another one.'
+      f'{directory}: checkpoint {step} cannot be read ({error}): damaged, or '
+      'not of what config.json says; put a copy back, or move it away.'
     ) from error

@@ -91,10 +91,8 @@ def _describe_classes(num_classes, class_names, metadata):
   """Name of the data set, names of its classes, palette as a list."""
   names, count = list(class_names), len({*class_names})
   if names and not len(names) == count == num_classes:
-    raise InputError(
-      f'--class_names has {len(names)} names, {count} of them different; the '
-      f'network has {num_classes} classes.'
-    )
+    text = f'--class_names has {len(names)} names, {count} of them different'
+    raise InputError(f'{text}; the network has {num_classes} classes.')
   names = names or metadata.get('class_names')
   if not isinstance(names, list) or len(names) != num_classes:
     alike = [list(x) for x in _DATASETS.values() if len(x) == num_classes]

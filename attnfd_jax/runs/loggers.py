@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where numbers go besides metrics.jsonl: TensorBoard, Weights & Biases.
 
-Their packages are optional and imported for config.loggers alone. A logger
-gets every record of metrics.jsonl, those of before a restart again: it keeps no
-state that could disagree with a checkpoint. One that fails is left out, for a
-page in a browser is not worth a training run.
+Their packages are imported for config.loggers alone. A logger gets every record
+of metrics.jsonl, those of before a restart again: it keeps no state that could
+disagree with a checkpoint. One that fails is left out.
 """
 
 import contextlib
@@ -21,10 +20,7 @@ from attnfd_jax.runs.logs import reason
 
 
 def check(names):
-  """Raises InputError for a package or an account that is missing.
-
-  What would only fail when a stage begins fails before any work.
-  """
+  """Raises InputError, before any work, for a missing package or account."""
   given = f'config.loggers={tuple(names)}'
   for name in names:
     package, _ = _SINKS[name]

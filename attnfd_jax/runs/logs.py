@@ -14,6 +14,7 @@ import sys
 import tempfile
 
 import jax
+import tqdm
 
 from attnfd_jax import paths
 from attnfd_jax.devices import processes
@@ -57,9 +58,8 @@ def environment():
 
 
 def duration(seconds):
-  """'1:02:03' or '2:03'."""
-  text = str(datetime.timedelta(seconds=round(max(seconds, 0))))
-  return text.removeprefix('0:')
+  """'1:02:03' or '02:03'."""
+  return tqdm.tqdm.format_interval(round(max(seconds, 0)))
 
 
 def reason(error):
@@ -74,9 +74,9 @@ def reason(error):
 class StageLog:
   """log.txt and metrics.jsonl of a stage; lines also go to the screen.
 
-  Of several processes the first one writes. Objects at gs:// cannot grow: there
-  the files are written in `local`, a folder of this machine, and uploaded by
-  `upload`. `on_record` is called with every record of `metrics`.
+  Of several processes the first one writes. Objects at gs:// cannot grow: their
+  files are written in `local`, a folder of this machine, until `upload`.
+  `on_record` is called with every record of `metrics`.
   """
 
   def __init__(self, directory):
@@ -100,11 +100,11 @@ class StageLog:
     if not self._metrics.exists() or not processes.is_first():
       return
     kept = []
-    for line in self._metrics.read_bytes().splitlines():
-      # The last line of a killed process may be anything. At step 0 the teacher
-      # is scored: a fresh start does that again.
+    # At step 0 the teacher is scored: a fresh start does that again.
+    for line in self._metrics.read_bytes().splitlines() if step else ():
+      # The last one of a killed process may be anything.
       with contextlib.suppress(ValueError, TypeError, KeyError):
-        if step and json.loads(line)['step'] <= step:
+        if json.loads(line)['step'] <= step:
           kept.append(line + b'\n')
     with paths.replacing(self._metrics) as file:
       file.writelines(kept)
