@@ -111,8 +111,8 @@ def store(directory, config, stored):
     digest = digests[spec] = _digest(source)
     if stored.get(spec, digest) != digest:
       raise InputError(
-        f'{path} has changed since the run was begun; put the old file '
-        'back, or use another --workdir.'
+        f'{path} has changed since the run was begun; put the old file back, '
+        'or use another --workdir.'
       )
     copy = _copy_of(spec, directory, digest)
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def _copy_of(spec, directory, digest):
   return directory / 'code' / digest[:12] / _path_of(spec).name
 
 
-def stored(directory, info, spec, *, allow_code):
+def kept(directory, info, spec, *, allow_code):
   """For `load_object`: the copy that a stage keeps of `spec`, and its bytes.
 
   `info` is the stage's config.json. InputError if the code may not be run, or
@@ -133,9 +133,8 @@ def stored(directory, info, spec, *, allow_code):
   """
   if not allow_code:
     raise InputError(
-      f'{directory}: its config names Python code, {spec}, and a folder runs '
-      'none unless you allow it: read the files below code/, then add '
-      '--allow_code.'
+      f'{directory}: its config names Python code, {spec}: read what is below '
+      'code/, and add --allow_code to run it.'
     )
   if not _is_file(spec):
     return spec, None

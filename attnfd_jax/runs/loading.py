@@ -74,7 +74,7 @@ def load_network(
   if network is None:
     options, source = dict(info[role_of(info)]), None
     if user_code.is_code(options['network']):
-      options['network'], source = user_code.stored(
+      options['network'], source = user_code.kept(
         directory, info, options['network'], allow_code=allow_code
       )
     classes, dtype = len(info['class_names']), info['optim']['dtype']
