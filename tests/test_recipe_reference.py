@@ -96,8 +96,8 @@ from attnfd_jax.devices import sharding
 from attnfd_jax.inference import evaluation
 from attnfd_jax.losses import Mean, softmax_cross_entropy
 from attnfd_jax.models import layers, resizing
-from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models import network as networks
+from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
