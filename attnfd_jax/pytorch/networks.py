@@ -229,7 +229,11 @@ def load_torch_distiller(
   teacher = DeepLabV3Plus(teacher_backbone, num_classes, aspp_dropout=0.0)
   loaded, maps = [], []
   for network, prefix in ((student, 's_net.'), (teacher, 't_net.')):
-    own = {k[6:]: x for k, x in tensors.items() if k.startswith(prefix)}
+    own = {
+      name.removeprefix(prefix): x
+      for name, x in tensors.items()
+      if name.startswith(prefix)
+    }
     variables, gates, report = import_network(own, network)
     if not report.complete or gates is None:
       raise InputError(f'{prefix}* is not a {network.backbone}: {report}.')

@@ -36,8 +36,10 @@ def locked(workdir):
     except OSError as error:
       if error.errno not in _UNSUPPORTED:
         raise
-      line = f'{workdir}: this disk has no locks; let one process write there.'
-      print(line, flush=True)
+      print(
+        f'{workdir}: this disk has no locks; let one process write there.',
+        flush=True,
+      )
     file.truncate(0)
     json.dump({'pid': os.getpid(), 'host': socket.gethostname()}, file)
     file.flush()
