@@ -16,7 +16,7 @@ import numpy as np
 from attnfd_jax.distill.attnfd import AttnFD
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
-from attnfd_jax.models.deeplab import BACKBONES, DeepLabV3Plus, TAPS
+from attnfd_jax.models.deeplab import DeepLabV3Plus, TAPS
 from attnfd_jax.pytorch import files, names
 
 # Options that the first axis of a tensor shows, as a multiple of the last.
@@ -30,9 +30,10 @@ _SHOWN = (
 )
 # (blocks of layer3, bottlenecks) -> key of BACKBONES.
 _RESNETS = {
-  (make.args[0][2], make.args[1]): name
-  for name, make in BACKBONES.items()
-  if name.startswith('resnet')
+  (2, False): 'resnet18',
+  (6, False): 'resnet34',
+  (6, True): 'resnet50',
+  (23, True): 'resnet101',
 }
 
 
