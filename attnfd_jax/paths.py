@@ -15,11 +15,7 @@ def is_remote(path):
 
 
 def as_path(path):
-  """An absolute epath.Path.
-
-  Raises:
-    InputError: for an address whose package is missing.
-  """
+  """An absolute epath.Path; InputError if an address needs another package."""
   if not is_remote(path):
     return epath.Path(os.path.abspath(path))
   try:
@@ -35,8 +31,8 @@ def as_path(path):
 def replacing(path):
   """A file, open for bytes, that takes the place of `path` when it is whole."""
   path = epath.Path(path)
-  if is_remote(path):  # Objects are replaced whole.
-    with path.open('wb') as file:
+  if is_remote(path):
+    with path.open('wb') as file:  # Objects are replaced whole.
       yield file
     return
   # One name: what a killed process leaves is overwritten by the next one.

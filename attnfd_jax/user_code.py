@@ -25,12 +25,12 @@ def is_code(spec):
   return ':' in spec
 
 
-def _is_file(spec):
-  return _path_of(spec).suffix == '.py'
-
-
 def _path_of(spec):
   return epath.Path(spec.rpartition(':')[0])
+
+
+def _is_file(spec):
+  return _path_of(spec).suffix == '.py'
 
 
 @contextlib.contextmanager
@@ -47,11 +47,12 @@ def explained(what):
     ) from error
 
 
-def load_object(spec, *, option):
+def load_object(spec, *, option, source=None):
   """The object that `spec` names, the value of `option` in messages.
 
-  Two calls with the same file give the same object, so that compiled programs
-  are shared. InputError if there is no such object, or its code raises.
+  `source` are the bytes of its file, where they have been checked: what is read
+  again may be another file. The same bytes give the same object, so that
+  compiled programs are shared. InputError if there is none, or its code raises.
   """
   given = f'{option}={spec!r}'
   where, _, name = spec.rpartition(':')
@@ -62,10 +63,12 @@ def load_object(spec, *, option):
   with explained(given):
     if not _is_file(spec):
       module = importlib.import_module(where)
-    elif _path_of(spec).is_file():
-      module = _run(_path_of(spec).read_bytes(), where)
     else:
-      raise InputError(f'{given}: there is no file {where}.')
+      if source is None:
+        if not _path_of(spec).is_file():
+          raise InputError(f'{given}: there is no file {where}.')
+        source = _path_of(spec).read_bytes()
+      module = _run(source, where)
   if not hasattr(module, name):
     raise InputError(f'{given}: {where} has no {name}.')
   return getattr(module, name)
@@ -73,18 +76,12 @@ def load_object(spec, *, option):
 
 @functools.cache
 def _run(source, path):
-  """The module of a file's bytes, which are what was hashed: no cached bytecode
-  beside the file can take their place.
-  """
+  """The module of a file's bytes; no bytecode beside it takes their place."""
   # One name for each content: dataclasses and pickle look modules up by name.
   name = f'{epath.Path(path).stem}_{_digest(source)[:8]}'
   module = sys.modules[name] = types.ModuleType(name)
   module.__file__ = path
-  try:
-    exec(compile(source, path, 'exec'), module.__dict__)
-  except BaseException:
-    del sys.modules[name]
-    raise
+  exec(compile(source, path, 'exec'), module.__dict__)
   return module
 
 
@@ -114,8 +111,8 @@ def store(directory, config, stored):
     digest = digests[spec] = _digest(source)
     if stored.get(spec, digest) != digest:
       raise InputError(
-        f'{path} has changed since the run was begun; put the old file '
-        'back, or use another --workdir.'
+        f'{path} has changed since the run was begun; put the old file back, '
+        'or use another --workdir.'
       )
     copy = _copy_of(spec, directory, digest)
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -128,22 +125,24 @@ def _copy_of(spec, directory, digest):
   return directory / 'code' / digest[:12] / _path_of(spec).name
 
 
-def stored_spec(directory, info, spec, *, allow_code):
-  """The copy that a stage keeps of `spec`, an object that its `info` names;
-  InputError if it may not be run, or is not what `store` recorded.
+def kept(directory, info, spec, *, allow_code):
+  """For `load_object`: the copy that a stage keeps of `spec`, and its bytes.
+
+  `info` is the stage's config.json. InputError if the code may not be run, or
+  is not what `store` recorded.
   """
   if not allow_code:
     raise InputError(
-      f'{directory}: its config names Python code, {spec}, and a folder runs '
-      'none unless you allow it: read the files below code/, then add '
-      '--allow_code.'
+      f'{directory}: its config names Python code, {spec}: read what is below '
+      'code/, and add --allow_code to run it.'
     )
   if not _is_file(spec):
-    return spec
+    return spec, None
   digest = info.get('code', {}).get(spec, '')
   copy = _copy_of(spec, directory, digest)
-  if not copy.is_file() or _digest(copy.read_bytes()) != digest:
+  source = copy.read_bytes() if copy.is_file() else b''
+  if _digest(source) != digest:
     raise InputError(
       f'{copy}: absent, or not the file that was recorded; put a copy back.'
     )
-  return f'{copy}:{spec.rpartition(":")[2]}'
+  return f'{copy}:{spec.rpartition(":")[2]}', source

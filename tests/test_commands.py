@@ -208,10 +208,9 @@ def run(arguments):
 def random_files(folder):
   """teacher.pth.tar, resnet18.pth, and the stage that `convert` makes."""
   network = deeplab.DeepLabV3Plus('resnet18', 11, **NARROW)
+  network = network.clone(in_path_attention=True)
   variables = train.random_variables(network, 0)
-  gates = torch_models.abstract_gates(network)
-  gates = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), gates)
-  tensors = torch_models.export_torch(variables, gates, backbone='resnet18')
+  tensors = torch_models.export_torch(variables, backbone='resnet18')
   torch_files.write_torch(folder / 'teacher.pth.tar', {'state_dict': tensors})
   trunk = {
     name.removeprefix('backbone.'): value

@@ -44,11 +44,8 @@ import_stage = functools.partial(conversion.import_stage, config=CONFIG)
 def shapes(backbone, num_classes=21, **options):
   """The network, shapes of its variables and of its three CBAMs."""
   network = DeepLabV3Plus(backbone, num_classes, **(options or TINY))
-  return (
-    network,
-    networks.abstract_variables(network),
-    torch_models.abstract_gates(network),
-  )
+  gated = networks.abstract_variables(network.clone(in_path_attention=True))
+  return network, *torch_models.split_gates(gated)
 
 
 @pytest.fixture

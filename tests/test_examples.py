@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 
+from etils import epath
 import numpy as np
 from PIL import Image
 import pytest
@@ -125,11 +126,23 @@ def test_a_folder_runs_no_code_unless_allowed(trained, images, tmp_path):
   assert out['logits'].shape == (1, 32, 32, 9)
 
 
-def test_a_copy_that_was_changed_is_not_run(trained, tmp_path):
+def test_a_copy_that_was_changed_is_not_run(trained, tmp_path, monkeypatch):
   _, run = trained
   shutil.copytree(run / 'student', tmp_path / 'student')
   (path,) = (tmp_path / 'student' / 'code').glob('*/unet.py')
-  path.write_text(path.read_text() + 'print("owned")\n')
+  local = type(epath.Path(path))
+  read = local.read_bytes
+
+  def read_and_change(file):
+    source = read(file)
+    if file.name == path.name:
+      path.write_text('raise SystemExit')
+    return source
+
+  # What runs is what was checked, whatever the file is by then.
+  monkeypatch.setattr(local, 'read_bytes', read_and_change)
+  attnfd_jax.load(tmp_path / 'student', allow_code=True)
+  assert path.read_text() == 'raise SystemExit'
   with pytest.raises(InputError, match='not the file that was recorded'):
     attnfd_jax.load(tmp_path / 'student', allow_code=True)
 

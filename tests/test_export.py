@@ -429,13 +429,13 @@ def test_a_network_of_the_user(own_stage, tmp_path, kind):
     assert {'palette', 'mean', 'std'} <= found.keys()
 
 
-@pytest.mark.parametrize(('kind', 'name'), [('onnx', 'ONNX'), ('pth', '.pth')])
-def test_formats_of_deeplab_alone(own_stage, tmp_path, kind, name):
+@pytest.mark.parametrize('kind', ['onnx', 'pth'])
+def test_formats_of_deeplab_alone(own_stage, tmp_path, kind):
   if kind == 'onnx':
     pytest.importorskip('onnx')
     pytest.importorskip('onnxruntime')
   path = tmp_path / f'a.{kind}'
-  message = f'{name} is written for DeepLabV3Plus only; use --format=stablehlo'
+  message = f'{kind} is written for DeepLabV3Plus only; use --format=stablehlo'
   with pytest.raises(InputError, match=message):
     student.export_student(own_stage, path, kind=kind, allow_code=True)
   if kind == 'pth':

@@ -97,6 +97,7 @@ from attnfd_jax.inference import evaluation
 from attnfd_jax.losses import Mean, softmax_cross_entropy
 from attnfd_jax.models import layers, resizing
 from attnfd_jax.models import network as networks
+from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
@@ -149,6 +150,9 @@ class Small(DeepLabV3Plus):
     x = drop(self.decoder_dropout, drop(self.aspp_dropout, x))
     x = Part('conv2', self.decoder_channels, name='decoder')(x, train=train)
     features['decoder'] = x = nn.relu(x)
+    if self.in_path_attention:  # For their variables.
+      for tap, y in features.items():
+        CBAM(name=f'attention_{tap}')(y, train=train)
     x = drop(self.head_dropout, x)
     head = layers.Conv(self.num_classes, 1, use_bias=True, name='classifier')
     coarse = head(x)
@@ -192,7 +196,8 @@ def draw(tree, seed):
 def checkpoint(tmp_path_factory):
   """Path of a teacher in the authors' format, and its gates."""
   network = Small('resnet18', 21, aspp_channels=6, decoder_channels=5)
-  gates = draw(torch_models.abstract_gates(network), 1)
+  gated = networks.abstract_variables(network.clone(in_path_attention=True))
+  gates = draw(torch_models.split_gates(gated)[1], 1)
   tensors = torch_models.export_torch(
     draw(networks.abstract_variables(network), 0), gates, backbone='resnet18'
   )

@@ -39,10 +39,7 @@ def _numbers(version):
 
 
 def check_versions(requirements, find_version):
-  """Findings about packages against bounds such as 'orbax-checkpoint>=0.12,<1'.
-
-  find_version: importlib.metadata.version, or the like.
-  """
+  """Findings about packages, by bounds such as 'orbax-checkpoint>=0.12,<1'."""
   for line in sorted(requirements):
     if ';' in line:
       continue  # Of an extra.
@@ -79,10 +76,10 @@ def _has_nvidia_gpu():
   """What the driver lists, without jax."""
   command = ['nvidia-smi', '-L']
   try:
-    done = subprocess.run(command, capture_output=True, timeout=20)
-  except (OSError, subprocess.TimeoutExpired):
+    done = subprocess.run(command, capture_output=True, timeout=20, check=True)
+  except (OSError, subprocess.SubprocessError):
     return False
-  return done.returncode == 0 and b'GPU' in done.stdout
+  return b'GPU' in done.stdout
 
 
 def check_backend(backend, *, platforms, installed, has_gpu):
@@ -96,42 +93,39 @@ def check_backend(backend, *, platforms, installed, has_gpu):
       return Finding(
         f'backend cpu, although support for {kind} is installed',
         'versions of jax and its plugin must be the same: pip install -U '
-        f"'jax[{extra}]'; then look at the messages of python -c 'import jax; "
-        "jax.devices()'",
+        f"'jax[{extra}]', then python -c 'import jax; jax.devices()' says more",
       )
-  if has_gpu:
-    text = 'backend cpu, although there is an NVIDIA GPU'
-    return Finding(text, "pip install -U 'jax[cuda12]'")
-  return Finding('backend cpu: no GPU or TPU and no plugin for one')
+  if not has_gpu:
+    return Finding('backend cpu: no GPU or TPU and no plugin for one')
+  text = 'backend cpu, although there is an NVIDIA GPU'
+  return Finding(text, "pip install -U 'jax[cuda12]'")
 
 
 def check_pages(mode, tunables, *, libc):
   """A Finding about the pages of a CPU's memory; `mode` is Linux' text."""
-  if '[always]' in mode:
-    return Finding('memory in huge pages')
   library, version = libc
   tunable = library == 'glibc' and _numbers(version) >= (2, 35)
-  if '[madvise]' not in mode or not tunable:
-    return Finding('memory in small pages')
-  if re.search(r'glibc\.malloc\.hugetlb=[1-9]', tunables):
-    return Finding(f'memory in huge pages, by GLIBC_TUNABLES={tunables}')
-  return Finding(
-    'memory in small pages; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 makes steps '
-    'on a CPU a tenth faster (docs/speed.md)'
+  tunable = tunable and '[madvise]' in mode
+  tuned = tunable and re.search(r'glibc\.malloc\.hugetlb=[1-9]', tunables)
+  if '[always]' in mode or tuned:
+    return Finding('memory in huge pages')
+  hint = (
+    '; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 makes steps on a CPU a tenth '
+    'faster (docs/speed.md)'
   )
+  return Finding(f'memory in small pages{hint if tunable else ""}')
 
 
 def check_memory(backend, environment):
   """A Finding about what jax takes of a device's memory."""
   if backend != 'gpu':
     return Finding(f'memory preallocation: none on {backend}')
-  if environment.get('XLA_PYTHON_CLIENT_PREALLOCATE', '').lower() == 'false':
+  variable = 'XLA_PYTHON_CLIENT_PREALLOCATE'
+  if environment.get(variable, '').lower() == 'false':
     return Finding('memory preallocation off: grows as needed')
-  share = environment.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.75')
-  return Finding(
-    f'memory preallocation: {float(share):.0%} of each GPU, which looks like a '
-    'leak and is none; XLA_PYTHON_CLIENT_PREALLOCATE=false turns it off'
-  )
+  share = float(environment.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.75'))
+  text = f'memory preallocation: {share:.0%} of each GPU, which is no leak'
+  return Finding(f'{text}; {variable}=false turns it off')
 
 
 def check_folder(folder, what, option, *, least_free=_LEAST_FREE):
@@ -173,11 +167,9 @@ def check_device(device, convolve=convolve):
       value, gradient = jax.device_get(convolve(*ones))
       seconds = time.perf_counter() - start
   except Exception as error:  # Whatever a driver may raise.
-    return Finding(
-      f'{name}: a convolution fails ({first_line(error)})',
-      'check the driver and that jax, jaxlib and the plugin are of one '
-      'version; end other programs on the device',
-    )
+    text = f'{name}: a convolution fails ({first_line(error)})'
+    remedy = 'check the driver, that jax, jaxlib and plugin are of one version'
+    return Finding(text, f'{remedy}, and what else is on the device')
   # Rows see 3 taps, the 2 at either border only 2; columns alike.
   taps = np.concatenate([np.full(28, 3.0), np.full(4, 2.0)])
   expected = np.mean(np.square(16 * taps)) * np.mean(np.square(taps))

@@ -21,12 +21,11 @@ def explained(batch_size, *, devices, accumulate=None):
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    parts = accumulate or 1
-    if accumulate is None:
-      key, least = 'config.eval.batch_size', 1
-      more = '; --config.eval.short_side makes large images smaller'
-    else:
-      key, least = 'config.batch_size', 2 * parts  # For batch statistics.
+    parts, key, least = 1, 'config.eval.batch_size', 1
+    more = '; --config.eval.short_side makes large images smaller'
+    if accumulate is not None:
+      parts, key = accumulate, 'config.batch_size'
+      least = 2 * parts  # For batch statistics.
       more = (
         '. For the same batch, --config.optim.remat=True computes blocks twice '
         f'and --config.optim.accumulate={2 * parts} computes it in parts, with '
@@ -41,9 +40,9 @@ def explained(batch_size, *, devices, accumulate=None):
         share = 0.9 * free / wanted
     unit = devices * parts
     fits = int(share * batch_size) // unit * unit
-    remedy = f'{key} is as small as it can be'
-    if fits >= least:
-      remedy = f'--{key}={fits} would probably fit'
+    remedy = f'--{key}={fits} would probably fit'
+    if fits < least:
+      remedy = f'{key} is as small as it can be'
     raise InputError(
       f'Out of device memory at {key}={batch_size}{sizes}: {remedy}{more}.'
     ) from error

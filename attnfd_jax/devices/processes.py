@@ -7,16 +7,18 @@ share of the images, and the first one writes what people read.
 
 import json
 import os
+import re
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from attnfd_jax.errors import first_line, InputError
+from attnfd_jax.errors import first_line, InputError, within
 
 _SLURM = 'SLURM_STEP_NODELIST'
 # Of processes that a launcher started to work together.
 _LAUNCHED = (_SLURM, 'OMPI_MCA_orte_hnp_uri', 'JOB_COMPLETION_INDEX')
+_ALL_THREE = '--coordinator, --num_processes and --process_id'
 
 
 def initialise(*, coordinator=None, num_processes=None, process_id=None):
@@ -25,10 +27,7 @@ def initialise(*, coordinator=None, num_processes=None, process_id=None):
   Without arguments JAX looks for Slurm, Open MPI, Kubernetes and Cloud TPU;
   where it finds none of them this process is alone, and so it is, without
   looking, with num_processes=1. `coordinator` is HOST:PORT of process 0.
-
-  Raises:
-    InputError: if one of the three is missing or wrong, or if the processes
-      of a launcher cannot meet.
+  InputError if one of the three is missing or wrong, or processes cannot meet.
   """
   flags = {
     '--coordinator': coordinator,
@@ -40,34 +39,26 @@ def initialise(*, coordinator=None, num_processes=None, process_id=None):
     return
   if 0 < len(missing) < 3:
     raise InputError(
-      f'{", ".join(missing)} missing: several processes need --coordinator, '
-      '--num_processes and --process_id.'
+      f'{", ".join(missing)} missing: several processes need {_ALL_THREE}.'
     )
-  arguments, options = (), {}
-  if missing:
-    # An interactive shell of a cluster: it would lose all devices but one.
-    if _SLURM in os.environ and os.environ.get('SLURM_NTASKS', '1') == '1':
-      return
-  else:
-    host, _, port = coordinator.rpartition(':')
-    if not host or not port.isdecimal():
+  if not missing:
+    if not re.fullmatch(r'.+:\d+', coordinator):
       raise InputError(f'--coordinator={coordinator} must be HOST:PORT.')
-    if not 0 <= process_id < num_processes:
-      raise InputError(
-        f'--process_id={process_id} must be from 0 to {num_processes - 1}, '
-        'below --num_processes.'
-      )
-    arguments = flags.values()
-    options = {'cluster_detection_method': 'deactivate'}
+    within('--process_id', process_id, 0, num_processes - 1)
+  # An interactive shell of a cluster: it would lose all devices but one.
+  elif _SLURM in os.environ and os.environ.get('SLURM_NTASKS', '1') == '1':
+    return
+  detection = None if missing else 'deactivate'
   try:
-    jax.distributed.initialize(*arguments, **options)
+    jax.distributed.initialize(
+      *flags.values(), cluster_detection_method=detection
+    )
   except Exception as error:  # Of sockets, of clusters, of missing packages.
     if missing and not any(marker in os.environ for marker in _LAUNCHED):
       return  # No cluster: a ValueError, or no metadata server.
     raise InputError(
       f'The processes of this job cannot meet: {first_line(error)} Give '
-      '--coordinator, --num_processes and --process_id, or --num_processes=1 '
-      'to run alone.'
+      f'{_ALL_THREE}, or --num_processes=1 to run alone.'
     ) from error
 
 

@@ -22,31 +22,26 @@ def make_mesh(data=-1, spatial=1):
   """A mesh with the axes 'data' and 'spatial' over the first devices.
 
   `data` are parts of the batch, -1 for all devices; `spatial` are parts of the
-  height of each image, on devices of one process.
-
-  Raises:
-    InputError: if the devices do not suffice, or stay idle in a process.
+  height of each image, on devices of one process. InputError if there are too
+  few devices, or some stay idle in a process.
   """
   # The rows that a process reads are the rows that its devices hold.
   devices = sorted(jax.devices(), key=lambda x: (x.process_index, x.id))
   local = jax.local_device_count()
   if spatial < 1 or local % spatial:
     raise InputError(
-      f'config.mesh.spatial={spatial} must divide the {local} devices of a '
-      'process.'
+      f'config.mesh.spatial={spatial} must divide the {local} devices here.'
     )
   if data == -1:
     data = len(devices) // spatial
   if not 1 <= data * spatial <= len(devices):
     raise InputError(
       f'config.mesh.data={data} times config.mesh.spatial={spatial}, but there '
-      f'are {len(devices)} devices ({devices[0].device_kind}); data=-1 takes '
-      'all of them.'
+      f'are {len(devices)} devices; data=-1 takes all of them.'
     )
   if jax.process_count() > 1 and data * spatial < len(devices):
     raise InputError(
-      f'config.mesh.data={data} leaves devices idle, which several processes '
-      'cannot; use -1.'
+      f'config.mesh.data={data} leaves devices idle in a process; use -1.'
     )
   # Without axis_types the axes are Explicit on newer jax, Auto on older.
   return jax.sharding.Mesh(
@@ -64,8 +59,7 @@ def replicated(mesh):
 def by_batch(mesh):
   """The first axis is split over 'data'.
 
-  Images come this way, as bytes: their height need not be a multiple of
-  'spatial', which arguments of a program would have to be.
+  Images come so: of a program's arguments 'spatial' would have to divide them.
   """
   return NamedSharding(mesh, PartitionSpec('data'))
 

@@ -60,16 +60,18 @@ def compute_dtype(name):
   return None if name == 'float32' else jnp.dtype(name)
 
 
-def make_network(config, num_classes, *, dtype='float32', **changes):
+def make_network(
+  config, num_classes, *, dtype='float32', source=None, **changes
+):
   """The network of a group `student` or `teacher` of a config.
 
   Its 'network' is one of NETWORKS, whose fields are keys of the group; or a
-  class of the user's, whose fields are 'options'. `changes` are fields that
-  differ; those that the network lacks are left out.
+  class of the user's, whose fields are 'options'; `source`: see load_object.
+  `changes` are fields that differ; those that the network lacks are left out.
   """
   name = config['network']
   if user_code.is_code(name):
-    network_class = user_code.load_object(name, option='network')
+    network_class = user_code.load_object(name, option='network', source=source)
     options = dict(config['options'])
   else:
     one_of('network', name, (*NETWORKS, "or 'file.py:Class' of your own"))

@@ -52,13 +52,10 @@ def _read_zip(file, size):
   tops = [n[:-8] for n in names if re.fullmatch(r'[^/]*/data\.pkl', n)]
   if len(tops) != 1:
     raise TorchFileError(
-      'a zip file, but not one of torch.save (no data.pkl in it); give the'
-      ' checkpoint itself'
+      'a zip file, but not of torch.save (no data.pkl); give the checkpoint'
     )
   if f'{tops[0]}constants.pkl' in names:
-    raise TorchFileError(
-      f'a TorchScript program, not a checkpoint; {pickles.WAY_OUT}'
-    )
+    raise TorchFileError(f'a TorchScript program; {pickles.WAY_OUT}')
 
   def read(name, limit):
     nonlocal size
@@ -67,8 +64,7 @@ def _read_zip(file, size):
     size -= info.file_size
     if info.compress_type != zipfile.ZIP_STORED or size < 0:
       raise TorchFileError(
-        f'record {name[:40]!r} is compressed, which torch.save never does;'
-        ' write it again with torch.save'
+        f'record {name[:40]!r} is compressed; write it again with torch.save'
       )
     if info.file_size > limit:
       raise damaged(f'record {name[:40]!r} is larger than {limit} bytes')
@@ -98,12 +94,11 @@ def _read_legacy(file, size):
     return np.empty(count, dtype)  # Filled below; the data come last.
 
   if run() != MAGIC:
-    raise TorchFileError(
-      f'a bare pickle, not a file of torch.save; {pickles.WAY_OUT}'
-    )
+    raise TorchFileError(f'a bare pickle; {pickles.WAY_OUT}')
   if (protocol := run()) != 1001:
-    protocol = pickles.as_text(protocol)
-    raise TorchFileError(f'unknown protocol {protocol:.20}; save it again')
+    raise TorchFileError(
+      f'unknown protocol {pickles.as_text(protocol):.20}; save it again'
+    )
   run()  # Of the machine that wrote it.
   value = run(reserve)
   keys = [pickles.as_text(key) for key in run()]
@@ -189,8 +184,7 @@ def read_state_dict(path):
   all names have them.
 
   Raises:
-    TorchFileError: also if there is no such mapping.
-    OSError: if the file cannot be opened.
+    TorchFileError, OSError: as read_torch, and if there is no such mapping.
   """
   found = read_torch(path)
   inner = found if type(found) is dict else {}
@@ -209,17 +203,15 @@ def read_state_dict(path):
 
 
 def _plain(array):
-  # C order (safetensors writes wrong values without a word otherwise) and
-  # the byte order of this machine; a scalar stays a scalar.
+  # Safetensors writes wrong values of another order without a word. A scalar
+  # stays a scalar.
   return np.asarray(array, array.dtype.newbyteorder('='), order='C')
 
 
 def write_safetensors(path, tensors, metadata=None):
   """Writes {name: array} and {str: str} atomically.
 
-  Raises:
-    TorchFileError: for names, dtypes or metadata that the format lacks.
-    OSError: if the file cannot be written.
+  TorchFileError for names, dtypes or metadata that the format lacks.
   """
   with _errors(path, 'cannot be written'):
     plain = {name: _plain(array) for name, array in tensors.items()}
@@ -249,9 +241,7 @@ def _emit(value, arrays, where):
     items = []
     for key, item in value.items():
       if type(key) not in (str, int):
-        raise TorchFileError(
-          f'cannot write the key {key!r} in {where}; use str'
-        )
+        raise TorchFileError(f'cannot write key {key!r} in {where}; use str')
       items += [_literal(key), _emit(item, arrays, f'{where}[{key!r}]')]
     first = b'}' if type(value) is dict else _EMPTY_ORDERED
     return first + b'(' + b''.join(items) + b'u'
@@ -266,28 +256,26 @@ def _emit(value, arrays, where):
   shape = value.shape
   strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
   storage = f'ctorch\n{names[value.dtype.name]}\n'.encode()
-  parts = [
-    b'ctorch._utils\n_rebuild_tensor_v2\n((' + _literal('storage') + storage,
-    *map(_literal, (str(index), 'cpu', value.size)),
-    b'tQ',
-    *map(_literal, (0, shape, strides, False)),
-    _EMPTY_ORDERED + b'tR',  # Its backward hooks.
-  ]
-  return b''.join(parts)
+  return b''.join(
+    (
+      b'ctorch._utils\n_rebuild_tensor_v2\n((' + _literal('storage') + storage,
+      *map(_literal, (str(index), 'cpu', value.size)),
+      b'tQ',
+      *map(_literal, (0, shape, strides, False)),
+      _EMPTY_ORDERED + b'tR',  # Its backward hooks.
+    )
+  )
 
 
 def write_torch(path, obj):
   """Writes what torch.load reads, also with weights_only=True; atomically.
 
-  Args:
-    path: where to; replaced in one step.
-    obj: dict, OrderedDict (keys str or int), list, tuple, str, bool, int,
-      float, None, NumPy scalars (written as Python numbers) and arrays. An
-      array that appears twice is stored once, and torch shares its memory.
+  `obj` holds dict, OrderedDict (keys str or int), list, tuple, str, bool, int,
+  float, None, NumPy scalars (written as Python numbers) and arrays. An array
+  that appears twice is stored once, and torch shares its memory.
 
   Raises:
     TorchFileError: if `obj` holds anything else; nothing is written then.
-    OSError: if the file cannot be written.
   """
   arrays = {}
   with _errors(path, 'cannot be written'):

@@ -99,12 +99,11 @@ def distiller_name(path):
 
 def aliases(name):
   """Other names of one tensor: MobileNetV2's trunk is registered twice."""
-  match = re.fullmatch(r'(.*backbone)\.features\.(\d+)\.(.*)', name)
+  match = re.match(r'(.*backbone\.)(features\.(\d+)\..*)', name)
   if not match:
     return []
-  trunk, index, rest = match.groups()
-  half = 'low' if int(index) <= 3 else 'high'
-  return [f'{trunk}.{half}_level_features.{index}.{rest}']
+  half = 'low' if int(match[3]) <= 3 else 'high'
+  return [f'{match[1]}{half}_level_{match[2]}']
 
 
 class Report(NamedTuple):
@@ -118,6 +117,10 @@ class Report(NamedTuple):
   @property
   def complete(self):
     return not (self.missing or self.unexpected or self.reshaped)
+
+  @property
+  def backbone_only(self):
+    return all(name.startswith('backbone.') for name in self.loaded)
 
   def __str__(self):
     counts = (f'{kind} {len(names)}' for kind, names in self._asdict().items())

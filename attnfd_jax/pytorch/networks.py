@@ -59,7 +59,7 @@ def reference_names(source):
   }
   if not any(name.startswith('backbone.') for name in tensors):
     # tonylins numbers layers as the reference; torchvision nests them.
-    nested = any(re.match(r'features\.2\.conv\.0\.0\.', x) for x in tensors)
+    nested = 'features.2.conv.0.0.weight' in tensors
     tensors = {
       f'backbone.{_unnest(name) if nested else name}': x
       for name, x in tensors.items()
@@ -87,12 +87,7 @@ def _unnest(name):
 _abstract = functools.lru_cache(networks.abstract_variables)
 
 
-def abstract_gates(network):
-  """Shapes {'params', 'batch_stats'} of the CBAMs of a network, by tap."""
-  return _split_gates(_abstract(network.clone(in_path_attention=True)))[1]
-
-
-def _split_gates(variables):
+def split_gates(variables):
   """The variables without the CBAMs of the forward path, and these by tap."""
   rest, gates = {}, {}
   for part, tree in variables.items():
@@ -107,29 +102,23 @@ def import_network(source, network):
   The gates are {'params', 'batch_stats'} of the three CBAMs, if they are in the
   file and not in the forward path, else None.
   """
-  tensors, target = reference_names(source), network
+  tensors = reference_names(source)
   if not networks.is_ours(network):
     raise InputError(
       f'{type(network).__name__}: PyTorch files are read for DeepLabV3Plus '
       'only; load the weights of your own network in its own code.'
     )
+  in_path, gates = network.in_path_attention, None
   # A parameter-free CBAM leaves its unused convolution in the file.
   has_gates = 'backbone.cbam.ChannelGate.mlp.1.weight' in tensors
-  if has_gates:
-    target = network.clone(in_path_attention=True)
-  else:
+  if not has_gates:
     tensors = {k: x for k, x in tensors.items() if '.cbam.' not in k}
+  target = _abstract(network.clone(in_path_attention=in_path or has_gates))
   name_of = functools.partial(names.network_name, backbone=network.backbone)
-  variables, report = names.fill(_abstract(target), tensors, name_of)
-  gates = None
-  if has_gates and not network.in_path_attention:
-    variables, gates = _split_gates(variables)
+  variables, report = names.fill(target, tensors, name_of)
+  if has_gates and not in_path:
+    variables, gates = split_gates(variables)
   return variables, gates, report
-
-
-def backbone_only(report):
-  """Whether the file holds a trunk and no head."""
-  return all(name.startswith('backbone.') for name in report.loaded)
 
 
 def infer_options(tensors):
@@ -172,10 +161,9 @@ def load_torch(source, *, backbone, num_classes, **options):
 
 
 def load_pretrained(path, network):
-  """Variables of a network from the backbone, or all, of a PyTorch file.
+  """Variables, None where the file has none, as for other classes; and a line.
 
-  They are None where nothing fits, as in a head for other classes; a line says
-  so. InputError, unless the whole backbone is there.
+  InputError, unless the whole backbone is there.
   """
   try:
     variables, _, report = import_network(path, network)
@@ -190,8 +178,7 @@ def load_pretrained(path, network):
       f'{path}: does not fill the backbone {network.backbone}: {report}.'
     )
   what = 'whole network' if report.complete else 'backbone and what else fits'
-  if backbone_only(report):
-    what = 'backbone'
+  what = 'backbone' if report.backbone_only else what
   return variables, f'starts from the {what} of {path}: {report}'
 
 
@@ -244,8 +231,8 @@ def load_torch_distiller(
   loaded, maps = [], []
   for network, prefix in ((student, 's_net.'), (teacher, 't_net.')):
     own = {
-      name.removeprefix(prefix): value
-      for name, value in tensors.items()
+      name.removeprefix(prefix): x
+      for name, x in tensors.items()
       if name.startswith(prefix)
     }
     variables, gates, report = import_network(own, network)
@@ -262,8 +249,8 @@ def load_torch_distiller(
     teacher_bn='batch',
     fan_out_taps=('backbone',) if resnets else (),
   )
-  init = functools.partial(distiller.init, train=False)
-  target = jax.eval_shape(init, jax.random.key(0), *maps)
+  init = functools.partial(distiller.init, jax.random.key(0), train=False)
+  target = jax.eval_shape(init, *maps)
   variables, report = names.fill(target, tensors, names.distiller_name)
   if report.missing or report.reshaped:
     report = report._replace(unexpected=[])  # Those of the networks.

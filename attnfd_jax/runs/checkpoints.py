@@ -8,8 +8,6 @@ word.
 import contextlib
 import json
 import operator
-import os
-import re
 import zlib
 
 import jax
@@ -20,11 +18,11 @@ from attnfd_jax import paths
 from attnfd_jax.devices import processes
 from attnfd_jax.devices import sharding as shardings
 from attnfd_jax.errors import InputError
+from attnfd_jax.runs.logs import reason
 
 
 def steps(directory):
   """Steps of the finished checkpoints in `directory`, in order."""
-  directory = paths.as_path(directory)
   if not directory.is_dir():
     return []
   return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
@@ -50,10 +48,8 @@ def _scores(directory):
 def managed(directory, *, keep_best=1):
   """A CheckpointManager; what it saves is complete at exit.
 
-  `best_fn` looks redundant and is not: without it metrics stay in memory and
-  the best checkpoint is lost after a restart. Checkpoints without an
-  evaluation are never the best. Two are kept for the case that the last one
-  cannot be read. InputError if something cannot be saved, or an mIoU not read.
+  Two are kept for the case that the last one cannot be read. InputError if
+  something cannot be saved, or an mIoU not read.
   """
   directory = paths.as_path(directory)
   _scores(directory)  # Orbax says less about what it cannot read.
@@ -66,7 +62,7 @@ def managed(directory, *, keep_best=1):
     preservation_policy=policies.AnyPreservationPolicy(
       [policies.LatestN(2), best]
     ),
-    best_fn=miou,
+    best_fn=miou,  # Without it the best one is forgotten at a restart.
     cleanup_tmp_directories=True,  # What a killed process had half written.
   )
   with _saving(directory):
@@ -86,13 +82,10 @@ def save(manager, step, state, run, *, miou=None):
   """Saves a state in the background; one of the same step is replaced.
 
   `run` is what the data order depends on: seed, batch, records. Without `miou`
-  it is never the best. InputError if this one, or the one before it, could not
-  be saved.
+  it is never the best. InputError also if the one before it was not saved.
   """
-  facts = {'run': run, 'checksums': _checksums(state)}
-  args = ocp.args.Composite(
-    state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(facts)
-  )
+  facts = ocp.args.JsonSave({'run': run, 'checksums': _checksums(state)})
+  args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=facts)
   # Scalars of NumPy and jax are not JSON.
   metrics = None if miou is None else {'miou': float(miou)}
   with _saving(manager.directory):
@@ -101,9 +94,8 @@ def save(manager, step, state, run, *, miou=None):
       manager.delete(step)
     if not manager.directory.is_dir():
       raise InputError(
-        f'{manager.directory}: the folder is gone, and step {step} cannot be '
-        'saved; put it back, or start the same command again to begin this '
-        'stage anew.'
+        f'{manager.directory}: the folder is gone, and step {step} not saved; '
+        'put it back, or start the same command again for a new stage.'
       )
     manager.save(step, args=args, metrics=metrics)
 
@@ -123,19 +115,9 @@ def _saving(directory):
     raise
   except Exception as error:
     raise InputError(
-      f'{directory}: cannot save ({_reason(error)}); make room, or make the '
-      'folder writable, and start the same command again. What was saved '
-      'before is still there.'
+      f'{directory}: cannot save ({reason(error)}); make room, or make it '
+      'writable, and start the same command again. Older ones are still there.'
     ) from error
-
-
-def _reason(error):
-  """What the system said, or the first line: messages can be pages of JSON."""
-  if isinstance(error, OSError) and error.strerror:
-    return error.strerror
-  text = str(error).strip() or type(error).__name__
-  system = re.search(r"os_error_code='(\d+)'", text)
-  return os.strerror(int(system[1])) if system else text.splitlines()[0][:160]
 
 
 def _checksums(tree):
@@ -148,24 +130,19 @@ def _checksums(tree):
   }
 
 
-class _Unreadable(Exception):
-  """Says why a checkpoint cannot be read."""
-
-
 def _read(folder, shapes, *, partial=False, alone=False):
   """The arrays `shapes` of a checkpoint, and what `save` got as `run`.
 
   With `partial` it may hold more. With `alone` the first process reads, and
-  others do not take part.
+  others do not take part. The InputError only says why it cannot be read.
   """
   options = {}
   if alone:
     options['multiprocessing_options'] = ocp.options.MultiprocessingOptions(
       primary_host=0, active_processes={0}, barrier_sync_key_prefix='first'
     )
-  handler = ocp.CompositeCheckpointHandler(
-    composite_options=ocp.CompositeOptions(**options)
-  )
+  composite = ocp.CompositeOptions(**options)
+  handler = ocp.CompositeCheckpointHandler(composite_options=composite)
   shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, shapes)
   arrays = ocp.args.PyTreeRestore(
     shapes,
@@ -184,7 +161,7 @@ def _read(folder, shapes, *, partial=False, alone=False):
   except jax.errors.JaxRuntimeError:
     raise  # Out of memory says nothing about the files.
   except Exception as error:
-    raise _Unreadable(_reason(error)) from error
+    raise InputError(reason(error)) from error
 
 
 def restore_latest(directory, state, run, *, log=print):
@@ -196,24 +173,32 @@ def restore_latest(directory, state, run, *, log=print):
   InputError if there are some and none can be read, or another run wrote them.
   """
   directory = paths.as_path(directory)
-  alone, found, decided = jax.process_count() > 1, None, None
-  if processes.is_first():
-    found, *decided = _newest_readable(directory, state, alone=alone)
-  step, skipped = processes.from_first(decided)
-  if step is None and not skipped:
-    return state, 0
+  alone, target = jax.process_count() > 1, state
+  if alone:  # The arrays are not on the devices of one process.
+    target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
+  found, step, skipped = None, None, []
+  for saved in reversed(steps(directory) if processes.is_first() else []):
+    try:
+      found = _read(directory / str(saved), target, alone=alone)
+      step = saved
+      break
+    except InputError as error:
+      skipped.append((saved, str(error)))
+  step, skipped = processes.from_first((step, skipped))
   if step is None:
-    first, reason = skipped[0]
+    if not skipped:
+      return state, 0
+    newest, why = skipped[0]
     raise InputError(
       f'{directory}: none of the checkpoints '
-      f'{", ".join(str(bad) for bad, _ in skipped)} can be read ({first}: '
-      f'{reason}). Nothing was deleted; put a copy back, or move '
+      f'{", ".join(str(bad) for bad, _ in skipped)} can be read ({newest}: '
+      f'{why}). Nothing was deleted; put a copy back, or move '
       f'{directory.parent} away to begin this stage again.'
     )
   folder = directory / str(step)
   try:
     found, of_run = _read(folder, state) if alone else found
-  except _Unreadable as error:  # The first process could read it.
+  except InputError as error:  # The first process could read it.
     raise InputError(
       f'{folder}: process {jax.process_index()} cannot read it ({error}); do '
       'all processes see the same disk?'
@@ -223,27 +208,11 @@ def restore_latest(directory, state, run, *, log=print):
       f'{directory}: written with {of_run}, this run has {run}; use another '
       '--workdir.'
     )
-  for bad, reason in skipped:
+  for bad, why in skipped:
     aside = _move_aside(directory / str(bad))
-    log(
-      f'checkpoint {bad} cannot be read ({reason}), moved to {aside}; resumes '
-      f'from {step}'
-    )
+    line = f'checkpoint {bad} cannot be read ({why}), moved to {aside}'
+    log(f'{line}; resumes from {step}')
   return found, step
-
-
-def _newest_readable(directory, state, *, alone):
-  """(what `_read` returns, its step, [(newer step, why it cannot be read)])."""
-  if alone:  # The arrays are not on the devices of one process.
-    state = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
-  skipped = []
-  for step in reversed(steps(directory)):
-    try:
-      found = _read(directory / str(step), state, alone=alone)
-      return found, step, skipped
-    except _Unreadable as error:
-      skipped.append((step, str(error)))
-  return None, None, skipped
 
 
 def _move_aside(folder):
@@ -273,9 +242,8 @@ def restore(directory, shapes, *, step=None):
     raise InputError(f'{directory}: no {wanted}; have {known}.')
   try:
     return _read(directory / str(step), shapes, partial=True)[0], step
-  except _Unreadable as error:
+  except InputError as error:
     raise InputError(
-      f'{directory}: checkpoint {step} cannot be read ({error}): it is '
-      'damaged, or of another network than config.json beside it says; put a '
-      'copy back, or move it away to use another one.'
+      f'{directory}: checkpoint {step} cannot be read ({error}): damaged, or '
+      'not of what config.json says; put a copy back, or move it away.'
     ) from error

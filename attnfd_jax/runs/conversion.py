@@ -32,9 +32,8 @@ _DATASETS = {
 
 def convert(source, target, *, config, allow_code=False, **options):
   """`import_stage` of a file, with options, or `export_stage` of a folder."""
-  for name, path in (('source', source), ('target', target)):
-    if not path:
-      raise InputError(f'--{name} is missing; name a file or a folder.')
+  if not (source and target):
+    raise InputError('--source and --target must name a file and a folder.')
   source = paths.as_path(source)
   if not source.exists():
     raise InputError(f'--source={source}: no such file or folder.')
@@ -45,9 +44,8 @@ def convert(source, target, *, config, allow_code=False, **options):
     )
   if source.is_file():
     return import_stage(source, target, config=config, **options)
-  for name, value in options.items():
-    if value not in (None, [], False):
-      raise InputError(f'--{name} is for PyTorch files as --source.')
+  if given := [name for name, value in options.items() if value]:
+    raise InputError(f'--{given[0]} is for PyTorch files as --source.')
   return export_stage(source, target, allow_code=allow_code)
 
 
@@ -72,8 +70,8 @@ def _fill(variables, holes, network):
     # Only what is returned is compiled.
     return {path: fresh[path] for path in holes}
 
-  filled = torch_names.flatten(variables)
-  filled |= jax.device_get(init(jax.random.key(0)))
+  filled = jax.device_get(init(jax.random.key(0)))
+  filled = torch_names.flatten(variables) | filled
   return traverse_util.unflatten_dict(filled, sep='/')
 
 
@@ -93,17 +91,15 @@ def _describe_classes(num_classes, class_names, metadata):
   """Name of the data set, names of its classes, palette as a list."""
   names, count = list(class_names), len({*class_names})
   if names and not len(names) == count == num_classes:
-    raise InputError(
-      f'--class_names has {len(names)} names, {count} of them different; the '
-      f'network has {num_classes} classes.'
-    )
+    text = f'--class_names has {len(names)} names, {count} of them different'
+    raise InputError(f'{text}; the network has {num_classes} classes.')
   names = names or metadata.get('class_names')
   if not isinstance(names, list) or len(names) != num_classes:
     alike = [list(x) for x in _DATASETS.values() if len(x) == num_classes]
     names = [*alike, [f'class_{i}' for i in range(num_classes)]][0]
   for dataset, table in _DATASETS.items():
-    if names == list(table):
-      return dataset, names, [list(colour) for colour in table.values()]
+    if names == [*table]:
+      return dataset, names, [*map(list, table.values())]
   palette = metadata.get('palette', ())
   if np.shape(palette) != (num_classes, 3):
     palette = classes.voc_palette(num_classes).tolist()
@@ -111,52 +107,33 @@ def _describe_classes(num_classes, class_names, metadata):
 
 
 def import_stage(
-  source,
-  target,
-  *,
-  config,
-  backbone=None,
-  num_classes=None,
-  class_names=(),
-  in_path_attention=None,
-  allow_missing=False,
+  source, target, *, config, class_names=(), allow_missing=False, **options
 ):
   """Writes the folder `target` from a PyTorch file; returns lines to print.
 
-  Args:
-    source: .pth, .pth.tar or .safetensors file.
-    target: folder that does not exist.
-    config: of the stage, as far as the file does not show it: a resolved config
-      as plain values.
-    backbone: key of BACKBONES; by default what the names show.
-    num_classes: by default that of the classifier in the file.
-    class_names: in the order of ids.
-    in_path_attention: the CBAMs belong into the forward path of the network;
-      by default what our own .safetensors says, else False, as in the authors'
-      code.
-    allow_missing: fill what does not fit at random.
-
-  Raises:
-    InputError: whenever the user can fix it; nothing is written then.
+  `config` is a resolved one as plain values, for what the file does not show;
+  `options` are of DeepLabV3Plus, None as in the file. The CBAMs are in the
+  forward path if our own .safetensors says so; in the authors' code they are
+  not. `allow_missing` fills what does not fit at random. Nothing is written on
+  InputError.
   """
   source, target = pathlib.Path(source), _new(target)
   tensors = torch_networks.reference_names(source)
   metadata = _metadata(source)
-  options = torch_networks.infer_options(tensors)
-  for key, value in (('backbone', backbone), ('num_classes', num_classes)):
-    if value is not None:
-      options[key] = value
+  options = {
+    'in_path_attention': metadata.get('in_path_attention') is True,
+    **torch_networks.infer_options(tensors),
+    **{key: value for key, value in options.items() if value is not None},
+  }
+  for key in ('backbone', 'num_classes'):
     if key not in options:
       raise InputError(f'{source.name}: does not show its {key}; give --{key}.')
   num_classes = options.pop('num_classes')
-  if in_path_attention is None:
-    in_path_attention = metadata.get('in_path_attention') is True
-  options['in_path_attention'] = in_path_attention
   student = config['student'] | options
   network = networks.make_network(student, num_classes)
   variables, attention, report = torch_networks.import_network(tensors, network)
-  name = networks.describe(student)
-  found = f'{source.name} as {name} with {num_classes} classes: {report}'
+  name = f'{networks.describe(student)}, {num_classes} classes'
+  found = f'{source.name} as {name}: {report}'
   if not report.loaded:
     raise InputError(f'{found}; nothing in it fits.')
   if not report.complete and not allow_missing:
@@ -164,11 +141,11 @@ def import_stage(
   dataset, class_names, palette = _describe_classes(
     num_classes, class_names, metadata
   )
-  data = config['data'] | {'name': dataset}
+  data = {'name': dataset}
   if dataset == 'folder':
     data['class_names'] = class_names
   lines = [found]
-  if torch_networks.backbone_only(report):
+  if report.backbone_only:
     lines.append('the file holds a backbone and nothing else')
   if holes := _holes(variables):
     variables = _fill(variables, holes, network)
@@ -179,23 +156,21 @@ def import_stage(
   info = config | {
     'stage': 'converted',
     'student': student,
-    'data': data,
+    'data': config['data'] | data,
     'source': source.name,
     'class_names': class_names,
     'palette': palette,
   }
   _write_folder(target, info, variables, attention)
   gates = 'no attention' if attention is None else 'attention kept'
-  lines.append(f'{target}: {name}, {num_classes} classes ({dataset}), {gates}')
-  return lines
+  return [*lines, f'{target}: {name} ({dataset}), {gates}']
 
 
 def _write_folder(target, info, variables, attention):
   target.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    prefix=f'.{target.name}.', dir=target.parent
-  ) as temporary:
-    stage = pathlib.Path(temporary) / 'stage'
+  hidden = f'.{target.name}.'
+  with tempfile.TemporaryDirectory('', hidden, target.parent) as temporary:
+    stage = pathlib.Path(temporary, 'stage')
     stage.mkdir()
     logs.write_json(stage / 'config.json', info)
     logs.write_json(stage / 'environment.json', logs.environment())
@@ -214,10 +189,9 @@ def _write_folder(target, info, variables, attention):
 
 def check_format(network, kind):
   """InputError for 'onnx' and 'pth', which name the layers of DeepLabV3Plus."""
-  name = {'onnx': 'ONNX', 'pth': '.pth'}.get(kind)
-  if name and not networks.is_ours(network):
+  if kind in ('onnx', 'pth') and not networks.is_ours(network):
     raise InputError(
-      f'{name} is written for DeepLabV3Plus only; use --format=stablehlo or '
+      f'{kind} is written for DeepLabV3Plus only; use --format=stablehlo or '
       'safetensors of export.'
     )
 
@@ -249,13 +223,12 @@ def write_weights(path, directory, network, variables, info):
     spec = {x: getattr(network, x) for x in ('backbone', 'in_path_attention')}
     if network.in_path_attention:
       remarks.append(
-        "its attention is in the forward path, which the authors' DeepLab has "
-        'not: it loads the file, and computes something else'
+        "its attention is in the forward path; the authors' DeepLab loads it "
+        'and computes something else'
       )
     elif attention is None:
       remarks.append(
-        'without attention, as in plain DeepLabV3+; the strict load of the '
-        'authors wants some'
+        "no attention, as in plain DeepLabV3+; the authors' strict load fails"
       )
   else:
     tensors = torch_names.flatten(jax.device_get(variables))
@@ -268,23 +241,16 @@ def write_weights(path, directory, network, variables, info):
     metadata = (describe_data(info) | spec).items()
     metadata = {key: json.dumps(value) for key, value in metadata}
     files.write_safetensors(path, tensors, metadata)
-  else:
-    # What the authors' train_kd.py reads.
+  else:  # What the authors' train_kd.py reads.
     checkpoint = {'epoch': 0, 'state_dict': tensors, 'best_pred': 0.0}
     files.write_torch(path, checkpoint)
   return len(tensors), remarks
 
 
 def export_stage(source, target, *, allow_code=False):
-  """Writes a PyTorch file from a stage's folder; returns lines to print.
+  """Writes a PyTorch file from a stage's best checkpoint; lines to print.
 
-  Args:
-    source: folder of a stage; its best checkpoint is taken.
-    target: file that does not exist; its ending decides the format.
-    allow_code: see loading.load_network.
-
-  Raises:
-    InputError: whenever the user can fix it; nothing is written then.
+  The ending of `target` decides the format. Nothing is written on InputError.
   """
   target = _new(target)
   *network, info = loading.load_network(source, allow_code=allow_code)

@@ -44,8 +44,7 @@ def _read_info(directory):
     ) from error
   if 'stage' not in info:
     raise InputError(
-      f'{directory}: is a run; name one of its stages, e.g. '
-      f'{directory / "distill"}.'
+      f'{directory}: is a run; name one of its stages, such as distill.'
     )
   return info
 
@@ -73,13 +72,14 @@ def load_network(
   directory = paths.as_path(directory)
   info = _read_info(directory)
   if network is None:
-    options = dict(info[role_of(info)])
+    options, source = dict(info[role_of(info)]), None
     if user_code.is_code(options['network']):
-      options['network'] = user_code.stored_spec(
+      options['network'], source = user_code.kept(
         directory, info, options['network'], allow_code=allow_code
       )
+    classes, dtype = len(info['class_names']), info['optim']['dtype']
     network = networks.make_network(
-      options, len(info['class_names']), dtype=info['optim']['dtype']
+      options, classes, dtype=dtype, source=source
     )
   sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shapes = jax.tree.map(
@@ -95,8 +95,8 @@ def load_network(
   found, info['checkpoint_step'] = checkpoints.restore(
     directory / 'checkpoints', wanted, step=step
   )
-  variables = {'params': found[weights]['student']}
-  variables |= found['collections']['student']
+  rest = found['collections']['student']
+  variables = {'params': found[weights]['student'], **rest}
   info['palette'] = np.array(info['palette'], np.uint8)
   return network, variables, info
 

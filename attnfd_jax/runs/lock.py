@@ -20,8 +20,7 @@ def locked(workdir):
   """Holds `workdir` for this process; the kernel lets go when it ends.
 
   The file stays: removing it would let two processes hold two files of one
-  name. Addresses such as gs:// have no locks: there, see to it that one process
-  writes. InputError if another process holds it.
+  name. At gs:// there are no locks. InputError if another process holds it.
   """
   if paths.is_remote(workdir):
     yield
@@ -38,8 +37,7 @@ def locked(workdir):
       if error.errno not in _UNSUPPORTED:
         raise
       print(
-        f'{workdir}: this disk has no locks; see to it that one process '
-        'writes there.',
+        f'{workdir}: this disk has no locks; let one process write there.',
         flush=True,
       )
     file.truncate(0)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where numbers go besides metrics.jsonl: TensorBoard, Weights & Biases.
 
-Their packages are optional and imported for config.loggers alone. A logger
-gets every record of metrics.jsonl, those of before a restart again: it keeps no
-state that could disagree with a checkpoint. One that fails is left out, for a
-page in a browser is not worth a training run.
+Their packages are imported for config.loggers alone. A logger gets every record
+of metrics.jsonl, those of before a restart again: it keeps no state that could
+disagree with a checkpoint. One that fails is left out.
 """
 
 import contextlib
@@ -17,30 +16,27 @@ from flax import traverse_util
 from attnfd_jax import paths
 from attnfd_jax.devices import processes
 from attnfd_jax.errors import InputError
-
-_PACKAGES = {'tensorboard': 'tensorboardX', 'wandb': 'wandb'}
+from attnfd_jax.runs.logs import reason
 
 
 def check(names):
-  """Raises InputError for a package or an account that is missing.
-
-  What would only fail when a stage begins fails before any work.
-  """
+  """Raises InputError, before any work, for a missing package or account."""
+  given = f'config.loggers={tuple(names)}'
   for name in names:
-    package = _PACKAGES[name]
+    package, _ = _SINKS[name]
     try:
       module = importlib.import_module(package)
       if name == 'wandb' and processes.is_first():
         module.login()  # Asks on a terminal; without one it raises.
     except ImportError as error:
       raise InputError(
-        f'config.loggers={tuple(names)} needs {package} ({error}): pip install '
-        f"-e '.[{name}]', or leave {name} out."
+        f"{given} needs {package} ({error}): pip install -e '.[{name}]', or "
+        f'leave {name} out.'
       ) from error
     except Exception as error:
       raise InputError(
-        f'config.loggers={tuple(names)}: {_first_line(error).rstrip(".")}; '
-        'run wandb login, or set WANDB_MODE=offline to keep the numbers here.'
+        f'{given}: {reason(error).rstrip(".")}; run wandb login, or set '
+        'WANDB_MODE=offline to keep the numbers here.'
       ) from error
 
 
@@ -51,7 +47,7 @@ def attached(names, log, facts):
   There are none but in process 0. `facts` is what a page shows of the config.
   """
   names = sorted({*names}) if processes.is_first() else ()
-  sinks = {name: _SINKS[name](log.local, facts) for name in names}
+  sinks = {name: _SINKS[name][1](log.local, facts) for name in names}
 
   def each(call):
     for name, sink in sinks.items():
@@ -61,13 +57,12 @@ def attached(names, log, facts):
         pass  # It has failed before.
       except Exception as error:  # Whatever the packages of others raise.
         log.line(
-          f'{name} fails ({_first_line(error)}) and is left out; all numbers '
+          f'{name} fails ({reason(error)}) and is left out; all numbers '
           'are in metrics.jsonl'
         )
 
   def write(record):
-    values = _scalars(record)
-    each(lambda sink: sink.send((record['step'], values)))
+    each(lambda sink: sink.send((record['step'], _scalars(record))))
 
   each(next)
   for record in log.records():
@@ -77,10 +72,6 @@ def attached(names, log, facts):
     yield
   finally:
     each(lambda sink: sink.close())
-
-
-def _first_line(error):
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _scalars(record):
@@ -131,5 +122,8 @@ def _wandb(directory, facts):
     run.finish()
 
 
-# Generators that are sent (step, {name: number}) until they are closed.
-_SINKS = {'tensorboard': _tensorboard, 'wandb': _wandb}
+# Packages, and generators that are sent (step, {name: number}) until closed.
+_SINKS = {
+  'tensorboard': ('tensorboardX', _tensorboard),
+  'wandb': ('wandb', _wandb),
+}

@@ -9,10 +9,12 @@ import math
 import os
 import pathlib
 import platform
+import re
 import sys
 import tempfile
 
 import jax
+import tqdm
 
 from attnfd_jax import paths
 from attnfd_jax.devices import processes
@@ -56,9 +58,17 @@ def environment():
 
 
 def duration(seconds):
-  """'1:02:03' or '2:03'."""
-  text = str(datetime.timedelta(seconds=round(max(seconds, 0))))
-  return text.removeprefix('0:')
+  """'1:02:03' or '02:03'."""
+  return tqdm.tqdm.format_interval(round(max(seconds, 0)))
+
+
+def reason(error):
+  """What the system said, or the first line: messages can be pages of JSON."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  text = str(error).strip() or type(error).__name__
+  system = re.search(r"os_error_code='(\d+)'", text)  # Of Orbax.
+  return os.strerror(int(system[1])) if system else text.splitlines()[0][:160]
 
 
 def percent(fraction):
@@ -70,9 +80,9 @@ def percent(fraction):
 class StageLog:
   """log.txt and metrics.jsonl of a stage; lines also go to the screen.
 
-  Of several processes the first one writes. Objects at gs:// cannot grow: there
-  the files are written in `local`, a folder of this machine, and uploaded by
-  `upload`. `on_record` is called with every record of `metrics`.
+  Of several processes the first one writes. Objects at gs:// cannot grow: their
+  files are written in `local`, a folder of this machine, until `upload`.
+  `on_record` is called with every record of `metrics`.
   """
 
   def __init__(self, directory):
@@ -96,11 +106,11 @@ class StageLog:
     if not self._metrics.exists() or not processes.is_first():
       return
     kept = []
-    for line in self._metrics.read_bytes().splitlines():
-      # The last line of a killed process may be anything. At step 0 the teacher
-      # is scored: a fresh start does that again.
+    # At step 0 the teacher is scored: a fresh start does that again.
+    for line in self._metrics.read_bytes().splitlines() if step else ():
+      # The last one of a killed process may be anything.
       with contextlib.suppress(ValueError, TypeError, KeyError):
-        if step and json.loads(line)['step'] <= step:
+        if json.loads(line)['step'] <= step:
           kept.append(line + b'\n')
     with paths.replacing(self._metrics) as file:
       file.writelines(kept)
@@ -118,11 +128,12 @@ class StageLog:
     """One JSON object for programs."""
     if not processes.is_first():
       return
-    record = {'kind': kind, 'step': int(step)}
-    for key, value in values.items():
-      if value is not None:
-        record[key] = value if isinstance(value, dict) else float(value)
-    record = without_nan(record)
+    record = {
+      key: value if isinstance(value, dict) else float(value)
+      for key, value in values.items()
+      if value is not None
+    }
+    record = {'kind': kind, 'step': int(step)} | without_nan(record)
     with self._metrics.open('a') as file:
       file.write(json.dumps(record) + '\n')
     if self.on_record:

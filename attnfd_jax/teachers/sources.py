@@ -62,13 +62,11 @@ def abstract(config, class_names):
 
 
 def _without_variables(config, class_names):
-  options, dtype = config.teacher, config.optim.dtype
+  dtype, size = config.optim.dtype, len(class_names)
   return FrozenNetwork(
-    networks.make_network(
-      options, len(class_names), dtype=dtype, aspp_dropout=0.0
-    ),
+    networks.make_network(config.teacher, size, dtype=dtype, aspp_dropout=0.0),
     variables={},
-    name=networks.describe(options),
+    name=networks.describe(config.teacher),
     class_names=class_names,
     batch_statistics=config.distill.teacher_bn == 'batch',
     dropout=config.distill.teacher_dropout,
@@ -77,10 +75,8 @@ def _without_variables(config, class_names):
 
 def _check_classes(source, found, class_names):
   if list(found) != list(class_names):
-    raise InputError(
-      f'{source}: the teacher knows {len(found)} classes {list(found)}, the '
-      f'data set {list(class_names)}.'
-    )
+    text = f'{source}: the teacher knows {len(found)} classes {list(found)}'
+    raise InputError(f'{text}, the data set {list(class_names)}.')
 
 
 def _from_factory(factory, class_names, everywhere):
@@ -88,12 +84,10 @@ def _from_factory(factory, class_names, everywhere):
   with user_code.explained(f'{option}={factory!r}'):
     teacher = user_code.load_object(factory, option=option)()
   names = ('name', 'class_names', 'variables', 'apply')
-  missing = [name for name in names if not hasattr(teacher, name)]
-  if missing:
+  if missing := [name for name in names if not hasattr(teacher, name)]:
     raise InputError(
       f'{option}={factory!r} returned {type(teacher).__name__} without '
-      f'{", ".join(missing)}; see attnfd_jax/teachers/teacher.py for what a '
-      'teacher has.'
+      f'{", ".join(missing)}; see attnfd_jax/teachers/teacher.py.'
     )
   _check_classes(factory, teacher.class_names, class_names)
   return _Placed(teacher, sharding.place(teacher.variables, everywhere))
@@ -110,14 +104,12 @@ class _Placed:
 
 
 def _from_file(path, teacher, everywhere):
-  variables, gates, report = torch_networks.import_network(
-    path, teacher.network
-  )
+  found = torch_networks.import_network(path, teacher.network)
+  variables, gates, report = found
   if not report.complete:
     raise InputError(
       f'{path}: not a whole {teacher.name} with {len(teacher.class_names)} '
-      f'classes: {report}. A part of a network can be '
-      'config.teacher.pretrained.'
+      f'classes: {report}. A part can be config.teacher.pretrained.'
     )
   variables = sharding.place(variables, everywhere)
   return dataclasses.replace(

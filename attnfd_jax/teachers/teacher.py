@@ -49,7 +49,6 @@ class FrozenNetwork:
     dropout: drop at random while a student learns; a network of the user's
       drops where it normalizes by the batch.
     gates: frozen CBAMs at its taps, {'params', 'batch_stats'}, or None.
-    The rest: see Teacher.
   """
 
   network: Any
