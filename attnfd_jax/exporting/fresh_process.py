@@ -4,8 +4,8 @@
   python -P fresh_process.py FORMAT FILE FOLDER OPTIONS
 
 Reads images from FOLDER/images.npz; writes what the file makes of them, and
-the seconds, to FOLDER/found.npz. The loaders of StableHLO and ONNX are all that
-a program needs to use such a file.
+the seconds, to FOLDER/found.npz. OPTIONS are JSON, of the loader. Those of
+StableHLO and ONNX are all that a program needs to use such a file.
 """
 
 import json

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A network as one StableHLO program, its weights in fewer bits if asked."""
 
+import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 from jax import export
@@ -18,7 +18,8 @@ PLATFORMS = ('cpu', 'cuda', 'tpu')
 SMALLEST = 32
 
 
-class Small(NamedTuple):
+@dataclasses.dataclass
+class Small:
   """A kernel in fewer bits: `values` times `scale`, of the same rank."""
 
   values: np.ndarray
@@ -52,7 +53,7 @@ def grow(stored):
     # In the program: as NumPy arrays they would be in it in float32.
     return jnp.asarray(x.values).astype(jnp.float32) * x.scale
 
-  return jax.tree.map(load, stored, is_leaf=lambda x: isinstance(x, Small))
+  return jax.tree.map(load, stored)
 
 
 @functools.lru_cache
@@ -73,9 +74,8 @@ def make_forward(network, *, uint8, argmax):
 
 
 def make_program(forward, stored, *, uint8):
-  """Bytes that jax.export.deserialize reads, for any [b, h, w] from 32 x 32.
-
-  `forward` is of `make_forward`, with the same uint8; `stored` of `shrink`.
+  """`forward`, made with the same `uint8`, and what `shrink` stored, as bytes
+  that jax.export.deserialize reads, for any [b, h, w] from 32 x 32.
   """
   limits = [f'{n} >= {SMALLEST}' for n in 'hw']
   sizes = export.symbolic_shape('b, h, w', constraints=limits)

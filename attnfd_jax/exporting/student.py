@@ -18,8 +18,7 @@ from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.runs import conversion, loading
 
-# Also how their files end.
-FORMATS = ('stablehlo', 'onnx', 'safetensors', 'pth')
+FORMATS = tuple(fresh_process.LOADERS)  # Also how their files end.
 # Formats that are programs -> the extra with what they need, and that.
 _PROGRAMS = {
   'stablehlo': ('export', 'flatbuffers'),
@@ -33,10 +32,7 @@ def _check_arguments(checkpoint, output, kind, form, weights, overwrite):
   one_of('--weights', weights, stablehlo.WEIGHTS)
   for name, value in form.items():
     if value and kind not in _PROGRAMS:
-      raise InputError(
-        f'--{name} needs a program, and --format={kind} holds weights alone; '
-        'use stablehlo or onnx.'
-      )
+      raise InputError(f'--{name} needs a program: --format=stablehlo or onnx.')
   if weights != 'float32' and kind != 'stablehlo':
     raise InputError(f'--weights={weights} is for --format=stablehlo.')
   extra, *modules = _PROGRAMS.get(kind, ('',))
@@ -51,15 +47,12 @@ def _check_arguments(checkpoint, output, kind, form, weights, overwrite):
     raise InputError('--output is missing; name a file.')
   path = pathlib.Path(output)
   ending = path.suffix.removeprefix('.')
-  problem = ''
   if ending in FORMATS and ending != kind:
-    problem = f'ends as {ending}, not as {kind}.'
-  elif path.is_dir():
-    problem = 'is a folder; name a file.'
-  elif path.exists() and not overwrite:
-    problem = 'exists; add --overwrite to replace it, or name another one.'
-  if problem:
-    raise InputError(f'--output={output} {problem}')
+    raise InputError(f'--output={output} ends as {ending}, not as {kind}.')
+  if path.is_dir():
+    raise InputError(f'--output={output} is a folder; name a file.')
+  if path.exists() and not overwrite:
+    raise InputError(f'{output} exists; add --overwrite to replace it.')
   return path
 
 
@@ -142,21 +135,19 @@ def export_student(
       where = 'Read back array by array, no other process having its code'
       run = functools.partial(forward, agreement.read_back(new, variables))
       found, theirs = fresh_process.measure(run, batches)
-    line, agrees = agreement.describe(expected, found, f'{where}, on {text}')
+    line, agrees = agreement.describe(expected, found, f'{where}, on {text}: ')
     if not agrees:
+      least = f'{100 * agreement.AGREEMENT:g} %'
       raise InputError(
-        f'{line}; less than {100 * agreement.AGREEMENT:g} % or not finite, so '
-        'nothing was kept.'
+        f'{line}; not finite or below {least}: nothing was kept.'
       )
     # The last batch has two images of another size.
     theirs, ours = (1e3 * np.median(x[:-1]) for x in (theirs, ours))
-    lines += [
-      line,
-      f'{theirs:.1f} ms an image on this CPU, {ours:.1f} ms by attnfd_jax',
-    ]
+    speed = f'{theirs:.1f} ms an image on this CPU, {ours:.1f} ms by attnfd_jax'
+    lines += [line, speed]
     if weights != 'float32':
       exact = [np.asarray(forward(variables, x)) for x in batches]
-      line, _ = agreement.describe(exact, found, f'Rounding to {weights}')
+      line, _ = agreement.describe(exact, found, f'Rounding to {weights}: ')
       candidates = {'float32 weights': variables, weights: rounded}
       scores = agreement.describe_mious(network, candidates, info)
       lines += filter(None, [line, scores])

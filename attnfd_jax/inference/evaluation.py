@@ -48,8 +48,7 @@ def evaluate(
   protocol='native',
   batch_size=8,
   short_side=0,
-  size_multiple=1,
-  threads=4,
+  **options,
 ):
   """Pixels by (label, prediction) of a whole source, int64 [k, k].
 
@@ -65,7 +64,7 @@ def evaluate(
       resizes image and label to a short side of 513 first, as the authors.
     batch_size: rounded up to a multiple of the mesh axis 'data'.
     short_side: of what the network sees in 'native'; 0 leaves their size.
-    size_multiple: images are padded to it, so that fewer sizes are compiled.
+    **options: size_multiple, threads; see pipeline.eval_batches.
   """
   parts = mesh.shape['data']
   batches = pipeline.eval_batches(
@@ -73,8 +72,7 @@ def evaluate(
     batch_size=-(-batch_size // parts) * parts,
     short_side=predictor.seen_short_side(protocol, short_side),
     resize_labels=protocol == 'reference',
-    size_multiple=size_multiple,
-    threads=threads,
+    **options,
   )
   variables = sharding.place(variables, sharding.replicated(mesh))
   count = make_eval_step(network, num_classes, mesh)

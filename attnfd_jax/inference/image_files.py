@@ -58,28 +58,22 @@ def find_images(pattern, option='--input'):
 
 
 def check_outputs(paths, output, others, *, overwrite, confidence):
-  """Raises InputError if two results, or one of the `others`, would be written
-  to one place, over an input, or over anything without `overwrite`.
+  """Raises InputError if two results would be written to one place, or one, or
+  one of the `others`, over an input, or over anything without `overwrite`.
   """
   writers = {}
   for path in paths:
     for ending in _RESULTS[: 3 + confidence]:
       target = output / f'{path.stem}{ending}'
       if (other := writers.setdefault(target, path)) is not path:
-        raise InputError(
-          f'{other} and {path} would both be written to {target.name}; rename '
-          'one, or predict them into two folders.'
-        )
+        both = f'{other} and {path} would both be written to {target.name}'
+        raise InputError(f'{both}; rename one.')
   inputs = {path.resolve() for path in paths}
   for target in (*writers, *others):
     if target.resolve() in inputs:
-      raise InputError(
-        f'{target} is an input and would be overwritten; write elsewhere.'
-      )
+      raise InputError(f'{target} is an input; write elsewhere.')
     if target.exists() and not overwrite:
-      raise InputError(
-        f'{target} exists; add --overwrite to replace it, or write elsewhere.'
-      )
+      raise InputError(f'{target} exists; add --overwrite or write elsewhere.')
 
 
 def frame_size(paths):
@@ -169,9 +163,9 @@ def predict_files(
         raise
       problem = f'{path}: {w}x{h} needs more memory than the device has'
       return None, f'{problem}; use --tile, or a smaller one.'
-    probabilities = probabilities if confidence else None
     stem, palette = output / path.stem, predictor.palette
-    overlay = _write(stem, image, ids, probabilities, palette)
+    certain = probabilities if confidence else None
+    overlay = _write(stem, image, ids, certain, palette)
     counts = np.bincount(ids.ravel(), minlength=len(predictor.class_names))
     return counts / ids.size, overlay if size else None
 
@@ -195,8 +189,6 @@ def predict_files(
     csv.writer(text).writerows([['image', *predictor.class_names], *rows])
   if len(rows) < len(paths):
     places = f'{output} and {video}' if video and rows else output
-    raise InputError(
-      f'{len(paths) - len(rows)} of {len(paths)} images were skipped, see '
-      f'above; the others are in {places}.'
-    )
+    skipped = f'{len(paths) - len(rows)} of {len(paths)} images were skipped'
+    raise InputError(f'{skipped}, see above; the others are in {places}.')
   return len(paths)

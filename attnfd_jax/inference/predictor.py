@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class ids of images of any size, whole or in tiles."""
+"""Class ids of images of any size, whole, in tiles, averaged over views."""
 
+import dataclasses
 import functools
 import operator
 
@@ -11,7 +12,6 @@ import numpy as np
 from attnfd_jax.data import transforms
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import tiling
-from attnfd_jax.inference.averaging import Averaged
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.models.resizing import resize
@@ -121,16 +121,46 @@ def segment(
   return tuple(np.concatenate(x) for x in zip(*found, strict=True))
 
 
+@dataclasses.dataclass(frozen=True)
+class Averaged:
+  """A network whose probabilities are means over scales and mirror images.
+
+  Takes the place of a network wherever `apply` is called for its logits;
+  hashable, so that compiled steps are shared.
+  """
+
+  network: object  # Called with (variables, image, train=False).
+  scales: tuple[float, ...] = (1.0,)  # Each is one more forward pass, or two.
+  flip: bool = False  # Average with the mirror image as well.
+
+  def apply(self, variables, image, *, train):
+    """{'logits'}: log of the mean probabilities, float32 [b, h, w, k]."""
+    b, h, w, _ = image.shape
+    total = 0.0
+    for scale in self.scales:
+      # Antialiased when it shrinks, half-pixel centers there and back.
+      size = [max(round(n * scale), 1) for n in (h, w)]
+      scaled = jax.image.resize(image, (b, *size, 3), 'linear')
+      for mirrored in (False, True)[: 1 + self.flip]:
+        x = scaled[:, :, ::-1] if mirrored else scaled
+        logits = self.network.apply(variables, x, train=train)['logits']
+        logits = logits[:, :, ::-1] if mirrored else logits
+        logits = jax.image.resize(logits, (b, h, w, logits.shape[-1]), 'linear')
+        total = total + jax.nn.softmax(logits)
+    mean = total / (len(self.scales) * (1 + self.flip))
+    return {'logits': jnp.log(jnp.maximum(mean, jnp.finfo(mean.dtype).tiny))}
+
+
 class Predictor:
   """A stage's network, ready for one image after another.
 
   Args:
     checkpoint: folder of a stage.
-    scales, flip: averages over them; see averaging.Averaged.
+    scales, flip: averages over them; see `Averaged`.
     tile: (height, width) that the network sees at a time, of images that are
       larger; logits of overlapping tiles are averaged.
     overlap: least share of a tile that the next one covers again, in [0, 1).
-    step, allow_code: see loading.load_network.
+    **options: of loading.load_network: step, allow_code.
 
   Attributes:
     network, variables, info: as of loading.load_network; averaged if asked.
@@ -152,15 +182,14 @@ class Predictor:
     flip=False,
     tile=None,
     overlap=0.25,
-    step=None,
-    allow_code=False,
+    **options,
   ):
     if not 0 <= overlap < 1:
       raise InputError(f'--overlap={overlap} must be from 0 to below 1.')
     self.views = {'scales': list(scales), 'flip': flip}
     self.tiles = {'tile': tile and list(tile), 'overlap': tile and overlap}
     self.network, self.variables, info = loading.load_network(
-      checkpoint, step=step, allow_code=allow_code
+      checkpoint, **options
     )
     if flip or tuple(scales) != (1,):
       self.network = Averaged(self.network, tuple(scales), flip)

@@ -45,8 +45,7 @@ def load_split(info, data_root, split, *, hidden=False):
     info = info | {'data': info['data'] | {'root': data_root, 'prepared': ''}}
   try:
     dataset = load_dataset(info['data'])
-  except InputError as error:
-    # The flag has another name here.
+  except InputError as error:  # The flag has another name here.
     text = str(error).replace('--config.data.root', '--data_root')
     raise InputError(text) from error
   splits = dict(dataset.splits)
@@ -103,9 +102,7 @@ def evaluate_checkpoint(
   )
   images = f'{len(source)} images of the {split} split of {dataset.name}'
   print(f'{stage.description}, on the {images}')
-  num_classes = dataset.num_classes
-  counts = np.zeros((num_classes,) * 2, np.int64)
-  edges = np.zeros((num_classes + 1,) * 2, np.int64)
+  num_classes, counts, edges = dataset.num_classes, 0, 0
   with progress(len(source)) as bar:
     given = (stage.network, stage.variables, _Counted(source, bar))
     if not (stage.tiles['tile'] or boundary or write):

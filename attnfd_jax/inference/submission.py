@@ -21,16 +21,15 @@ def test_images(root):
 
   `root` has leftImg8bit/test, images/test or leftImg8bit_trainvaltest.zip.
   """
-  root, found = pathlib.Path(root), []
-  for name in ('leftImg8bit', 'images'):
-    tree = files.list_tree(root / name / 'test', ('.png',))
-    found = found or list(tree.values())
+  root, ending = pathlib.Path(root), ('.png',)
   archive = root / 'leftImg8bit_trainvaltest.zip'
+  found = files.list_tree(root / 'leftImg8bit/test', ending)
+  found = [*(found or files.list_tree(root / 'images/test', ending)).values()]
   if not found and archive.is_file():
-    found = files.list_zip(archive, 'leftImg8bit/test/', ('.png',))
+    found = files.list_zip(archive, 'leftImg8bit/test/', ending)
   if not found:
     raise InputError(
-      f'{root / "leftImg8bit" / "test"}: no images of the test split, nor '
+      f'{root / "leftImg8bit/test"}: no images of the test split, nor '
       f'{archive.name} beside it; is the folder right? (--data_root=PATH)'
     )
   pairs = [Pair(file.inner.stem, file, file) for file in found]
@@ -41,8 +40,7 @@ def make_writer(directory, *, dataset, protocol):
   """A function that writes one file, from (name of the image, train ids).
 
   A file has the name of its image and so starts with city, sequence and frame,
-  by which the server finds it. Ids are uint8 [h, w]. InputError for other data
-  sets, resized labels, and a folder that is not empty.
+  by which the server finds it.
   """
   if dataset != 'cityscapes':
     raise InputError(
@@ -50,10 +48,7 @@ def make_writer(directory, *, dataset, protocol):
       'python -m attnfd_jax.predict writes the class ids of any image.'
     )
   if protocol != 'native':
-    raise InputError(
-      f'--submission needs results at full size, which protocol {protocol} '
-      'does not give; add --protocol=native.'
-    )
+    raise InputError('--submission needs full sizes; add --protocol=native.')
   directory = pathlib.Path(directory)
   if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
     raise InputError(

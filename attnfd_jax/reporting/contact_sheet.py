@@ -29,8 +29,7 @@ def draw_sheet(dataset, problems):
   """
   # What is ignored is black.
   palette = np.pad(dataset.palette, ((0, 256 - dataset.num_classes), (0, 0)))
-  rows = list(_sound_rows(dataset.splits, problems, palette))
-  rows += _broken_rows(dataset.splits, problems, palette)
+  rows = list(_rows(dataset.splits, problems, palette))
   columns = 4
   top = -(-len(dataset.class_names) // columns) * _LINE + 2 * _GAP
   step = _CELL[1] + _LINE + _GAP
@@ -51,18 +50,14 @@ def draw_sheet(dataset, problems):
   return sheet
 
 
-def _sound_rows(splits, problems, palette):
-  """(caption, cells) of records spread over each split."""
+def _rows(splits, problems, palette):
+  """(caption, cells) of records spread over each split, then of problems."""
   for split, source in splits.items():
     good = [i for i in range(len(source)) if i not in problems[split]]
     for i in np.linspace(0, len(good) - 1, min(_ROWS, len(good)), dtype=int):
       record, name = source[good[i]], source.name(good[i])
       cells = _cells(record['image'], palette[record['label']])
       yield f'{split}: {name}', cells
-
-
-def _broken_rows(splits, problems, palette):
-  """As `_sound_rows`, of records with a problem that can be decoded in part."""
   shown = collections.Counter()
   for split, source in splits.items():
     for index, problem in problems[split].items():

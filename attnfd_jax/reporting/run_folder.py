@@ -11,9 +11,9 @@ import zipfile
 import numpy as np
 
 from attnfd_jax import paths
+from attnfd_jax.config import STAGES
 from attnfd_jax.errors import InputError
 
-STAGES = ('teacher', 'student', 'distill')
 # Every other number of a train line is the loss or one of its terms.
 _NOT_LOSS = {'step', 'learning_rate', 'grad_norm', 'data_wait'}
 _NOT_LOSS |= {'step_seconds', 'images_per_second'}

@@ -12,7 +12,7 @@ import pytest
 
 from attnfd_jax.devices import sharding
 from attnfd_jax.inference import evaluation, predictor, tiling
-from attnfd_jax.inference.averaging import Averaged
+from attnfd_jax.inference.predictor import Averaged
 from attnfd_jax.models import resizing
 
 
