@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 
+from attnfd_jax.config import STAGES
 from attnfd_jax.errors import InputError
 from attnfd_jax.reporting.page import signed, write_report
-from attnfd_jax.reporting.run_folder import STAGES
 
 NAMES = ('sky', 'road', 'sign <b>&', 'fence', 'car $x^2$')
 PALETTE = np.arange(15, dtype=np.uint8).reshape(5, 3)

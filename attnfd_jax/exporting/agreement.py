@@ -57,9 +57,9 @@ def make_batches(pattern, info, *, short_side, count):
   ]
   h, w = np.min([x.shape[:2] for x in images], 0)
   if min(h, w) < SMALLEST:
+    problem = f'The {name} are {h}x{w} for the network'
     raise InputError(
-      f'The {name} are {h}x{w} for the network; name some of at least '
-      f'{SMALLEST}x{SMALLEST} by --images.'
+      f'{problem}; {SMALLEST}x{SMALLEST} is least; see --images.'
     )
   largest = max(x[..., 0].size for x in images)
   images = images[: max(_NUM_PIXELS // largest, 1)]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepLabV3Plus as an ONNX graph, with the extra `onnx`.
 
-One function here per module of models/, in its order; `export` compares the
-two on images each time. Maps are [b, c, h, w] inside the graph, as ONNX has
-them. Norms with running statistics are part of their convolutions.
+One function here per module of models/, in its order. Maps are [b, c, h, w]
+inside, as ONNX has them, and norms are part of their convolutions.
 """
 
 import json
@@ -201,10 +200,8 @@ def _network(g, image, network):
 
 
 def make_model(network, variables, *, uint8, argmax, metadata):
-  """An onnx.ModelProto of a DeepLabV3Plus, for images [b, h, w, 3] of any size.
-
-  See stablehlo.make_forward for the input 'image', and the output 'ids' or
-  'logits'. `metadata`, {name: value of JSON}, is written into the file.
+  """An onnx.ModelProto that does what stablehlo.make_forward does: from 'image'
+  to 'ids' or 'logits'. `metadata` is {name: value of JSON}, stored in it.
   """
   g = Graph(variables)
   types, info = onnx.TensorProto, onnx.helper.make_tensor_value_info
@@ -212,8 +209,7 @@ def make_model(network, variables, *, uint8, argmax, metadata):
   image = info(x, types.UINT8 if uint8 else types.FLOAT, (*size, 3))
   if uint8:
     # The operations of models.deeplab.normalise.
-    x = g.op('Cast', x, to=types.FLOAT)
-    x = g.op('Div', x, np.float32(255))
+    x = g.op('Div', g.op('Cast', x, to=types.FLOAT), np.float32(255))
     x = g.op('Sub', x, np.float32(deeplab.IMAGE_MEAN))
     x = g.op('Div', x, np.float32(deeplab.IMAGE_STD))
   logits = _network(g, g.op('Transpose', x, perm=_TO_NCHW), network)

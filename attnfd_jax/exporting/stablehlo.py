@@ -27,10 +27,7 @@ class Small:
 
 
 def shrink(variables, weights):
-  """The variables with convolution kernels as `Small`; all else stays as it is.
-
-  int8 is symmetric with one scale for each output channel.
-  """
+  """The variables with kernels as `Small`, in int8 with a scale by channel."""
 
   def store(x):
     if x.ndim != 4:
@@ -58,10 +55,8 @@ def grow(stored):
 
 @functools.lru_cache
 def make_forward(network, *, uint8, argmax):
-  """Jitted (variables, image) -> what a file finds in images [b, h, w, 3].
-
-  They are RGB of uint8, else normalized float32; it finds class ids, uint8 [b,
-  h, w], for `argmax`, else float32 logits [b, h, w, k].
+  """Jitted (variables, image [b, h, w, 3]) -> what a file finds: of RGB bytes
+  or normalized float32, class ids [b, h, w], uint8, or float32 logits.
   """
 
   @jax.jit

@@ -38,16 +38,14 @@ def _check_arguments(checkpoint, output, kind, form, weights, overwrite):
   extra, *modules = _PROGRAMS.get(kind, ('',))
   for name in modules:
     if importlib.util.find_spec(name) is None:
-      raise InputError(
-        f"--format={kind} needs {name}; pip install 'attnfd_jax[{extra}]'."
-      )
+      remedy = f"pip install 'attnfd_jax[{extra}]'"
+      raise InputError(f'--format={kind} needs {name}; {remedy}.')
   if not checkpoint:
     raise InputError('--checkpoint is missing; name the folder of a stage.')
   if not output:
     raise InputError('--output is missing; name a file.')
   path = pathlib.Path(output)
-  ending = path.suffix.removeprefix('.')
-  if ending in FORMATS and ending != kind:
+  if (ending := path.suffix[1:]) in {*FORMATS} - {kind}:
     raise InputError(f'--output={output} ends as {ending}, not as {kind}.')
   if path.is_dir():
     raise InputError(f'--output={output} is a folder; name a file.')
@@ -137,10 +135,8 @@ def export_student(
       found, theirs = fresh_process.measure(run, batches)
     line, agrees = agreement.describe(expected, found, f'{where}, on {text}: ')
     if not agrees:
-      least = f'{100 * agreement.AGREEMENT:g} %'
-      raise InputError(
-        f'{line}; not finite or below {least}: nothing was kept.'
-      )
+      least = f'less than {100 * agreement.AGREEMENT:g} % or not finite'
+      raise InputError(f'{line}; {least}, so nothing was kept.')
     # The last batch has two images of another size.
     theirs, ours = (1e3 * np.median(x[:-1]) for x in (theirs, ours))
     speed = f'{theirs:.1f} ms an image on this CPU, {ours:.1f} ms by attnfd_jax'
@@ -157,7 +153,6 @@ def export_student(
     return [*lines, *remarks, f'{size} of weights']
   image = 'uint8 RGB' if uint8 else 'normalised float32'
   scale = f', of a short side of {short_side}' if short_side else ''
-  result = f'logits float32 [b, h, w, {len(info["class_names"])}]'
-  if argmax:
-    result = 'class ids uint8 [b, h, w]'
+  logits = f'logits float32 [b, h, w, {len(info["class_names"])}]'
+  result = 'class ids uint8 [b, h, w]' if argmax else logits
   return [*lines, f'{size}; {image} [b, h, w, 3]{scale} -> {result}']

@@ -17,10 +17,7 @@ from attnfd_jax.models.deeplab import normalise
 
 @functools.lru_cache(maxsize=4)  # A teacher of the user's is held by it.
 def make_eval_step(network, num_classes, mesh):
-  """Returns jitted (variables, batch) -> confusion matrix int32 [k, k].
-
-  Cached, so that two stages with the same network share one compilation.
-  """
+  """Jitted (variables, batch) -> int32 [k, k]; stages of a network share it."""
 
   def eval_step(variables, batch):
     image = sharding.split_height(normalise(batch['image']), mesh)
@@ -97,10 +94,9 @@ def predictions(
   threads=4,
   **options,
 ):
-  """Yields (class ids, label) of one image after the other, uint8 [h, w] each.
+  """Yields (class ids, label), uint8 [h, w], of one image after the other.
 
-  For what needs them on the host; `evaluate` is faster and counts the same. The
-  other `options` are of predictor.segment.
+  `evaluate` is faster and counts the same; `options` are of predictor.segment.
   """
   prepare = functools.partial(
     transforms.fit_record,

@@ -39,11 +39,10 @@ def describe(checkpoint, info):
 
 
 def scores_at(outputs, height, width, *, ratio=None):
-  """Logits [b, height, width, k] in one bilinear step, corners aligned.
+  """Logits [b, height, width, k] of Outputs in one bilinear step.
 
-  `outputs` has `logits` [b, H, W, k] at the size of the image, and perhaps the
-  `coarse_logits` that they are a resize of. `ratio`, float32 [2], is the size
-  of a pixel of the image in the result; by default both end at the same place.
+  `ratio`, float32 [2], is the size of a pixel of the image in the result; by
+  default both end at the same place, corners aligned.
   """
   logits = outputs['logits']
   maps = outputs.get('coarse_logits', logits)
@@ -111,12 +110,14 @@ def segment(
   def score_tile(part):
     h, w = part.shape[:2]
     # Where the image is smaller than a tile, few sizes are compiled, too.
-    seen = tuple(map(min, padded((h, w)), tile))
-    part = transforms.pad_edges(part, seen)[None]
-    logits = compute_scores(network, variables, part, size=seen)
+    full = tuple(map(min, padded((h, w)), tile))
+    part = transforms.pad_edges(part, full)[None]
+    logits = compute_scores(network, variables, part, size=full)
     return np.asarray(logits)[0, :h, :w]
 
-  bands = tiling.scores(score_tile, image, size, tile=tile, overlap=overlap)
+  bands = tiling.bands(score_tile, image, tile=tile, overlap=overlap)
+  if tuple(size) != seen:  # All logits of the image are held.
+    bands = tiling.resized(np.concatenate(list(bands)), size)
   found = [_decide(band, np) for band in bands]
   return tuple(np.concatenate(x) for x in zip(*found, strict=True))
 

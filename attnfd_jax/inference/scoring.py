@@ -36,9 +36,8 @@ class _Counted:
 
 
 def load_split(info, data_root, split, *, hidden=False):
-  """The data set of a stage, and the source of one of its splits.
-
-  `hidden` allows the test split of Cityscapes, whose labels nobody has.
+  """The data set of a stage, and the source of one of its splits; if `hidden`,
+  also that of Cityscapes whose labels nobody has.
   """
   if data_root is not None:
     # A run that was trained from shards would otherwise still read them.

@@ -17,10 +17,7 @@ def _all_ignored(file):
 
 
 def test_images(root):
-  """A source of the test split, whose labels are not public: all ignored.
-
-  `root` has leftImg8bit/test, images/test or leftImg8bit_trainvaltest.zip.
-  """
+  """A source of the test split, whose labels are not public: all ignored."""
   root, ending = pathlib.Path(root), ('.png',)
   archive = root / 'leftImg8bit_trainvaltest.zip'
   found = files.list_tree(root / 'leftImg8bit/test', ending)
@@ -37,11 +34,7 @@ def test_images(root):
 
 
 def make_writer(directory, *, dataset, protocol):
-  """A function that writes one file, from (name of the image, train ids).
-
-  A file has the name of its image and so starts with city, sequence and frame,
-  by which the server finds it.
-  """
+  """A function that writes one file, from (name of the image, train ids)."""
   if dataset != 'cityscapes':
     raise InputError(
       f'--submission is for the data set cityscapes, this one is {dataset}; '
@@ -58,6 +51,7 @@ def make_writer(directory, *, dataset, protocol):
   label_ids = np.array(classes.CITYSCAPES_IDS, np.uint8)
 
   def write(name, ids):
+    # It starts with city, sequence and frame, by which the server finds it.
     stem = pathlib.PurePath(name).stem
     Image.fromarray(label_ids[ids]).save(directory / f'{stem}.png')
 
