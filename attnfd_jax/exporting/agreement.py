@@ -71,7 +71,7 @@ def make_batches(pattern, info, *, short_side, count):
 
 def run_fresh(kind, path, images, options):
   """What `fresh_process` finds and measures, run as a process of its own."""
-  environment = {
+  environment = os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'JAX_TRACEBACK_FILTERING': 'off',  # Errors end in what is wrong.
     'PYTHONPATH': os.pathsep.join(map(os.path.abspath, sys.path)),
@@ -79,11 +79,9 @@ def run_fresh(kind, path, images, options):
   with tempfile.TemporaryDirectory() as folder:
     np.savez(f'{folder}/images.npz', *images)
     command = [sys.executable, '-P', fresh_process.__file__]
+    command += [kind, path, folder, json.dumps(options)]
     process = subprocess.run(
-      [*command, kind, path, folder, json.dumps(options)],
-      capture_output=True,
-      text=True,
-      env=os.environ | environment,
+      command, capture_output=True, text=True, env=environment
     )
     if process.returncode:
       lines = ['it was killed', *process.stderr.strip().splitlines()]

@@ -15,7 +15,6 @@ from attnfd_jax.models import deeplab, layers, mobilenet_v2, resnet
 
 # Of 2022; later ones bring nothing that is needed here, and fewer readers.
 _OPSET, _IR_VERSION = 17, 8
-_TO_NCHW, _TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
 def _fold_norms(params, stats):
@@ -212,22 +211,18 @@ def make_model(network, variables, *, uint8, argmax, metadata):
     x = g.op('Div', g.op('Cast', x, to=types.FLOAT), np.float32(255))
     x = g.op('Sub', x, np.float32(deeplab.IMAGE_MEAN))
     x = g.op('Div', x, np.float32(deeplab.IMAGE_STD))
-  logits = _network(g, g.op('Transpose', x, perm=_TO_NCHW), network)
+  logits = _network(g, g.op('Transpose', x, perm=(0, 3, 1, 2)), network)
   if argmax:
     ids = g.op('ArgMax', logits, axis=1, keepdims=0)
     g.op('Cast', ids, to=types.UINT8, output='ids')
     found = info('ids', types.UINT8, size)
   else:
-    g.op('Transpose', logits, perm=_TO_NHWC, output='logits')
+    g.op('Transpose', logits, perm=(0, 2, 3, 1), output='logits')
     found = info('logits', types.FLOAT, (*size, network.num_classes))
-  model = onnx.helper.make_model(
-    onnx.helper.make_graph(
-      g.nodes, network.backbone, [image], [found], g.constants
-    ),
-    producer_name='attnfd_jax',
-    ir_version=_IR_VERSION,
-    opset_imports=[onnx.helper.make_opsetid('', _OPSET)],
-  )
+  name, opsets = network.backbone, [onnx.helper.make_opsetid('', _OPSET)]
+  graph = onnx.helper.make_graph(g.nodes, name, [image], [found], g.constants)
+  model = onnx.helper.make_model(graph, opset_imports=opsets)
+  model.producer_name, model.ir_version = 'attnfd_jax', _IR_VERSION
   metadata = {key: json.dumps(value) for key, value in metadata.items()}
   onnx.helper.set_model_props(model, metadata)
   onnx.checker.check_model(model)

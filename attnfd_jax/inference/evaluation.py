@@ -73,9 +73,8 @@ def evaluate(
   )
   variables = sharding.place(variables, sharding.replicated(mesh))
   count = make_eval_step(network, num_classes, mesh)
-  put = functools.partial(
-    jax.make_array_from_process_local_data, sharding.by_batch(mesh)
-  )
+  place = sharding.by_batch(mesh)
+  put = functools.partial(jax.make_array_from_process_local_data, place)
   total = pending = np.zeros((num_classes, num_classes), np.int64)
   for batch in batches:
     following = count(variables, jax.tree.map(put, batch))

@@ -53,14 +53,9 @@ def scores_at(outputs, height, width, *, ratio=None):
   sizes = zip(logits.shape[1:3], maps.shape[1:3], strict=True)
   steps = [(n - 1) / (m - 1) for n, m in sizes]
   scale = ratio * jnp.array(steps, jnp.float32)
+  shape = (len(maps), height, width, maps.shape[-1])
   return jax.image.scale_and_translate(
-    maps,
-    (len(maps), height, width, maps.shape[-1]),
-    (1, 2),
-    scale,
-    0.5 * (1 - scale),
-    'linear',
-    antialias=False,
+    maps, shape, (1, 2), scale, 0.5 * (1 - scale), 'linear', antialias=False
   )
 
 
@@ -142,10 +137,10 @@ class Averaged:
       # Antialiased when it shrinks, half-pixel centers there and back.
       size = [max(round(n * scale), 1) for n in (h, w)]
       scaled = jax.image.resize(image, (b, *size, 3), 'linear')
-      for mirrored in (False, True)[: 1 + self.flip]:
-        x = scaled[:, :, ::-1] if mirrored else scaled
-        logits = self.network.apply(variables, x, train=train)['logits']
-        logits = logits[:, :, ::-1] if mirrored else logits
+      for way in (1, -1)[: 1 + self.flip]:
+        x = scaled[:, :, ::way]
+        outputs = self.network.apply(variables, x, train=train)
+        logits = outputs['logits'][:, :, ::way]
         logits = jax.image.resize(logits, (b, h, w, logits.shape[-1]), 'linear')
         total = total + jax.nn.softmax(logits)
     mean = total / (len(self.scales) * (1 + self.flip))
@@ -207,14 +202,9 @@ class Predictor:
       raise ValueError(
         f'image is {image.dtype} {image.shape}; it must be uint8 [h, w, 3].'
       )
-    return segment(
-      self.network,
-      self.variables,
-      transforms.fit_image(image, self.short_side),
-      image.shape[:2],
-      size_multiple=64,  # To compile for few sizes.
-      **self.tiles,
-    )
+    seen, size = transforms.fit_image(image, self.short_side), image.shape[:2]
+    options = self.tiles | {'size_multiple': 64}  # To compile for few sizes.
+    return segment(self.network, self.variables, seen, size, **options)
 
 
 def predict(images, checkpoint, **options):
