@@ -58,9 +58,8 @@ def make_batches(pattern, info, *, short_side, count):
   h, w = np.min([x.shape[:2] for x in images], 0)
   if min(h, w) < SMALLEST:
     problem = f'The {name} are {h}x{w} for the network'
-    raise InputError(
-      f'{problem}; {SMALLEST}x{SMALLEST} is least; see --images.'
-    )
+    remedy = f'name some of at least {SMALLEST}x{SMALLEST} by --images'
+    raise InputError(f'{problem}; {remedy}.')
   largest = max(x[..., 0].size for x in images)
   images = images[: max(_NUM_PIXELS // largest, 1)]
   h, w = (max(n * 7 // 8, SMALLEST) for n in images[0].shape[:2])
@@ -129,10 +128,8 @@ def describe(expected, found, text):
     limit = f'{difference:.2g} at logits up to {largest:.3g}'
     text += f'largest logit difference {limit}, '
   text += f'same class at {100 * share:.4f} % of the pixels; '
-  return (
-    f'{text}{num_classes} classes occur',
-    share >= AGREEMENT and np.isfinite(difference),
-  )
+  text += f'{num_classes} classes occur'
+  return text, share >= AGREEMENT and np.isfinite(difference)
 
 
 def describe_mious(network, candidates, info):
