@@ -10,10 +10,9 @@ import sys
 import numpy as np
 import pytest
 
+from attnfd_jax.config import STAGES
 from attnfd_jax.errors import InputError
-from attnfd_jax.reporting import scores
-from attnfd_jax.reporting.page import write_report
-from attnfd_jax.reporting.run_folder import STAGES
+from attnfd_jax.reporting.page import signed, write_report
 
 NAMES = ('sky', 'road', 'sign <b>&', 'fence', 'car $x^2$')
 PALETTE = np.arange(15, dtype=np.uint8).reshape(5, 3)
@@ -265,7 +264,7 @@ def test_a_teacher_from_elsewhere_has_its_name(tmp_path):
   [(1.5, '+1.50'), (-0.25, '−0.25'), (-0.001, '±0.00'), (None, '–')],
 )
 def test_signed(value, text):
-  assert scores.signed(value) == text
+  assert signed(value) == text
 
 
 def test_a_failure_leaves_the_page_of_before(tmp_path):

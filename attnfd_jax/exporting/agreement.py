@@ -23,8 +23,7 @@ from attnfd_jax.pytorch import files, names
 
 # What is compared: a few images, and no more pixels than fit on any disk.
 NUM_IMAGES, _NUM_PIXELS = 8, 1 << 22
-# The least share of pixels that have the same class.
-AGREEMENT = 0.9999
+AGREEMENT = 0.9999  # The least share of pixels that have the same class.
 
 
 def _val_source(info):
@@ -36,11 +35,11 @@ def _val_source(info):
 
 
 def make_batches(pattern, info, *, short_side, count):
-  """A few real images as the network sees them, and two of another size.
+  """At most `count` images as the network sees them, uint8 [1, h, w, 3], two of
+  another size as the last batch, and a text that names them.
 
-  At most `count` images of a file, a folder or a glob; by default of the val
-  split, and if that is not here, drawn scenes. They are uint8 [1, h, w, 3], and
-  [2, h', w', 3] as the last. Also returns a text that names them.
+  They are those of a file, a folder or a glob; by default of the val split, and
+  if that is not here, drawn scenes.
   """
   dataset, read = info['data']['name'], operator.itemgetter('image')
   if pattern:
@@ -58,10 +57,9 @@ def make_batches(pattern, info, *, short_side, count):
   ]
   h, w = np.min([x.shape[:2] for x in images], 0)
   if min(h, w) < SMALLEST:
-    raise InputError(
-      f'The {name} are {h}x{w} for the network; name some of at least '
-      f'{SMALLEST}x{SMALLEST} by --images.'
-    )
+    problem = f'The {name} are {h}x{w} for the network'
+    remedy = f'name some of at least {SMALLEST}x{SMALLEST} by --images'
+    raise InputError(f'{problem}; {remedy}.')
   largest = max(x[..., 0].size for x in images)
   images = images[: max(_NUM_PIXELS // largest, 1)]
   h, w = (max(n * 7 // 8, SMALLEST) for n in images[0].shape[:2])
@@ -71,30 +69,23 @@ def make_batches(pattern, info, *, short_side, count):
 
 
 def run_fresh(kind, path, images, options):
-  """What a file makes of images in a process of its own, and the seconds.
-
-  `options` are of its loader in fresh_process.LOADERS.
-  """
-  script = fresh_process.__file__
-  environment = {
+  """What `fresh_process` finds and measures, run as a process of its own."""
+  environment = os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'JAX_TRACEBACK_FILTERING': 'off',  # Errors end in what is wrong.
     'PYTHONPATH': os.pathsep.join(map(os.path.abspath, sys.path)),
   }
   with tempfile.TemporaryDirectory() as folder:
     np.savez(f'{folder}/images.npz', *images)
+    command = [sys.executable, '-P', fresh_process.__file__]
+    command += [kind, path, folder, json.dumps(options)]
     process = subprocess.run(
-      [sys.executable, '-P', script, kind, path, folder, json.dumps(options)],
-      capture_output=True,
-      text=True,
-      env=os.environ | environment,
-      check=False,
+      command, capture_output=True, text=True, env=environment
     )
     if process.returncode:
-      lines = process.stderr.strip().splitlines() or ['it was killed']
-      raise InputError(
-        f'The {kind} file cannot be run by a fresh process: {lines[-1]}'
-      )
+      lines = ['it was killed', *process.stderr.strip().splitlines()]
+      problem = f'The {kind} file cannot be run by a fresh process'
+      raise InputError(f'{problem}: {lines[-1]}')
     with np.load(f'{folder}/found.npz') as arrays:
       *found, seconds = arrays.values()
     return found, seconds
@@ -110,10 +101,8 @@ def read_back(path, variables):
 
 
 def compare(expected, found):
-  """Largest difference, largest logit, share of equal classes, their number.
-
-  Both are lists of float logits [b, h, w, k], or of class ids [b, h, w], whose
-  differences are not counted. The number is of classes in `expected`.
+  """Largest difference, largest logit, share of equal classes, number of those
+  in `expected`; of lists of float logits [b, h, w, k] or class ids [b, h, w].
   """
   difference, largest, same, total, seen = 0.0, 0.0, 0, 0, set()
   for ours, theirs in zip(expected, found, strict=True):
@@ -133,15 +122,14 @@ def compare(expected, found):
 
 
 def describe(expected, found, text):
-  """A line about `compare`, and whether both agree."""
+  """A line about `compare`, begun by `text`, and whether both agree."""
   difference, largest, share, num_classes = compare(expected, found)
-  line = f'{text}: '
   if np.issubdtype(expected[0].dtype, np.floating):
-    line += f'largest logit difference {difference:.2g} at logits up to '
-    line += f'{largest:.3g}, '
-  line += f'same class at {100 * share:.4f} % of the pixels; '
-  line += f'{num_classes} classes occur'
-  return line, share >= AGREEMENT and np.isfinite(difference)
+    limit = f'{difference:.2g} at logits up to {largest:.3g}'
+    text += f'largest logit difference {limit}, '
+  text += f'same class at {100 * share:.4f} % of the pixels; '
+  text += f'{num_classes} classes occur'
+  return text, share >= AGREEMENT and np.isfinite(difference)
 
 
 def describe_mious(network, candidates, info):

@@ -4,8 +4,8 @@
   python -P fresh_process.py FORMAT FILE FOLDER OPTIONS
 
 Reads images from FOLDER/images.npz; writes what the file makes of them, and
-the seconds, to FOLDER/found.npz. The loaders of StableHLO and ONNX are all that
-a program needs to use such a file.
+the seconds, to FOLDER/found.npz. OPTIONS are of the loader, in JSON. All that a
+program needs to use a file of StableHLO or ONNX is in its loader.
 """
 
 import json
@@ -42,12 +42,8 @@ def load_weights(path, **options):
   return jax.jit(lambda x: network.apply(variables, x, train=False)['logits'])
 
 
-LOADERS = {
-  'stablehlo': load_stablehlo,
-  'onnx': load_onnx,
-  'safetensors': load_weights,
-  'pth': load_weights,
-}
+LOADERS = {'stablehlo': load_stablehlo, 'onnx': load_onnx}
+LOADERS |= dict.fromkeys(('safetensors', 'pth'), load_weights)
 
 
 def measure(run, images):

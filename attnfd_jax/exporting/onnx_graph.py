@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepLabV3Plus as an ONNX graph, with the extra `onnx`.
 
-One function here per module of models/, in its order; `export` compares the
-two on images each time. Maps are [b, c, h, w] inside the graph, as ONNX has
-them. Norms with running statistics are part of their convolutions.
+One function here per module of models/, in its order. Maps are [b, c, h, w]
+inside, as ONNX has them, and norms are part of their convolutions.
 """
 
 import json
@@ -16,7 +15,6 @@ from attnfd_jax.models import deeplab, layers, mobilenet_v2, resnet
 
 # Of 2022; later ones bring nothing that is needed here, and fewer readers.
 _OPSET, _IR_VERSION = 17, 8
-_TO_NCHW, _TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
 def _fold_norms(params, stats):
@@ -201,10 +199,8 @@ def _network(g, image, network):
 
 
 def make_model(network, variables, *, uint8, argmax, metadata):
-  """An onnx.ModelProto of a DeepLabV3Plus, for images [b, h, w, 3] of any size.
-
-  See stablehlo.make_forward for the input 'image', and the output 'ids' or
-  'logits'. `metadata`, {name: value of JSON}, is written into the file.
+  """An onnx.ModelProto that does what stablehlo.make_forward does: from 'image'
+  to 'ids' or 'logits'. `metadata` is {name: value of JSON}, stored in it.
   """
   g = Graph(variables)
   types, info = onnx.TensorProto, onnx.helper.make_tensor_value_info
@@ -212,26 +208,21 @@ def make_model(network, variables, *, uint8, argmax, metadata):
   image = info(x, types.UINT8 if uint8 else types.FLOAT, (*size, 3))
   if uint8:
     # The operations of models.deeplab.normalise.
-    x = g.op('Cast', x, to=types.FLOAT)
-    x = g.op('Div', x, np.float32(255))
+    x = g.op('Div', g.op('Cast', x, to=types.FLOAT), np.float32(255))
     x = g.op('Sub', x, np.float32(deeplab.IMAGE_MEAN))
     x = g.op('Div', x, np.float32(deeplab.IMAGE_STD))
-  logits = _network(g, g.op('Transpose', x, perm=_TO_NCHW), network)
+  logits = _network(g, g.op('Transpose', x, perm=(0, 3, 1, 2)), network)
   if argmax:
     ids = g.op('ArgMax', logits, axis=1, keepdims=0)
     g.op('Cast', ids, to=types.UINT8, output='ids')
     found = info('ids', types.UINT8, size)
   else:
-    g.op('Transpose', logits, perm=_TO_NHWC, output='logits')
+    g.op('Transpose', logits, perm=(0, 2, 3, 1), output='logits')
     found = info('logits', types.FLOAT, (*size, network.num_classes))
-  model = onnx.helper.make_model(
-    onnx.helper.make_graph(
-      g.nodes, network.backbone, [image], [found], g.constants
-    ),
-    producer_name='attnfd_jax',
-    ir_version=_IR_VERSION,
-    opset_imports=[onnx.helper.make_opsetid('', _OPSET)],
-  )
+  name, opsets = network.backbone, [onnx.helper.make_opsetid('', _OPSET)]
+  graph = onnx.helper.make_graph(g.nodes, name, [image], [found], g.constants)
+  model = onnx.helper.make_model(graph, opset_imports=opsets)
+  model.producer_name, model.ir_version = 'attnfd_jax', _IR_VERSION
   metadata = {key: json.dumps(value) for key, value in metadata.items()}
   onnx.helper.set_model_props(model, metadata)
   onnx.checker.check_model(model)

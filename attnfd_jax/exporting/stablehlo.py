@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A network as one StableHLO program, its weights in fewer bits if asked."""
 
+import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 from jax import export
@@ -18,7 +18,8 @@ PLATFORMS = ('cpu', 'cuda', 'tpu')
 SMALLEST = 32
 
 
-class Small(NamedTuple):
+@dataclasses.dataclass
+class Small:
   """A kernel in fewer bits: `values` times `scale`, of the same rank."""
 
   values: np.ndarray
@@ -26,10 +27,7 @@ class Small(NamedTuple):
 
 
 def shrink(variables, weights):
-  """The variables with convolution kernels as `Small`; all else stays as it is.
-
-  int8 is symmetric with one scale for each output channel.
-  """
+  """The variables with kernels as `Small`, in int8 with a scale by channel."""
 
   def store(x):
     if x.ndim != 4:
@@ -52,15 +50,13 @@ def grow(stored):
     # In the program: as NumPy arrays they would be in it in float32.
     return jnp.asarray(x.values).astype(jnp.float32) * x.scale
 
-  return jax.tree.map(load, stored, is_leaf=lambda x: isinstance(x, Small))
+  return jax.tree.map(load, stored)
 
 
 @functools.lru_cache
 def make_forward(network, *, uint8, argmax):
-  """Jitted (variables, image) -> what a file finds in images [b, h, w, 3].
-
-  They are RGB of uint8, else normalized float32; it finds class ids, uint8 [b,
-  h, w], for `argmax`, else float32 logits [b, h, w, k].
+  """Jitted (variables, image [b, h, w, 3]) -> what a file finds: of RGB bytes
+  or normalized float32, class ids [b, h, w], uint8, or float32 logits.
   """
 
   @jax.jit
@@ -73,9 +69,8 @@ def make_forward(network, *, uint8, argmax):
 
 
 def make_program(forward, stored, *, uint8):
-  """Bytes that jax.export.deserialize reads, for any [b, h, w] from 32 x 32.
-
-  `forward` is of `make_forward`, with the same uint8; `stored` of `shrink`.
+  """`forward`, made with the same `uint8`, and what `shrink` stored, as bytes
+  that jax.export.deserialize reads, for any [b, h, w] from 32 x 32.
   """
   limits = [f'{n} >= {SMALLEST}' for n in 'hw']
   sizes = export.symbolic_shape('b, h, w', constraints=limits)

@@ -18,8 +18,7 @@ from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.runs import conversion, loading
 
-# Also how their files end.
-FORMATS = ('stablehlo', 'onnx', 'safetensors', 'pth')
+FORMATS = tuple(fresh_process.LOADERS)  # Also how their files end.
 # Formats that are programs -> the extra with what they need, and that.
 _PROGRAMS = {
   'stablehlo': ('export', 'flatbuffers'),
@@ -33,33 +32,25 @@ def _check_arguments(checkpoint, output, kind, form, weights, overwrite):
   one_of('--weights', weights, stablehlo.WEIGHTS)
   for name, value in form.items():
     if value and kind not in _PROGRAMS:
-      raise InputError(
-        f'--{name} needs a program, and --format={kind} holds weights alone; '
-        'use stablehlo or onnx.'
-      )
+      raise InputError(f'--{name} needs a program: --format=stablehlo or onnx.')
   if weights != 'float32' and kind != 'stablehlo':
     raise InputError(f'--weights={weights} is for --format=stablehlo.')
   extra, *modules = _PROGRAMS.get(kind, ('',))
   for name in modules:
     if importlib.util.find_spec(name) is None:
-      raise InputError(
-        f"--format={kind} needs {name}; pip install 'attnfd_jax[{extra}]'."
-      )
+      remedy = f"pip install 'attnfd_jax[{extra}]'"
+      raise InputError(f'--format={kind} needs {name}; {remedy}.')
   if not checkpoint:
     raise InputError('--checkpoint is missing; name the folder of a stage.')
   if not output:
     raise InputError('--output is missing; name a file.')
   path = pathlib.Path(output)
-  ending = path.suffix.removeprefix('.')
-  problem = ''
-  if ending in FORMATS and ending != kind:
-    problem = f'ends as {ending}, not as {kind}.'
-  elif path.is_dir():
-    problem = 'is a folder; name a file.'
-  elif path.exists() and not overwrite:
-    problem = 'exists; add --overwrite to replace it, or name another one.'
-  if problem:
-    raise InputError(f'--output={output} {problem}')
+  if (ending := path.suffix[1:]) in {*FORMATS} - {kind}:
+    raise InputError(f'--output={output} ends as {ending}, not as {kind}.')
+  if path.is_dir():
+    raise InputError(f'--output={output} is a folder; name a file.')
+  if path.exists() and not overwrite:
+    raise InputError(f'{output} exists; add --overwrite to replace it.')
   return path
 
 
@@ -142,21 +133,17 @@ def export_student(
       where = 'Read back array by array, no other process having its code'
       run = functools.partial(forward, agreement.read_back(new, variables))
       found, theirs = fresh_process.measure(run, batches)
-    line, agrees = agreement.describe(expected, found, f'{where}, on {text}')
+    line, agrees = agreement.describe(expected, found, f'{where}, on {text}: ')
     if not agrees:
-      raise InputError(
-        f'{line}; less than {100 * agreement.AGREEMENT:g} % or not finite, so '
-        'nothing was kept.'
-      )
+      least = f'less than {100 * agreement.AGREEMENT:g} % or not finite'
+      raise InputError(f'{line}; {least}, so nothing was kept.')
     # The last batch has two images of another size.
     theirs, ours = (1e3 * np.median(x[:-1]) for x in (theirs, ours))
-    lines += [
-      line,
-      f'{theirs:.1f} ms an image on this CPU, {ours:.1f} ms by attnfd_jax',
-    ]
+    speed = f'{theirs:.1f} ms an image on this CPU, {ours:.1f} ms by attnfd_jax'
+    lines += [line, speed]
     if weights != 'float32':
       exact = [np.asarray(forward(variables, x)) for x in batches]
-      line, _ = agreement.describe(exact, found, f'Rounding to {weights}')
+      line, _ = agreement.describe(exact, found, f'Rounding to {weights}: ')
       candidates = {'float32 weights': variables, weights: rounded}
       scores = agreement.describe_mious(network, candidates, info)
       lines += filter(None, [line, scores])
@@ -166,7 +153,6 @@ def export_student(
     return [*lines, *remarks, f'{size} of weights']
   image = 'uint8 RGB' if uint8 else 'normalised float32'
   scale = f', of a short side of {short_side}' if short_side else ''
-  result = f'logits float32 [b, h, w, {len(info["class_names"])}]'
-  if argmax:
-    result = 'class ids uint8 [b, h, w]'
+  logits = f'logits float32 [b, h, w, {len(info["class_names"])}]'
+  result = 'class ids uint8 [b, h, w]' if argmax else logits
   return [*lines, f'{size}; {image} [b, h, w, 3]{scale} -> {result}']

@@ -17,10 +17,7 @@ from attnfd_jax.models.deeplab import normalise
 
 @functools.lru_cache(maxsize=4)  # A teacher of the user's is held by it.
 def make_eval_step(network, num_classes, mesh):
-  """Returns jitted (variables, batch) -> confusion matrix int32 [k, k].
-
-  Cached, so that two stages with the same network share one compilation.
-  """
+  """Jitted (variables, batch) -> int32 [k, k]; stages of a network share it."""
 
   def eval_step(variables, batch):
     image = sharding.split_height(normalise(batch['image']), mesh)
@@ -48,8 +45,7 @@ def evaluate(
   protocol='native',
   batch_size=8,
   short_side=0,
-  size_multiple=1,
-  threads=4,
+  **options,
 ):
   """Pixels by (label, prediction) of a whole source, int64 [k, k].
 
@@ -65,7 +61,7 @@ def evaluate(
       resizes image and label to a short side of 513 first, as the authors.
     batch_size: rounded up to a multiple of the mesh axis 'data'.
     short_side: of what the network sees in 'native'; 0 leaves their size.
-    size_multiple: images are padded to it, so that fewer sizes are compiled.
+    **options: size_multiple, threads; see pipeline.eval_batches.
   """
   parts = mesh.shape['data']
   batches = pipeline.eval_batches(
@@ -73,14 +69,12 @@ def evaluate(
     batch_size=-(-batch_size // parts) * parts,
     short_side=predictor.seen_short_side(protocol, short_side),
     resize_labels=protocol == 'reference',
-    size_multiple=size_multiple,
-    threads=threads,
+    **options,
   )
   variables = sharding.place(variables, sharding.replicated(mesh))
   count = make_eval_step(network, num_classes, mesh)
-  put = functools.partial(
-    jax.make_array_from_process_local_data, sharding.by_batch(mesh)
-  )
+  place = sharding.by_batch(mesh)
+  put = functools.partial(jax.make_array_from_process_local_data, place)
   total = pending = np.zeros((num_classes, num_classes), np.int64)
   for batch in batches:
     following = count(variables, jax.tree.map(put, batch))
@@ -99,10 +93,9 @@ def predictions(
   threads=4,
   **options,
 ):
-  """Yields (class ids, label) of one image after the other, uint8 [h, w] each.
+  """Yields (class ids, label), uint8 [h, w], of one image after the other.
 
-  For what needs them on the host; `evaluate` is faster and counts the same. The
-  other `options` are of predictor.segment.
+  `evaluate` is faster and counts the same; `options` are of predictor.segment.
   """
   prepare = functools.partial(
     transforms.fit_record,

@@ -41,9 +41,7 @@ def _natural(path):
 
 
 def find_images(pattern, option='--input'):
-  """Files of an image, a folder (not its subfolders) or a glob, in the order of
-  the numbers in their names; InputError if there are none.
-  """
+  """Files of an image, folder or glob, in the order of their numbers."""
   if os.path.isdir(pattern):
     names = [file.path for file in files.list_folder(pattern, ENDINGS)]
     problem = f'no {", ".join(ENDINGS)} files in it'
@@ -57,29 +55,22 @@ def find_images(pattern, option='--input'):
   return sorted(found, key=_natural)
 
 
-def check_outputs(paths, output, others, *, overwrite, confidence):
-  """Raises InputError if two results, or one of the `others`, would be written
-  to one place, over an input, or over anything without `overwrite`.
+def check_outputs(results, others, *, overwrite):
+  """Raises InputError if what {input: paths} or `others` name would be written
+  over each other, over an input, or over anything without `overwrite`.
   """
   writers = {}
-  for path in paths:
-    for ending in _RESULTS[: 3 + confidence]:
-      target = output / f'{path.stem}{ending}'
+  for path, targets in results.items():
+    for target in targets:
       if (other := writers.setdefault(target, path)) is not path:
-        raise InputError(
-          f'{other} and {path} would both be written to {target.name}; rename '
-          'one, or predict them into two folders.'
-        )
-  inputs = {path.resolve() for path in paths}
+        both = f'{other} and {path} would both be written to {target.name}'
+        raise InputError(f'{both}; rename one.')
+  inputs = {path.resolve() for path in results}
   for target in (*writers, *others):
     if target.resolve() in inputs:
-      raise InputError(
-        f'{target} is an input and would be overwritten; write elsewhere.'
-      )
+      raise InputError(f'{target} is an input; write elsewhere.')
     if target.exists() and not overwrite:
-      raise InputError(
-        f'{target} exists; add --overwrite to replace it, or write elsewhere.'
-      )
+      raise InputError(f'{target} exists; add --overwrite or write elsewhere.')
 
 
 def frame_size(paths):
@@ -102,16 +93,16 @@ def write_ids(path, ids, palette):
   file.save(path)
 
 
-def _write(stem, image, ids, confidence, palette):
-  """Returns the overlay, uint8 [h, w, 3]; no confidence is written if None."""
-  plain, colored, mixed, certain = (f'{stem}{ending}' for ending in _RESULTS)
+def _write(targets, image, ids, confidence, palette):
+  """Returns the overlay, uint8 [h, w, 3]; confidence has a target if asked."""
+  plain, colored, mixed, *certain = targets
   write_ids(plain, ids, palette)
   colors = Image.fromarray(palette[ids])
   colors.save(colored, compress_level=1)
   overlay = Image.blend(Image.fromarray(image), colors, 0.5)
   overlay.save(mixed, quality=90)
-  if confidence is not None:
-    Image.fromarray(confidence).save(certain, compress_level=1)
+  for path in certain:
+    Image.fromarray(confidence).save(path, compress_level=1)
   return np.asarray(overlay)
 
 
@@ -126,14 +117,10 @@ def predict_files(
   fps=25.0,
   **options,
 ):
-  """Segments files into a folder; returns the number of images.
+  """Segments files into a folder, see predict.py; returns their number.
 
-  predict.py says what is written; `checkpoint` and `options` are those of
-  `Predictor`, `pattern` that of `find_images`, `video` and `fps` of video.py.
-
-  Raises:
-    InputError: before any work if it could not be done as a whole; after it
-      if single files were not readable or too large, and were skipped.
+  InputError before any work if it could not be done as a whole; after it, if
+  single files were not readable or too large, and were skipped.
   """
   paths, output = find_images(pattern), pathlib.Path(output)
   if output.exists() and not output.is_dir():
@@ -143,9 +130,9 @@ def predict_files(
     video = pathlib.Path(video)
     videos.check(video, fps)
     others, size = [*others, video], frame_size(paths)
-  check_outputs(
-    paths, output, others, overwrite=overwrite, confidence=confidence
-  )
+  endings = _RESULTS[: 3 + confidence]
+  targets = {x: [output / f'{x.stem}{end}' for end in endings] for x in paths}
+  check_outputs(targets, others, overwrite=overwrite)
   predictor = Predictor(checkpoint, **options)
   output.mkdir(parents=True, exist_ok=True)
   print(f'{predictor.description}, on {len(paths)} images; writing to {output}')
@@ -161,7 +148,7 @@ def predict_files(
       if size and (h, w) != size:
         return None, f'{path}: {w}x{h}, and its header said another size.'
       with device:
-        ids, probabilities = predictor(image)
+        found = predictor(image)
     except (InputError, OSError) as error:
       return None, str(error)
     except jax.errors.JaxRuntimeError as error:
@@ -169,10 +156,9 @@ def predict_files(
         raise
       problem = f'{path}: {w}x{h} needs more memory than the device has'
       return None, f'{problem}; use --tile, or a smaller one.'
-    probabilities = probabilities if confidence else None
-    stem, palette = output / path.stem, predictor.palette
-    overlay = _write(stem, image, ids, probabilities, palette)
-    counts = np.bincount(ids.ravel(), minlength=len(predictor.class_names))
+    overlay = _write(targets[path], image, *found, predictor.palette)
+    ids = found[0].ravel()
+    counts = np.bincount(ids, minlength=len(predictor.class_names))
     return counts / ids.size, overlay if size else None
 
   results = grain.MapDataset.source(paths).map(work).to_iter_dataset(_READING)
@@ -195,8 +181,6 @@ def predict_files(
     csv.writer(text).writerows([['image', *predictor.class_names], *rows])
   if len(rows) < len(paths):
     places = f'{output} and {video}' if video and rows else output
-    raise InputError(
-      f'{len(paths) - len(rows)} of {len(paths)} images were skipped, see '
-      f'above; the others are in {places}.'
-    )
+    skipped = f'{len(paths) - len(rows)} of {len(paths)} images were skipped'
+    raise InputError(f'{skipped}, see above; the others are in {places}.')
   return len(paths)

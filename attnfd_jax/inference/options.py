@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The flags that `evaluate` and `predict` share."""
 
+import contextlib
 import math
 
 from absl import flags
@@ -11,7 +12,6 @@ flags.disclaim_key_flags()  # They are of the command: its --help has them.
 
 
 def define():
-  """Defines the shared flags."""
   text = 'Folder of a stage, such as runs/quickstart/distill.'
   flags.DEFINE_string('checkpoint', None, text)
   flags.DEFINE_integer('step', None, 'Checkpoint; the best by default.')
@@ -34,32 +34,23 @@ def read(values):
   }
 
 
-def _numbers(kind, text, separator):
-  try:
-    return tuple(map(kind, text.split(separator)))
-  except ValueError:
-    return ()
-
-
 def parse_scales(text):
   """(0.75, 1.0) from '0.75,1'."""
-  scales = _numbers(float, text, ',')
-  if not scales or not all(0 < scale < math.inf for scale in scales):
-    raise InputError(
-      f'--scales={text}: expected positive numbers between commas, such as '
-      '--scales=0.75,1,1.25.'
-    )
-  return scales
+  with contextlib.suppress(ValueError):
+    scales = tuple(map(float, text.split(',')))
+    if all(0 < scale < math.inf for scale in scales):
+      return scales
+  what = 'positive numbers between commas, such as --scales=0.75,1,1.25'
+  raise InputError(f'--scales={text}: expected {what}.')
 
 
 def parse_tile(text):
   """(512, 1024) from '512x1024', height first; None from None."""
   if text is None:
     return None
-  tile = _numbers(int, text.lower(), 'x')
-  if len(tile) != 2 or min(tile) < 32:
-    raise InputError(
-      f'--tile={text}: expected HEIGHTxWIDTH, both at least 32, such as '
-      '--tile=512x1024.'
-    )
-  return tile
+  with contextlib.suppress(ValueError):
+    height, width = map(int, text.lower().split('x'))
+    if min(height, width) >= 32:
+      return height, width
+  what = 'HEIGHTxWIDTH, both at least 32, such as --tile=512x1024'
+  raise InputError(f'--tile={text}: expected {what}.')

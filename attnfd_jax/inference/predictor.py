@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class ids of images of any size, whole or in tiles."""
+"""Class ids of images of any size, whole, in tiles, averaged over views."""
 
+import dataclasses
 import functools
 import operator
 
@@ -11,7 +12,6 @@ import numpy as np
 from attnfd_jax.data import transforms
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import tiling
-from attnfd_jax.inference.averaging import Averaged
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.models.resizing import resize
@@ -39,11 +39,10 @@ def describe(checkpoint, info):
 
 
 def scores_at(outputs, height, width, *, ratio=None):
-  """Logits [b, height, width, k] in one bilinear step, corners aligned.
+  """Logits [b, height, width, k] of Outputs in one bilinear step.
 
-  `outputs` has `logits` [b, H, W, k] at the size of the image, and perhaps the
-  `coarse_logits` that they are a resize of. `ratio`, float32 [2], is the size
-  of a pixel of the image in the result; by default both end at the same place.
+  `ratio`, float32 [2], is the size of a pixel of the image in the result; by
+  default both end at the same place, corners aligned.
   """
   logits = outputs['logits']
   maps = outputs.get('coarse_logits', logits)
@@ -54,14 +53,9 @@ def scores_at(outputs, height, width, *, ratio=None):
   sizes = zip(logits.shape[1:3], maps.shape[1:3], strict=True)
   steps = [(n - 1) / (m - 1) for n, m in sizes]
   scale = ratio * jnp.array(steps, jnp.float32)
+  shape = (len(maps), height, width, maps.shape[-1])
   return jax.image.scale_and_translate(
-    maps,
-    (len(maps), height, width, maps.shape[-1]),
-    (1, 2),
-    scale,
-    0.5 * (1 - scale),
-    'linear',
-    antialias=False,
+    maps, shape, (1, 2), scale, 0.5 * (1 - scale), 'linear', antialias=False
   )
 
 
@@ -111,14 +105,46 @@ def segment(
   def score_tile(part):
     h, w = part.shape[:2]
     # Where the image is smaller than a tile, few sizes are compiled, too.
-    seen = tuple(map(min, padded((h, w)), tile))
-    part = transforms.pad_edges(part, seen)[None]
-    logits = compute_scores(network, variables, part, size=seen)
+    full = tuple(map(min, padded((h, w)), tile))
+    part = transforms.pad_edges(part, full)[None]
+    logits = compute_scores(network, variables, part, size=full)
     return np.asarray(logits)[0, :h, :w]
 
-  bands = tiling.scores(score_tile, image, size, tile=tile, overlap=overlap)
+  bands = tiling.bands(score_tile, image, tile=tile, overlap=overlap)
+  if tuple(size) != seen:  # All logits of the image are held.
+    bands = tiling.resized(np.concatenate(list(bands)), size)
   found = [_decide(band, np) for band in bands]
   return tuple(np.concatenate(x) for x in zip(*found, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Averaged:
+  """A network whose probabilities are means over scales and mirror images.
+
+  Takes the place of a network wherever `apply` is called for its logits;
+  hashable, so that compiled steps are shared.
+  """
+
+  network: object  # Called with (variables, image, train=False).
+  scales: tuple[float, ...] = (1.0,)  # Each is one more forward pass, or two.
+  flip: bool = False  # Average with the mirror image as well.
+
+  def apply(self, variables, image, *, train):
+    """{'logits'}: log of the mean probabilities, float32 [b, h, w, k]."""
+    b, h, w, _ = image.shape
+    total = 0.0
+    for scale in self.scales:
+      # Antialiased when it shrinks, half-pixel centers there and back.
+      size = [max(round(n * scale), 1) for n in (h, w)]
+      scaled = jax.image.resize(image, (b, *size, 3), 'linear')
+      for way in (1, -1)[: 1 + self.flip]:
+        x = scaled[:, :, ::way]
+        outputs = self.network.apply(variables, x, train=train)
+        logits = outputs['logits'][:, :, ::way]
+        logits = jax.image.resize(logits, (b, h, w, logits.shape[-1]), 'linear')
+        total = total + jax.nn.softmax(logits)
+    mean = total / (len(self.scales) * (1 + self.flip))
+    return {'logits': jnp.log(jnp.maximum(mean, jnp.finfo(mean.dtype).tiny))}
 
 
 class Predictor:
@@ -126,11 +152,11 @@ class Predictor:
 
   Args:
     checkpoint: folder of a stage.
-    scales, flip: averages over them; see averaging.Averaged.
+    scales, flip: averages over them; see `Averaged`.
     tile: (height, width) that the network sees at a time, of images that are
       larger; logits of overlapping tiles are averaged.
     overlap: least share of a tile that the next one covers again, in [0, 1).
-    step, allow_code: see loading.load_network.
+    **options: of loading.load_network: step, allow_code.
 
   Attributes:
     network, variables, info: as of loading.load_network; averaged if asked.
@@ -152,15 +178,14 @@ class Predictor:
     flip=False,
     tile=None,
     overlap=0.25,
-    step=None,
-    allow_code=False,
+    **options,
   ):
     if not 0 <= overlap < 1:
       raise InputError(f'--overlap={overlap} must be from 0 to below 1.')
     self.views = {'scales': list(scales), 'flip': flip}
     self.tiles = {'tile': tile and list(tile), 'overlap': tile and overlap}
     self.network, self.variables, info = loading.load_network(
-      checkpoint, step=step, allow_code=allow_code
+      checkpoint, **options
     )
     if flip or tuple(scales) != (1,):
       self.network = Averaged(self.network, tuple(scales), flip)
@@ -177,14 +202,9 @@ class Predictor:
       raise ValueError(
         f'image is {image.dtype} {image.shape}; it must be uint8 [h, w, 3].'
       )
-    return segment(
-      self.network,
-      self.variables,
-      transforms.fit_image(image, self.short_side),
-      image.shape[:2],
-      size_multiple=64,  # To compile for few sizes.
-      **self.tiles,
-    )
+    seen, size = transforms.fit_image(image, self.short_side), image.shape[:2]
+    options = self.tiles | {'size_multiple': 64}  # To compile for few sizes.
+    return segment(self.network, self.variables, seen, size, **options)
 
 
 def predict(images, checkpoint, **options):

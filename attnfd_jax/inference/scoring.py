@@ -34,9 +34,8 @@ class _Counted:
 
 
 def load_split(info, data_root, split, *, hidden=False):
-  """The data set of a stage, and the source of one of its splits.
-
-  `hidden` allows the test split of Cityscapes, whose labels nobody has.
+  """The data set of a stage, and the source of one of its splits; if `hidden`,
+  also that of Cityscapes whose labels nobody has.
   """
   if data_root is not None:
     # A run that was trained from shards would otherwise still read them.
@@ -47,8 +46,7 @@ def load_split(info, data_root, split, *, hidden=False):
     hidden = hidden and (dataset.name, split) == ('cityscapes', 'test')
     if hidden and split not in splits:
       splits[split] = submissions.test_images(info['data']['root'])
-  except InputError as error:
-    # The flag has another name here.
+  except InputError as error:  # The flag has another name here.
     text = str(error).replace('--config.data.root', '--data_root')
     raise InputError(text) from error
   one_of('--split', split, splits)
@@ -101,9 +99,7 @@ def evaluate_checkpoint(
   )
   images = f'{len(source)} images of the {split} split of {dataset.name}'
   print(f'{stage.description}, on the {images}')
-  num_classes = dataset.num_classes
-  counts = np.zeros((num_classes,) * 2, np.int64)
-  edges = np.zeros((num_classes + 1,) * 2, np.int64)
+  num_classes, counts, edges = dataset.num_classes, 0, 0
   with progress(len(source)) as bar:
     given = (stage.network, stage.variables, _Counted(source, bar))
     if not (stage.tiles['tile'] or boundary or write):

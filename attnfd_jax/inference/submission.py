@@ -17,10 +17,7 @@ def _all_ignored(file):
 
 
 def test_images(root):
-  """A source of the test split, whose labels are not public: all ignored.
-
-  `root` has leftImg8bit/test, images/test or leftImg8bit_trainvaltest.zip.
-  """
+  """A source of the test split, whose labels are not public: all ignored."""
   places = cityscapes.IMAGES
   _, found = cityscapes.list_split(pathlib.Path(root), places, 'test')
   pairs = [Pair(file.inner.stem, file, file) for file in found]
@@ -28,22 +25,14 @@ def test_images(root):
 
 
 def make_writer(directory, *, dataset, protocol):
-  """A function that writes one file, from (name of the image, train ids).
-
-  A file has the name of its image and so starts with city, sequence and frame,
-  by which the server finds it. Ids are uint8 [h, w]. InputError for other data
-  sets, resized labels, and a folder that is not empty.
-  """
+  """A function that writes one file, from (name of the image, train ids)."""
   if dataset != 'cityscapes':
     raise InputError(
       f'--submission is for the data set cityscapes, this one is {dataset}; '
       'python -m attnfd_jax.predict writes the class ids of any image.'
     )
   if protocol != 'native':
-    raise InputError(
-      f'--submission needs results at full size, which protocol {protocol} '
-      'does not give; add --protocol=native.'
-    )
+    raise InputError('--submission needs full sizes; add --protocol=native.')
   directory = pathlib.Path(directory)
   if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
     raise InputError(
@@ -53,6 +42,7 @@ def make_writer(directory, *, dataset, protocol):
   label_ids = np.array(classes.CITYSCAPES_IDS, np.uint8)
 
   def write(name, ids):
+    # It starts with city, sequence and frame, by which the server finds it.
     stem = pathlib.PurePath(name).stem
     Image.fromarray(label_ids[ids]).save(directory / f'{stem}.png')
 

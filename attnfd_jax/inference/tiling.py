@@ -9,18 +9,13 @@ _ROWS = 64  # Of a result that are resized at a time.
 
 
 def starts(length, tile, overlap):
-  """First pixels of the tiles along one side: the least number, evenly spread.
-
-  Neighbors share at least `overlap` of a tile, up to rounding.
-  """
+  """First pixels of the least tiles along a side that share the overlap."""
   stride, last = max(int(tile * (1 - overlap)), 1), max(length - tile, 0)
   return [round(x) for x in np.linspace(0, last, -(-last // stride) + 1)]
 
 
 def falling_weights(length):
-  """Weights along a tile: 1 in the middle, above 0 at the ends, for the corner
-  of an image has one tile alone.
-  """
+  """Weights along a tile: 1 in the middle, above 0 at ends, for corners."""
   pixels = np.arange(length) + 0.5
   return (np.minimum(pixels, length - pixels) * 2 / length).astype(np.float32)
 
@@ -38,11 +33,8 @@ def bands(apply, image, *, tile, overlap=0.25):
 
   Where tiles overlap, logits are averaged with weights that fall to the tile's
   edge, where the network sees least around a pixel. Only what one row of tiles
-  touches is held: all logits are many times the image.
-
-  `apply` takes parts of the image [h, w, c], all of the shape of the tile, cut
-  to the image where that is smaller, and returns logits [th, tw, k]. `overlap`
-  is the least share of a tile that the next one covers again, in [0, 1).
+  touches is held: all logits are many times the image. `apply` takes parts of
+  it [th, tw, c], the tile cut to the image, and returns logits [th, tw, k].
   """
   h, w = image.shape[:2]
   th, tw = map(min, tile, (h, w))
@@ -77,13 +69,3 @@ def resized(x, size):
   columns = np.linspace(0, x.shape[1] - 1, width)
   for first in range(0, height, _ROWS):
     yield _between(_between(x, rows[first : first + _ROWS], 0), columns, 1)
-
-
-def scores(apply, image, size, **options):
-  """As `bands`, resized to `size`; unless that is the size of the image, all
-  logits of the image are held.
-  """
-  found = bands(apply, image, **options)
-  if tuple(size) != image.shape[:2]:
-    found = resized(np.concatenate(list(found)), size)
-  yield from found

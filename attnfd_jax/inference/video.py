@@ -26,12 +26,10 @@ def check(path, fps):
 
 @contextlib.contextmanager
 def writer(path, size, fps):
-  """Yields a function that appends a frame, uint8 RGB [h, w, 3].
+  """Yields a function that appends a frame, uint8 RGB [*size, 3].
 
-  The file gets its name when the block ends and all frames are in it; else,
-  and without a frame, nothing is left but what was there before. FFmpeg cuts
-  odd sides by a pixel. InputError if OpenCV cannot write it, or not all of it.
-  `size` is (height, width) of all frames; `path` is replaced if it exists.
+  `path` is replaced when the block ends and all frames are in the file; else,
+  and without a frame, it stays as it was. FFmpeg cuts odd sides by a pixel.
   """
   if path.is_dir():
     raise InputError(f'--video={path} is a folder; name a file.')
@@ -49,10 +47,8 @@ def writer(path, size, fps):
 
   try:
     if not file.open(str(temporary), cv2.CAP_FFMPEG, codec, fps, (w, h)):
-      raise InputError(
-        f'--video={path}: OpenCV cannot write {w}x{h} at {fps:g} frames a '
-        f'second as {path.suffix}.'
-      )
+      what = f'{w}x{h} at {fps:g} frames a second as {path.suffix}'
+      raise InputError(f'--video={path}: OpenCV cannot write {what}.')
     yield write
     file.release()
     if not count:

@@ -16,31 +16,28 @@ from attnfd_jax.errors import DataError
 _CELL, _GAP, _LINE = (240, 180), 8, 14  # Pixels, as the next two.
 _WIDTH = 3 * (_CELL[0] + _GAP) + _GAP
 _LONGEST = 8192  # Much longer sides are read in steps: reach grows with them.
-_ROWS, _ROWS_OF_KIND = 3, 2  # Of each split; of each kind of problem.
+_COLUMNS, _ROWS, _ROWS_OF_KIND = 4, 3, 2  # Of legend, split, kind of problem.
 _CODE = np.array([1 << 16, 1 << 8, 1])  # Of red, green, blue.
 
 
 def draw_sheet(dataset, problems):
-  """Rows of image, label and overlay under a legend, a PIL image.
+  """A PIL image: under a legend rows of image, label and overlay, of records of
+  each split, then of each kind of problem, with wrong values in pink.
 
-  Three records of each split, then the first two of each kind of problem that
-  can still be decoded, with wrong values in pink. `problems` has for each split
-  {index: DataError}.
+  `problems` has for each split {index: DataError}.
   """
   # What is ignored is black.
   palette = np.pad(dataset.palette, ((0, 256 - dataset.num_classes), (0, 0)))
-  rows = list(_sound_rows(dataset.splits, problems, palette))
-  rows += _broken_rows(dataset.splits, problems, palette)
-  columns = 4
-  top = -(-len(dataset.class_names) // columns) * _LINE + 2 * _GAP
+  rows = list(_rows(dataset.splits, problems, palette))
+  top = -(-len(dataset.class_names) // _COLUMNS) * _LINE + 2 * _GAP
   step = _CELL[1] + _LINE + _GAP
   sheet = Image.new('RGB', (_WIDTH, top + len(rows) * step), 'white')
   draw = ImageDraw.Draw(sheet)
   for i, name in enumerate(dataset.class_names):
-    x = _GAP + i % columns * (_WIDTH // columns)
-    y = _GAP + i // columns * _LINE
-    color = tuple(palette[i].tolist())
-    draw.rectangle((x, y + 1, x + 16, y + _LINE - 3), color, 'black')
+    x = _GAP + i % _COLUMNS * (_WIDTH // _COLUMNS)
+    y = _GAP + i // _COLUMNS * _LINE
+    box = (x, y + 1, x + 16, y + _LINE - 3)
+    draw.rectangle(box, tuple(palette[i].tolist()), 'black')
     draw.text((x + 22, y), _shorten(name, 24), 'black')
   for row, (caption, cells) in enumerate(rows):
     y = top + row * step
@@ -51,18 +48,14 @@ def draw_sheet(dataset, problems):
   return sheet
 
 
-def _sound_rows(splits, problems, palette):
-  """(caption, cells) of records spread over each split."""
+def _rows(splits, problems, palette):
+  """(caption, cells) of records spread over each split, then of problems."""
   for split, source in splits.items():
     good = [i for i in range(len(source)) if i not in problems[split]]
     for i in np.linspace(0, len(good) - 1, min(_ROWS, len(good)), dtype=int):
       record, name = source[good[i]], source.name(good[i])
       cells = _cells(record['image'], palette[record['label']])
       yield f'{split}: {name}', cells
-
-
-def _broken_rows(splits, problems, palette):
-  """As `_sound_rows`, of records with a problem that can be decoded in part."""
   shown = collections.Counter()
   for split, source in splits.items():
     for index, problem in problems[split].items():

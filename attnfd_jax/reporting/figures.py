@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawings of the report: charts as SVG, pictures as data URIs.
-
-Arrays in, text out, which can stand in an HTML page without a second file.
-"""
+"""Drawings of the report as text: charts in SVG, pictures as data URIs."""
 
 import base64
 import collections
@@ -81,9 +78,9 @@ def _line_chart(lines, *, ylabel):
   return re.sub(r'\n\s*', '\n', text)
 
 
-def _thin(values, most=150):
+def _thin(values):
   """Means over neighbors, so that a long run stays a small drawing."""
-  return [x.mean() for x in np.array_split(values, min(len(values), most))]
+  return [x.mean() for x in np.array_split(values, min(len(values), 150))]
 
 
 def photo(image):
@@ -92,9 +89,7 @@ def photo(image):
 
 
 def class_map(classes, palette):
-  """uint8 [h, w] in colors of the palette, uint8 [k, 3], a data URI; 255 is
-  transparent.
-  """
+  """uint8 [h, w] as a data URI in colors of the palette; no color for 255."""
   picture = _shrunk(classes, Image.Resampling.NEAREST)
   table = np.pad(palette, ((0, 256 - len(palette)), (0, 0)))
   picture.putpalette(table.tobytes())

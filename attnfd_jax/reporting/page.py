@@ -9,15 +9,11 @@ from flax.traverse_util import flatten_dict
 import jinja2
 
 from attnfd_jax import paths
-from attnfd_jax.reporting import figures, scores
+from attnfd_jax.reporting import figures
 from attnfd_jax.reporting.run_folder import Run
 from attnfd_jax.runs import logs
 
 _SCENES = 4  # Pictures are most of the bytes: fewer of each run of several.
-_FILTERS = (
-  *(scores.miou, scores.gain, scores.spread, scores.share_right),
-  *(scores.number, scores.percent, scores.signed, logs.duration),
-)
 
 
 def write_report(workdirs, output):
@@ -37,7 +33,8 @@ def write_report(workdirs, output):
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.filters |= {f.__name__: f for f in _FILTERS}
+  filters = (miou, gain, number, percent, share_right, signed, spread)
+  environment.filters |= {f.__name__: f for f in (*filters, logs.duration)}
   text = environment.get_template('page.html').render(
     runs=runs,
     groups=_groups(runs),
@@ -45,7 +42,7 @@ def write_report(workdirs, output):
     splits=['val', 'test'] if tested else ['val'],
     num_scenes=max(1, _SCENES // len(runs)),
     figures=figures,
-    signed=scores.signed,
+    signed=signed,
     to_json=json.dumps,
   )
   output = paths.as_path(output)
@@ -81,7 +78,7 @@ def _mean_results(runs):
   """Results of the first run with the mean mIoU; None where one has none."""
 
   def mean(stage, split):
-    values = [scores.miou(run.results, stage, split) for run in runs]
+    values = [miou(run.results, stage, split) for run in runs]
     return None if None in values else statistics.mean(values)
 
   return {
@@ -89,3 +86,59 @@ def _mean_results(runs):
     | {'miou': mean(stage, 'val'), 'test': {'miou': mean(stage, 'test')}}
     for stage, result in runs[0].results.items()
   }
+
+
+# Filters of the templates.
+
+
+def miou(results, stage, split='val'):
+  """The fraction, None where a stage or a split has no score."""
+  result = results.get(stage, {})
+  return ((result.get('test') or {}) if split == 'test' else result).get('miou')
+
+
+def gain(results, split='val', *, stage='distill'):
+  """Points of mIoU over the student, a difference of the numbers as printed.
+
+  None where one is absent, or where the two were evaluated differently.
+  """
+  after, before = (miou(results, s, split) for s in (stage, 'student'))
+  if after is None or before is None:
+    return None
+  keys = ('dataset', 'split', 'protocol')
+  if any(results[stage].get(k) != results['student'].get(k) for k in keys):
+    return None
+  return round(100 * after, 2) - round(100 * before, 2)
+
+
+def number(value, scale=1, form='.2f'):
+  """The scaled number as text, '–' for None."""
+  return '–' if value is None else format(scale * value, form)
+
+
+def percent(fraction, digits=2):
+  """'43.55 %', its space unbreakable, '–' for None."""
+  text = number(fraction, 100, f'.{digits}f')
+  return text if fraction is None else f'{text}\u00a0%'
+
+
+def share_right(prediction, label):
+  """'83.5 % right' of the labeled pixels, '' where there are none."""
+  right = (prediction == label)[label != 255]
+  return f'{percent(right.mean(), 1)} right' if right.size else ''
+
+
+def signed(value, digits=2):
+  """A number with its sign, a true minus, and no '−0.0'; '–' for None."""
+  text = number(value, form=f'+.{digits}f')
+  if value is not None and not float(text):
+    text = '±' + text[1:]
+  return text.replace('-', '−')
+
+
+def spread(values, scale=1, show=number):
+  """'43.51 ± 0.42', the sample standard deviation; one number as it is."""
+  values = [scale * value for value in values if value is not None]
+  if len(values) < 2:
+    return show(values[0] if values else None)
+  return f'{show(statistics.mean(values))} ± {statistics.stdev(values):.2f}'

@@ -12,8 +12,8 @@ import numpy as np
 
 from attnfd_jax import paths
 from attnfd_jax.errors import InputError
+from attnfd_jax.reporting.figures import ROLES
 
-STAGES = ('teacher', 'student', 'distill')
 # Every other number of a train line is the loss or one of its terms.
 _NOT_LOSS = {'step', 'learning_rate', 'grad_norm', 'data_wait'}
 _NOT_LOSS |= {'step_seconds', 'images_per_second'}
@@ -34,7 +34,7 @@ class Run:
     self.config = _read_json(folder / 'config.json')
     # stage -> result, stage -> kind -> name -> [2, n] of steps and values, and
     # stage -> name -> array.
-    self.results = {stage: found[stage] for stage in STAGES if stage in found}
+    self.results = {stage: found[stage] for stage in ROLES if stage in found}
     self.difference = ''  # From the other runs of a page, which knows them.
     self.curves, pictures, self.class_names, command = {}, {}, [], []
     for stage in self.results:

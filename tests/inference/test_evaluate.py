@@ -16,7 +16,7 @@ from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import options as flag_options
 from attnfd_jax.inference import scoring
-from attnfd_jax.inference.averaging import Averaged
+from attnfd_jax.inference.predictor import Averaged
 
 
 @pytest.fixture(scope='session')

@@ -277,8 +277,7 @@ def test_tiles_of_a_network_differ_smoothly(stage):
 
   def blended(overlap):
     options = {'tile': tile, 'overlap': overlap}
-    found = tiling.scores(apply, image, image.shape[:2], **options)
-    return np.concatenate(list(found))
+    return np.concatenate(list(tiling.bands(apply, image, **options)))
 
   whole, found = apply(image), blended(0.5)
   firsts = np.arange(0, 129, 32)

@@ -12,7 +12,7 @@ import pytest
 
 from attnfd_jax.devices import sharding
 from attnfd_jax.inference import evaluation, predictor, tiling
-from attnfd_jax.inference.averaging import Averaged
+from attnfd_jax.inference.predictor import Averaged
 from attnfd_jax.models import resizing
 
 
@@ -153,7 +153,9 @@ def test_memory_is_that_of_one_row_of_tiles(size):
     return np.zeros((*part.shape[:2], 16), np.float32)
 
   tracemalloc.start()
-  found = tiling.scores(apply, image, size, tile=(64, 64), overlap=0.5)
+  found = tiling.bands(apply, image, tile=(64, 64), overlap=0.5)
+  if size != image.shape[:2]:
+    found = tiling.resized(np.concatenate(list(found)), size)
   height = sum(len(band) for band in found)
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
