@@ -28,11 +28,8 @@ COMMANDS = {'train': train.run, 'data': data.run, 'predict': predict.run}
 
 def main(*given):
   if len(given) != 1 or given[0] not in COMMANDS:
-    raise InputError(
-      f'Expected one of {", ".join(COMMANDS)}, got '
-      f'{" ".join(given) or "nothing"}; for example '
-      'python -m attnfd_jax.benchmark data --config=configs/quickstart.py.'
-    )
+    names, found = ', '.join(COMMANDS), ' '.join(given) or 'nothing'
+    raise InputError(f'Expected one of {names} after benchmark, got {found}.')
   result = COMMANDS[given[0]](flags.FLAGS)
   if flags.FLAGS.json:
     print(json.dumps({'benchmark': given[0]} | result))

@@ -32,8 +32,7 @@ def main():
   cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
   dataset = load_dataset(config.data, strict=False)
   if limit := config.data.limit:
-    text = 'only the first pairs of each split are read.'
-    print(f'config.data.limit={limit}: {text}')
+    print(f'config.data.limit={limit}: only these of each split are read.')
   required = [x for x in ('train', 'val', config.eval.test_split) if x]
   report, problems = checking.check(dataset, threads, required=required)
   if output:

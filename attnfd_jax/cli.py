@@ -27,8 +27,7 @@ _PARSING += (ImportError, SyntaxError, flags.Error)
 
 def define_config():
   """Defines --config and its overrides."""
-  text = 'configs/NAME.py or configs/NAME.py:VARIANT.'
-  config_flags.DEFINE_config_file('config', None, text)
+  config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]')
 
 
 def own_flags():
@@ -84,9 +83,7 @@ def _readable(*errors):
       print(f'\n{stopped.message}', file=sys.stderr)
     raise
   except errors as error:
-    parsed = flags.FLAGS.is_parsed()
-    debug = DEBUG.value if parsed else '--debug' in sys.argv
-    if debug:
+    if DEBUG.value if flags.FLAGS.is_parsed() else '--debug' in sys.argv:
       traceback.print_exc()
     print(f'error: {_one_line(error)}', file=sys.stderr)
     sys.exit(2)
@@ -99,10 +96,8 @@ def _parse(argv):
     except _PARSING:
       raise
     except Exception as error:
-      raise InputError(
-        f'--config: its file raised {type(error).__name__}: {error}; see where '
-        'by --debug.'
-      ) from error
+      text = f'its file raised {type(error).__name__}: {error}'
+      raise InputError(f'--config: {text}; see where by --debug.') from error
 
 
 def _without_afterthoughts(unraisable):

@@ -10,7 +10,7 @@ import math
 import os
 
 from flax.traverse_util import flatten_dict
-from ml_collections import config_dict, ConfigDict
+from ml_collections.config_dict import ConfigDict, placeholder
 
 from attnfd_jax import distill
 from attnfd_jax.errors import InputError, one_of, within
@@ -90,8 +90,8 @@ def _network(backbone):
   config.head_dropout = 0.1
   config.pretrained = ''  # PyTorch file of a backbone or a whole network.
   # None: as config.num_epochs and config.optim.lr.
-  config.num_epochs = config_dict.placeholder(float)
-  config.lr = config_dict.placeholder(float)
+  config.num_epochs = placeholder(float)
+  config.lr = placeholder(float)
   return config
 
 
@@ -151,10 +151,8 @@ def default_config():
   config.distill.method = 'attnfd'
   config.distill.options = ConfigDict()
   for name, method in distill.METHODS.items():
-    config.distill[name] = ConfigDict(
-      {'weight': distill.WEIGHTS[name], 'weight_schedule': 'constant'}
-      | distill.option_defaults(method)
-    )
+    shared = {'weight': distill.WEIGHTS[name], 'weight_schedule': 'constant'}
+    config.distill[name] = ConfigDict(shared | distill.option_defaults(method))
 
   config.optim.name = 'sgd'
   config.optim.lr = 0.01
@@ -164,7 +162,7 @@ def default_config():
   config.optim.momentum = 0.9
   config.optim.nesterov = True
   config.optim.weight_decay = 5e-4
-  config.optim.clip_norm = config_dict.placeholder(float)
+  config.optim.clip_norm = placeholder(float)
   config.optim.accumulate = 1  # Parts of a batch, one after the other.
   config.optim.remat = False  # Recompute blocks in the backward pass.
   config.optim.ema_decay = 0.0  # 0 is off.
@@ -197,9 +195,8 @@ def default_config():
   config.mesh.spatial = 1  # Parts of the height of each image.
   config.mesh.fsdp = False  # Weights, average, momentum are split over data.
 
-  config.update_from_flattened_dict(
-    {k: config_dict.placeholder(type(v)) for k, (v, _) in _BY_RECIPE.items()}
-  )
+  empty = {k: placeholder(type(v)) for k, (v, _) in _BY_RECIPE.items()}
+  config.update_from_flattened_dict(empty)
   return config.lock()  # A typo in a config file is an error, too.
 
 
@@ -214,11 +211,8 @@ def reference_config():
 def debug(config):
   """All code paths in about a minute on a CPU; the numbers mean nothing."""
   config.data.limit = 12
-  config.batch_size = 4
-  config.num_epochs = 1.0
-  config.teacher.num_epochs = 1.0
-  config.eval.every_epochs = 1.0
-  config.eval.batch_size = 4
+  config.batch_size = config.eval.batch_size = 4
+  config.num_epochs = config.teacher.num_epochs = config.eval.every_epochs = 1.0
   config.optim.warmup_epochs = 0.0
   config.log_every_steps = 1
   for network in (config.teacher, config.student):
@@ -252,9 +246,8 @@ def resolve(config):
     filled[f'{role}.num_epochs'] = config.num_epochs
     filled[f'{role}.lr'] = config.optim.lr
   given = leaves(config)
-  config.update_from_flattened_dict(
-    {key: value for key, value in filled.items() if given[key] is None}
-  )
+  missing = {k: v for k, v in filled.items() if given[k] is None}
+  config.update_from_flattened_dict(missing)
   if config.data.label_pad == 'dataset':
     # pascal.py:87 and coco.py:100 pad with background, Cityscapes with 255.
     background = config.data.name in ('pascal_voc', 'coco')
@@ -285,39 +278,28 @@ def _check(config):
   for key, choices in _CHOICES.items():
     one_of(f'config.{key}', values[key], choices)
   for key, allowed in (('stages', STAGES), ('loggers', LOGGERS)):
-    chosen = {*config[key]}
-    if not chosen <= {*allowed} or (key == 'stages' and not chosen):
-      raise InputError(
-        f'config.{key}={tuple(config[key])} must be chosen from '
-        f'{", ".join(allowed)}.'
-      )
+    chosen, names = tuple(config[key]), ', '.join(allowed)
+    if not {*chosen} <= {*allowed} or (key == 'stages' and not chosen):
+      raise InputError(f'config.{key}={chosen} must be chosen from {names}.')
   parts = config.optim.accumulate
   if config.batch_size % parts or config.batch_size // parts < 2:
-    raise InputError(
-      f'config.batch_size={config.batch_size} over optim.accumulate={parts} '
-      'must leave at least 2 images a part: the pooled branch of ASPP '
-      'normalizes over them.'
-    )
+    given = f'{config.batch_size} over optim.accumulate={parts}'
+    need = 'at least 2 images a part: the pooled branch of ASPP normalizes them'
+    raise InputError(f'config.batch_size={given} must leave {need}.')
   if config.eval.short_side and config.eval.size_multiple != 1:
     raise InputError('config.eval.short_side needs size_multiple=1.')
   data = config.data
   if data.cache and data.decoded_cache:
-    raise InputError(
-      'config.data.cache keeps in memory what config.data.decoded_cache keeps '
-      'on the disk; use one of them.'
-    )
+    text = 'keeps in memory what config.data.decoded_cache keeps on the disk'
+    raise InputError(f'config.data.cache {text}; use one of them.')
   for key in ('crop_size', 'image_size'):
     size = tuple(data[key])
     whole = len(size) == 2 and all(type(n) is int for n in size)
     if not whole or not 32 <= min(size) <= max(size) <= 2**15:
-      raise InputError(
-        f'config.data.{key}={size} must be (height, width), both at least 32 '
-        f'and at most {2**15}.'
-      )
+      limits = f'(height, width), both from 32 to {2**15}'
+      raise InputError(f'config.data.{key}={size} must be {limits}.')
   scales = tuple(data.scale_range)
   pair = len(scales) == 2 and all(isinstance(x, (int, float)) for x in scales)
   if not pair or not 1 / data.base_size <= scales[0] <= scales[1] <= 100:
-    raise InputError(
-      f'config.data.scale_range={scales} must be (least, most), above 0 and at '
-      'most 100, and leave a pixel of base_size.'
-    )
+    limits = '(least, most) from a pixel of base_size to 100 times it'
+    raise InputError(f'config.data.scale_range={scales} must be {limits}.')

@@ -50,9 +50,8 @@ def known(what, name, names, *, others=''):
   if name not in names:
     near = difflib.get_close_matches(name, names, 1)
     hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise InputError(
-      f'Unknown {what} {name!r}.{hint} Have: {", ".join(names)}{others}.'
-    )
+    have = ', '.join(names) + others
+    raise InputError(f'Unknown {what} {name!r}.{hint} Have: {have}.')
 
 
 def first_line(error):

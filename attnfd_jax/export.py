@@ -23,8 +23,7 @@ def main():
   # Neither the program nor the comparison may depend on the machine.
   jax.config.update('jax_platforms', 'cpu')
   given = cli.own_flags()
-  lines = student.export_student(kind=given.pop('format'), **given)
-  print('\n'.join(lines))
+  print('\n'.join(student.export_student(kind=given.pop('format'), **given)))
 
 
 if __name__ == '__main__':
@@ -37,8 +36,7 @@ if __name__ == '__main__':
   flags.DEFINE_bool('argmax', False, 'Class ids in place of logits.')
   flags.DEFINE_string('weights', 'float32', weights)
   flags.DEFINE_string('images', None, "To compare on: folder or 'pattern'.")
-  flags.DEFINE_integer(
-    'num_images', agreement.NUM_IMAGES, 'How many of them, at most.', 1
-  )
+  most = agreement.NUM_IMAGES
+  flags.DEFINE_integer('num_images', most, 'How many of them, at most.', 1)
   flags.DEFINE_bool('allow_code', False, 'Run Python files of the folder.')
   cli.run(main)

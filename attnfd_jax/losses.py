@@ -44,9 +44,8 @@ def _check_shapes(logits, labels, class_weights=None):
   if logits.shape[:-1] != labels.shape:
     raise ValueError(f'{logits.shape=} does not fit {labels.shape=}.')
   if class_weights is not None and len(class_weights) != logits.shape[-1]:
-    raise ValueError(
-      f'{len(class_weights)} class_weights for {logits.shape[-1]} classes.'
-    )
+    given = f'{len(class_weights)} class_weights'
+    raise ValueError(f'{given} for {logits.shape[-1]} classes.')
 
 
 def _by_selection(logits, labels):
@@ -129,9 +128,8 @@ def upsampled_cross_entropy(
   down = jnp.pad(resizing.matrix(height, h), ((0, missing), (0, 0)))
   down = down.astype(logits.dtype).reshape(parts, rows, h)
   across = resizing.matrix(width, w).astype(logits.dtype)
-  labels = jnp.pad(
-    labels, ((0, 0), (0, missing), (0, 0)), constant_values=ignore_label
-  )
+  below = ((0, 0), (0, missing), (0, 0))
+  labels = jnp.pad(labels, below, constant_values=ignore_label)
   labels = jnp.moveaxis(labels.reshape(b, parts, rows, width), 1, 0)
 
   @jax.checkpoint
@@ -140,15 +138,11 @@ def upsampled_cross_entropy(
     resized = jnp.einsum(
       'Hh,bhwk,Ww->bHWk', down, logits, across, precision=precision
     )
-    valid = labels != ignore_label
-    losses = _cross_entropies(resized, labels, valid)
-    total, count = sums
-    total += jnp.sum(losses, where=valid)
-    return (total, count + jnp.sum(valid, dtype=losses.dtype)), None
+    found = softmax_cross_entropy(resized, labels, ignore_label=ignore_label)
+    return jax.tree.map(jnp.add, sums, found), None
 
   zero = jnp.zeros((), logits.dtype)
-  sums, _ = jax.lax.scan(add_part, (zero, zero), (down, labels))
-  return Mean(*sums)
+  return jax.lax.scan(add_part, Mean(zero, zero), (down, labels))[0]
 
 
 def ohem_cross_entropy(

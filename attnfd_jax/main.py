@@ -22,13 +22,9 @@ from attnfd_jax.training.stopping import Stop
 
 cli.define_config()
 flags.DEFINE_string('workdir', None, 'Folder or gs://...; else runs/NAME.')
-flags.DEFINE_bool(
-  'deterministic', False, 'On a GPU: kernels that repeat their bits, slower.'
-)
+flags.DEFINE_bool('deterministic', False, 'GPUs repeat their bits; slower.')
 flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0 of several.')
-flags.DEFINE_integer(
-  'num_processes', None, 'In the whole job; 1 is alone, even on a cluster.'
-)
+flags.DEFINE_integer('num_processes', None, 'Of the job; 1 is always alone.')
 flags.DEFINE_integer('process_id', None, 'Of this process, from 0.')
 
 
@@ -37,11 +33,8 @@ def main():
   if options.deterministic:  # XLA reads it when JAX is first used.
     given = os.environ.get('XLA_FLAGS', '')
     os.environ['XLA_FLAGS'] = f'{given} --xla_gpu_deterministic_ops=true'
-  processes.initialise(
-    coordinator=options.coordinator,
-    num_processes=options.num_processes,
-    process_id=options.process_id,
-  )
+  place = ('coordinator', 'num_processes', 'process_id')
+  processes.initialise(**{name: options[name].value for name in place})
   if not processes.is_first():
     sys.stdout = open(os.devnull, 'w')
   path, _, variant = options['config'].config_filename.partition(':')
@@ -49,8 +42,7 @@ def main():
   workdir = options.workdir or f'runs/{name}'
   with Stop().listening() as stop:
     results = experiment.train(options.config, workdir, stop=stop)
-  for line in experiment.summary_lines(results):
-    print(line)
+  print('\n'.join(experiment.summary_lines(results)))
   print(f'report: {workdir}/report.html')
 
 

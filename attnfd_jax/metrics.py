@@ -27,10 +27,7 @@ def confusion_matrix(
   if predictions.shape != labels.shape:
     raise ValueError(f'{predictions.shape=} must equal {labels.shape=}.')
   if labels.size >= 2**31:
-    raise ValueError(
-      f'{labels.shape=}: counts of 2^31 pixels do not fit int32; use smaller '
-      'batches.'
-    )
+    raise ValueError(f'{labels.shape=} overflows int32; use smaller batches.')
   # uint8 * 19 would wrap at 256.
   predictions, labels = predictions.astype(jnp.int32), labels.astype(jnp.int32)
   valid = (labels != ignore_label) & (labels >= 0) & (labels < num_classes)

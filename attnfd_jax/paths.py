@@ -21,9 +21,8 @@ def as_path(path):
   try:
     epath.Path(path).exists()
   except ImportError as error:
-    raise InputError(
-      f"{path}: reading it needs gcsfs; pip install 'attnfd_jax[gcs]'."
-    ) from error
+    remedy = "pip install 'attnfd_jax[gcs]'"
+    raise InputError(f'{path}: reading it needs gcsfs; {remedy}.') from error
   return epath.Path(path)
 
 

@@ -25,10 +25,8 @@ def main():
   if config.data.prepared:
     raise InputError('config.data.prepared is set: this is prepared already.')
   config.data.cache = False  # Every pair is read once.
-  dataset = load_dataset(config.data)
-  folder, counts = prepared.prepare(
-    dataset, pathlib.Path(options.target), workers=options.workers
-  )
+  dataset, target = load_dataset(config.data), pathlib.Path(options.target)
+  folder, counts = prepared.prepare(dataset, target, workers=options.workers)
   found = ', '.join(f'{split} {count}' for split, count in counts.items())
   print(f'{folder}: {found} records')
   print(f'train from it: --config.data.prepared={options.target}')

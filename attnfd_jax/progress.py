@@ -11,7 +11,5 @@ def progress(total, text=None, **options):
 
   `text` stands before it; `options` are of tqdm, as `initial`.
   """
-  interval = 0.2 if sys.stderr.isatty() else 10
-  return tqdm(
-    desc=text, total=total, unit=' images', mininterval=interval, **options
-  )
+  options['mininterval'] = 0.2 if sys.stderr.isatty() else 10
+  return tqdm(desc=text, total=total, unit=' images', **options)

@@ -41,10 +41,8 @@ def explained(what):
   except InputError:
     raise
   except Exception as error:
-    raise InputError(
-      f'{what}: it raised {type(error).__name__}: {error}; see where with '
-      '--debug.'
-    ) from error
+    text = f'{type(error).__name__}: {error}; see where with --debug.'
+    raise InputError(f'{what}: it raised {text}') from error
 
 
 def load_object(spec, *, option, source=None):
@@ -57,17 +55,14 @@ def load_object(spec, *, option, source=None):
   given = f'{option}={spec!r}'
   where, _, name = spec.rpartition(':')
   if not where or not name.isidentifier():
-    raise InputError(
-      f"{given} must be 'file.py:Object' or 'package.module:Object'."
-    )
+    raise InputError(f"{given} must be 'file.py:Object' or 'module:Object'.")
   with explained(given):
     if not _is_file(spec):
       module = importlib.import_module(where)
+    elif source is None and not _path_of(spec).is_file():
+      raise InputError(f'{given}: there is no file {where}.')
     else:
-      if source is None:
-        if not _path_of(spec).is_file():
-          raise InputError(f'{given}: there is no file {where}.')
-        source = _path_of(spec).read_bytes()
+      source = _path_of(spec).read_bytes() if source is None else source
       module = _run(source, where)
   if not hasattr(module, name):
     raise InputError(f'{given}: {where} has no {name}.')
@@ -98,11 +93,9 @@ def specs(config):
 
 
 def store(directory, config, stored):
-  """Copies the files that `config` names into a stage's folder.
+  """{spec: sha256} of the files of `config`, copied into a stage's folder.
 
-  `stored` is what the stages of the run have recorded so far, and what comes
-  back, for this one's config.json: {spec: sha256}. InputError if a file has
-  changed since the run was begun.
+  InputError if one differs from `stored`, what the run's stages have recorded.
   """
   digests = {}
   for spec in filter(_is_file, specs(config)):
@@ -110,10 +103,8 @@ def store(directory, config, stored):
     source = path.read_bytes()
     digest = digests[spec] = _digest(source)
     if stored.get(spec, digest) != digest:
-      raise InputError(
-        f'{path} has changed since the run was begun; put the old file back, '
-        'or use another --workdir.'
-      )
+      remedy = 'put the old file back, or use another --workdir.'
+      raise InputError(f'{path} has changed since the run was begun; {remedy}')
     copy = _copy_of(spec, directory, digest)
     copy.parent.mkdir(parents=True, exist_ok=True)
     with paths.replacing(copy) as file:
@@ -132,17 +123,14 @@ def kept(directory, info, spec, *, allow_code):
   is not what `store` recorded.
   """
   if not allow_code:
-    raise InputError(
-      f'{directory}: its config names Python code, {spec}: read what is below '
-      'code/, and add --allow_code to run it.'
-    )
+    remedy = 'read what is below code/, and add --allow_code to run it.'
+    raise InputError(f'{directory}: its config names code, {spec}: {remedy}')
   if not _is_file(spec):
     return spec, None
   digest = info.get('code', {}).get(spec, '')
   copy = _copy_of(spec, directory, digest)
   source = copy.read_bytes() if copy.is_file() else b''
   if _digest(source) != digest:
-    raise InputError(
-      f'{copy}: absent, or not the file that was recorded; put a copy back.'
-    )
+    text = 'absent, or not the file that was recorded; put a copy back.'
+    raise InputError(f'{copy}: {text}')
   return f'{copy}:{spec.rpartition(":")[2]}', source

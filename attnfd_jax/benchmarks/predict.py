@@ -21,19 +21,16 @@ def run(options):
     raise InputError(f'--batch={options.batch}: predict takes one image.')
   config = train.configure(options)
   student = networks.describe(config.student)
-  network = networks.make_network(
-    config.student, options.num_classes, dtype=config.optim.dtype
-  )
+  num_classes, dtype = options.num_classes, config.optim.dtype
+  network = networks.make_network(config.student, num_classes, dtype=dtype)
   variables = jax.device_put(train.random_variables(network, config.seed))
   height, width = size = tuple(config.data.crop_size)
-  image = np.random.default_rng(config.seed).integers(
-    0, 256, (1, *size, 3), np.uint8
-  )
+  generator = np.random.default_rng(config.seed)
+  image = generator.integers(0, 256, (1, *size, 3), np.uint8)
   times = []
   for _ in range(2 + options.steps):
     begun = time.perf_counter()
-    found = predictor.classify(network, variables, image, size=size)
-    jax.device_get(found)
+    jax.device_get(predictor.classify(network, variables, image, size=size))
     times.append(time.perf_counter() - begun)
   speed = train.speed(times, images=1)
   print(
@@ -43,7 +40,7 @@ def run(options):
   return {
     'student': student,
     'image_size': [height, width],
-    'num_classes': options.num_classes,
-    'dtype': config.optim.dtype,
+    'num_classes': num_classes,
+    'dtype': dtype,
     'compile_seconds': times[0],
   } | speed

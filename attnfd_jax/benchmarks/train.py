@@ -56,9 +56,7 @@ def process_seconds():
 def measure_peak(dtype):
   """Operations a second of a large matrix product, the best of five."""
   size = PEAK_SIZE.get(jax.default_backend(), 2048)
-  a, b = (
-    jax.random.normal(jax.random.key(i), (size, size), dtype) for i in (0, 1)
-  )
+  a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
   product = jax.jit(jnp.matmul)
 
   def several():
@@ -97,8 +95,7 @@ def random_variables(network, seed):
       fan_in = leaf.size // leaf.shape[-1]
       values = rng.standard_normal(leaf.shape, np.float32)
       return values * np.float32((2 / fan_in) ** 0.5)
-    ones = path[-1].key in ('scale', 'var')
-    return np.full(leaf.shape, ones, np.float32)
+    return np.full(leaf.shape, path[-1].key in ('scale', 'var'), np.float32)
 
   return jax.tree.map_with_path(draw, networks.abstract_variables(network))
 
@@ -119,16 +116,14 @@ def make_stage(config, num_classes):
   images = {'train': range(100 * config.batch_size)}  # How many; none is read.
   dataset = Dataset('random', names, palette, images)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
-  name = 'distill' if distilled else 'student'
-  stage = plan(name, config, dataset, mesh)
+  stage = plan('distill' if distilled else 'student', config, dataset, mesh)
   if not distilled:
     return stage
   if config.teacher.checkpoint or config.teacher.factory:
     return with_teacher(stage, teachers.from_config(config, '', names, mesh))
   teacher = teachers.abstract(config, names)
-  variables = sharding.place(
-    random_variables(teacher.network, config.seed), sharding.replicated(mesh)
-  )
+  variables = random_variables(teacher.network, config.seed)
+  variables = sharding.place(variables, sharding.replicated(mesh))
   return with_teacher(stage, dataclasses.replace(teacher, variables=variables))
 
 
@@ -178,9 +173,7 @@ def configure(options):
   """A resolved config of the flags that `train` and `predict` share."""
   within('--steps', options.steps, 1)
   within('--num_classes', options.num_classes, 2)
-  config = default_config()
-  if options.config is not None:
-    config = options.config.copy_and_resolve_references()
+  config = (options.config or default_config()).copy_and_resolve_references()
   given = {key: getattr(options, flag) for flag, key in FLAGS.items()}
   config.update_from_flattened_dict({k: v for k, v in given.items() if v})
   config.batch_size = options.batch or config.batch_size
@@ -202,11 +195,7 @@ def speed(times, images):
 
 
 def run(options):
-  """Prints what it measures with these flags; returns what `--json` prints.
-
-  Raises:
-    InputError: whenever the user can mend it.
-  """
+  """Prints what it measures with these flags; returns what `--json` prints."""
   config = configure(options)
   stage = make_stage(config, options.num_classes)
   facts = {
@@ -217,9 +206,7 @@ def run(options):
     'batch_size': config.batch_size,
     'image_size': list(config.data.crop_size),
     'num_classes': stage.dataset.num_classes,
-    'dtype': config.optim.dtype,
-    'accumulate': config.optim.accumulate,
-    'remat': config.optim.remat,
+    **{key: config.optim[key] for key in ('dtype', 'accumulate', 'remat')},
     'steps': options.steps,
     'device': logs.device_name(),
   }
@@ -244,14 +231,13 @@ def run(options):
   facts |= speed(times, config.batch_size)
   flops, peak = model_flops(stage), measure_peak(config.optim.dtype)
   computed, memory = program_flops(step), program_memory(step)
-  rate = flops / facts['step_seconds']
   # Of the first device at its highest, what the compiler needed included.
   device = jax.local_devices()[0].memory_stats() or {}
   facts |= {
     'gflops_per_step': flops / 1e9,
     'program_gflops_per_step': computed and computed / 1e9,
     'device_peak_gflops': peak / 1e9,
-    'flop_utilisation': rate / (peak * stage.mesh.size),
+    'flop_utilisation': flops / facts['step_seconds'] / peak / stage.mesh.size,
     'peak_memory_bytes': memory,
     'device_peak_memory_bytes': device.get('peak_bytes_in_use'),
   }
