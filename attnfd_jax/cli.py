@@ -119,10 +119,9 @@ def prepare_process():
 
 
 def run(main, *, required=(), positional=False):
-  """Parses flags and calls main(); its bad input becomes one line.
+  """Parses flags, calls main, with other arguments if they are `positional`.
 
-  `required` flags must have a value; with `positional`, main gets the arguments
-  that are no flags.
+  Its bad input, and `required` flags without a value, become one line.
   """
 
   def guarded(argv):

@@ -135,9 +135,8 @@ def upsampled_cross_entropy(
   @jax.checkpoint
   def add_part(sums, part):
     down, labels = part
-    resized = jnp.einsum(
-      'Hh,bhwk,Ww->bHWk', down, logits, across, precision=precision
-    )
+    rule = 'Hh,bhwk,Ww->bHWk'
+    resized = jnp.einsum(rule, down, logits, across, precision=precision)
     found = softmax_cross_entropy(resized, labels, ignore_label=ignore_label)
     return jax.tree.map(jnp.add, sums, found), None
 

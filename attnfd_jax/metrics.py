@@ -85,9 +85,8 @@ def boundary_matrix(
     least, most = (f(ids, square, **border) for f in (cv2.erode, cv2.dilate))
     return np.where(valid & (least == most), np.uint8(num_classes), ids)
 
-  return host_confusion_matrix(
-    banded(predictions), banded(labels), num_classes=num_classes + 1
-  )
+  bands = banded(predictions), banded(labels)
+  return host_confusion_matrix(*bands, num_classes=num_classes + 1)
 
 
 def _divide(a, b):

@@ -7,9 +7,6 @@ from tqdm.auto import tqdm
 
 
 def progress(total, text=None, **options):
-  """A bar over `total` images on terminals; elsewhere a line now and then.
-
-  `text` stands before it; `options` are of tqdm, as `initial`.
-  """
+  """A bar of tqdm over `total` images; off terminals a line now and then."""
   options['mininterval'] = 0.2 if sys.stderr.isatty() else 10
   return tqdm(desc=text, total=total, unit=' images', **options)

@@ -13,10 +13,7 @@ from attnfd_jax.models import network as networks
 
 
 def run(options):
-  """Prints what it measures with these flags; returns what `--json` prints.
-
-  One image at a time, from the host and back, by a student of random weights.
-  """
+  """One image at a time, from the host and back; returns what --json prints."""
   if options.batch > 1:
     raise InputError(f'--batch={options.batch}: predict takes one image.')
   config = train.configure(options)
