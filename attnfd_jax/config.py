@@ -301,5 +301,5 @@ def _check(config):
   scales = tuple(data.scale_range)
   pair = len(scales) == 2 and all(isinstance(x, (int, float)) for x in scales)
   if not pair or not 1 / data.base_size <= scales[0] <= scales[1] <= 100:
-    limits = '(least, most) from a pixel of base_size to 100 times it'
+    limits = '(least, most), at most 100, and leave a pixel of base_size'
     raise InputError(f'config.data.scale_range={scales} must be {limits}.')
