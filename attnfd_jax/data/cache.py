@@ -148,8 +148,6 @@ def _build(source, folder, threads, text):
 
 
 def _full(folder, size):
-  what = (
-    f'no space for {size / 1e9:.1f} GB of decoded pixels; make room, or name'
-  )
-  flag = '--config.data.decoded_cache'
-  return InputError(f'{folder.parent}: {what} another disk by {flag}.')
+  what = f'no space for {size / 1e9:.1f} GB of decoded pixels; make room'
+  remedy = 'or name another disk by --config.data.decoded_cache'
+  return InputError(f'{folder.parent}: {what}, {remedy}.')

@@ -265,11 +265,8 @@ def coco(config):
     path = root / 'annotations' / f'instances_{split}2017.json'
     inner = root / 'images' / f'{split}2017'
     places[split] = path, inner if inner.is_dir() else root / f'{split}2017'
-  names, splits = find_pairs(
-    places,
-    class_names=(_BACKGROUND, *classes.COCO_NAMES),
-    min_pixels=1000,
-    limit=config['limit'],
-  )
+  names = (_BACKGROUND, *classes.COCO_NAMES)
+  options = {'min_pixels': 1000, 'limit': config['limit']}
+  _, splits = find_pairs(places, class_names=names, **options)
   ids = masks.IndexLabels(tuple(range(len(names))))
   return pairs.make_dataset(config, classes.VOC, splits, ids, upright=False)

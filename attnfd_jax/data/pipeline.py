@@ -19,9 +19,8 @@ from attnfd_jax.losses import IGNORE_LABEL
 
 def _iterate(dataset, threads, workers=0):
   # Grain's default keeps 500 batches in memory.
-  options = grain.ReadOptions(
-    num_threads=threads, prefetch_buffer_size=max(2, threads)
-  )
+  ahead = max(2, threads)
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
   dataset = dataset.to_iter_dataset(options)
   if workers:
     if not flags.FLAGS.is_parsed():  # Grain reads a flag; grain issue 1355.
@@ -87,9 +86,9 @@ def make_balance(config, dataset):
   """The Balance of a resolved config for the split train, or None."""
   if not config.data.balanced:
     return None
-  presence = frequencies.class_presence(
-    dataset.splits['train'], dataset.num_classes, threads=config.data.threads
-  )
+  source, threads = dataset.splits['train'], config.data.threads
+  k = dataset.num_classes
+  presence = frequencies.class_presence(source, k, threads=threads)
   return frequencies.Balance(config.data.balanced, presence)
 
 
@@ -127,14 +126,13 @@ def eval_batches(
   share, share_size = _share(batch_size)
   pixel = np.zeros((1, 1, 3), np.uint8)
   blank = {'image': pixel, 'label': pixel[..., 0] + IGNORE_LABEL}
+  options = {'short_side': short_side, 'resize_labels': resize_labels}
 
   def read(entry):
     index, image_size, label_size = entry
     record = blank
     if index is not None:
-      record = transforms.fit_record(
-        source[index], short_side, resize_labels=resize_labels
-      )
+      record = transforms.fit_record(source[index], **options)
     return {
       'image': transforms.pad_edges(record['image'], image_size),
       'label': transforms.pad_edges(record['label'], label_size, IGNORE_LABEL),

@@ -101,10 +101,8 @@ def _rotated_window(record, *, full, start, size, degrees):
   to_source = np.column_stack([turned, shift])
 
   def turn(x, how, border):
-    how |= cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(
-      x, to_source, (w, h), None, how, cv2.BORDER_CONSTANT, border
-    )
+    options = {'flags': how | cv2.WARP_INVERSE_MAP, 'borderValue': border}
+    return cv2.warpAffine(x, to_source, (w, h), **options)
 
   image = turn(image, cv2.INTER_LINEAR, 0)
   return image, turn(label, cv2.INTER_NEAREST, IGNORE_LABEL)
@@ -128,9 +126,8 @@ class Augment(grain.transforms.RandomMap):
     short = int(rng.integers(low, high + 1))
     full = fit_short_side(record['label'].shape, short)
     size = tuple(map(min, self.crop_size, full))
-    start = [
-      int(rng.integers(n - cut + 1)) for n, cut in zip(full, size, strict=True)
-    ]
+    free = np.subtract(full, size).tolist()
+    start = [int(rng.integers(n + 1)) for n in free]
     window = {'full': full, 'start': start, 'size': size}
     if self.rotation:
       degrees = rng.uniform(-self.rotation, self.rotation)

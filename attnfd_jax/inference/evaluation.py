@@ -28,11 +28,8 @@ def make_eval_step(network, num_classes, mesh):
     return confusion_matrix(predictions, label, num_classes=num_classes)
 
   everywhere = sharding.replicated(mesh)
-  return jax.jit(
-    eval_step,
-    in_shardings=(everywhere, sharding.by_batch(mesh)),
-    out_shardings=everywhere,
-  )
+  given = (everywhere, sharding.by_batch(mesh))
+  return jax.jit(eval_step, in_shardings=given, out_shardings=everywhere)
 
 
 def evaluate(
