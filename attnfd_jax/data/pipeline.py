@@ -25,9 +25,7 @@ def _iterate(dataset, threads, workers=0):
   if workers:
     if not flags.FLAGS.is_parsed():  # Grain reads a flag; grain issue 1355.
       flags.FLAGS.mark_as_parsed()
-    options = grain.MultiprocessingOptions(
-      num_workers=workers, per_worker_buffer_size=2
-    )
+    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
     dataset = dataset.mp_prefetch(options, masks.tune_process)
   return dataset
 
@@ -73,37 +71,31 @@ def train_batches(
 
 def make_augment(config):
   """The Augment of a resolved config."""
+  data = config.data
   same = ('base_size', 'flip', 'blur', 'photometric', 'rotation')
-  return transforms.Augment(
-    crop_size=tuple(config.data.crop_size),
-    scale_range=tuple(config.data.scale_range),
-    label_fill=0 if config.data.label_pad == 'background' else IGNORE_LABEL,
-    **{key: config.data[key] for key in same},
-  )
+  options = {key: data[key] for key in same}
+  options |= {key: tuple(data[key]) for key in ('crop_size', 'scale_range')}
+  fill = 0 if data.label_pad == 'background' else IGNORE_LABEL
+  return transforms.Augment(label_fill=fill, **options)
 
 
 def make_balance(config, dataset):
   """The Balance of a resolved config for the split train, or None."""
   if not config.data.balanced:
     return None
-  source, threads = dataset.splits['train'], config.data.threads
-  k = dataset.num_classes
-  presence = frequencies.class_presence(source, k, threads=threads)
+  presence = frequencies.class_presence(
+    dataset.splits['train'], dataset.num_classes, threads=config.data.threads
+  )
   return frequencies.Balance(config.data.balanced, presence)
 
 
 def configured_batches(config, dataset, *, step=0):
   """train_batches of the split train, as a resolved config wants them."""
-  return train_batches(
-    dataset.splits['train'],
-    make_augment(config),
-    batch_size=config.batch_size,
-    seed=config.seed,
-    step=step,
-    balance=make_balance(config, dataset),
-    threads=config.data.threads,
-    workers=config.data.workers,
-  )
+  source, balance = dataset.splits['train'], make_balance(config, dataset)
+  options = {key: config[key] for key in ('batch_size', 'seed')}
+  options |= {key: config.data[key] for key in ('threads', 'workers')}
+  options |= {'step': step, 'balance': balance}
+  return train_batches(source, make_augment(config), **options)
 
 
 def eval_batches(
@@ -158,6 +150,5 @@ def to_device(dataset, sharding):
   """Puts the batches of a grain.IterDataset on devices ahead of their use."""
   put = functools.partial(jax.make_array_from_process_local_data, sharding)
   placed = dataset.map(functools.partial(jax.tree.map, put))
-  return grain.experimental.ThreadPrefetchIterDataset(
-    placed, prefetch_buffer_size=2
-  )
+  prefetch = grain.experimental.ThreadPrefetchIterDataset
+  return prefetch(placed, prefetch_buffer_size=2)

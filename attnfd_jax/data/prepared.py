@@ -50,9 +50,8 @@ def _write_shard(source, records, path, workers, bar):
   from array_record.python.array_record_module import ArrayRecordWriter
 
   features = _features()
-  serializer = _tfds().core.example_serializer.ExampleSerializer(
-    features.get_serialized_info()
-  )
+  info = features.get_serialized_info()
+  serializer = _tfds().core.example_serializer.ExampleSerializer(info)
 
   def serialized(i):
     example = {'id': source.key(i), **source.encoded(i)}
@@ -71,8 +70,7 @@ def _write_shard(source, records, path, workers, bar):
 def _write_shards(dataset, folder, workers):
   """{split: {path of a shard, which changes with its files: records}}."""
   shards = {split: {} for split in dataset.splits}
-  total = sum(len(source) for source in dataset.splits.values())
-  with progress(total, dataset.name) as bar:
+  with progress(sum(map(len, dataset.splits.values())), dataset.name) as bar:
     for split, source in dataset.splits.items():
       for start in range(0, len(source), SHARD_SIZE):
         records = range(len(source))[start : start + SHARD_SIZE]

@@ -17,6 +17,9 @@ from PIL import Image
 
 from attnfd_jax.losses import IGNORE_LABEL
 
+# Of a Gaussian with less, all taps but one are 0 in OpenCV's 8 bits.
+_LEAST_SIGMA = 0.28
+
 
 def pad_edges(x, size, value=None):
   """Pads [h, w] or [h, w, c] right and bottom to `size`, by default with edges.
@@ -46,10 +49,6 @@ def distort(image, generator, *, strength):
   table = np.stack([turn, stretch, grey], -1).astype(np.uint8)[None]
   hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
   return cv2.cvtColor(cv2.LUT(hsv, table), cv2.COLOR_HSV2RGB)
-
-
-# Of a Gaussian with less, all taps but one are 0 in OpenCV's 8 bits.
-_LEAST_SIGMA = 0.28
 
 
 def _smoothed(image, scale):

@@ -185,11 +185,10 @@ class Predictor:
     self.views = {'scales': list(scales), 'flip': flip}
     self.tiles = {'tile': tile and list(tile), 'overlap': tile and overlap}
     network, self.variables, info = loading.load_network(checkpoint, **options)
-    averaged = flip or tuple(scales) != (1,)
-    self.network = (
-      Averaged(network, tuple(scales), flip) if averaged else network
-    )
-    self.info, self.description = info, describe(checkpoint, info)
+    if flip or tuple(scales) != (1,):
+      network = Averaged(network, tuple(scales), flip)
+    self.network, self.info = network, info
+    self.description = describe(checkpoint, info)
     self.class_names, self.palette = info['class_names'], info['palette']
     self.short_side = seen_short_side_of(info)
 

@@ -100,13 +100,9 @@ def evaluate_checkpoint(
   with progress(len(source)) as bar:
     given = (stage.network, stage.variables, _Counted(source, bar))
     if not (stage.tiles['tile'] or boundary or write):
-      counts = evaluation.evaluate(
-        *given,
-        num_classes=num_classes,
-        mesh=sharding.make_mesh(),
-        batch_size=settings['batch_size'],
-        **reading,
-      )
+      sizes = {'num_classes': num_classes, 'batch_size': settings['batch_size']}
+      mesh = sharding.make_mesh()
+      counts = evaluation.evaluate(*given, mesh=mesh, **sizes, **reading)
     else:
       pairs = evaluation.predictions(*given, **reading, **stage.tiles)
       for index, pair in enumerate(pairs):
