@@ -36,13 +36,10 @@ def _tfds():
 
 def _features():
   features = _tfds().features
-  return features.FeaturesDict(
-    {
-      'id': features.Text(),
-      'image': features.Image(shape=(None, None, 3)),
-      'label': features.Image(shape=(None, None, 1), encoding_format='png'),
-    }
-  )
+  image = features.Image(shape=(None, None, 3))
+  label = features.Image(shape=(None, None, 1), encoding_format='png')
+  columns = {'id': features.Text(), 'image': image, 'label': label}
+  return features.FeaturesDict(columns)
 
 
 def _write_shard(source, records, path, workers, bar):
