@@ -6,7 +6,6 @@ For images that take long to decode and do not fit into memory: a core decodes
 cache (config.data.cache is for sets that fit).
 """
 
-import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -87,7 +86,12 @@ def open_decoded(source, directory, *, threads=4, text='decoding'):
   complete = folder / 'pixels.npy'
   if not complete.exists():
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with open(folder / 'lock', 'w') as lock:
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        print(f'waiting for the process that fills {folder}', flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
       if not complete.exists():
         _build(source, folder, threads, text)
   return DecodedSource(source, folder)
@@ -100,17 +104,6 @@ def with_decoded(dataset, directory, *, threads=4):
     options = {'threads': threads, 'text': f'decoding {name}'}
     splits[name] = open_decoded(splits[name], directory, **options)
   return dataclasses.replace(dataset, splits=splits)
-
-
-@contextlib.contextmanager
-def _locked(folder):
-  with open(folder / 'lock', 'w') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      print(f'waiting for the process that fills {folder}', flush=True)
-      fcntl.flock(file, fcntl.LOCK_EX)
-    yield
 
 
 def _build(source, folder, threads, text):
@@ -148,8 +141,6 @@ def _build(source, folder, threads, text):
 
 
 def _full(folder, size):
-  what = (
-    f'no space for {size / 1e9:.1f} GB of decoded pixels; make room, or name'
-  )
-  flag = '--config.data.decoded_cache'
-  return InputError(f'{folder.parent}: {what} another disk by {flag}.')
+  what = f'no space for {size / 1e9:.1f} GB of decoded pixels; make room'
+  remedy = 'or name another disk by --config.data.decoded_cache'
+  return InputError(f'{folder.parent}: {what}, {remedy}.')

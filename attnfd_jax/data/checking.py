@@ -116,9 +116,8 @@ def check(dataset, threads, *, required=('train', 'val')):
   splits, problems, digests, weights = {}, {}, {}, {}
   with progress(sum(map(len, dataset.splits.values())), 'checking') as bar:
     for name, source in dataset.splits.items():
-      splits[name], problems[name], digests[name], weights[name] = _read_split(
-        source, dataset.class_names, threads, bar
-      )
+      found = _read_split(source, dataset.class_names, threads, bar)
+      splits[name], problems[name], digests[name], weights[name] = found
   listed = [('', problem) for problem in dataset.problems]
   # What the layout lacks is the better reason.
   for name in () if listed else required:
@@ -239,11 +238,10 @@ def class_lines(weights, splits):
     given = tuple(
       round(x, 4) if x >= 0.01 else float(f'{x:.3g}') for x in weights.values()
     )
-    yield (
-      'weights by median frequency in train, against imbalance; as with '
-      '--config.loss.weighting=auto:\n'
-      f'  --config.loss.weighting=given --config.loss.class_weights="{given}"'
-    )
+    what = 'weights by median frequency in train, against imbalance; as with'
+    yield f'{what} --config.loss.weighting=auto:'
+    flags = '--config.loss.weighting=given --config.loss.class_weights'
+    yield f'  {flags}="{given}"'
 
 
 def as_text(report):

@@ -34,9 +34,6 @@ def cityscapes(config):
   """Splits train and val; the classes of test are not public."""
   root = pairs.check_root(config)
   splits = {split: _find_pairs(root, split) for split in ('train', 'val')}
-  read_label = masks.IndexLabels(
-    classes.CITYSCAPES_IDS, classes.CITYSCAPES_IGNORED
-  )
-  return pairs.make_dataset(
-    config, classes.CITYSCAPES, splits, read_label, upright=False
-  )
+  table, ids = classes.CITYSCAPES, classes.CITYSCAPES_IDS
+  read_label = masks.IndexLabels(ids, classes.CITYSCAPES_IGNORED)
+  return pairs.make_dataset(config, table, splits, read_label, upright=False)

@@ -84,16 +84,6 @@ def check_classes(path, class_names, known):
       raise unsound(path, what)
 
 
-def _numbers(path, categories, class_names):
-  """Class names, () meaning all, and {category id: train id}."""
-  known = [x['name'] for x in sorted(categories, key=lambda x: x['id'])]
-  class_names = tuple(dict.fromkeys(class_names or (_BACKGROUND, *known)))
-  # The first one is what no annotation covers, whatever its name.
-  check_classes(path, class_names, dict.fromkeys((class_names[0], *known)))
-  train_ids = {name: i for i, name in enumerate(class_names)}
-  return class_names, {x['id']: train_ids.get(x['name'], 0) for x in categories}
-
-
 def _decode_runs(data):
   """Runs of a compressed RLE; pycocotools writes past the end of a damaged one.
 
@@ -160,7 +150,12 @@ def draw_label(annotations, size, numbers):
 def _draw_all(path, archive, class_names, min_pixels, limit):
   """Writes PNGs of the images that stay, and index.json, to an open zip."""
   images, annotations, categories = _read_json(path)
-  class_names, numbers = _numbers(path, categories, class_names)
+  known = [x['name'] for x in sorted(categories, key=lambda x: x['id'])]
+  class_names = tuple(dict.fromkeys(class_names or (_BACKGROUND, *known)))
+  # The first one is what no annotation covers, whatever its name.
+  check_classes(path, class_names, dict.fromkeys((class_names[0], *known)))
+  train_ids = {name: i for i, name in enumerate(class_names)}
+  numbers = {x['id']: train_ids.get(x['name'], 0) for x in categories}
   problems, kept, groups = [], [], collections.defaultdict(list)
   for annotation in annotations:
     groups[annotation['image_id']].append(annotation)
@@ -265,11 +260,8 @@ def coco(config):
     path = root / 'annotations' / f'instances_{split}2017.json'
     inner = root / 'images' / f'{split}2017'
     places[split] = path, inner if inner.is_dir() else root / f'{split}2017'
-  names, splits = find_pairs(
-    places,
-    class_names=(_BACKGROUND, *classes.COCO_NAMES),
-    min_pixels=1000,
-    limit=config['limit'],
-  )
+  names = (_BACKGROUND, *classes.COCO_NAMES)
+  options = {'min_pixels': 1000, 'limit': config['limit']}
+  _, splits = find_pairs(places, class_names=names, **options)
   ids = masks.IndexLabels(tuple(range(len(names))))
   return pairs.make_dataset(config, classes.VOC, splits, ids, upright=False)

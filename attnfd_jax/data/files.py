@@ -89,11 +89,8 @@ def read_lines(path):
 
 def _with_ending(names, endings):
   """Sorted names that have one of the endings and are not hidden."""
-  return [
-    name
-    for name in sorted(names)
-    if name.lower().endswith(endings) and pathlib.PurePath(name).name[0] != '.'
-  ]
+  names = (name for name in sorted(names) if name.lower().endswith(endings))
+  return [name for name in names if pathlib.PurePath(name).name[0] != '.']
 
 
 def list_folder(folder, endings):

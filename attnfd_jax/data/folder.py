@@ -161,11 +161,8 @@ def _read_voc(config, root):
     table, read_label = _chosen_labels(config, path, read_labelmap(path))
   else:
     table, read_label = _given_labels(config)
-  splits = {
-    split: voc.read_split(root, split)
-    for split in SPLITS
-    if split != 'test' or voc.list_path(root, split).exists()
-  }
+  names = [x for x in SPLITS if x != 'test' or voc.list_path(root, x).exists()]
+  splits = {name: voc.read_split(root, name) for name in names}
   return pairs.make_dataset(config, table, splits, read_label)
 
 

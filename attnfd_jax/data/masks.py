@@ -26,10 +26,7 @@ _SIZE_KNOWN = 1 << 16  # So many bytes nearly always hold the header.
 
 
 def tune_process(*_):
-  """Makes the whole process fast at images: for commands and Grain's workers.
-
-  A process that only imports the package keeps its own settings.
-  """
+  """Makes a whole process fast at images: a command's or a Grain worker's."""
   cv2.setNumThreads(0)  # Grain's threads are the parallelism.
   # Images are allocated and freed all the time; glibc would give the pages
   # back and fault them in again, a seventh of the time of the pipeline.

@@ -181,9 +181,8 @@ def match(folders, groups, suffixes=('', '')):
   Partners have one stem but for its suffix; Files without a suffix are skipped.
   """
   both = {}, {}
-  for by_key, folder, group, suffix in zip(
-    both, folders, groups, suffixes, strict=True
-  ):
+  sides = zip(both, folders, groups, suffixes, strict=True)
+  for by_key, folder, group, suffix in sides:
     for file in group:
       if file.inner.stem.endswith(suffix):
         key = file.inner.stem.removesuffix(suffix)

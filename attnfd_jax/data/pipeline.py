@@ -19,16 +19,13 @@ from attnfd_jax.losses import IGNORE_LABEL
 
 def _iterate(dataset, threads, workers=0):
   # Grain's default keeps 500 batches in memory.
-  options = grain.ReadOptions(
-    num_threads=threads, prefetch_buffer_size=max(2, threads)
-  )
+  ahead = max(2, threads)
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
   dataset = dataset.to_iter_dataset(options)
   if workers:
     if not flags.FLAGS.is_parsed():  # Grain reads a flag; grain issue 1355.
       flags.FLAGS.mark_as_parsed()
-    options = grain.MultiprocessingOptions(
-      num_workers=workers, per_worker_buffer_size=2
-    )
+    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
     dataset = dataset.mp_prefetch(options, masks.tune_process)
   return dataset
 
@@ -74,13 +71,12 @@ def train_batches(
 
 def make_augment(config):
   """The Augment of a resolved config."""
+  data = config.data
   same = ('base_size', 'flip', 'blur', 'photometric', 'rotation')
-  return transforms.Augment(
-    crop_size=tuple(config.data.crop_size),
-    scale_range=tuple(config.data.scale_range),
-    label_fill=0 if config.data.label_pad == 'background' else IGNORE_LABEL,
-    **{key: config.data[key] for key in same},
-  )
+  options = {key: data[key] for key in same}
+  options |= {key: tuple(data[key]) for key in ('crop_size', 'scale_range')}
+  fill = 0 if data.label_pad == 'background' else IGNORE_LABEL
+  return transforms.Augment(label_fill=fill, **options)
 
 
 def make_balance(config, dataset):
@@ -95,16 +91,11 @@ def make_balance(config, dataset):
 
 def configured_batches(config, dataset, *, step=0):
   """train_batches of the split train, as a resolved config wants them."""
-  return train_batches(
-    dataset.splits['train'],
-    make_augment(config),
-    batch_size=config.batch_size,
-    seed=config.seed,
-    step=step,
-    balance=make_balance(config, dataset),
-    threads=config.data.threads,
-    workers=config.data.workers,
-  )
+  source, balance = dataset.splits['train'], make_balance(config, dataset)
+  options = {key: config[key] for key in ('batch_size', 'seed')}
+  options |= {key: config.data[key] for key in ('threads', 'workers')}
+  options |= {'step': step, 'balance': balance}
+  return train_batches(source, make_augment(config), **options)
 
 
 def eval_batches(
@@ -127,14 +118,13 @@ def eval_batches(
   share, share_size = _share(batch_size)
   pixel = np.zeros((1, 1, 3), np.uint8)
   blank = {'image': pixel, 'label': pixel[..., 0] + IGNORE_LABEL}
+  options = {'short_side': short_side, 'resize_labels': resize_labels}
 
   def read(entry):
     index, image_size, label_size = entry
     record = blank
     if index is not None:
-      record = transforms.fit_record(
-        source[index], short_side, resize_labels=resize_labels
-      )
+      record = transforms.fit_record(source[index], **options)
     return {
       'image': transforms.pad_edges(record['image'], image_size),
       'label': transforms.pad_edges(record['label'], label_size, IGNORE_LABEL),
@@ -160,6 +150,5 @@ def to_device(dataset, sharding):
   """Puts the batches of a grain.IterDataset on devices ahead of their use."""
   put = functools.partial(jax.make_array_from_process_local_data, sharding)
   placed = dataset.map(functools.partial(jax.tree.map, put))
-  return grain.experimental.ThreadPrefetchIterDataset(
-    placed, prefetch_buffer_size=2
-  )
+  prefetch = grain.experimental.ThreadPrefetchIterDataset
+  return prefetch(placed, prefetch_buffer_size=2)

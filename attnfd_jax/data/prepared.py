@@ -36,13 +36,10 @@ def _tfds():
 
 def _features():
   features = _tfds().features
-  return features.FeaturesDict(
-    {
-      'id': features.Text(),
-      'image': features.Image(shape=(None, None, 3)),
-      'label': features.Image(shape=(None, None, 1), encoding_format='png'),
-    }
-  )
+  image = features.Image(shape=(None, None, 3))
+  label = features.Image(shape=(None, None, 1), encoding_format='png')
+  columns = {'id': features.Text(), 'image': image, 'label': label}
+  return features.FeaturesDict(columns)
 
 
 def _write_shard(source, records, path, workers, bar):
@@ -50,9 +47,8 @@ def _write_shard(source, records, path, workers, bar):
   from array_record.python.array_record_module import ArrayRecordWriter
 
   features = _features()
-  serializer = _tfds().core.example_serializer.ExampleSerializer(
-    features.get_serialized_info()
-  )
+  info = features.get_serialized_info()
+  serializer = _tfds().core.example_serializer.ExampleSerializer(info)
 
   def serialized(i):
     example = {'id': source.key(i), **source.encoded(i)}
@@ -71,8 +67,7 @@ def _write_shard(source, records, path, workers, bar):
 def _write_shards(dataset, folder, workers):
   """{split: {path of a shard, which changes with its files: records}}."""
   shards = {split: {} for split in dataset.splits}
-  total = sum(len(source) for source in dataset.splits.values())
-  with progress(total, dataset.name) as bar:
+  with progress(sum(map(len, dataset.splits.values())), dataset.name) as bar:
     for split, source in dataset.splits.items():
       for start in range(0, len(source), SHARD_SIZE):
         records = range(len(source))[start : start + SHARD_SIZE]
@@ -87,14 +82,11 @@ def _write_shards(dataset, folder, workers):
 
 
 def prepare(dataset, target, *, workers):
-  """Writes a TFDS data set of files below the folder `target`, by some threads.
+  """Writes a TFDS data set below the folder `target`, by some threads.
 
-  Returns:
-    Its folder, and {split: number of records}.
-
-  Raises:
-    DataError: names the first file that cannot be used. Finished shards stay.
-    InputError: if the data set cannot be prepared or is there already.
+  Returns its folder and {split: number of records}. A file that cannot be used
+  is a DataError, after which finished shards stay; a data set that cannot be
+  prepared, or is there already, an InputError.
   """
   if not all(hasattr(x, 'encoded') for x in dataset.splits.values()):
     raise InputError(f'{dataset.name} is not a data set of files to prepare.')
@@ -140,9 +132,8 @@ def _find(folder):
   depths = ('', '*/', '*/*/')
   found = [x for y in depths for x in folder.glob(f'{y}dataset_info.json')]
   if len(found) != 1:
-    what = (
-      f'{"more than one" if found else "no"} data set of prepare_data in it'
-    )
+    number = 'more than one' if found else 'no'
+    what = f'{number} data set of prepare_data in it'
     remedy = 'name the folder that holds dataset_info.json'
     raise InputError(f'config.data.prepared={folder}: {what}; {remedy}.')
   return found[0].parent
@@ -154,9 +145,8 @@ def load(config):
   builder = tfds.builder_from_directory(folder)
   info, metadata = builder.info, builder.info.metadata or {}
   if info.name != config['name']:
-    raise InputError(
-      f'{folder} holds {info.name}, config.data.name is {config["name"]}.'
-    )
+    what = f'holds {info.name}, config.data.name is {config["name"]}'
+    raise InputError(f'{folder} {what}.')
   if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
     what = f'stored as {info.file_format.value}, which needs TensorFlow'
     remedy = "prepare it with file_format='array_record'"
@@ -183,15 +173,12 @@ def load(config):
 
   skip = dict.fromkeys(keys[1:], tfds.decode.SkipDecoding())
   content, sources = (folder / 'dataset_info.json').read_bytes(), {}
+  options = {key: config[key] for key in ('limit', 'cache')}
   for split, stored in splits.items():
     records = builder.as_data_source(stored, decoders=skip)
-    sources[split] = pairs.PairSource(
-      grain.MapDataset.source(records).map(make_pair),
-      read_label,
-      limit=config['limit'],
-      cache=config['cache'],
-      upright=False,
-      mark=f'{split} {config["limit"]} '.encode() + content,
-    )
+    records = grain.MapDataset.source(records).map(make_pair)
+    options['mark'] = f'{split} {config["limit"]} '.encode() + content
+    source = pairs.PairSource(records, read_label, upright=False, **options)
+    sources[split] = source
   palette = np.array(palette, np.uint8)
   return pairs.Dataset(config['name'], tuple(names), palette, sources)

@@ -17,6 +17,9 @@ from PIL import Image
 
 from attnfd_jax.losses import IGNORE_LABEL
 
+# Of a Gaussian with less, all taps but one are 0 in OpenCV's 8 bits.
+_LEAST_SIGMA = 0.28
+
 
 def pad_edges(x, size, value=None):
   """Pads [h, w] or [h, w, c] right and bottom to `size`, by default with edges.
@@ -46,10 +49,6 @@ def distort(image, generator, *, strength):
   table = np.stack([turn, stretch, grey], -1).astype(np.uint8)[None]
   hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
   return cv2.cvtColor(cv2.LUT(hsv, table), cv2.COLOR_HSV2RGB)
-
-
-# Of a Gaussian with less, all taps but one are 0 in OpenCV's 8 bits.
-_LEAST_SIGMA = 0.28
 
 
 def _smoothed(image, scale):
@@ -101,10 +100,8 @@ def _rotated_window(record, *, full, start, size, degrees):
   to_source = np.column_stack([turned, shift])
 
   def turn(x, how, border):
-    how |= cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(
-      x, to_source, (w, h), None, how, cv2.BORDER_CONSTANT, border
-    )
+    options = {'flags': how | cv2.WARP_INVERSE_MAP, 'borderValue': border}
+    return cv2.warpAffine(x, to_source, (w, h), **options)
 
   image = turn(image, cv2.INTER_LINEAR, 0)
   return image, turn(label, cv2.INTER_NEAREST, IGNORE_LABEL)
@@ -128,9 +125,8 @@ class Augment(grain.transforms.RandomMap):
     short = int(rng.integers(low, high + 1))
     full = fit_short_side(record['label'].shape, short)
     size = tuple(map(min, self.crop_size, full))
-    start = [
-      int(rng.integers(n - cut + 1)) for n, cut in zip(full, size, strict=True)
-    ]
+    free = np.subtract(full, size).tolist()
+    start = [int(rng.integers(n + 1)) for n in free]
     window = {'full': full, 'start': start, 'size': size}
     if self.rotation:
       degrees = rng.uniform(-self.rotation, self.rotation)

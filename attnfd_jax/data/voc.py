@@ -65,9 +65,8 @@ def _sbd_pairs(root, taken):
   if not (root / 'cls').is_dir():
     what = 'no such folder; config.data.sbd_root is that of benchmark_RELEASE'
     raise files.fault(root / 'cls', 'split', what)
-  ids = {*read_list(root / 'train.txt'), *read_list(root / 'val.txt')}
-  ids = sorted(ids - taken)
-  yield from pair_listed(ids, (root / 'img', root / 'cls'), ('.mat',))
+  ids = {*read_list(root / 'train.txt'), *read_list(root / 'val.txt')} - taken
+  yield from pair_listed(sorted(ids), (root / 'img', root / 'cls'), ('.mat',))
 
 
 def list_path(root, name):
@@ -100,8 +99,6 @@ def pascal_voc(config):
     taken = {key for ids in lists for key in pairs.with_error(ids)}
     extra = _sbd_pairs(pathlib.Path(sbd_root), taken)
     splits['train'] = itertools.chain(pairs.with_error(train), extra)
-  read_label = _VocLabels(tuple(range(len(classes.VOC))))
+  ids = _VocLabels(tuple(range(len(classes.VOC))))
   # Annotated as stored.
-  return pairs.make_dataset(
-    config, classes.VOC, splits, read_label, upright=False
-  )
+  return pairs.make_dataset(config, classes.VOC, splits, ids, upright=False)

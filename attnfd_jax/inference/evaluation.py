@@ -28,11 +28,8 @@ def make_eval_step(network, num_classes, mesh):
     return confusion_matrix(predictions, label, num_classes=num_classes)
 
   everywhere = sharding.replicated(mesh)
-  return jax.jit(
-    eval_step,
-    in_shardings=(everywhere, sharding.by_batch(mesh)),
-    out_shardings=everywhere,
-  )
+  given = (everywhere, sharding.by_batch(mesh))
+  return jax.jit(eval_step, in_shardings=given, out_shardings=everywhere)
 
 
 def evaluate(
@@ -64,13 +61,10 @@ def evaluate(
     **options: size_multiple, threads; see pipeline.eval_batches.
   """
   parts = mesh.shape['data']
-  batches = pipeline.eval_batches(
-    source,
-    batch_size=-(-batch_size // parts) * parts,
-    short_side=predictor.seen_short_side(protocol, short_side),
-    resize_labels=protocol == 'reference',
-    **options,
-  )
+  options['batch_size'] = -(-batch_size // parts) * parts
+  seen = predictor.seen_short_side(protocol, short_side)
+  options |= {'short_side': seen, 'resize_labels': protocol == 'reference'}
+  batches = pipeline.eval_batches(source, **options)
   variables = sharding.place(variables, sharding.replicated(mesh))
   count = make_eval_step(network, num_classes, mesh)
   place = sharding.by_batch(mesh)
@@ -97,11 +91,9 @@ def predictions(
 
   `evaluate` is faster and counts the same; `options` are of predictor.segment.
   """
-  prepare = functools.partial(
-    transforms.fit_record,
-    short_side=predictor.seen_short_side(protocol, short_side),
-    resize_labels=protocol == 'reference',
-  )
+  seen = predictor.seen_short_side(protocol, short_side)
+  fitted = {'short_side': seen, 'resize_labels': protocol == 'reference'}
+  prepare = functools.partial(transforms.fit_record, **fitted)
   records = grain.MapDataset.source(source).map(prepare)
   reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   segment = functools.partial(predictor.segment, network, variables, **options)
@@ -113,8 +105,5 @@ def chosen_records(source, count, *, short_side=0):
   """`count` records spread over the source, all of the size of the first."""
   same = [i for i in range(len(source)) if source.size(i) == source.size(0)]
   chosen = np.linspace(0, len(same) - 1, min(count, len(same)))
-  records = [source[same[round(i)]] for i in chosen]
-  return [
-    transforms.fit_record(record, short_side, resize_labels=True)
-    for record in records
-  ]
+  records, fit = (source[same[round(i)]] for i in chosen), transforms.fit_record
+  return [fit(record, short_side, resize_labels=True) for record in records]

@@ -184,12 +184,11 @@ class Predictor:
       raise InputError(f'--overlap={overlap} must be from 0 to below 1.')
     self.views = {'scales': list(scales), 'flip': flip}
     self.tiles = {'tile': tile and list(tile), 'overlap': tile and overlap}
-    self.network, self.variables, info = loading.load_network(
-      checkpoint, **options
-    )
+    network, self.variables, info = loading.load_network(checkpoint, **options)
     if flip or tuple(scales) != (1,):
-      self.network = Averaged(self.network, tuple(scales), flip)
-    self.info, self.description = info, describe(checkpoint, info)
+      network = Averaged(network, tuple(scales), flip)
+    self.network, self.info = network, info
+    self.description = describe(checkpoint, info)
     self.class_names, self.palette = info['class_names'], info['palette']
     self.short_side = seen_short_side_of(info)
 
@@ -199,9 +198,8 @@ class Predictor:
     The latter is the probability of the id times 255; see `segment`.
     """
     if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
-      raise ValueError(
-        f'image is {image.dtype} {image.shape}; it must be uint8 [h, w, 3].'
-      )
+      what = f'image is {image.dtype} {image.shape}'
+      raise ValueError(f'{what}; it must be uint8 [h, w, 3].')
     seen, size = transforms.fit_image(image, self.short_side), image.shape[:2]
     options = self.tiles | {'size_multiple': 64}  # To compile for few sizes.
     return segment(self.network, self.variables, seen, size, **options)

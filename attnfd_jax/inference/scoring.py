@@ -90,26 +90,19 @@ def evaluate_checkpoint(
   protocol = settings['protocol'] = protocol or settings['protocol']
   short_side = predictor.seen_short_side_of(info)
   seen = {'protocol': protocol, 'short_side': short_side}
-  reading = seen | {
-    'size_multiple': settings['size_multiple'],
-    'threads': info['data']['threads'],
-  }
-  write = submission and submissions.make_writer(
-    submission, dataset=dataset.name, protocol=protocol
-  )
-  images = f'{len(source)} images of the {split} split of {dataset.name}'
+  reading = seen | {'size_multiple': settings['size_multiple']}
+  reading['threads'], name = info['data']['threads'], dataset.name
+  facts = {'dataset': name, 'protocol': protocol}
+  write = submission and submissions.make_writer(submission, **facts)
+  images = f'{len(source)} images of the {split} split of {name}'
   print(f'{stage.description}, on the {images}')
   num_classes, counts, edges = dataset.num_classes, 0, 0
   with progress(len(source)) as bar:
     given = (stage.network, stage.variables, _Counted(source, bar))
     if not (stage.tiles['tile'] or boundary or write):
-      counts = evaluation.evaluate(
-        *given,
-        num_classes=num_classes,
-        mesh=sharding.make_mesh(),
-        batch_size=settings['batch_size'],
-        **reading,
-      )
+      sizes = {'num_classes': num_classes, 'batch_size': settings['batch_size']}
+      mesh = sharding.make_mesh()
+      counts = evaluation.evaluate(*given, mesh=mesh, **sizes, **reading)
     else:
       pairs = evaluation.predictions(*given, **reading, **stage.tiles)
       for index, pair in enumerate(pairs):

@@ -27,17 +27,15 @@ def test_images(root):
 def make_writer(directory, *, dataset, protocol):
   """A function that writes one file, from (name of the image, train ids)."""
   if dataset != 'cityscapes':
-    raise InputError(
-      f'--submission is for the data set cityscapes, this one is {dataset}; '
-      'python -m attnfd_jax.predict writes the class ids of any image.'
-    )
+    what = f'--submission is for the data set cityscapes, this one is {dataset}'
+    remedy = 'python -m attnfd_jax.predict writes the class ids of any image'
+    raise InputError(f'{what}; {remedy}.')
   if protocol != 'native':
     raise InputError('--submission needs full sizes; add --protocol=native.')
   directory = pathlib.Path(directory)
   if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-    raise InputError(
-      f'--submission={directory} exists and is not an empty folder.'
-    )
+    what = 'exists and is not an empty folder'
+    raise InputError(f'--submission={directory} {what}.')
   directory.mkdir(parents=True, exist_ok=True)
   label_ids = np.array(classes.CITYSCAPES_IDS, np.uint8)
 

@@ -17,22 +17,18 @@ _SCENES = 4  # Pictures are most of the bytes: fewer of each run of several.
 
 
 def write_report(workdirs, output):
-  """Writes one HTML page about the runs; an older page stays until it is whole.
+  """Writes one HTML page about run folders, in a folder that is made if needed.
 
-  Args:
-    workdirs: run folders; one without a results.json is an InputError.
-    output: path of the page; its folder is made if needed.
+  An older page stays until it is whole. A run folder without a results.json is
+  an InputError.
   """
   runs = [Run(workdir) for workdir in workdirs]
   _set_differences(runs)
   tested = any(r.get('test') for run in runs for r in run.results.values())
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
+  loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
+  options = dict.fromkeys(('autoescape', 'trim_blocks', 'lstrip_blocks'), True)
+  strict = jinja2.StrictUndefined
+  environment = jinja2.Environment(loader=loader, undefined=strict, **options)
   filters = (miou, gain, number, percent, share_right, signed, spread)
   environment.filters |= {f.__name__: f for f in (*filters, logs.duration)}
   text = environment.get_template('page.html').render(
@@ -86,9 +82,6 @@ def _mean_results(runs):
     | {'miou': mean(stage, 'val'), 'test': {'miou': mean(stage, 'test')}}
     for stage, result in runs[0].results.items()
   }
-
-
-# Filters of the templates.
 
 
 def miou(results, stage, split='val'):
