@@ -70,7 +70,7 @@ def make_batches(pattern, info, *, short_side, count):
 
 def run_fresh(kind, path, images, options):
   """What `fresh_process` finds and measures, run as a process of its own."""
-  environment = os.environ | {
+  env = os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'JAX_TRACEBACK_FILTERING': 'off',  # Errors end in what is wrong.
     'PYTHONPATH': os.pathsep.join(map(os.path.abspath, sys.path)),
@@ -79,9 +79,7 @@ def run_fresh(kind, path, images, options):
     np.savez(f'{folder}/images.npz', *images)
     command = [sys.executable, '-P', fresh_process.__file__]
     command += [kind, path, folder, json.dumps(options)]
-    process = subprocess.run(
-      command, capture_output=True, text=True, env=environment
-    )
+    process = subprocess.run(command, capture_output=True, text=True, env=env)
     if process.returncode:
       lines = ['it was killed', *process.stderr.strip().splitlines()]
       problem = f'The {kind} file cannot be run by a fresh process'
@@ -107,9 +105,7 @@ def compare(expected, found):
   difference, largest, same, total, seen = 0.0, 0.0, 0, 0, set()
   for ours, theirs in zip(expected, found, strict=True):
     if ours.shape != theirs.shape:
-      raise InputError(
-        f'The file finds {theirs.shape}, the network {ours.shape}.'
-      )
+      raise InputError(f'The file finds {theirs.shape}, not {ours.shape}.')
     if np.issubdtype(ours.dtype, np.floating):
       # NaN stays NaN: np.maximum passes it on, max does not.
       difference = np.maximum(difference, np.max(np.abs(ours - theirs)))

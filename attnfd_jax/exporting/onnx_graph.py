@@ -52,9 +52,8 @@ class Graph:
     """Adds one operation on names or constant arrays; names its result."""
     names = [x if isinstance(x, str) else self._constant(x) for x in inputs]
     output = output or f'{kind.lower()}_{len(self.nodes)}'
-    self.nodes.append(
-      onnx.helper.make_node(kind, names, [output], output, **attributes)
-    )
+    node = onnx.helper.make_node(kind, names, [output], output, **attributes)
+    self.nodes.append(node)
     return output
 
   def _constant(self, array):

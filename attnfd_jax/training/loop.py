@@ -152,10 +152,8 @@ def train(stage, state, *, manager, log, stop):
         if saved != step:
           save()
         checkpoints.wait(manager)
-        log.line(
-          f'stopped by {stop.name}, saved at step {step}; the same command '
-          'resumes there'
-        )
+        text = f'stopped by {stop.name}, saved at step {step}'
+        log.line(f'{text}; the same command resumes there')
         raise Stopped(stop.signum or signal.SIGTERM)
       if step == num_steps:
         checkpoints.wait(manager)

@@ -83,11 +83,9 @@ class Stage:
     lr, options = self.options.lr, self.config.optim
     within('config.optim.lr', lr, 1e-30)
     within('config.optim.power', options.power, 0, 100)
+    warmup = round(options.warmup_epochs * self.epoch_steps)
     return optim.poly_schedule(
-      lr,
-      num_steps=self.num_steps,
-      power=options.power,
-      warmup_steps=round(options.warmup_epochs * self.epoch_steps),
+      lr, num_steps=self.num_steps, power=options.power, warmup_steps=warmup
     )
 
   def make_optimizer(self):
@@ -109,10 +107,8 @@ class Stage:
     if it is `fresh` (else a checkpoint follows), with a line to `log`.
     """
     loaded = {}
-    if fresh and self.options.pretrained:
-      loaded, line = torch_networks.load_pretrained(
-        self.options.pretrained, self.network
-      )
+    if fresh and (path := self.options.pretrained):
+      loaded, line = torch_networks.load_pretrained(path, self.network)
       log(line)
     everywhere, quick = sharding.replicated(self.mesh), None
     if self.mesh.devices.flat[0].platform == 'cpu':

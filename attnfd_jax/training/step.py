@@ -114,11 +114,10 @@ def make_train_step(
     if parts == 1 or whole or 'coarse_logits' not in out:
       return task_loss(logits, label)
     precision = score_precision(getattr(student, 'dtype', None))
-    return {
-      'ce': upsampled_cross_entropy(
-        out['coarse_logits'], label, parts=parts, precision=precision
-      )
-    }
+    loss = upsampled_cross_entropy(
+      out['coarse_logits'], label, parts=parts, precision=precision
+    )
+    return {'ce': loss}
 
   def compute_losses(
     params, collections, batch, rng, *, teacher_variables, step
@@ -216,13 +215,9 @@ def make_train_step(
       # Said, not left to XLA, which might split channels of maps instead.
       constrain = jax.lax.with_sharding_constraint
       whole = state.replace(params=constrain(state.params, everywhere))
-    grads, (collections, metrics) = gradients(
-      whole,
-      batch,
-      jax.random.fold_in(rng, state.step),
-      teacher_variables=teacher_variables,
-      step=state.step,
-    )
+    rng = jax.random.fold_in(rng, state.step)
+    fixed = {'teacher_variables': teacher_variables, 'step': state.step}
+    grads, (collections, metrics) = gradients(whole, batch, rng, **fixed)
     if state_sharding is not None:
       grads = constrain(grads, state_sharding.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
