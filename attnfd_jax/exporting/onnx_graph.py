@@ -68,17 +68,10 @@ class Graph:
     size, depthwise = kernel.shape[-1], path.endswith('depthwise')
     # What a depthwise one sees was padded before the expansion.
     padding = 0 if depthwise else dilation * (size - 1) // 2
-    return self.op(
-      'Conv',
-      x,
-      kernel,
-      bias,
-      kernel_shape=[size] * 2,
-      strides=[strides] * 2,
-      dilations=[dilation] * 2,
-      pads=[padding] * 4,
-      group=len(kernel) if depthwise else 1,
-    )
+    form = {'kernel_shape': size, 'strides': strides, 'dilations': dilation}
+    form = {name: [n] * 2 for name, n in form.items()}
+    form |= {'pads': [padding] * 4, 'group': len(kernel) if depthwise else 1}
+    return self.op('Conv', x, kernel, bias, **form)
 
   def conv_relu(self, x, path, **options):
     return self.op('Relu', self.conv(x, path, **options))

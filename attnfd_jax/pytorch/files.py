@@ -251,15 +251,14 @@ def _emit(value, arrays, where):
   shape = value.shape
   strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
   storage = f'ctorch\n{names[value.dtype.name]}\n'.encode()
-  return b''.join(
-    (
-      b'ctorch._utils\n_rebuild_tensor_v2\n((' + _literal('storage') + storage,
-      *map(_literal, (str(index), 'cpu', value.size)),
-      b'tQ',
-      *map(_literal, (0, shape, strides, False)),
-      _EMPTY_ORDERED + b'tR',  # Its backward hooks.
-    )
+  parts = (
+    b'ctorch._utils\n_rebuild_tensor_v2\n((' + _literal('storage') + storage,
+    *map(_literal, (str(index), 'cpu', value.size)),
+    b'tQ',
+    *map(_literal, (0, shape, strides, False)),
+    _EMPTY_ORDERED + b'tR',  # Its backward hooks.
   )
+  return b''.join(parts)
 
 
 def write_torch(path, obj):

@@ -203,8 +203,7 @@ def restore_latest(directory, state, run, *, log=print):
     ) from error
   if of_run != run:
     raise InputError(
-      f'{directory}: written with {of_run}, this run has {run}; use another '
-      '--workdir.'
+      f'{directory}: written with {of_run}, not {run}; use another --workdir.'
     )
   for bad, why in skipped:
     aside = _move_aside(directory / str(bad))

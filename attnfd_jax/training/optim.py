@@ -118,9 +118,8 @@ def make_optimizer(
     if name in trains:
       # Outside its phase a group keeps weights and momentum as they are.
       inner = optax.conditionally_mask(core, trains[name])
-    return optax.chain(
-      inner, optax.scale_by_schedule(functools.partial(rate, name))
-    )
+    scale = optax.scale_by_schedule(functools.partial(rate, name))
+    return optax.chain(inner, scale)
 
   labels = make_labels(groups)
   tx = optax.partition(

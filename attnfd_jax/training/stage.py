@@ -72,11 +72,8 @@ class Stage:
   @property
   def run_facts(self):
     """What the order of the images depends on, besides the step."""
-    return {
-      'seed': self.config.seed,
-      'batch_size': self.config.batch_size,
-      'records': len(self.dataset.splits['train']),
-    }
+    facts = {key: self.config[key] for key in ('seed', 'batch_size')}
+    return facts | {'records': len(self.dataset.splits['train'])}
 
   def make_schedule(self):
     """step -> learning rate of the backbone."""
@@ -257,10 +254,8 @@ def plan(name, config, dataset, mesh):
 
 def make_stage(name, config, dataset, mesh, workdir):
   """Builds stage `name`; loads the teacher when there is one to learn from."""
-  if config.data.decoded_cache:
-    dataset = cache.with_decoded(
-      dataset, config.data.decoded_cache, threads=config.data.threads
-    )
+  if folder := config.data.decoded_cache:
+    dataset = cache.with_decoded(dataset, folder, threads=config.data.threads)
   config = task_loss.with_class_weights(config, dataset, workdir)
   stage = plan(name, config, dataset, mesh)
   if name != 'distill':

@@ -82,7 +82,6 @@ def make_train_step(
 
   Args:
     task_loss: (logits, labels) -> {term: Mean}.
-    teacher, distiller: without them teacher_variables are {}.
     schedule: step -> learning rate, for the log.
     state_sharding: as of sharding.split_state: the weights are gathered for the
       gradient, which comes back split. None is a whole state on every device.
