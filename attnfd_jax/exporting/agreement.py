@@ -52,9 +52,8 @@ def make_batches(pattern, info, *, short_side, count):
     height = max(short_side or 240, SMALLEST)
     source = StreetScenes(count, height=height, width=2 * height, seed=0)
   chosen = np.linspace(0, len(source) - 1, min(count, len(source)))
-  images = [
-    transforms.fit_image(read(source[round(i)]), short_side) for i in chosen
-  ]
+  images = (read(source[round(i)]) for i in chosen)
+  images = [transforms.fit_image(x, short_side) for x in images]
   h, w = np.min([x.shape[:2] for x in images], 0)
   if min(h, w) < SMALLEST:
     problem = f'The {name} are {h}x{w} for the network'

@@ -122,12 +122,9 @@ def make_optimizer(
     return optax.chain(inner, scale)
 
   labels = make_labels(groups)
-  tx = optax.partition(
-    {name: make_group(name) for name in ('backbone', 'head', 'connectors')}
-    | {'frozen': optax.set_to_zero()}
-    | (optimizers or {}),
-    labels,
-  )
+  made = {x: make_group(x) for x in ('backbone', 'head', 'connectors')}
+  made |= {'frozen': optax.set_to_zero()} | (optimizers or {})
+  tx = optax.partition(made, labels)
   if clip_norm:
     tx = optax.chain(_clip_what_trains(clip_norm, labels, trains), tx)
   return tx

@@ -199,17 +199,12 @@ class Stage:
     """Entries of result.json for one split; of what trains by default."""
     keys = ('protocol', 'batch_size', 'short_side', 'size_multiple')
     options = {key: self.config.eval[key] for key in keys}
+    options |= {'mesh': self.mesh, 'threads': self.config.data.threads}
+    options['num_classes'] = self.dataset.num_classes
+    network, source = network or self.network, self.dataset.splits[split]
     devices = self.mesh.shape['data']
     with memory.explained(options['batch_size'], devices=devices):
-      counts = evaluation.evaluate(
-        network or self.network,
-        variables,
-        self.dataset.splits[split],
-        num_classes=self.dataset.num_classes,
-        mesh=self.mesh,
-        threads=self.config.data.threads,
-        **options,
-      )
+      counts = evaluation.evaluate(network, variables, source, **options)
     return metrics.summarise(counts, self.dataset.class_names)
 
   def description(self):

@@ -154,9 +154,8 @@ def make_train_step(
 
   def loss_fn(params, collections, batch, rng, counts, **fixed):
     """The loss of a batch, or its share of it; counts are the whole batch's."""
-    task, distances, collections, terms = compute_losses(
-      params, collections, batch, rng, **fixed
-    )
+    found = compute_losses(params, collections, batch, rng, **fixed)
+    task, distances, collections, terms = found
     values = {
       name: loss._replace(count=counts.get(name, loss.count)).value
       for name, loss in (task | distances).items()
