@@ -104,10 +104,8 @@ def _resnet_block(g, x, path, *, strides, dilation):
 def _resnet(g, x, module):
   x = g.conv_relu(x, 'backbone/stem', strides=2)
   x = g.op('MaxPool', x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
-  table = resnet.block_table(
-    module.stage_sizes, module.bottleneck, module.output_stride
-  )
-  for name, stage, strides, dilation in table:
+  form = module.stage_sizes, module.bottleneck, module.output_stride
+  for name, stage, strides, dilation in resnet.block_table(*form):
     if stage == 2 and strides == 2:
       low_level = g.op('Relu', x)
     path = f'backbone/{name}'

@@ -68,9 +68,8 @@ def write(stage, state, directory, *, step, log):
       'options': json.loads(used),
       'pictures': stage.distiller.pictures_note,
     }
-    gates = stage.distiller.student_attention_variables(
-      sharding.to_host(state.variables('distiller'))
-    )
+    trained = sharding.to_host(state.variables('distiller'))
+    gates = stage.distiller.student_attention_variables(trained)
     if gates and processes.is_first():
       loading.write_attention(directory, gates)
   result = logs.without_nan(result)

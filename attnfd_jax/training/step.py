@@ -186,9 +186,8 @@ def make_train_step(
       # The compiler drops all that the counts do not need: for most losses
       # that is everything but the labels.
       index, batch = part
-      task, distances, _, _ = compute_losses(
-        *start, batch, jax.random.fold_in(rng, index), **fixed
-      )
+      own = jax.random.fold_in(rng, index)
+      task, distances, _, _ = compute_losses(*start, batch, own, **fixed)
       return {name: loss.count for name, loss in (task | distances).items()}
 
     def add(carry, part):
