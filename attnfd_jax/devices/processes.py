@@ -48,11 +48,9 @@ def initialise(*, coordinator=None, num_processes=None, process_id=None):
   # An interactive shell of a cluster: it would lose all devices but one.
   elif _SLURM in os.environ and os.environ.get('SLURM_NTASKS', '1') == '1':
     return
-  detection = None if missing else 'deactivate'
+  options = {'cluster_detection_method': None if missing else 'deactivate'}
   try:
-    jax.distributed.initialize(
-      *flags.values(), cluster_detection_method=detection
-    )
+    jax.distributed.initialize(*flags.values(), **options)
   except Exception as error:  # Of sockets, of clusters, of missing packages.
     if missing and not any(marker in os.environ for marker in _LAUNCHED):
       return  # No cluster: a ValueError, or no metadata server.

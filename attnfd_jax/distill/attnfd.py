@@ -277,7 +277,6 @@ class AttnFDMethod(AttnFDOptions):
       'random' for one without stored gates, as the authors' own training leaves
       them.
     connector_schedule: see training/optim.py; 'first_epoch' is the authors'.
-    others: see AttnFD.
   """
 
   taps: tuple[str, ...] = ('backbone', 'aspp', 'decoder')

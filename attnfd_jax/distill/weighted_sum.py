@@ -50,18 +50,13 @@ class WeightedSum(nn.Module):
   @nn.nowrap
   def _having(self, member):
     """(name, its `member`) of the methods that have it."""
-    return [
-      (name, getattr(method, member))
-      for name, method in self.methods.items()
-      if hasattr(method, member)
-    ]
+    items = self.methods.items()
+    return [(k, getattr(x, member)) for k, x in items if hasattr(x, member)]
 
   def adapted(self, student, teacher):
     """With each method for these networks."""
-    changed = {
-      name: adapted(student, teacher)
-      for name, adapted in self._having('adapted')
-    }
+    found = self._having('adapted')
+    changed = {name: adapted(student, teacher) for name, adapted in found}
     return self.clone(methods={**self.methods, **changed})
 
   def adopt(self, variables, teacher):

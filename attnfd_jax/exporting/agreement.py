@@ -52,9 +52,8 @@ def make_batches(pattern, info, *, short_side, count):
     height = max(short_side or 240, SMALLEST)
     source = StreetScenes(count, height=height, width=2 * height, seed=0)
   chosen = np.linspace(0, len(source) - 1, min(count, len(source)))
-  images = [
-    transforms.fit_image(read(source[round(i)]), short_side) for i in chosen
-  ]
+  images = (read(source[round(i)]) for i in chosen)
+  images = [transforms.fit_image(x, short_side) for x in images]
   h, w = np.min([x.shape[:2] for x in images], 0)
   if min(h, w) < SMALLEST:
     problem = f'The {name} are {h}x{w} for the network'
@@ -70,7 +69,7 @@ def make_batches(pattern, info, *, short_side, count):
 
 def run_fresh(kind, path, images, options):
   """What `fresh_process` finds and measures, run as a process of its own."""
-  environment = os.environ | {
+  env = os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'JAX_TRACEBACK_FILTERING': 'off',  # Errors end in what is wrong.
     'PYTHONPATH': os.pathsep.join(map(os.path.abspath, sys.path)),
@@ -79,9 +78,7 @@ def run_fresh(kind, path, images, options):
     np.savez(f'{folder}/images.npz', *images)
     command = [sys.executable, '-P', fresh_process.__file__]
     command += [kind, path, folder, json.dumps(options)]
-    process = subprocess.run(
-      command, capture_output=True, text=True, env=environment
-    )
+    process = subprocess.run(command, capture_output=True, text=True, env=env)
     if process.returncode:
       lines = ['it was killed', *process.stderr.strip().splitlines()]
       problem = f'The {kind} file cannot be run by a fresh process'
@@ -107,9 +104,7 @@ def compare(expected, found):
   difference, largest, same, total, seen = 0.0, 0.0, 0, 0, set()
   for ours, theirs in zip(expected, found, strict=True):
     if ours.shape != theirs.shape:
-      raise InputError(
-        f'The file finds {theirs.shape}, the network {ours.shape}.'
-      )
+      raise InputError(f'The file finds {theirs.shape}, not {ours.shape}.')
     if np.issubdtype(ours.dtype, np.floating):
       # NaN stays NaN: np.maximum passes it on, max does not.
       difference = np.maximum(difference, np.max(np.abs(ours - theirs)))

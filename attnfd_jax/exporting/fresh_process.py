@@ -48,14 +48,9 @@ LOADERS |= dict.fromkeys(('safetensors', 'pth'), load_weights)
 
 def measure(run, images):
   """Results of `run` for each image, and the seconds of its best of 3 calls."""
-
-  def seconds(image):
-    return min(
-      timeit.repeat(lambda: np.asarray(run(image)), number=1, repeat=3)
-    )
-
-  found = [np.asarray(run(image)) for image in images]  # Compiles.
-  return found, [seconds(image) for image in images]
+  calls = [lambda image=image: np.asarray(run(image)) for image in images]
+  found = [call() for call in calls]  # Compiles.
+  return found, [min(timeit.repeat(call, number=1, repeat=3)) for call in calls]
 
 
 if __name__ == '__main__':

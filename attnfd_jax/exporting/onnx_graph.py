@@ -52,9 +52,8 @@ class Graph:
     """Adds one operation on names or constant arrays; names its result."""
     names = [x if isinstance(x, str) else self._constant(x) for x in inputs]
     output = output or f'{kind.lower()}_{len(self.nodes)}'
-    self.nodes.append(
-      onnx.helper.make_node(kind, names, [output], output, **attributes)
-    )
+    node = onnx.helper.make_node(kind, names, [output], output, **attributes)
+    self.nodes.append(node)
     return output
 
   def _constant(self, array):
@@ -69,17 +68,10 @@ class Graph:
     size, depthwise = kernel.shape[-1], path.endswith('depthwise')
     # What a depthwise one sees was padded before the expansion.
     padding = 0 if depthwise else dilation * (size - 1) // 2
-    return self.op(
-      'Conv',
-      x,
-      kernel,
-      bias,
-      kernel_shape=[size] * 2,
-      strides=[strides] * 2,
-      dilations=[dilation] * 2,
-      pads=[padding] * 4,
-      group=len(kernel) if depthwise else 1,
-    )
+    form = {'kernel_shape': size, 'strides': strides, 'dilations': dilation}
+    form = {name: [n] * 2 for name, n in form.items()}
+    form |= {'pads': [padding] * 4, 'group': len(kernel) if depthwise else 1}
+    return self.op('Conv', x, kernel, bias, **form)
 
   def conv_relu(self, x, path, **options):
     return self.op('Relu', self.conv(x, path, **options))
@@ -112,10 +104,8 @@ def _resnet_block(g, x, path, *, strides, dilation):
 def _resnet(g, x, module):
   x = g.conv_relu(x, 'backbone/stem', strides=2)
   x = g.op('MaxPool', x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
-  table = resnet.block_table(
-    module.stage_sizes, module.bottleneck, module.output_stride
-  )
-  for name, stage, strides, dilation in table:
+  form = module.stage_sizes, module.bottleneck, module.output_stride
+  for name, stage, strides, dilation in resnet.block_table(*form):
     if stage == 2 and strides == 2:
       low_level = g.op('Relu', x)
     path = f'backbone/{name}'

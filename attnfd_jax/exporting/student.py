@@ -112,10 +112,8 @@ def export_student(
     elif kind == 'onnx':
       from attnfd_jax.exporting import onnx_graph
 
-      metadata = conversion.describe_data(info) | {'short_side': short_side}
-      model = onnx_graph.make_model(
-        network, variables, metadata=metadata, **form
-      )
+      facts = conversion.describe_data(info) | {'short_side': short_side}
+      model = onnx_graph.make_model(network, variables, metadata=facts, **form)
       new.write_bytes(model.SerializeToString())
     else:
       _, remarks = conversion.write_weights(

@@ -37,9 +37,7 @@ def _dilated_backward(dilation, residuals, gradient):
   x, kernel = residuals
   padding = dilation * (kernel.shape[0] // 2)
   _, of_x = jax.vjp(lambda x: _grouped(x, kernel, 1, dilation, padding), x)
-  _, of_kernel = jax.vjp(
-    lambda kernel: cpu_forms.by_taps(x, kernel, dilation), kernel
-  )
+  _, of_kernel = jax.vjp(lambda w: cpu_forms.by_taps(x, w, dilation), kernel)
   return lax.optimization_barrier(of_x(gradient)[0]), *of_kernel(gradient)
 
 

@@ -171,11 +171,7 @@ class DeepLabV3Plus(nn.Module):
     aspp = ASPP(self.aspp_channels, self.output_stride, self.dtype, name='aspp')
     x = tapped('aspp', aspp(x, train=train))
     x = drop('aspp_dropout', self.aspp_dropout, x)
-    form = (
-      self.decoder_channels,
-      self.low_level_channels,
-      self.decoder_dropout,
-    )
+    form = self.decoder_channels, self.low_level_channels, self.decoder_dropout
     decoder = Decoder(*form, self.dtype, name='decoder')
     x = tapped('decoder', decoder(low_level, x, train=train, dropout=dropout))
     x = drop('head_dropout', self.head_dropout, x)

@@ -154,10 +154,7 @@ def read_torch(path):
   {'state_dict': tensors, 'metadata': {str: str}}; the ending does not matter.
   There are plain Python objects, NumPy scalars, dict in place of OrderedDict,
   and arrays for tensors and parameters. Those of torch.save can be written to.
-
-  Raises:
-    TorchFileError: for anything else, in one line.
-    OSError: if the file cannot be opened.
+  TorchFileError for anything else, in one line; OSError if it cannot be opened.
   """
   with open(path, 'rb') as file, _errors(path):
     head = file.read(512)
@@ -181,10 +178,8 @@ def read_state_dict(path):
 
   A mapping below 'state_dict', 'model', 'model_state' or 'net' (the first that
   holds only arrays) is unwrapped. The prefixes 'module.' and 'model.' go when
-  all names have them.
-
-  Raises:
-    TorchFileError, OSError: as read_torch, and if there is no such mapping.
+  all names have them. Errors as of read_torch, and TorchFileError if there is
+  no such mapping.
   """
   found = read_torch(path)
   inner = found if type(found) is dict else {}
@@ -256,15 +251,14 @@ def _emit(value, arrays, where):
   shape = value.shape
   strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
   storage = f'ctorch\n{names[value.dtype.name]}\n'.encode()
-  return b''.join(
-    (
-      b'ctorch._utils\n_rebuild_tensor_v2\n((' + _literal('storage') + storage,
-      *map(_literal, (str(index), 'cpu', value.size)),
-      b'tQ',
-      *map(_literal, (0, shape, strides, False)),
-      _EMPTY_ORDERED + b'tR',  # Its backward hooks.
-    )
+  parts = (
+    b'ctorch._utils\n_rebuild_tensor_v2\n((' + _literal('storage') + storage,
+    *map(_literal, (str(index), 'cpu', value.size)),
+    b'tQ',
+    *map(_literal, (0, shape, strides, False)),
+    _EMPTY_ORDERED + b'tR',  # Its backward hooks.
   )
+  return b''.join(parts)
 
 
 def write_torch(path, obj):
@@ -272,10 +266,8 @@ def write_torch(path, obj):
 
   `obj` holds dict, OrderedDict (keys str or int), list, tuple, str, bool, int,
   float, None, NumPy scalars (written as Python numbers) and arrays. An array
-  that appears twice is stored once, and torch shares its memory.
-
-  Raises:
-    TorchFileError: if `obj` holds anything else; nothing is written then.
+  that appears twice is stored once, and torch shares its memory. Nothing is
+  written on TorchFileError: if `obj` holds anything else.
   """
   arrays = {}
   with _errors(path, 'cannot be written'):

@@ -52,11 +52,8 @@ def reference_names(source):
 
   Classifiers of trunks, counters of batches and aliases are left out.
   """
-  tensors = {
-    name: x
-    for name, x in read_tensors(source).items()
-    if not name.endswith('num_batches_tracked')
-  }
+  found = read_tensors(source).items()
+  tensors = {k: x for k, x in found if not k.endswith('num_batches_tracked')}
   if not any(name.startswith('backbone.') for name in tensors):
     # tonylins numbers layers as the reference; torchvision nests them.
     nested = 'features.2.conv.0.0.weight' in tensors
@@ -230,11 +227,8 @@ def load_torch_distiller(
   teacher = DeepLabV3Plus(teacher_backbone, num_classes, aspp_dropout=0.0)
   loaded, maps = [], []
   for network, prefix in ((student, 's_net.'), (teacher, 't_net.')):
-    own = {
-      name.removeprefix(prefix): x
-      for name, x in tensors.items()
-      if name.startswith(prefix)
-    }
+    found = [name for name in tensors if name.startswith(prefix)]
+    own = {name.removeprefix(prefix): tensors[name] for name in found}
     variables, gates, report = import_network(own, network)
     if not report.complete or gates is None:
       raise InputError(f'{prefix}* is not a {network.backbone}: {report}.')

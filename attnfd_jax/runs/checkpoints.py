@@ -57,11 +57,10 @@ def managed(directory, *, keep_best=1):
   best = policies.BestN(
     get_metric_fn=miou, n=keep_best, keep_checkpoints_without_metrics=False
   )
+  kept = policies.AnyPreservationPolicy([policies.LatestN(2), best])
   options = ocp.CheckpointManagerOptions(
     save_decision_policy=policies.FixedIntervalPolicy(1),
-    preservation_policy=policies.AnyPreservationPolicy(
-      [policies.LatestN(2), best]
-    ),
+    preservation_policy=kept,
     best_fn=miou,  # Without it the best one is forgotten at a restart.
     cleanup_tmp_directories=True,  # What a killed process had half written.
   )
@@ -179,8 +178,7 @@ def restore_latest(directory, state, run, *, log=print):
   found, step, skipped = None, None, []
   for saved in reversed(steps(directory) if processes.is_first() else []):
     try:
-      found = _read(directory / str(saved), target, alone=alone)
-      step = saved
+      found, step = _read(directory / str(saved), target, alone=alone), saved
       break
     except InputError as error:
       skipped.append((saved, str(error)))
@@ -205,8 +203,7 @@ def restore_latest(directory, state, run, *, log=print):
     ) from error
   if of_run != run:
     raise InputError(
-      f'{directory}: written with {of_run}, this run has {run}; use another '
-      '--workdir.'
+      f'{directory}: written with {of_run}, not {run}; use another --workdir.'
     )
   for bad, why in skipped:
     aside = _move_aside(directory / str(bad))

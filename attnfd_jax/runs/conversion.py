@@ -138,9 +138,8 @@ def import_stage(
     raise InputError(f'{found}; nothing in it fits.')
   if not report.complete and not allow_missing:
     raise InputError(f'{found}; --allow_missing fills the rest at random.')
-  dataset, class_names, palette = _describe_classes(
-    num_classes, class_names, metadata
-  )
+  described = _describe_classes(num_classes, class_names, metadata)
+  dataset, class_names, palette = described
   data = {'name': dataset}
   if dataset == 'folder':
     data['class_names'] = class_names

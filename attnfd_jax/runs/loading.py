@@ -77,10 +77,8 @@ def load_network(
       options['network'], source = user_code.kept(
         directory, info, options['network'], allow_code=allow_code
       )
-    classes, dtype = len(info['class_names']), info['optim']['dtype']
-    network = networks.make_network(
-      options, classes, dtype=dtype, source=source
-    )
+    count, dtype = len(info['class_names']), info['optim']['dtype']
+    network = networks.make_network(options, count, dtype=dtype, source=source)
   sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -30,16 +30,13 @@ def locked(workdir):
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise InputError(
-        f'{workdir} is in use by {_owner(file)}; wait for it, or use another '
-        '--workdir.'
+        f'{workdir} is in use by {_owner(file)}; wait, or change --workdir.'
       ) from None
     except OSError as error:
       if error.errno not in _UNSUPPORTED:
         raise
-      print(
-        f'{workdir}: this disk has no locks; let one process write there.',
-        flush=True,
-      )
+      text = 'this disk has no locks; let one process write there'
+      print(f'{workdir}: {text}.', flush=True)
     file.truncate(0)
     json.dump({'pid': os.getpid(), 'host': socket.gethostname()}, file)
     file.flush()

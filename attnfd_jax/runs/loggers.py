@@ -56,10 +56,8 @@ def attached(names, log, facts):
       except StopIteration:
         pass  # It has failed before.
       except Exception as error:  # Whatever the packages of others raise.
-        log.line(
-          f'{name} fails ({reason(error)}) and is left out; all numbers '
-          'are in metrics.jsonl'
-        )
+        text = f'{name} fails ({reason(error)}) and is left out'
+        log.line(f'{text}; all numbers are in metrics.jsonl')
 
   def write(record):
     each(lambda sink: sink.send((record['step'], _scalars(record))))

@@ -64,11 +64,9 @@ def train(config, workdir, *, stop=None):
       stack.enter_context(lock.locked(workdir))
     _claim(workdir / 'config.json', config)
     sizes = ', '.join(f'{k} {len(v)}' for k, v in dataset.splits.items())
-    print(
-      f'{dataset.name}: {dataset.num_classes} classes, {sizes} images; '
-      f'{logs.device_name()}; writing to {workdir.name}/',
-      flush=True,
-    )
+    line = f'{dataset.name}: {dataset.num_classes} classes, {sizes} images'
+    place = f'{logs.device_name()}; writing to {workdir.name}/'
+    print(f'{line}; {place}', flush=True)
     for name in config.stages:
       if name == 'teacher' and (given := _given_teacher(config)):
         print(f'[teacher] given: {given}', flush=True)
@@ -144,11 +142,10 @@ def check(config, dataset, mesh, workdir):
       names = dataset.class_names
       # What is given is read again when the stage begins, and takes no memory
       # of the devices before.
-      teacher = (
-        teachers.from_config(config, workdir, names, mesh)
-        if given
-        else teachers.abstract(config, names)
-      )
+      if given:
+        teacher = teachers.from_config(config, workdir, names, mesh)
+      else:
+        teacher = teachers.abstract(config, names)
       stage = with_teacher(stage, teacher)
     stage.make_optimizer()
   if 'distill' in config.stages and not given:
@@ -215,28 +212,22 @@ def _run_stage(name, config, dataset, mesh, workdir, stop):
     f'{networks.describe(stage.options)}, {stage.num_steps} steps of '
     f'{config.batch_size} images; preparing the network ...'
   )
-  saved = directory / 'checkpoints'
+  saved, facts = directory / 'checkpoints', stage.run_facts
   state = stage.init_state(fresh=not checkpoints.steps(saved), log=log.line)
-  state, latest = checkpoints.restore_latest(
-    saved, state, stage.run_facts, log=log.line
-  )
+  state, latest = checkpoints.restore_latest(saved, state, facts, log=log.line)
   log.forget_after(latest)
   processes.wait('the log is whole')
   if latest:
     log.line(f'resumed from step {latest}')
+  kept, parts = config.checkpoint.keep_best, config.optim.accumulate
   with (
     loggers.attached(config.loggers, log, stage.description()),
-    checkpoints.managed(
-      saved, keep_best=config.checkpoint.keep_best
-    ) as manager,
+    checkpoints.managed(saved, keep_best=kept) as manager,
   ):
     if stage.teacher is not None:
       stage = _with_scored_teacher(stage, log, resumed=latest > 0)
-    with memory.explained(
-      config.batch_size,
-      devices=mesh.shape['data'],
-      accumulate=config.optim.accumulate,
-    ):
+    devices = mesh.shape['data']
+    with memory.explained(config.batch_size, devices=devices, accumulate=parts):
       state = loop.train(stage, state, manager=manager, log=log, stop=stop)
     best = manager.best_step()
     log.line(f'scoring the best checkpoint, step {best}')
@@ -286,7 +277,6 @@ def _with_scored_teacher(stage, log, *, resumed):
   if not resumed and floor > 0 and not score >= floor:  # NaN is not.
     raise InputError(
       f'{given or "teacher"}: val mIoU {score:.4f} is below '
-      f'config.teacher.min_miou={floor:g}; use a better teacher or lower the '
-      'floor.'
+      f'config.teacher.min_miou={floor:g}; use a better teacher or lower it.'
     )
   return dataclasses.replace(stage, teacher_miou=score)

@@ -36,10 +36,8 @@ def check_finite(step, metrics, *, names, manager, state=None):
     what = 'Update of the weights'
   else:
     return
-  terms = ', '.join(
-    f'{name} {float(value):.4g}'
-    for name, value in sorted(jax.device_get(metrics).items())
-  )
+  values = sorted(jax.device_get(metrics).items())
+  terms = ', '.join(f'{name} {float(x):.4g}' for name, x in values)
   images = names(step - 1)
   more = f' and {len(images) - _SHOWN} more' if len(images) > _SHOWN else ''
   saved = manager.latest_step()
@@ -152,10 +150,8 @@ def train(stage, state, *, manager, log, stop):
         if saved != step:
           save()
         checkpoints.wait(manager)
-        log.line(
-          f'stopped by {stop.name}, saved at step {step}; the same command '
-          'resumes there'
-        )
+        text = f'stopped by {stop.name}, saved at step {step}'
+        log.line(f'{text}; the same command resumes there')
         raise Stopped(stop.signum or signal.SIGTERM)
       if step == num_steps:
         checkpoints.wait(manager)
@@ -193,10 +189,8 @@ def train(stage, state, *, manager, log, stop):
         values |= clock.read(step, config.batch_size)
         clock = _Clock(step)
         left = logs.duration(values['step_seconds'] * (num_steps - step))
-        text += (
-          f'  {values["images_per_second"]:.1f} images/s  '
-          f'waiting {values["data_wait"]:.0%}  left {left}'
-        )
+        text += f'  {values["images_per_second"]:.1f} images/s'
+        text += f'  waiting {values["data_wait"]:.0%}  left {left}'
       log.metrics('train', step, values)
       log.line(f'step {step}/{num_steps}  {text}')
       if not advised and values.get('data_wait', 0) > 0.1:

@@ -118,17 +118,13 @@ def make_optimizer(
     if name in trains:
       # Outside its phase a group keeps weights and momentum as they are.
       inner = optax.conditionally_mask(core, trains[name])
-    return optax.chain(
-      inner, optax.scale_by_schedule(functools.partial(rate, name))
-    )
+    scale = optax.scale_by_schedule(functools.partial(rate, name))
+    return optax.chain(inner, scale)
 
   labels = make_labels(groups)
-  tx = optax.partition(
-    {name: make_group(name) for name in ('backbone', 'head', 'connectors')}
-    | {'frozen': optax.set_to_zero()}
-    | (optimizers or {}),
-    labels,
-  )
+  made = {x: make_group(x) for x in ('backbone', 'head', 'connectors')}
+  made |= {'frozen': optax.set_to_zero()} | (optimizers or {})
+  tx = optax.partition(made, labels)
   if clip_norm:
     tx = optax.chain(_clip_what_trains(clip_norm, labels, trains), tx)
   return tx

@@ -20,10 +20,9 @@ from attnfd_jax.runs import loading, logs
 def write(stage, state, directory, *, step, log):
   """Scores `state`, draws pictures, writes both; returns the result."""
   config, variables = stage.config, state.variables('student')
+  options, source = config.eval, stage.dataset.splits['val']
   records = evaluation.chosen_records(
-    stage.dataset.splits['val'],
-    config.eval.num_pictures,
-    short_side=config.eval.short_side,
+    source, options.num_pictures, short_side=options.short_side
   )
   image_size = config.data.crop_size
   if records:
@@ -33,13 +32,13 @@ def write(stage, state, directory, *, step, log):
       with paths.replacing(directory / 'pictures.npz') as file:
         np.savez_compressed(file, **pictures)
   result = stage.evaluate(variables)
-  if config.eval.test_split:
-    result['test'] = stage.evaluate(variables, config.eval.test_split)
+  if options.test_split:
+    result['test'] = stage.evaluate(variables, options.test_split)
   result |= {
     'stage': stage.name,
     'dataset': stage.dataset.name,
     'split': 'val',
-    'protocol': config.eval.protocol,
+    'protocol': options.protocol,
     'recipe': config.recipe,
     'step': step,
     'seed': config.seed,
@@ -62,16 +61,15 @@ def write(stage, state, directory, *, step, log):
       'source': getattr(teacher, 'source', config.teacher.factory),
     }
     # As they are used: the config may ask for what this teacher lacks.
-    options = json.dumps(stage.distiller.options(), default=str)
+    used = json.dumps(stage.distiller.options(), default=str)
     result['method'] = {
       'name': method,
       'title': distill.title(method),
-      'options': json.loads(options),
+      'options': json.loads(used),
       'pictures': stage.distiller.pictures_note,
     }
-    gates = stage.distiller.student_attention_variables(
-      sharding.to_host(state.variables('distiller'))
-    )
+    trained = sharding.to_host(state.variables('distiller'))
+    gates = stage.distiller.student_attention_variables(trained)
     if gates and processes.is_first():
       loading.write_attention(directory, gates)
   result = logs.without_nan(result)

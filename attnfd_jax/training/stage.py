@@ -72,22 +72,17 @@ class Stage:
   @property
   def run_facts(self):
     """What the order of the images depends on, besides the step."""
-    return {
-      'seed': self.config.seed,
-      'batch_size': self.config.batch_size,
-      'records': len(self.dataset.splits['train']),
-    }
+    facts = {key: self.config[key] for key in ('seed', 'batch_size')}
+    return facts | {'records': len(self.dataset.splits['train'])}
 
   def make_schedule(self):
     """step -> learning rate of the backbone."""
     lr, options = self.options.lr, self.config.optim
     within('config.optim.lr', lr, 1e-30)
     within('config.optim.power', options.power, 0, 100)
+    warmup = round(options.warmup_epochs * self.epoch_steps)
     return optim.poly_schedule(
-      lr,
-      num_steps=self.num_steps,
-      power=options.power,
-      warmup_steps=round(options.warmup_epochs * self.epoch_steps),
+      lr, num_steps=self.num_steps, power=options.power, warmup_steps=warmup
     )
 
   def make_optimizer(self):
@@ -109,10 +104,8 @@ class Stage:
     if it is `fresh` (else a checkpoint follows), with a line to `log`.
     """
     loaded = {}
-    if fresh and self.options.pretrained:
-      loaded, line = torch_networks.load_pretrained(
-        self.options.pretrained, self.network
-      )
+    if fresh and (path := self.options.pretrained):
+      loaded, line = torch_networks.load_pretrained(path, self.network)
       log(line)
     everywhere, quick = sharding.replicated(self.mesh), None
     if self.mesh.devices.flat[0].platform == 'cpu':
@@ -206,17 +199,12 @@ class Stage:
     """Entries of result.json for one split; of what trains by default."""
     keys = ('protocol', 'batch_size', 'short_side', 'size_multiple')
     options = {key: self.config.eval[key] for key in keys}
+    options |= {'mesh': self.mesh, 'threads': self.config.data.threads}
+    options['num_classes'] = self.dataset.num_classes
+    network, source = network or self.network, self.dataset.splits[split]
     devices = self.mesh.shape['data']
     with memory.explained(options['batch_size'], devices=devices):
-      counts = evaluation.evaluate(
-        network or self.network,
-        variables,
-        self.dataset.splits[split],
-        num_classes=self.dataset.num_classes,
-        mesh=self.mesh,
-        threads=self.config.data.threads,
-        **options,
-      )
+      counts = evaluation.evaluate(network, variables, source, **options)
     return metrics.summarise(counts, self.dataset.class_names)
 
   def description(self):
@@ -261,10 +249,8 @@ def plan(name, config, dataset, mesh):
 
 def make_stage(name, config, dataset, mesh, workdir):
   """Builds stage `name`; loads the teacher when there is one to learn from."""
-  if config.data.decoded_cache:
-    dataset = cache.with_decoded(
-      dataset, config.data.decoded_cache, threads=config.data.threads
-    )
+  if folder := config.data.decoded_cache:
+    dataset = cache.with_decoded(dataset, folder, threads=config.data.threads)
   config = task_loss.with_class_weights(config, dataset, workdir)
   stage = plan(name, config, dataset, mesh)
   if name != 'distill':

@@ -82,7 +82,6 @@ def make_train_step(
 
   Args:
     task_loss: (logits, labels) -> {term: Mean}.
-    teacher, distiller: without them teacher_variables are {}.
     schedule: step -> learning rate, for the log.
     state_sharding: as of sharding.split_state: the weights are gathered for the
       gradient, which comes back split. None is a whole state on every device.
@@ -114,11 +113,10 @@ def make_train_step(
     if parts == 1 or whole or 'coarse_logits' not in out:
       return task_loss(logits, label)
     precision = score_precision(getattr(student, 'dtype', None))
-    return {
-      'ce': upsampled_cross_entropy(
-        out['coarse_logits'], label, parts=parts, precision=precision
-      )
-    }
+    loss = upsampled_cross_entropy(
+      out['coarse_logits'], label, parts=parts, precision=precision
+    )
+    return {'ce': loss}
 
   def compute_losses(
     params, collections, batch, rng, *, teacher_variables, step
@@ -156,9 +154,8 @@ def make_train_step(
 
   def loss_fn(params, collections, batch, rng, counts, **fixed):
     """The loss of a batch, or its share of it; counts are the whole batch's."""
-    task, distances, collections, terms = compute_losses(
-      params, collections, batch, rng, **fixed
-    )
+    found = compute_losses(params, collections, batch, rng, **fixed)
+    task, distances, collections, terms = found
     values = {
       name: loss._replace(count=counts.get(name, loss.count)).value
       for name, loss in (task | distances).items()
@@ -189,9 +186,8 @@ def make_train_step(
       # The compiler drops all that the counts do not need: for most losses
       # that is everything but the labels.
       index, batch = part
-      task, distances, _, _ = compute_losses(
-        *start, batch, jax.random.fold_in(rng, index), **fixed
-      )
+      own = jax.random.fold_in(rng, index)
+      task, distances, _, _ = compute_losses(*start, batch, own, **fixed)
       return {name: loss.count for name, loss in (task | distances).items()}
 
     def add(carry, part):
@@ -216,13 +212,9 @@ def make_train_step(
       # Said, not left to XLA, which might split channels of maps instead.
       constrain = jax.lax.with_sharding_constraint
       whole = state.replace(params=constrain(state.params, everywhere))
-    grads, (collections, metrics) = gradients(
-      whole,
-      batch,
-      jax.random.fold_in(rng, state.step),
-      teacher_variables=teacher_variables,
-      step=state.step,
-    )
+    rng = jax.random.fold_in(rng, state.step)
+    fixed = {'teacher_variables': teacher_variables, 'step': state.step}
+    grads, (collections, metrics) = gradients(whole, batch, rng, **fixed)
     if state_sharding is not None:
       grads = constrain(grads, state_sharding.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

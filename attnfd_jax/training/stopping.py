@@ -49,11 +49,8 @@ class Stop:
     insists = self.signum == signum == signal.SIGINT
     self.signum = signum
     if insists or not self._deferred:
-      raise Stopped(
-        signum,
-        f'Stopped by {self.name}; the same command goes on where the last '
-        'checkpoint is.',
-      )
+      remedy = 'the same command goes on where the last checkpoint is'
+      raise Stopped(signum, f'Stopped by {self.name}; {remedy}.')
 
   @contextlib.contextmanager
   def deferred(self):

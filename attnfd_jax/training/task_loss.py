@@ -15,17 +15,12 @@ NAMES = ('ce', 'ohem', 'focal', 'dice', 'ce+dice')
 def make_task_loss(options):
   """(logits, labels) -> {term: Mean}, of the group `loss` of a config."""
   weights = {'class_weights': tuple(options['class_weights']) or None}
+  ohem = {key: options[f'ohem_{key}'] for key in ('threshold', 'min_kept')}
+  gamma = options['focal_gamma']
   made = {
     'ce': functools.partial(losses.softmax_cross_entropy, **weights),
-    'ohem': functools.partial(
-      losses.ohem_cross_entropy,
-      threshold=options['ohem_threshold'],
-      min_kept=options['ohem_min_kept'],
-      **weights,
-    ),
-    'focal': functools.partial(
-      losses.focal_loss, gamma=options['focal_gamma'], **weights
-    ),
+    'ohem': functools.partial(losses.ohem_cross_entropy, **ohem, **weights),
+    'focal': functools.partial(losses.focal_loss, gamma=gamma, **weights),
     'dice': losses.dice_loss,
   }
   terms = options['name'].split('+')
