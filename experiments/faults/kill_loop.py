@@ -31,7 +31,7 @@ from attnfd_jax.runs import checkpoints, logs
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = pathlib.Path(__file__).parent / 'results'
 STAGES = ('teacher', 'student', 'distill')
-CLOCK = ('step_seconds', 'images_per_second', 'data_wait')
+CLOCK = ('step_seconds', 'images_per_second', 'data_wait', 'train_seconds')
 # 6 steps a stage, scored after 3 and 6; a checkpoint after every step.
 SETTINGS = {
   'data.image_size': (32, 48),
@@ -114,19 +114,20 @@ def state_on_disk(folder):
     return checkpointer.restore(folder, args=arguments)
 
 
+def without_clock(record):
+  return {k: v for k, v in record.items() if k not in CLOCK}
+
+
 def contents(workdir):
   """What must be the same of two runs, by name."""
   found = {}
   for stage in STAGES:
     directory = workdir / stage
     result = json.loads((directory / 'result.json').read_text())
-    del result['train_seconds']
-    found[f'{stage}/result.json'] = result
+    found[f'{stage}/result.json'] = without_clock(result)
     lines = (directory / 'metrics.jsonl').read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    found[f'{stage}/metrics.jsonl'] = [
-      {k: v for k, v in record.items() if k not in CLOCK} for record in records
-    ]
+    found[f'{stage}/metrics.jsonl'] = [*map(without_clock, records)]
     with np.load(directory / 'pictures.npz') as pictures:
       found |= {f'{stage}/{k}': pictures[k] for k in pictures.files}
     # The last but one is that of some timed save.

@@ -13,8 +13,8 @@ worst one.
 Training is chaotic: far from its end a rounding that pushes one activation over
 the corner of a ReLU is soon everywhere. The row 'control' shows it: one device,
 but weights at the start that are one rounding larger or smaller. So the bars
-are for the first step of a run, and for all of its last 20, in float32 and in
-float64. Exit code 1 above a bar.
+are for all steps in float64, and in float32 for the last 20 of a run and the
+loss of the first one. Exit code 1 above a bar.
 """
 
 import argparse
@@ -327,12 +327,15 @@ def main():
   }
   args.output.parent.mkdir(parents=True, exist_ok=True)
   logs.write_json(args.output, result)
+  free = {(kind, ('float32', 0, STEPS)) for kind in BARS}
+  # A rounding may change the sign of one activation.
+  free.add(('weights, absolute', ('float32', 0, 1)))
   failed = [
     f'{name}, {title(*case)}: {kind} {worst[kind]:.1e} > {bar:.0e}'
     for case, table in tables.items()
     for name, worst in table.items()
     for kind, bar in BARS.items()
-    if not worst[kind] <= bar and name != 'control' and case[1:] != (0, STEPS)
+    if not worst[kind] <= bar and name != 'control' and (kind, case) not in free
   ]
   if failed:
     sys.exit('\n'.join(failed))
