@@ -31,6 +31,7 @@ from attnfd_jax.benchmarks import train
 from attnfd_jax.config import default_config, resolve
 from attnfd_jax.exporting import agreement, fresh_process
 from attnfd_jax.models import deeplab
+from attnfd_jax.models import network as networks
 from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
@@ -209,7 +210,8 @@ def random_files(folder):
   """teacher.pth.tar, resnet18.pth, and the stage that `convert` makes."""
   network = deeplab.DeepLabV3Plus('resnet18', 11, **NARROW)
   network = network.clone(in_path_attention=True)
-  variables = train.random_variables(network, 0)
+  shapes = networks.abstract_variables(network)
+  variables = train.random_variables(shapes, 0)
   tensors = torch_models.export_torch(variables, backbone='resnet18')
   torch_files.write_torch(folder / 'teacher.pth.tar', {'state_dict': tensors})
   trunk = {

@@ -20,7 +20,8 @@ def run(options):
   student = networks.describe(config.student)
   num_classes, dtype = options.num_classes, config.optim.dtype
   network = networks.make_network(config.student, num_classes, dtype=dtype)
-  variables = jax.device_put(train.random_variables(network, config.seed))
+  shapes = networks.abstract_variables(network)
+  variables = jax.device_put(train.random_variables(shapes, config.seed))
   height, width = size = tuple(config.data.crop_size)
   generator = np.random.default_rng(config.seed)
   image = generator.integers(0, 256, (1, *size, 3), np.uint8)

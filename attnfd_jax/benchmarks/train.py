@@ -86,8 +86,8 @@ def program_flops(compiled):
   return (found or {}).get('flops')
 
 
-def random_variables(network, seed):
-  """Variables without compiling an initialisation; maps keep their scale."""
+def random_variables(shapes, seed):
+  """Variables without compiling an initialization; maps keep their scale."""
   rng = np.random.default_rng(seed)
 
   def draw(path, leaf):
@@ -97,7 +97,7 @@ def random_variables(network, seed):
       return values * np.float32((2 / fan_in) ** 0.5)
     return np.full(leaf.shape, path[-1].key in ('scale', 'var'), np.float32)
 
-  return jax.tree.map_with_path(draw, networks.abstract_variables(network))
+  return jax.tree.map_with_path(draw, shapes)
 
 
 def _class_names(config, number):
@@ -122,7 +122,7 @@ def make_stage(config, num_classes):
   if config.teacher.checkpoint or config.teacher.factory:
     return with_teacher(stage, teachers.from_config(config, '', names, mesh))
   teacher = teachers.abstract(config, names)
-  variables = random_variables(teacher.network, config.seed)
+  variables = random_variables(teacher.variables, config.seed)
   variables = sharding.place(variables, sharding.replicated(mesh))
   return with_teacher(stage, dataclasses.replace(teacher, variables=variables))
 

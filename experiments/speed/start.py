@@ -21,6 +21,7 @@ import tempfile
 import time
 
 from attnfd_jax.benchmarks import train
+from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import networks as torch_models
@@ -70,7 +71,8 @@ def quickstart(workdir, cache):
 
 def write_teacher(path):
   network = DeepLabV3Plus('resnet101', 21)
-  variables = train.random_variables(network, 0)
+  shapes = networks.abstract_variables(network)
+  variables = train.random_variables(shapes, 0)
   state = torch_models.export_torch(variables, backbone='resnet101')
   torch_files.write_torch(path, {'state_dict': state})
 
