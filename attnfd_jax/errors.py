@@ -18,8 +18,9 @@ class DataError(InputError):
       'unreadable' (truncated, empty, no image), 'size' (of image and mask
       differ), 'mode' (colours where ids are expected), 'depth' (not 8 bits),
       'values' (ids or colours that are no class), 'lossy' (a JPEG mask),
-      'exif' (rotated by its orientation tag), 'split' (absent or empty) or
-      'annotation' (JSON and tables of classes).
+      'exif' (rotated by its orientation tag), 'split' (absent or empty),
+      'annotation' (JSON and tables of classes) or 'classes' (a split with
+      fewer than two).
     file: what is wrong, 'path' or 'archive!member'.
     values: {id or 'r,g,b': pixels} of kind 'values', else None.
   """

@@ -26,6 +26,8 @@ def main():
     raise InputError('config.data.prepared is set: this is prepared already.')
   config.data.cache = False  # Every pair is read once.
   dataset, target = load_dataset(config.data), pathlib.Path(options.target)
+  for note in dataset.notes:
+    print(note)
   folder, counts = prepared.prepare(dataset, target, workers=options.workers)
   found = ', '.join(f'{split} {count}' for split, count in counts.items())
   print(f'{folder}: {found} records')

@@ -576,7 +576,8 @@ def test_a_broken_set_ends_with_2_and_a_line_for_each_file(done):
   lines = process.stdout.splitlines()
   assert 'limit=6' in lines[0]
   headings = [line for line in lines if line.startswith('problem: ')]
-  assert len(headings) == len(checking.KINDS) - 1  # No annotations here.
+  # No annotations here, and what is left shows more than one class.
+  assert len(headings) == len(checking.KINDS) - 2
   found = [line for line in lines if line.startswith(f'  {folder}')]
   # Two in 'mode', three in 'unreadable', and the masks of val lack images.
   assert len(found) == len({*found}) == 12

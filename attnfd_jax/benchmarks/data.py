@@ -95,6 +95,8 @@ def run(options):
   within('--seconds', options.seconds, 1e-9)
   config = resolve(options.config)
   dataset = load_dataset(config.data)
+  for note in dataset.notes:
+    print(note)
   if folder := config.data.decoded_cache:
     dataset = cache.with_decoded(dataset, folder, threads=config.data.threads)
   facts = describe(config, dataset) | {'rounds': options.rounds}

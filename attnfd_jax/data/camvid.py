@@ -4,12 +4,12 @@
 from attnfd_jax.data import classes, masks, pairs
 
 
-def camvid(config):
+def camvid(config, splits):
   """<split>/*.png or .jpg with <split>annot/*.png."""
   root = pairs.check_root(config)
   splits = {
     split: pairs.match_folders(root / split, root / f'{split}annot')
-    for split in ('train', 'val', 'test')
+    for split in splits
   }
   ids = tuple(range(len(classes.CAMVID)))
   read_label = masks.IndexLabels(ids, ignored=(classes.CAMVID_VOID,))

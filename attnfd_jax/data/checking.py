@@ -2,11 +2,12 @@
 """What is wrong with a data set, or odd, after reading every pair of it."""
 
 import collections
+import contextlib
 import hashlib
 
 import numpy as np
 
-from attnfd_jax.data import frequencies
+from attnfd_jax.data import frequencies, masks
 from attnfd_jax.errors import DataError
 from attnfd_jax.progress import progress
 
@@ -22,11 +23,13 @@ KINDS = {
   'values': 'mask values that are no class',
   'lossy': 'JPEG masks, whose ids compression has changed',
   'exif': 'images that a viewer turns (EXIF), unlike their masks',
+  'classes': 'splits that leave nothing to learn or to score',
 }
 # What does not hinder a run.
 WARNINGS = {
   'duplicate': 'images that are in two splits',
   'unseen': 'classes without a usable pixel in train',
+  'note': 'files that were left out, or read as something else',
 }
 _SHOWN = 5
 _KEPT = 256  # Values of a file, the most frequent: all ids, not all colours.
@@ -104,6 +107,46 @@ def _unseen(splits):
         yield f'{name}: {where}'
 
 
+def _unlabeled(splits):
+  """A line for a test split without labels."""
+  pixels = splits.get('test', {}).get('pixels', {'': 1})
+  if not any(pixels.values()):
+    yield 'test: no pixel is labeled; it will not be scored'
+
+
+def too_few_classes(dataset, split, found):
+  """The DataError of a split whose labels show only the classes `found`, train
+  ids; None if these are enough.
+  """
+  if len(found) > 1:
+    return None
+  what = f'no pixel of {split} is labeled'
+  if found:
+    what = f'labels of {split} show only {dataset.class_names[found.pop()]!r}'
+  what = f'{what}; train and val need labels of two classes'
+  with contextlib.suppress(AttributeError, DataError):  # Of masks in files.
+    mask = dataset.splits[split].pairs[0].mask
+    values = np.unique(masks.read_mask(mask)).tolist()
+    values = ', '.join(map(str, values[:8])) + ', ...' * (len(values) > 8)
+    what = f'{what}; {mask} has the values {values}'
+  if dataset.name == 'folder':
+    what = f'{what}; 255 is ignored, and what --config.data.id_map leaves out'
+    what = f'{what}: name other ids by it, as "(0, 255)"'
+    what = f'{what}, and colors by --config.data.palette'
+  return DataError(f'{dataset.name}: {what}.', 'classes', split)
+
+
+def require_classes(dataset, splits, threads):
+  """Raises DataError unless each of the splits shows two classes; reads labels
+  until it does.
+  """
+  for split in splits:
+    source, k = dataset.splits[split], dataset.num_classes
+    found = frequencies.first_classes(source, k, threads)
+    if error := too_few_classes(dataset, split, found):
+      raise error
+
+
 def check(dataset, threads, *, required=('train', 'val')):
   """Reads every pair of a Dataset of load_dataset(strict=False), once.
 
@@ -125,8 +168,14 @@ def check(dataset, threads, *, required=('train', 'val')):
       text = f'{dataset.name}: no pairs in the split {name}.'
       listed.append((name, DataError(text, 'split', name)))
   listed += [(name, x) for name in problems for x in problems[name].values()]
+  for name in () if listed else [x for x in required if x != 'test']:
+    counts = splits[name]['pixels'].values()
+    found = {i for i, pixels in enumerate(counts) if pixels}
+    if error := too_few_classes(dataset, name, found):
+      listed.append((name, error))
   duplicates, unseen = _duplicates(dataset.splits, digests), _unseen(splits)
   warnings = {'duplicate': [*duplicates], 'unseen': [*unseen]}
+  warnings['note'] = [*dataset.notes, *_unlabeled(splits)]
   warnings = {kind: lines for kind, lines in warnings.items() if lines}
   report = {
     'dataset': dataset.name,

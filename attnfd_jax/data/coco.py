@@ -219,15 +219,21 @@ def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
 def _match(path, folder, labels, problems):
   """Yields what a split has, from `draw_labels` and the folder of images."""
   yield from problems
-  images = files.list_tree(folder, pairs.IMAGE_ENDINGS)
+  images = files.walk(folder).files
   if not images:
     raise pairs.no_images(folder)
+  images, notes = pairs.renamed(images, labels, all_items=False)
+  yield from notes
+  stems = collections.Counter(os.path.splitext(name)[0] for name in labels)
   for name, mask in labels.items():
-    if name in images:
-      key = os.path.splitext(name)[0].replace('/', '_')
-      yield pairs.Pair(key, images[name], mask, f'{path} ({name})')
-    else:
+    if name not in images:
       yield pairs.no_partner(folder, name, ', which has annotations')
+    elif images[name].target:
+      yield images[name].broken()
+    else:
+      stem = os.path.splitext(name)[0]
+      key = stem if stems[stem] == 1 else name
+      yield pairs.Pair(key, images[name], mask, f'{path} ({name})')
 
 
 def find_pairs(places, **options):
@@ -248,7 +254,7 @@ def find_pairs(places, **options):
   return options['class_names'], splits
 
 
-def coco(config):
+def coco(config, splits):
   """{train,val}2017/ and annotations/instances_{train,val}2017.json.
 
   As in the reference (METHOD 4.5): categories that are no VOC class are
@@ -256,7 +262,7 @@ def coco(config):
   left out, of val too.
   """
   root, places = pairs.check_root(config), {}
-  for split in ('train', 'val'):
+  for split in [x for x in splits if x != 'test']:
     path = root / 'annotations' / f'instances_{split}2017.json'
     inner = root / 'images' / f'{split}2017'
     places[split] = path, inner if inner.is_dir() else root / f'{split}2017'

@@ -6,9 +6,18 @@ import functools
 import importlib
 import os
 import pathlib
+from typing import NamedTuple
 import zipfile
 
 from attnfd_jax.errors import DataError, first_line, InputError
+
+# Of all images and masks, in training, checking and predicting.
+IMAGE_ENDINGS = tuple(
+  '.jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .ppm .pgm .pbm .pnm '
+  '.jp2'.split()
+)
+# What systems leave behind; names that start with a dot are skipped as well.
+_JUNK = ('thumbs.db', 'desktop.ini', '__macosx')
 
 # Bytes of an unpacked member: more than any image needs.
 _LARGEST_MEMBER = 1 << 29
@@ -46,6 +55,7 @@ class File:
   path: str
   member: str = ''
   data: bytes | None = dataclasses.field(default=None, repr=False)
+  target: str = ''  # Of a link to a file that is not there.
 
   def __str__(self):
     return f'{self.path}!{self.member}' if self.member else self.path
@@ -55,10 +65,17 @@ class File:
     """Its path, in the zip if it lies in one."""
     return pathlib.PurePath(self.member or self.path)
 
+  def broken(self):
+    """The DataError of a file with a `target`."""
+    what = f'a link to {self.target}, which is not there; was the data moved'
+    return fault(self, 'unreadable', f'{what}, or not downloaded')
+
   def read(self, limit=None):
     """The first `limit` bytes, or all; raises DataError 'unreadable'."""
     if self.data is not None:
       return self.data[:limit]
+    if self.target:
+      raise self.broken()
     archive = self.member and _archive(self.path, os.getpid())
     try:
       if not archive:
@@ -87,31 +104,59 @@ def read_lines(path):
   return [line.strip() for line in text.splitlines()]
 
 
-def _with_ending(names, endings):
-  """Sorted names that have one of the endings and are not hidden."""
-  names = (name for name in sorted(names) if name.lower().endswith(endings))
-  return [name for name in names if pathlib.PurePath(name).name[0] != '.']
+def _is_hidden(name):
+  return name.startswith('.') or name.lower() in _JUNK
 
 
-def list_folder(folder, endings):
-  """Files in `folder`, see `_with_ending`."""
-  with os.scandir(folder) as entries:
-    names = _with_ending([e.name for e in entries if e.is_file()], endings)
-  return [File(os.path.join(folder, name)) for name in names]
+class Listing(NamedTuple):
+  """What lies in and below a folder, hidden files left out."""
+
+  files: dict  # {path inside of it, with '/': File}, sorted.
+  others: list  # Paths inside of it that have another ending.
 
 
-def list_tree(folder, endings):
-  """Files in and below `folder`, {path inside of it: File}; none if absent."""
-  tree = {}
-  for parent, folders, _ in os.walk(folder):
-    folders[:] = sorted(name for name in folders if name[0] != '.')
-    for file in list_folder(parent, endings):
-      tree[pathlib.Path(file.path).relative_to(folder).as_posix()] = file
-  return tree
+def walk(folder, endings=IMAGE_ENDINGS):
+  """The Listing of a folder, links to folders followed; empty if absent.
+
+  A link to nothing is a File with a `target`, whatever its ending. DataError
+  'unreadable' if a folder cannot be listed.
+  """
+
+  def refuse(error):
+    if os.path.lexists(error.filename):
+      what = f'cannot be listed ({error.strerror})'
+      raise fault(error.filename, 'unreadable', what) from error
+
+  found, others, chains = {}, [], {}
+  for top, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+    real, above = os.path.realpath(top), chains.get(os.path.dirname(top), ())
+    folders[:] = [x for x in folders if not _is_hidden(x)]
+    if real in above:  # A link to a folder around it.
+      folders.clear()
+      continue
+    chains[top] = {*above, real}
+    for name in names:
+      if _is_hidden(name):
+        continue
+      path = os.path.join(top, name)
+      inside = os.path.relpath(path, folder).replace(os.sep, '/')
+      sound = os.path.isfile(path)
+      if not sound and os.path.islink(path):
+        found[inside] = File(path, target=os.readlink(path))
+      elif sound and name.lower().endswith(endings):
+        found[inside] = File(path)
+      else:
+        others.append(inside)
+  return Listing(dict(sorted(found.items())), sorted(others))
 
 
 def list_zip(path, prefix, endings):
-  """Members whose names start with `prefix`, see `_with_ending`."""
-  names = _archive(str(path), os.getpid()).namelist()
-  names = [name for name in names if name.startswith(prefix)]
-  return [File(str(path), name) for name in _with_ending(names, endings)]
+  """The Files of members whose names start with `prefix`, sorted."""
+  names = sorted(_archive(str(path), os.getpid()).namelist())
+  return [
+    File(str(path), name)
+    for name in names
+    if name.startswith(prefix)
+    and name.lower().endswith(endings)
+    and not _is_hidden(pathlib.PurePath(name).name)
+  ]

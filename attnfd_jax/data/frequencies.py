@@ -35,8 +35,7 @@ def count_label(label, num_classes):
   return np.append(counts[:num_classes], rest).astype(np.int64)
 
 
-def count_labels(source, num_classes, threads, text=None):
-  """`count_label` of all records, int64 [n, k + 1]; each label is read once."""
+def _iterate_rows(source, num_classes, threads, text, **options):
   # Without their images where the source can: several times as fast.
   read = getattr(source, 'label', None) or (lambda i: source[i]['label'])
   rows = map_records(
@@ -44,8 +43,26 @@ def count_labels(source, num_classes, threads, text=None):
     range(len(source)),
     threads,
   )
-  rows = progress(len(source), text, iterable=rows)
-  return np.array([*rows], np.int64).reshape(-1, num_classes + 1)
+  return progress(len(source), text, iterable=rows, **options)
+
+
+def count_labels(source, num_classes, threads, text=None):
+  """`count_label` of all records, int64 [n, k + 1]; each label is read once."""
+  rows = [*_iterate_rows(source, num_classes, threads, text)]
+  return np.array(rows, np.int64).reshape(-1, num_classes + 1)
+
+
+def first_classes(source, num_classes, threads, *, enough=2):
+  """Train ids that occur in the labels, which are read until there are enough;
+  all of them only if there are fewer.
+  """
+  found = set()
+  text = 'looking for labels'
+  for row in _iterate_rows(source, num_classes, threads, text, delay=1):
+    found |= {*np.flatnonzero(row[:-1]).tolist()}
+    if len(found) >= enough:
+      break
+  return found
 
 
 def median_frequency_weights(rows):

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pairs of image and mask, matched by name, decoded and checked when read."""
 
+import collections
 import dataclasses
+import os
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 
-from attnfd_jax.data import cache, files, masks
+from attnfd_jax.data import cache, files, masks, matching
 from attnfd_jax.errors import DataError
 
-IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png')
+SPLITS = ('train', 'val', 'test')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,9 @@ class Dataset:
   palette: np.ndarray  # uint8 [k, 3]
   splits: dict  # Name -> source.
   problems: tuple[DataError, ...] = ()  # Of the layout; pixels were not read.
+  notes: tuple[str, ...] = ()  # What was left out, or read as something else.
+  settled: dict = dataclasses.field(default_factory=dict)  # Keys of the config
+  # and their values, where the files decided on them.
 
   @property
   def num_classes(self):
@@ -35,6 +41,12 @@ class Pair:
   image: files.File
   mask: files.File
   mask_name: str = ''  # In messages, where it is not the name of its file.
+
+
+class Note(NamedTuple):
+  """Said once, on the screen and in the log; the data can be used."""
+
+  text: str
 
 
 class Decoded:
@@ -121,21 +133,28 @@ def with_error(entries):
     yield error
 
 
-def make_dataset(config, table, splits, read_label, *, upright=True):
+def make_dataset(
+  config, table, splits, read_label, *, upright=True, notes=(), settled=()
+):
   """The Dataset of some pairs as the group `data` of a config asks for.
 
-  `table` is {class: (r, g, b)} by train id, `splits` {split: iterable of Pairs
-  and DataErrors, which may also raise one}; one without Pairs is left out.
+  `table` is {class: (r, g, b)} by train id, `splits` {split: iterable of Pairs,
+  Notes and DataErrors, which may also raise one}; one without Pairs is left
+  out. `settled` is of Dataset, `notes` are further ones.
   """
   options = {k: config[k] for k in ('limit', 'cache')} | {'upright': upright}
-  sources, problems = {}, []
+  sources, problems, notes = {}, [], [*notes]
   for split, entries in splits.items():
-    entries = list(with_error(entries))
-    problems += [x for x in entries if isinstance(x, DataError)]
-    if pairs := [x for x in entries if isinstance(x, Pair)]:
-      sources[split] = PairSource(pairs, read_label, **options)
-  palette = np.array(list(table.values()), np.uint8)
-  return Dataset(config['name'], tuple(table), palette, sources, (*problems,))
+    found = collections.defaultdict(list)
+    for entry in with_error(entries):
+      found[type(entry)].append(entry)
+    problems += found[DataError]
+    notes += [f'{split}: {note.text}' for note in found[Note]]
+    if found[Pair]:
+      sources[split] = PairSource(found[Pair], read_label, **options)
+  palette, name = np.array(list(table.values()), np.uint8), config['name']
+  found = (*problems,), (*notes,), dict(settled)
+  return Dataset(name, tuple(table), palette, sources, *found)
 
 
 def absent(path, what='not found'):
@@ -152,10 +171,23 @@ def check_root(config):
   return pathlib.Path(root)
 
 
-def no_images(folder, suffix=''):
+def no_images(folder, suffix='', others=()):
   """The DataError of a folder without images whose stems end with `suffix`."""
-  what = f'no files *{suffix}{", ".join(IMAGE_ENDINGS)} in it'
+  what = f'no files *{suffix}{", ".join(files.IMAGE_ENDINGS)} in it'
+  if others:
+    what += f', but {_count_endings(others)}'
+  if any(name.endswith('.txt') for name in others):
+    what += '; labels of YOLO are not read: masks are images of class ids'
   return files.fault(folder, 'split', what)
+
+
+def _count_endings(names):
+  """'3 *.txt (a.txt), 1 *.db (Thumbs.db)'."""
+  groups = collections.defaultdict(list)
+  for name in names:
+    groups[os.path.splitext(name)[1].lower()].append(name)
+  ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+  return ', '.join(f'{len(x)} *{end} ({x[0]})' for end, x in ordered[:5])
 
 
 def no_partner(folder, name, why='', file=None):
@@ -164,35 +196,68 @@ def no_partner(folder, name, why='', file=None):
   return DataError(what, 'partner', file or folder / name)
 
 
+def _some(names):
+  names = sorted(names)
+  return ', '.join(names[:2]) + ', ...' * (len(names) > 2)
+
+
 def join(keys, folders, images, labels, why=''):
-  """Yields the Pair, or the DataError, of each key of {key: File}."""
+  """Yields the Pair, or the DataErrors, of each key of {key: File}."""
   for key in keys:
     if key in images and key in labels:
-      yield Pair(key, images[key], labels[key])
+      both = images[key], labels[key]
+      broken = [file.broken() for file in both if file.target]
+      yield from broken or [Pair(key, *both)]
     else:
       file = images.get(key) or labels.get(key)
       name = file.inner.name if file else key
       yield no_partner(folders[key in images], name, why, file)
 
 
-def match(folders, groups, suffixes=('', '')):
-  """Yields Pairs, and a DataError for each File without partner.
+def renamed(items, keys, **options):
+  """`items` under those of the `keys` that `matching.agree` finds for them, the
+  others as they were; and a list of at most one Note.
+  """
+  found, how = matching.agree(keys, items, **options)
+  others = items.keys() - {*found.values()}
+  items = {x: items[x] for x in others} | {
+    x: items[y] for x, y in found.items()
+  }
+  what = f'{len(found)} names were matched although they differ: {how}'
+  return items, [Note(what)] if how else []
 
-  Partners have one stem but for its suffix; Files without a suffix are skipped.
+
+def match(folders, trees, suffixes=('', '')):
+  """Yields Pairs, Notes, and a DataError for each File without partner.
+
+  Partners have one name but for suffix and ending, or as `matching.agree` says;
+  Files without a suffix are skipped. `trees` are {path in the folder: File}.
   """
   both = {}, {}
-  sides = zip(both, folders, groups, suffixes, strict=True)
-  for by_key, folder, group, suffix in sides:
-    for file in group:
-      if file.inner.stem.endswith(suffix):
-        key = file.inner.stem.removesuffix(suffix)
+  sides = zip(both, folders, trees, suffixes, strict=True)
+  for by_key, folder, tree, suffix in sides:
+    for name, file in tree.items():
+      stem = os.path.splitext(name)[0]
+      if stem.endswith(suffix):
+        key = stem.removesuffix(suffix)
         if (first := by_key.setdefault(key, file)) != file:
           names = f'{first.inner.name}, {file.inner.name}'
           what = f'{folder}: {names} have the same stem; keep one of them.'
           yield DataError(what, 'partner', file)
-  if not both[0]:
-    raise no_images(folders[0], suffixes[0])
-  yield from join(sorted(both[0].keys() | both[1].keys()), folders, *both)
+  images, labels = both
+  for found, folder, suffix in zip(both, folders, suffixes, strict=True):
+    if not found:
+      raise no_images(folder, suffix)
+  labels, notes = renamed(labels, images)
+  yield from notes
+  if not images.keys() & labels.keys():
+    what = f'no mask has the name of an image; images are {_some(images)}'
+    need = 'an image and its mask need one name but for the ending'
+    what = f'{folders[1]}: {what}, masks {_some(labels)}; {need}.'
+    raise DataError(what, 'partner', folders[1])
+  yield from join(
+    sorted(images.keys() | labels.keys()), folders, images, labels
+  )
 
 
 def match_folders(*folders):
@@ -201,5 +266,10 @@ def match_folders(*folders):
     if not folder.is_dir():
       raise absent(folder)
   # A JPEG mask is matched here and refused when it is read, with the reason.
-  groups = (files.list_folder(folder, IMAGE_ENDINGS) for folder in folders)
-  yield from match(folders, groups)
+  listings = [files.walk(folder) for folder in folders]
+  for folder, listing in zip(folders, listings, strict=True):
+    if not listing.files:
+      raise no_images(folder, others=listing.others)
+    if listing.others:
+      yield Note(f'{folder}: left out {_count_endings(listing.others)}')
+  yield from match(folders, [listing.files for listing in listings])

@@ -521,8 +521,9 @@ class StreetScenes(pairs.Decoded):
     return f'scene_{index}'
 
 
-def scenes(config):
+def scenes(config, splits):
   """Drawn scenes; val is drawn from another seed than train."""
+  del splits  # Each is drawn where it is read.
   height, width = config['image_size']
   splits = {}
   for i, split in enumerate(('train', 'val')):

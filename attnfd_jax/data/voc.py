@@ -5,35 +5,44 @@ import io
 import itertools
 import os
 import pathlib
+import re
 
 import numpy as np
 
 from attnfd_jax.data import classes, files, masks, pairs
 from attnfd_jax.errors import InputError
 
+# Folders of `root` beside SegmentationClass.
+_IMAGES, _AUGMENTED = 'JPEGImages', 'SegmentationClassAug'
+
 
 def read_list(path):
-  """Yields the ids of a list, one a line, without repetition."""
+  """Yields the lines of a list, without repetition."""
   if not path.is_file():
     others = ', '.join(sorted(p.name for p in path.parent.glob('*.txt'))[:3])
     if not others:
       raise pairs.absent(path)
     what = f'no such list, there is {others}; it names images without endings'
     raise files.fault(path, 'split', what)
-  ids = [key for key in dict.fromkeys(files.read_lines(path)) if key]
-  if not ids:
+  lines = [line for line in dict.fromkeys(files.read_lines(path)) if line]
+  if not lines:
     raise files.fault(path, 'split', 'no names in it')
-  yield from ids
+  yield from lines
 
 
-def pair_listed(ids, where, label_endings=pairs.IMAGE_ENDINGS):
-  """Yields the Pair, or the DataError, of each id in and below two folders."""
-  both = (
-    {os.path.splitext(k)[0]: x for k, x in files.list_tree(*given).items()}
-    for given in zip(where, (pairs.IMAGE_ENDINGS, label_endings), strict=True)
-  )
+def _stems(folder, endings=files.IMAGE_ENDINGS):
+  """{path in the folder without its ending: File}."""
+  found = files.walk(folder, endings).files
+  return {os.path.splitext(name)[0]: file for name, file in found.items()}
+
+
+def pair_listed(ids, where, both):
+  """Yields the Pair, DataError or Note of ids in two folders, see `_stems`."""
+  found = [pairs.renamed(side, ids, all_items=False) for side in both]
+  for _, notes in found:
+    yield from notes
   why = ', which the list of the split names'
-  yield from pairs.join(ids, where, *both, why)
+  yield from pairs.join(ids, where, *(side for side, _ in found), why)
 
 
 class _VocLabels(masks.IndexLabels):
@@ -66,39 +75,96 @@ def _sbd_pairs(root, taken):
     what = 'no such folder; config.data.sbd_root is that of benchmark_RELEASE'
     raise files.fault(root / 'cls', 'split', what)
   ids = {*read_list(root / 'train.txt'), *read_list(root / 'val.txt')} - taken
-  yield from pair_listed(sorted(ids), (root / 'img', root / 'cls'), ('.mat',))
+  where = root / 'img', root / 'cls'
+  both = _stems(where[0]), _stems(where[1], ('.mat',))
+  yield from pair_listed(sorted(ids), where, both)
+
+
+def _letters(name):
+  return re.sub('[^a-z0-9]', '', name.lower())
 
 
 def list_path(root, name):
-  return root / 'ImageSets' / 'Segmentation' / f'{name}.txt'
+  """The list of a split, or the only one that differs by case and signs."""
+  folder = root / 'ImageSets' / 'Segmentation'
+  path = folder / f'{name}.txt'
+  if not path.exists():
+    stems = ((x, _letters(x.stem)) for x in folder.glob('*.txt'))
+    alike = [x for x, letters in stems if letters == _letters(name)]
+    path = alike[0] if len(alike) == 1 else path
+  return path
+
+
+def _parse(line):
+  """(id, folder of masks or '') of a line of names with endings or of paths.
+
+  '/JPEGImages/X.jpg /Masks/X.png' is ('X', 'Masks'); what has no ending is an
+  id as it stands.
+  """
+  paths = [pathlib.PurePosixPath(part.lstrip('/')) for part in line.split()]
+  known = [path.suffix.lower() in files.IMAGE_ENDINGS for path in paths]
+  if not 1 <= len(paths) <= 2 or not all(known):
+    return line, ''
+  image, *labels = paths
+  parts = image.with_suffix('').parts
+  folder = labels[0].parts[0] if labels and labels[0].parts[1:] else ''
+  return '/'.join(parts[parts[0] == _IMAGES :]), folder
 
 
 def read_split(root, name, labels='SegmentationClass'):
-  """`pair_listed` of a list in VOC's layout; `labels` is a folder of it."""
-  ids = read_list(list_path(root, name))
-  return pair_listed(ids, (root / 'JPEGImages', root / labels))
+  """Yields what a list in VOC's layout names; `labels` is a folder of `root`.
+
+  Lines may also be paths, see `_parse`. SegmentationClassAug is taken where it
+  has all masks and `labels` has not.
+  """
+  path, images = list_path(root, name), root / _IMAGES
+  lines, stems = [*read_list(path)], _stems(images)
+  if path.stem != name:
+    yield pairs.Note(f'{path.name} is read; there is no {name}.txt')
+  # What is a name is one, even if it looks like a path.
+  rows = [(x, '') if x in stems else _parse(x) for x in lines]
+  ids, folders = [x for x, _ in rows], {x for _, x in rows if x}
+  if ids != lines:
+    yield pairs.Note(
+      f'{path}: {lines[0]!r} and the like are read as {ids[0]!r}'
+    )
+  if len(folders) > 1:
+    what = f'masks in {len(folders)} folders ({", ".join(sorted(folders)[:3])})'
+    raise files.fault(path, 'split', f'{what}; needs one')
+  where = root / (folders or {labels}).pop()
+  found = _stems(where)
+  if not found.keys() >= {*ids}:
+    other = root / _AUGMENTED
+    more = _stems(other)
+    if more.keys() >= {*ids}:
+      yield pairs.Note(f'masks are read from {other}, for {where} lacks some')
+      where, found = other, more
+  yield from pair_listed(ids, (images, where), (stems, found))
 
 
-def pascal_voc(config):
+def pascal_voc(config, splits):
   """VOCdevkit/VOC2012, with SBD's images or the ready-made list trainaug."""
   root = pairs.check_root(config)
   for inner in ('VOC2012', 'VOCdevkit/VOC2012'):
-    if not (root / 'JPEGImages').is_dir() and (root / inner).is_dir():
+    if not (root / _IMAGES).is_dir() and (root / inner).is_dir():
       root = root / inner
-  if not (root / 'JPEGImages').is_dir():
-    raise pairs.absent(root / 'JPEGImages')
+  if not (root / _IMAGES).is_dir():
+    raise pairs.absent(root / _IMAGES)
   train_list, sbd_root = config['train_list'], config['sbd_root']
   if sbd_root and train_list != 'train':
     what = f'config.data.train_list={train_list!r} does not go with'
     raise InputError(f"{what} config.data.sbd_root, which adds to 'train'.")
-  aug = 'Aug' if train_list == 'trainaug' else ''
-  train = read_split(root, train_list, f'SegmentationClass{aug}')
-  splits = {'train': train, 'val': read_split(root, 'val')}
+  labels = ()
+  if _letters(train_list) == 'trainaug' and (root / _AUGMENTED).is_dir():
+    labels = (_AUGMENTED,)
+  train = read_split(root, train_list, *labels)
+  found = {'train': train, 'val': read_split(root, 'val')}
   if sbd_root:
-    lists = (read_list(list_path(root, split)) for split in splits)
+    lists = (read_list(list_path(root, split)) for split in found)
     taken = {key for ids in lists for key in pairs.with_error(ids)}
     extra = _sbd_pairs(pathlib.Path(sbd_root), taken)
-    splits['train'] = itertools.chain(pairs.with_error(train), extra)
+    found['train'] = itertools.chain(pairs.with_error(train), extra)
+  splits = {split: found[split] for split in splits if split in found}
   ids = _VocLabels(tuple(range(len(classes.VOC))))
   # Annotated as stored.
   return pairs.make_dataset(config, classes.VOC, splits, ids, upright=False)

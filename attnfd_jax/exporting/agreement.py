@@ -29,7 +29,8 @@ AGREEMENT = 0.9999  # The least share of pixels that have the same class.
 def _val_source(info):
   """The val split of a stage's data set, or None if it is not here."""
   try:
-    return sources.load_dataset(info['data']).splits.get('val')
+    data = sources.load_dataset(info['data'], splits=('val',))
+    return data.splits.get('val')
   except (InputError, OSError):
     return None
 

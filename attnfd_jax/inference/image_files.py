@@ -24,7 +24,7 @@ from attnfd_jax.inference.predictor import Predictor
 from attnfd_jax.progress import progress
 
 # What a folder is searched for; a file that is named may be anything.
-ENDINGS = (*sources.IMAGE_ENDINGS, '.bmp', '.tif', '.tiff', '.webp')
+ENDINGS = files.IMAGE_ENDINGS
 # Of the class ids, in colors, over the image, and with `confidence`.
 _RESULTS = ('.png', '_colour.png', '_overlay.jpg', '_confidence.png')
 # Results hold whole frames: only so many are ahead of the one waited for.
@@ -43,7 +43,7 @@ def _natural(path):
 def find_images(pattern, option='--input'):
   """Files of an image, folder or glob, in the order of their numbers."""
   if os.path.isdir(pattern):
-    names = [file.path for file in files.list_folder(pattern, ENDINGS)]
+    names = [file.path for file in files.walk(pattern).files.values()]
     problem = f'no {", ".join(ENDINGS)} files in it'
   else:
     exact = os.path.isfile(pattern)

@@ -4,7 +4,7 @@
 import numpy as np
 
 from attnfd_jax import metrics
-from attnfd_jax.data.sources import load_dataset
+from attnfd_jax.data.sources import load_dataset, SPLITS
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError, one_of
 from attnfd_jax.inference import evaluation, predictor
@@ -40,8 +40,9 @@ def load_split(info, data_root, split, *, hidden=False):
   if data_root is not None:
     # A run that was trained from shards would otherwise still read them.
     info = info | {'data': info['data'] | {'root': data_root, 'prepared': ''}}
+  one_of('--split', split, SPLITS)
   try:
-    dataset = load_dataset(info['data'])
+    dataset = load_dataset(info['data'], splits=(split,))
     splits = dict(dataset.splits)
     hidden = hidden and (dataset.name, split) == ('cityscapes', 'test')
     if hidden and split not in splits:
@@ -49,7 +50,12 @@ def load_split(info, data_root, split, *, hidden=False):
   except InputError as error:  # The flag has another name here.
     text = str(error).replace('--config.data.root', '--data_root')
     raise InputError(text) from error
-  one_of('--split', split, splits)
+  if split not in splits:
+    have = f', but {", ".join(splits)}' if splits else ''
+    what = f'{dataset.name} has no such split'
+    raise InputError(f'--split={split}: {what}{have}.')
+  for note in dataset.notes:
+    print(note)
   ours, theirs = list(info['class_names']), list(dataset.class_names)
   if ours != theirs:
     raise InputError(f'The network has classes {ours}, the data set {theirs}.')

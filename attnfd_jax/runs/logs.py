@@ -115,11 +115,12 @@ class StageLog:
     with paths.replacing(self._metrics) as file:
       file.writelines(kept)
 
-  def line(self, text):
-    """One line for people."""
+  def line(self, text, *, shown=True):
+    """One line for people; not `shown`, in the file alone."""
     if not processes.is_first():
       return
-    print(f'[{self._directory.name}] {text}', flush=True)
+    if shown:
+      print(f'[{self._directory.name}] {text}', flush=True)
     now = datetime.datetime.now().isoformat(timespec='seconds')
     with (self.local / 'log.txt').open('a') as file:
       file.write(f'{now} {text}\n')

@@ -8,6 +8,7 @@ import json
 
 from attnfd_jax import distill, paths, user_code
 from attnfd_jax.config import leaves, resolve, STAGES
+from attnfd_jax.data import checking
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import memory, processes, sharding
 from attnfd_jax.errors import InputError
@@ -53,6 +54,8 @@ def train(config, workdir, *, stop=None):
   """
   config, workdir = resolve(config), paths.as_path(workdir)
   dataset = load_dataset(config.data)
+  # So that scoring reads other files as training read these.
+  config.data.update(dataset.settled)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
   check(config, dataset, mesh, workdir)
   loggers.check(config.loggers)
@@ -66,7 +69,7 @@ def train(config, workdir, *, stop=None):
     sizes = ', '.join(f'{k} {len(v)}' for k, v in dataset.splits.items())
     line = f'{dataset.name}: {dataset.num_classes} classes, {sizes} images'
     place = f'{logs.device_name()}; writing to {workdir.name}/'
-    print(f'{line}; {place}', flush=True)
+    print('\n'.join([f'{line}; {place}', *dataset.notes]), flush=True)
     for name in config.stages:
       if name == 'teacher' and (given := _given_teacher(config)):
         print(f'[teacher] given: {given}', flush=True)
@@ -88,8 +91,11 @@ def summary_lines(results):
 
 def _scores(result):
   text = f'val mIoU {logs.percent(result["miou"])}'
-  if result.get('test'):
-    text += f', test mIoU {logs.percent(result["test"]["miou"])}'
+  if test := result.get('test'):
+    score = logs.percent(test['miou'])
+    text += f', test mIoU {score}'
+    if test['miou'] is None:
+      text += ' (no labels, not scored)'
   return text
 
 
@@ -124,6 +130,7 @@ def check(config, dataset, mesh, workdir):
       f'{dataset.name} has no images in {", ".join(missing)}; have '
       f'{", ".join(splits)}.'
     )
+  checking.require_classes(dataset, ('train', 'val'), config.data.threads)
   task_loss.check(config.loss, dataset.class_names)
   known = [name for name in distill.METHODS if name in config.distill]
   distill.make_distiller('+'.join(known), config.distill)  # Chosen or not.
@@ -208,6 +215,8 @@ def _run_stage(name, config, dataset, mesh, workdir, stop):
   config = stage.config
   _describe(stage, directory)
   log = logs.StageLog(directory)
+  for note in dataset.notes:
+    log.line(note, shown=False)  # It was, once for all stages.
   log.line(
     f'{networks.describe(stage.options)}, {stage.num_steps} steps of '
     f'{config.batch_size} images; preparing the network ...'

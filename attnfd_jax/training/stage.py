@@ -205,6 +205,8 @@ class Stage:
     devices = self.mesh.shape['data']
     with memory.explained(options['batch_size'], devices=devices):
       counts = evaluation.evaluate(network, variables, source, **options)
+    if split == 'val' and not counts.any():
+      raise InputError('val has no labeled pixel that is scored; label some.')
     return metrics.summarise(counts, self.dataset.class_names)
 
   def description(self):

@@ -516,7 +516,7 @@ def test_colours_in_other_modes(tmp_path, mode):
     ({'palette': ((0, 0, 0), (1, 1, 256), (1, 1, 1))}, 'of 0 to 255'),
     ({'id_map': (1, 2)}, r'id_map=\(1, 2\) must have a different id'),
     ({'id_map': (1, 2, 2)}, 'must have a different id'),
-    ({'id_map': (1, 2, 255)}, 'of 0 to 254'),
+    ({'id_map': (1, 2, 256)}, 'of 0 to 255'),
     (
       {'id_map': (1, 2, 3), 'palette': fixtures.COLOURS},
       'give one of them',

@@ -25,8 +25,7 @@ import pytest
 import xla_flags
 
 from attnfd_jax.config import default_config
-from attnfd_jax.data import cache, coco, files, masks
-from attnfd_jax.data import folder as folders
+from attnfd_jax.data import cache, coco, files, mask_values, masks, sources
 from attnfd_jax.errors import DataError, InputError
 from attnfd_jax.inference import image_files
 from attnfd_jax.models import network as networks
@@ -315,9 +314,13 @@ def test_hostile_annotations(tmp_path, content, message):
 @pytest.mark.parametrize(
   ('read', 'text', 'message'),
   [
-    (folders.read_labelmap, f'a:{"9" * 5000},0,0::', 'is not name:red'),
-    (folders.read_classes_csv, f'id,name\n{"9" * 5000},a', 'is not id, name'),
-    (folders.read_classes_csv, f'id,name\n0,{"a" * 200000}', 'not a table'),
+    (mask_values.read_labelmap, f'a:{"9" * 5000},0,0::', 'is not name:red'),
+    (
+      mask_values.read_classes_csv,
+      f'id,name\n{"9" * 5000},a',
+      'is not id, name',
+    ),
+    (mask_values.read_classes_csv, f'id,name\n0,{"a" * 200000}', 'not a table'),
   ],
   ids=['colour', 'id', 'field'],
 )
@@ -337,10 +340,10 @@ def test_class_names_must_be_names(tmp_path, names):
   config = default_config().data.to_dict()
   config |= {'name': 'folder', 'root': str(tmp_path), 'class_names': names}
   with pytest.raises(InputError, match='config.data.class_names must be diff'):
-    folders.folder(config)
+    sources.load_dataset(config)
   config |= {'class_names': ('a', 'b'), 'palette': (1, 2)}
   with pytest.raises(InputError, match='config.data.palette has 2 entries'):
-    folders.folder(config)
+    sources.load_dataset(config)
 
 
 @pytest.mark.parametrize(

@@ -241,12 +241,13 @@ def test_scales_are_read():
   ('options', 'message'),
   [
     ({'protocol': 'pixel'}, "--protocol='pixel' must be one of native, refer"),
-    ({'split': 'test'}, "--split='test' must be one of train, val"),
+    ({'split': 'all'}, "--split='all' must be one of train, val, test"),
+    ({'split': 'test'}, 'test: scenes has no such split, but train, val'),
     ({'overlap': 1.0}, '--overlap=1.0 must be from 0 to below 1'),
     ({'submission': 'new'}, 'for the data set cityscapes, this one is scenes'),
     ({'step': 77}, r'no checkpoint 77; have \[1, 2\]'),
   ],
-  ids=['protocol', 'split', 'overlap', 'submission', 'step'],
+  ids=['protocol', 'word', 'split', 'overlap', 'submission', 'step'],
 )
 def test_wrong_values_are_named(stage, options, message):
   with pytest.raises(InputError, match=message):
