@@ -339,7 +339,7 @@ def test_class_names_must_be_names(tmp_path, names):
   (tmp_path / 'masks' / 'train').mkdir(parents=True)
   config = default_config().data.to_dict()
   config |= {'name': 'folder', 'root': str(tmp_path), 'class_names': names}
-  with pytest.raises(InputError, match='config.data.class_names must be diff'):
+  with pytest.raises(InputError, match='config.data.class_names must be 2 or'):
     sources.load_dataset(config)
   config |= {'class_names': ('a', 'b'), 'palette': (1, 2)}
   with pytest.raises(InputError, match='config.data.palette has 2 entries'):
