@@ -3,6 +3,7 @@
 
 import dataclasses
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,12 @@ class Pair:
   image: files.File
   mask: files.File
   mask_name: str = ''  # In messages, where it is not the name of its file.
+
+
+class Note(NamedTuple):
+  """Something that was read in another way; commands print it once."""
+
+  text: str
 
 
 class Decoded:
