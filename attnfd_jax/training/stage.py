@@ -13,7 +13,7 @@ from attnfd_jax import distill, metrics
 from attnfd_jax.data import cache, pipeline
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.devices import memory, sharding
-from attnfd_jax.errors import explained, InputError, within
+from attnfd_jax.errors import explained, named, within
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.network import Network
@@ -78,8 +78,6 @@ class Stage:
   def make_schedule(self):
     """step -> learning rate of the backbone."""
     lr, options = self.options.lr, self.config.optim
-    within('config.optim.lr', lr, 1e-30)
-    within('config.optim.power', options.power, 0, 100)
     warmup = round(options.warmup_epochs * self.epoch_steps)
     return optim.poly_schedule(
       lr, num_steps=self.num_steps, power=options.power, warmup_steps=warmup
@@ -223,12 +221,10 @@ def make_network(name, config, num_classes):
     within('config.distill.aspp_dropout', options.aspp_dropout, 0, 1)
     keys = ('aspp_dropout', 'update_norms_twice')
     changes = {key: options[key] for key in keys}
-  try:
+  with named(f'config.{role}'):
     return networks.make_network(
       config[role], num_classes, dtype=config.optim.dtype, **changes
     )
-  except InputError as error:
-    raise InputError(f'config.{role}.{error}') from error
 
 
 def plan(name, config, dataset, mesh):
