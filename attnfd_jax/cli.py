@@ -40,20 +40,33 @@ _EXPECTED = {
 }
 
 # What else ml_collections says about --config and its file.
-_IN_OUR_WORDS = {
-  r"^Could not override field '(\w+)' \(reference\)\. (.*) is of original type "
-  r"<class '(\w+)'> and cannot be casted to type <class '(\w+)'>$": r'\1=\2 in '
-  r'the file of --config is \3; it must be \4.',
-  r'^Key \W*(\w+)\W* does not exist .*?(Did you mean.*)?$': r'No key \1 in this '
-  r'group of --config. \2',
-  r'^Found (\S+) in argv before .*': r'--config=FILE must come before \1.',
-  r'^Flag (\S+) is provided after (\S+) .*': r'\1 would replace \2; leave one '
-  'of them out.',
-  r"^The flag 'config\..* is defined twice.*": '--config is given twice; leave '
-  'one of them out.',
-  r'.*Path to config file is an empty.*': '--config= is empty; name a file, as '
-  'in --config=configs/quickstart.py.',
-}
+_IN_OUR_WORDS = (
+  (
+    r"^Could not override field '(\w+)' \(reference\)\. (.*) is of original "
+    r"type <class '(\w+)'> and cannot be casted to type <class '(\w+)'>$",
+    r'\1=\2 in the file of --config is \3; it must be \4.',
+  ),
+  (
+    r'^Key "(\w+)" does not exist .*?(Did you mean.*)?$',
+    r'No key \1 in this group of --config. \2',
+  ),
+  (
+    r'^Found (\S+) in argv before .*',
+    r'--config=FILE must come before \1.',
+  ),
+  (
+    r'^Flag (\S+) is provided after (\S+) .*',
+    r'\1 would replace \2; leave one of them out.',
+  ),
+  (
+    r"^The flag 'config\..* is defined twice.*",
+    '--config is given twice; leave one of them out.',
+  ),
+  (
+    '.*Path to config file is an empty.*',
+    '--config= is empty; name a file, as in --config=configs/quickstart.py.',
+  ),
+)
 
 
 class _Bool(flags.BooleanParser):
@@ -162,8 +175,8 @@ def _one_line(error):
     # ml_collections tells all places it looked at first.
     text = f'{text.splitlines()[-1].strip()} (--config)'
   text = re.sub(r'^\W*(\w+)\W*\nDid you mean', r'No key \1. Did you mean', text)
-  for pattern, ours in _IN_OUR_WORDS.items():
-    text = re.sub(pattern, ours, text)
+  for pattern, ours in _IN_OUR_WORDS:
+    text = re.sub(pattern, ours, text, flags=re.S)
   if re.fullmatch(r'\w+', text):  # No key is near enough.
     text = f'No key {text} in this group of --config.'
   return re.sub(r'\s*\n\s*', ' ', text).strip() or type(error).__name__

@@ -9,7 +9,7 @@ from etils import epath
 
 from attnfd_jax.errors import InputError
 
-_LONGEST_NAME = 255  # Bytes, on all common file systems.
+LONGEST_NAME = 255  # Bytes, on all common file systems.
 
 
 def is_remote(path):
@@ -48,7 +48,7 @@ def replacing(path):
     return
   # One name: what a killed process leaves is overwritten by the next one.
   name = path.name
-  while len(os.fsencode(name)) > _LONGEST_NAME - len('..tmp'):
+  while len(os.fsencode(name)) > LONGEST_NAME - len('..tmp'):
     name = name[:-1]
   temporary = path.with_name(f'.{name}.tmp')
   try:

@@ -78,10 +78,17 @@ class Stage:
   def make_schedule(self):
     """step -> learning rate of the backbone."""
     lr, options = self.options.lr, self.config.optim
-    warmup = round(options.warmup_epochs * self.epoch_steps)
     return optim.poly_schedule(
-      lr, num_steps=self.num_steps, power=options.power, warmup_steps=warmup
+      lr,
+      num_steps=self.num_steps,
+      power=options.power,
+      warmup_steps=self.warmup_steps,
     )
+
+  @property
+  def warmup_steps(self):
+    """In which the learning rate rises."""
+    return round(self.config.optim.warmup_epochs * self.epoch_steps)
 
   def make_optimizer(self):
     """The Optax transformation; refuses values that are out of range."""
@@ -99,9 +106,18 @@ class Stage:
 
   def init_state(self, *, fresh=True, log=print):
     """A TrainState at step 0 on the mesh, compiled as one program; pretrained
-    if it is `fresh` (else a checkpoint follows), with a line to `log`.
+    if it is `fresh` (else a checkpoint follows). What is worth a line, such as
+    a warm-up that is too long, goes to `log`.
     """
     loaded = {}
+    if self.warmup_steps >= max(self.num_steps, 2):
+      epochs = self.config.optim.warmup_epochs
+      log(
+        f'the warm-up, config.optim.warmup_epochs={epochs:g}, is as long as '
+        f'this stage of {self.options.num_epochs:g} epochs or longer: the '
+        f'learning rate {self.options.lr:g} is never reached; shorten it, or '
+        'turn it off by --config.optim.warmup_epochs=0'
+      )
     if fresh and (path := self.options.pretrained):
       loaded, line = torch_networks.load_pretrained(path, self.network)
       log(line)
