@@ -3,6 +3,7 @@
 
 import ast
 import contextlib
+import logging as standard_logging
 import os
 import pathlib
 import re
@@ -23,6 +24,8 @@ from attnfd_jax.training.stopping import Stopped
 
 DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of bad input.')
 flags.disclaim_key_flags()  # The flags below are of the command that asks.
+# It would say when imported that its list of fonts has no place to be kept.
+standard_logging.getLogger('matplotlib').setLevel(standard_logging.ERROR)
 # ml_collections reports a wrong key by AttributeError or KeyError with the
 # nearest one, a wrong value by TypeError or ValueError, a wrong path by
 # OSError; all of them come from the command line while it is parsed.
@@ -115,7 +118,8 @@ def define_config():
   parsers = flags.FloatParser(), flags.IntegerParser(), _Bool(), _Tuple()
   for kind, parser in zip((float, int, bool, tuple), parsers, strict=True):
     config_flags.register_flag_parser_for_type(kind, _OrNone(parser))
-  config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]')
+  text, values = 'configs/NAME.py[:VARIANT]', flags.FLAGS
+  config_flags.DEFINE_config_file('config', None, text, flag_values=values)
 
 
 def own_flags():
@@ -146,7 +150,7 @@ def enable_compilation_cache():
     text = str(message)
     if 'persistent compilation cache' not in text:
       show(message, *rest, **options)
-    elif not shown:  # JAX warns for every program.
+    elif not shown:  # JAX warns again where threads compile.
       shown.append(text)
       path = jax.config.jax_compilation_cache_dir
       ours = path == str(user_cache.folder('xla'))
@@ -155,6 +159,7 @@ def enable_compilation_cache():
       what = f'Compiled programs cannot be kept in {path} ({reason})'
       remedy = f'set {variable} to a folder that can be written'
       write(f'{what}: each start compiles them again; {remedy}.')
+      jax.config.update('jax_enable_compilation_cache', False)
 
   warnings.showwarning = show_once
 

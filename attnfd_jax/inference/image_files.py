@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from attnfd_jax import paths as run_paths
-from attnfd_jax.data import files, masks, sources
+from attnfd_jax.data import masks, sources
 from attnfd_jax.devices import diagnosis
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import video as videos
@@ -41,10 +41,20 @@ def _natural(path):
 
 
 def _walk(folder):
-  """Images in and below a folder, {path inside of it: File}, and others."""
-  found = files.list_tree(folder, '')
-  images = {k: v for k, v in found.items() if k.lower().endswith(ENDINGS)}
-  return images, sorted(found.keys() - images.keys())
+  """As files.walk, which takes its place."""
+  found, seen = {}, {}
+  for top, folders, names in os.walk(folder, followlinks=True):
+    above = seen.get(os.path.dirname(top), ())
+    seen[top] = {*above, os.path.realpath(top)}
+    folders[:] = [x for x in folders if x[0] != '.']
+    if os.path.realpath(top) in above:
+      folders[:] = names[:] = []
+    for path in (os.path.join(top, x) for x in names if x[0] != '.'):
+      dangling = not os.path.exists(path)
+      inside = os.path.relpath(path, folder)
+      found[inside] = dangling or path.lower().endswith(ENDINGS)
+  others = sorted(name for name, image in found.items() if not image)
+  return {name: None for name, image in found.items() if image}, others
 
 
 def _is_file(path):
