@@ -135,6 +135,7 @@ def output_file(flag, ending=''):
   path = pathlib.Path(flags.FLAGS[flag].value)
   if path.is_dir() or not path.name.lower().endswith(ending):
     raise InputError(f'--{flag}={path}: name a file, such as found{ending}.')
+  diagnosis.require_writable(path.parent, f'--{flag}')
   path.parent.mkdir(parents=True, exist_ok=True)
   return path
 

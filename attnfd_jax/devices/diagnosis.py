@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnfd_jax import paths
-from attnfd_jax.errors import first_line
+from attnfd_jax.errors import first_line, InputError
 
 _LEAST_FREE = 2e9  # Bytes; three checkpoints of the largest network are 2 GB.
 _PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
@@ -139,6 +139,13 @@ def check_folder(folder, what, option, *, least_free=_LEAST_FREE):
   free = shutil.disk_usage(there).free
   text = f'{what} {folder}: writable, {free / 1e9:.1f} GB free'
   return Finding(text, f'make room, {other}' if free < least_free else '')
+
+
+def require_writable(folder, option):
+  """Raises InputError unless `folder`, which need not be there, is writable."""
+  finding = check_folder(folder, 'folder', option, least_free=0)
+  if finding.remedy:
+    raise InputError(f'{"; ".join(finding)}.')
 
 
 @jax.jit

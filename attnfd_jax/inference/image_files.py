@@ -193,9 +193,7 @@ def predict_files(
     videos.check(video, fps)
     others, size = [*others, video], frame_size(paths)
   check_outputs(targets, others, overwrite=overwrite)
-  problem = diagnosis.check_folder(output, 'folder', '--output', least_free=0)
-  if problem.remedy:
-    raise InputError(f'{"; ".join(problem)}.')
+  diagnosis.require_writable(output, '--output')
   predictor = Predictor(checkpoint, **options)
   for folder in {
     output,
