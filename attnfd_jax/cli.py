@@ -157,7 +157,7 @@ def enable_compilation_cache():
       ours = path == str(user_cache.folder('xla'))
       variable = 'XDG_CACHE_HOME' if ours else 'JAX_COMPILATION_CACHE_DIR'
       reason = text.partition("': ")[2] or text
-      what = f'Compiled programs cannot be kept in {path} ({reason})'
+      what = f'The cache of programs {path} cannot be used ({reason})'
       remedy = f'set {variable} to a folder that can be written'
       write(f'{what}: each start compiles them again; {remedy}.')
       jax.config.update('jax_enable_compilation_cache', False)
