@@ -12,8 +12,9 @@ import os
 from flax.traverse_util import flatten_dict
 from ml_collections.config_dict import ConfigDict, placeholder
 
-from attnfd_jax import distill
-from attnfd_jax.errors import InputError, one_of, within
+from attnfd_jax import distill, user_code
+from attnfd_jax.errors import InputError, named, one_of, within
+from attnfd_jax.models import network as networks
 
 # METHOD section 5: what the authors' code does, and what we would advise.
 _BY_RECIPE = {
@@ -49,6 +50,7 @@ _RANGES = {
   (0, 2): 'data.photometric',
   (0, 180): 'data.rotation',
   (0, 1024): 'data.workers',
+  (0, 100): 'optim.power',
   (0, 1e4): 'optim.warmup_epochs',
   (0, math.inf): (
     'seed checkpoint.every_minutes data.limit data.scenes_seed '
@@ -63,6 +65,7 @@ _RANGES = {
   # A step is a number of 32 bits.
   (1e-9, 1e4): 'num_epochs student.num_epochs teacher.num_epochs',
   (1e-9, math.inf): 'eval.every_epochs',
+  (1e-30, math.inf): 'optim.lr student.lr teacher.lr',
 }
 
 
@@ -231,12 +234,20 @@ def with_variant(config, arg):
 
 
 def resolve(config):
-  """A locked copy in which every None of the recipe is filled.
+  """A locked copy in which every None of the recipe is filled, and paths that
+  start with `~` with the home folder.
 
   Raises:
     InputError: for a value outside its choices or its range.
   """
   config = config.copy_and_resolve_references()
+  if absent := leaves(default_config()).keys() - leaves(config).keys():
+    text = f'config.{min(absent)} is absent; set single keys of a group, as in'
+    raise InputError(f'{text} --config.data.root=PATH.')
+  texts = {k: v for k, v in leaves(config).items() if isinstance(v, str)}
+  config.update_from_flattened_dict(
+    {k: os.path.expanduser(v) for k, v in texts.items()}
+  )
   one_of('config.recipe', config.recipe, RECIPES)
   filled = dict(RECIPES[config.recipe])
   if filled['distill.aspp_dropout'] == 'student':
@@ -277,6 +288,10 @@ def _check(config):
       within(f'config.{key}', values[key], *limits)
   for key, choices in _CHOICES.items():
     one_of(f'config.{key}', values[key], choices)
+  for role in ('teacher', 'student'):
+    if not user_code.is_code(config[role].network):
+      with named(f'config.{role}'):
+        networks.make_network(config[role], 2)
   for key, allowed in (('stages', STAGES), ('loggers', LOGGERS)):
     chosen, names = tuple(config[key]), ', '.join(allowed)
     if not {*chosen} <= {*allowed} or (key == 'stages' and not chosen):

@@ -58,7 +58,16 @@ def known(what, name, names, *, others=''):
 def first_line(error):
   """First line (JAX adds more), after the type unless it is a ValueError."""
   kind = '' if isinstance(error, ValueError) else f'{type(error).__name__} '
-  return kind + next(iter(str(error).splitlines()), '')
+  return (kind + next(iter(str(error).splitlines()), '')).strip()
+
+
+@contextlib.contextmanager
+def named(group):
+  """Adds '<group>.' to what an InputError says."""
+  try:
+    yield
+  except InputError as error:
+    raise InputError(f'{group}.{error}') from error
 
 
 @contextlib.contextmanager

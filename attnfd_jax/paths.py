@@ -3,10 +3,13 @@
 
 import contextlib
 import os
+import tempfile
 
 from etils import epath
 
 from attnfd_jax.errors import InputError
+
+LONGEST_NAME = 255  # Bytes, on all common file systems.
 
 
 def is_remote(path):
@@ -15,15 +18,24 @@ def is_remote(path):
 
 
 def as_path(path):
-  """An absolute epath.Path; InputError if an address needs another package."""
+  """An absolute epath.Path, `~` being the home folder; InputError if an address
+  needs another package.
+  """
   if not is_remote(path):
-    return epath.Path(os.path.abspath(path))
+    return epath.Path(os.path.abspath(os.path.expanduser(path)))
   try:
     epath.Path(path).exists()
   except ImportError as error:
     remedy = "pip install 'attnfd_jax[gcs]'"
     raise InputError(f'{path}: reading it needs gcsfs; {remedy}.') from error
   return epath.Path(path)
+
+
+def check_writable(folder):
+  """Raises OSError unless a file can be made in `folder`, and written."""
+  with tempfile.TemporaryFile(dir=folder) as file:
+    file.write(b'x')
+    file.flush()
 
 
 @contextlib.contextmanager
@@ -35,7 +47,10 @@ def replacing(path):
       yield file
     return
   # One name: what a killed process leaves is overwritten by the next one.
-  temporary = path.with_name(f'.{path.name}.tmp')
+  name = path.name
+  while len(os.fsencode(name)) > LONGEST_NAME - len('..tmp'):
+    name = name[:-1]
+  temporary = path.with_name(f'.{name}.tmp')
   try:
     with temporary.open('wb') as file:
       yield file

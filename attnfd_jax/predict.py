@@ -10,7 +10,8 @@ Writes for every image:
   STEM_colour.png      the same in colors
   STEM_overlay.jpg     the colors over the image
   STEM_confidence.png  with --confidence: probability of the id, 255 is 1
-and areas.csv, the share of each class in each image. --tile is for images
+and areas.csv, the share of each class in each image. Folders are searched with
+those below them, and results keep their paths in them. --tile is for images
 larger than memory; --video writes the overlays as one file, too. Images are
 taken as they are stored, without the rotation that a camera may note beside
 them, seen by the network at the scale at which its stage was scored, and in the

@@ -6,6 +6,11 @@ import sys
 from tqdm.auto import tqdm
 
 
+def write(text):
+  """Prints a line on stderr, above any bar."""
+  tqdm.write(text, file=sys.stderr)
+
+
 def progress(total, text=None, **options):
   """A bar of tqdm over `total` images; off terminals a line now and then."""
   options['mininterval'] = 0.2 if sys.stderr.isatty() else 10

@@ -164,10 +164,7 @@ def adapted(command):
       small.append(f'--config.stages=({stage!r},)')
       if '--config.teacher.checkpoint' not in given:
         small.append('--config.teacher.checkpoint=runs/a/teacher')
-  # In place of the command's own: tuples that are given twice are joined.
-  changed = {argument.split('=')[0] for argument in small}
-  kept = [x for x in arguments if x.split('=')[0] not in changed]
-  return [verb, *kept, *small]
+  return [verb, *arguments, *small]  # The last of two counts.
 
 
 @contextlib.contextmanager

@@ -238,6 +238,33 @@ def test_aspp_dropout_while_distilling(recipe, dropped):
   assert resolve(config).distill.aspp_dropout == dropped
 
 
+@pytest.mark.parametrize(
+  'key',
+  [
+    *('data.root', 'data.prepared', 'data.sbd_root', 'data.decoded_cache'),
+    *('teacher.checkpoint', 'student.pretrained', 'student.network'),
+    *('teacher.factory', 'distill.method'),
+  ],
+)
+def test_home_in_a_config(monkeypatch, key):
+  monkeypatch.setenv('HOME', '/home/me')
+  config = default_config()
+  config.update_from_flattened_dict({key: '~/a b/x.py:Y'})
+  plain, found = leaves(resolve(default_config())), leaves(resolve(config))
+  assert {k: v for k, v in found.items() if v != plain[k]} == {
+    key: '/home/me/a b/x.py:Y'
+  }
+
+
+def test_home_in_options_of_a_class(monkeypatch):
+  monkeypatch.setenv('HOME', '/home/me')
+  config = default_config()
+  config.student.network = 'net.py:Net'
+  config.student.options = {'weights': '~/w', 'width': 8, 'tilde': 'a~'}
+  expected = {'weights': '/home/me/w', 'width': 8, 'tilde': 'a~'}
+  assert resolve(config).student.options.to_dict() == expected
+
+
 def test_debug_is_small():
   config = resolve(debug(default_config()))
   assert config.data.limit == 12

@@ -11,6 +11,7 @@ import pytest
 from attnfd_jax.config import default_config
 from attnfd_jax.data.sources import Dataset, load_dataset
 from attnfd_jax.errors import DataError
+from attnfd_jax.reporting import contact_sheet
 from attnfd_jax.reporting.contact_sheet import draw_sheet
 
 TOP, ROW = 14 + 2 * 8, 180 + 14 + 8  # Heights of a legend line and of a row.
@@ -96,3 +97,23 @@ def test_captions_of_any_length(tmp_path):
   assert len(sheet_of(name, tmp_path / 'mask.png')) == TOP + ROW
   assert len(sheet_of(tmp_path / 'mask.png', name)) == TOP + ROW
   assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+  ('name', 'text'),
+  [
+    ('road', '7 road'),
+    ('Fahrr\u00e4der', '7 Fahrrader'),
+    ('\u5929\u7a7a', r'7 \u5929\u7a7a'),
+    ('\u0633\u0645\u0627', r'7 \u0633\u0645\u0627'),
+    ('\u0938\u095c\u0915', None),
+    ('\U0001f697', r'7 \U0001f697'),
+    ('a\ud800', r'7 a\ud800'),
+  ],
+  ids=['ascii', 'accent', 'chinese', 'arabic', 'devanagari', 'emoji', 'none'],
+)
+def test_names_of_classes_in_any_script(name, text):
+  """The built-in font has no more: a number, and letters or their codes."""
+  found = contact_sheet._shorten(f'7 {name}', 24)
+  assert found.isascii() and '?' not in found and found.startswith('7 ')
+  assert text is None or found == text

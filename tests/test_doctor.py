@@ -5,9 +5,11 @@ import importlib.metadata
 import tempfile
 
 import jax
+from PIL import Image
 import pytest
 import tiny_run
 
+from attnfd_jax import cli
 from attnfd_jax.devices import diagnosis
 
 
@@ -70,6 +72,79 @@ def test_why_it_is_the_cpu(backend, options, text, remedy):
   finding = diagnosis.check_backend(backend, **options)
   assert text in finding.text
   assert bool(finding.remedy) == bool(remedy) and remedy in finding.remedy
+
+
+@pytest.mark.parametrize(
+  ('platforms', 'error', 'text', 'remedy'),
+  [
+    ('cuda', AssertionError(), "='cuda' (AssertionError)", 'unset JAX_PLAT'),
+    (
+      'gpuu',
+      RuntimeError('Backend gpuu is unknown\nmore'),
+      "='gpuu' (RuntimeError Backend gpuu is unknown)",
+      'unset JAX_PLATFORMS to use what there is, or install the plugin',
+    ),
+    ('', RuntimeError('driver'), "='' (RuntimeError dri", 'set JAX_PLATFORMS='),
+    ('x', KeyError('y'), "='x' (KeyError 'y')", 'unset JAX_PLATFORMS'),
+  ],
+  ids=['absent', 'typo', 'driver', 'other'],
+)
+def test_no_backend(monkeypatch, platforms, error, text, remedy):
+  def fails():
+    raise error
+
+  assert diagnosis.check_start() is None
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  monkeypatch.setattr(jax, 'local_devices', fails)
+  finding = diagnosis.check_start()
+  assert finding.text.startswith('no backend starts with JAX_PLATFORMS=')
+  assert text in finding.text and finding.remedy.startswith(remedy)
+  assert list(diagnosis.find_all('.'))[-1] == finding
+
+
+QUICK = f'--config={tiny_run.ROOT}/configs/quickstart.py'
+MEASURE = ('--steps=1', '--height=32', '--width=32')
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'gpuu'])
+@pytest.mark.parametrize(
+  ('verb', 'arguments'),
+  [
+    ('main', (QUICK, '--workdir=TMP/run')),
+    ('evaluate', ('--checkpoint=STAGE',)),
+    ('predict', ('--checkpoint=STAGE', '--input=TMP/a.png', '--output=TMP/o')),
+    ('convert', ('--source=STAGE', '--target=TMP/a.pth')),
+    ('benchmark', ('train', '--method=none', *MEASURE)),
+    ('benchmark', ('predict', *MEASURE)),
+    ('benchmark', ('data', QUICK)),
+  ],
+  ids=lambda x: x if isinstance(x, str) else x[0].partition('=')[0],
+)
+def test_commands_say_what_doctor_says(
+  tmp_path, tmp_path_factory, verb, arguments, platform
+):
+  stage = tiny_run.make_stage(tmp_path_factory)
+  Image.new('RGB', (64, 48)).save(tmp_path / 'a.png')
+  names = {'STAGE': str(stage), 'TMP': str(tmp_path)}
+  for name, path in names.items():
+    arguments = [x.replace(name, path) for x in arguments]
+  done = tiny_run.run_verb(verb, *arguments, JAX_PLATFORMS=platform)
+  (line,) = done.stderr.splitlines()
+  start = f'error: no backend starts with JAX_PLATFORMS={platform!r} ('
+  assert line.startswith(start) and done.returncode == 2
+  assert '; unset JAX_PLATFORMS to use what there is, or install' in line
+  assert not (tmp_path / 'run').exists() and not (tmp_path / 'o').exists()
+
+
+def test_other_faults_are_not_explained_by_the_backend(monkeypatch, capsys):
+  with pytest.raises(RuntimeError, match='ours'), cli._readable(ValueError):
+    raise RuntimeError('ours')
+  monkeypatch.setattr(jax, 'local_devices', lambda: 1 / 0)
+  with pytest.raises(KeyError), cli._readable(ValueError):
+    raise KeyError('not of JAX')
+  with pytest.raises(SystemExit), cli._readable(ValueError):
+    raise ValueError('bad input')
+  assert capsys.readouterr().err == 'error: bad input\n'
 
 
 def test_memory_preallocation():

@@ -12,6 +12,7 @@ import pytest
 
 from attnfd_jax.config import STAGES
 from attnfd_jax.errors import InputError
+from attnfd_jax.reporting import figures
 from attnfd_jax.reporting.page import signed, write_report
 
 NAMES = ('sky', 'road', 'sign <b>&', 'fence', 'car $x^2$')
@@ -265,6 +266,18 @@ def test_a_teacher_from_elsewhere_has_its_name(tmp_path):
 )
 def test_signed(value, text):
   assert signed(value) == text
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['\u5929\u7a7a', '\u0633\u0645\u0627', '\u0938\u095c\u0915', '\U0001f697'],
+  ids=['chinese', 'arabic', 'devanagari', 'emoji'],
+)
+def test_charts_have_names_in_any_script(name):
+  """A warning would be an error here; browsers have the fonts."""
+  curve = np.array([[0.0, 1.0], [2.0, 1.0]])
+  terms = {'loss': curve, 'ce': curve, name: curve}
+  assert name in figures.loss_chart(terms, 'student')
 
 
 def test_a_failure_leaves_the_page_of_before(tmp_path):

@@ -66,12 +66,12 @@ def environment():
   }
 
 
-def run_verb(verb, *arguments):
-  """`python -m attnfd_jax.<verb>` in such a process."""
+def run_verb(verb, *arguments, **variables):
+  """`python -m attnfd_jax.<verb>` in such a process, with other variables."""
   return subprocess.run(
     [sys.executable, '-m', f'attnfd_jax.{verb}', *map(str, arguments)],
     capture_output=True,
     text=True,
-    env=environment(),
+    env=environment() | variables,
     check=False,
   )

@@ -365,7 +365,7 @@ def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
   target = folder / f'{what}-{stat.st_size}-{stat.st_mtime_ns}.zip'
   if not target.exists():
     files.need(*_NEEDED)  # Or raise before the work starts.
-    folder.mkdir(parents=True, exist_ok=True)
+    user_cache.made('coco')
     # Renamed when complete, so that nobody sees half of it.
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
       partial = pathlib.Path(temporary) / 'labels.zip'

@@ -9,7 +9,8 @@ import grain
 import numpy as np
 
 from attnfd_jax import user_cache
-from attnfd_jax.progress import progress
+from attnfd_jax.errors import InputError
+from attnfd_jax.progress import progress, write
 
 
 def map_records(function, indices, threads):
@@ -102,14 +103,16 @@ def class_presence(source, num_classes, *, threads=4):
   """Whether record n shows class k, bool [n, k]; of files kept in a cache."""
   path = None
   if hasattr(source, 'fingerprint'):
-    folder = user_cache.folder('presence')
-    path = folder / f'{source.fingerprint()}-{num_classes}.npy'
-    if path.exists():
-      return np.load(path)
+    try:
+      folder = user_cache.made('presence')
+      path = folder / f'{source.fingerprint()}-{num_classes}.npy'
+      if path.exists():
+        return np.load(path)
+    except InputError as error:  # A cache that cannot be written.
+      write(f'{error} Each start counts the classes again.')
   rows = count_labels(source, num_classes, threads, 'counting classes')
   presence = rows[:, :-1] > 0
   if path:
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{os.getpid()}-{path.name}')
     np.save(temporary, presence)
     temporary.replace(path)

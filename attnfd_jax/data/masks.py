@@ -277,14 +277,16 @@ class IndexLabels:
 
   def from_ids(self, file, ids):
     """Train ids, uint8 [h, w], of the file's ids; DataError if none fits."""
-    k, ignored = len(self.ids), [*self.ignored, IGNORE_LABEL]
+    k = len(self.ids)
+    ignored = [*({*self.ignored, IGNORE_LABEL} - {*self.ids})]
     table = np.full(256, k, np.uint8)
     table[ignored] = IGNORE_LABEL
     table[[*self.ids]] = range(k)
     label = cv2.LUT(ids, table)  # Several times as fast as NumPy's indexing.
     wrong = label == k
     if k < IGNORE_LABEL and wrong.any():  # Of 255 classes no id is left.
-      expected = f'classes are {_ranges(self.ids)}, ignored {_ranges(ignored)}'
+      expected = f'classes are {_ranges(self.ids)}'
+      expected += f', ignored {_ranges(ignored)}' * bool(ignored)
       raise _no_class(file, _counted(ids[wrong]), expected)
     return label
 

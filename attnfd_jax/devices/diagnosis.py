@@ -9,7 +9,6 @@ import platform
 import re
 import shutil
 import subprocess
-import tempfile
 import time
 import tomllib
 from typing import NamedTuple
@@ -18,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnfd_jax.errors import first_line
+from attnfd_jax import paths
+from attnfd_jax.errors import first_line, InputError
 
 _LEAST_FREE = 2e9  # Bytes; three checkpoints of the largest network are 2 GB.
 _PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
@@ -132,15 +132,20 @@ def check_folder(folder, what, option, *, least_free=_LEAST_FREE):
   there = next(x for x in (folder, *folder.parents) if x.exists())
   other = f'or name another by {option}'
   try:
-    with tempfile.TemporaryFile(dir=there) as file:
-      file.write(b'x')
-      file.flush()
+    paths.check_writable(there)
   except OSError as error:
     text = f'{what} {folder} cannot be written ({error.strerror})'
     return Finding(text, f'make it writable, {other}')
   free = shutil.disk_usage(there).free
   text = f'{what} {folder}: writable, {free / 1e9:.1f} GB free'
   return Finding(text, f'make room, {other}' if free < least_free else '')
+
+
+def require_writable(folder, option):
+  """Raises InputError unless `folder`, which need not be there, is writable."""
+  finding = check_folder(folder, 'folder', option, least_free=0)
+  if finding.remedy:
+    raise InputError(f'{"; ".join(finding)}.')
 
 
 @jax.jit
@@ -180,21 +185,31 @@ def check_device(device, convolve=convolve):
   return Finding(f'{name}: convolution and gradient in {1e3 * seconds:.2f} ms')
 
 
+def check_start():
+  """A Finding with a remedy if JAX starts on no device, else None."""
+  platforms = os.environ.get('JAX_PLATFORMS', '')
+  try:
+    jax.local_devices()
+  except Exception as error:  # RuntimeError, or jax's own AssertionError.
+    use = 'unset JAX_PLATFORMS to use what there is'
+    return Finding(
+      f'no backend starts with JAX_PLATFORMS={platforms!r} '
+      f'({first_line(error)})',
+      f'{use if platforms else "set JAX_PLATFORMS=cpu to use the CPU"}, or '
+      "install the plugin of the device: pip install -U 'jax[cuda12]' or "
+      "'jax[tpu]'",
+    )
+  return None
+
+
 def find_all(workdir):
   """All findings, in the order in which they are worth reading."""
   yield Finding(f'python {platform.python_version()}, {platform.platform()}')
   yield from check_versions(_requirements(), importlib.metadata.version)
-  platforms = os.environ.get('JAX_PLATFORMS', '')
-  try:
-    devices = jax.local_devices()
-  except Exception as error:  # RuntimeError, or jax's own AssertionError.
-    yield Finding(
-      f'no backend starts with JAX_PLATFORMS={platforms!r} '
-      f'({first_line(error)})',
-      'unset JAX_PLATFORMS to use what there is, or install the plugin of '
-      "the device: pip install -U 'jax[cuda12]' or 'jax[tpu]'",
-    )
+  if problem := check_start():
+    yield problem
     return
+  platforms = os.environ.get('JAX_PLATFORMS', '')
   backend = jax.default_backend()
   names = [x.metadata['Name'] or '' for x in importlib.metadata.distributions()]
   has_gpu = backend == 'cpu' and _has_nvidia_gpu()
@@ -206,7 +221,7 @@ def find_all(workdir):
     mode = _PAGES.read_text() if _PAGES.is_file() else ''
     tunables = os.environ.get('GLIBC_TUNABLES', '')
     yield check_pages(mode, tunables, libc=platform.libc_ver())
-  for device in devices:
+  for device in jax.local_devices():
     yield check_device(device)
   yield check_folder(workdir, 'workdir', '--workdir')
   cache = jax.config.jax_compilation_cache_dir

@@ -45,7 +45,7 @@ def make_batches(pattern, info, *, short_side, count):
   dataset, read = info['data']['name'], operator.itemgetter('image')
   if pattern:
     name, read = f'images of {pattern}', masks.read_image
-    source = image_files.find_images(pattern, option='--images')
+    source = [*image_files.find_images(pattern, option='--images').values()]
   elif source := _val_source(info):
     name = f'images of the val split of {dataset}'
   else:

@@ -8,7 +8,6 @@ import glob
 import os
 import pathlib
 import re
-import sys
 import threading
 
 import grain
@@ -18,13 +17,12 @@ from PIL import Image
 
 from attnfd_jax import paths as run_paths
 from attnfd_jax.data import files, masks, sources
+from attnfd_jax.devices import diagnosis
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import video as videos
 from attnfd_jax.inference.predictor import Predictor
-from attnfd_jax.progress import progress
+from attnfd_jax.progress import progress, write
 
-# What a folder is searched for; a file that is named may be anything.
-ENDINGS = files.IMAGE_ENDINGS
 # Of the class ids, in colors, over the image, and with `confidence`.
 _RESULTS = ('.png', '_colour.png', '_overlay.jpg', '_confidence.png')
 # Results hold whole frames: only so many are ahead of the one waited for.
@@ -40,19 +38,53 @@ def _natural(path):
   return parts, path
 
 
-def find_images(pattern, option='--input'):
-  """Files of an image, folder or glob, in the order of their numbers."""
-  if os.path.isdir(pattern):
-    names = [file.path for file in files.walk(pattern).files.values()]
-    problem = f'no {", ".join(ENDINGS)} files in it'
+def _is_file(path):
+  """Also a link to nothing, which is said to be broken, and not left out."""
+  return path.is_file() or (path.is_symlink() and not path.exists())
+
+
+def find_images(pattern, option='--input', *, output=None):
+  """{name: path} of an image, a folder with those below it, or a glob, in the
+  order of their numbers; what is left out of a folder is printed.
+
+  Names are relative to the folder, or to the folders that a glob begins with.
+  What `output`, a folder below those, has is no input.
+  """
+  root, others = pathlib.Path(pattern), []
+  if root.is_dir():
+    names, others = files.walk(root)
+    problem = f'no {", ".join(files.IMAGE_ENDINGS)} files in it'
+  elif root.is_file():
+    root, names = root.parent, [root.name]
   else:
-    exact = os.path.isfile(pattern)
-    names = [pattern] if exact else glob.glob(pattern, recursive=True)
+    # A folder that is there may have brackets in its name.
+    root = next(x for x in root.parents if x.is_dir())
+    rest = pathlib.Path(pattern).relative_to(root)
+    if '..' in rest.parts:  # Results would leave their folder.
+      raise InputError(f'{option}={pattern}: write it without ..')
+    names = glob.glob(str(rest), root_dir=root, recursive=True)
     problem = 'no such file, and nothing matches it as a pattern'
-  found = {pathlib.Path(name) for name in names if os.path.isfile(name)}
+    if '[' in str(rest):
+      problem += ', in which [[] is a bracket'
+  searched, results = (
+    os.path.join(os.path.realpath(x), '') for x in (root, output or root)
+  )
+
+  def is_input(name):
+    path = os.path.realpath(root / name)
+    return results == searched or not path.startswith(results)
+
+  names, others = filter(is_input, names), [*filter(is_input, others)]
+  found = {pathlib.Path(x): root / x for x in names if _is_file(root / x)}
+  shown = ', '.join(others[:3]) + ', ...' * (len(others) > 3)
+  left_out = f'{len(others)} of other endings: {shown}' * bool(others)
   if not found:
-    raise InputError(f'{option}={pattern}: {problem}.')
-  return sorted(found, key=_natural)
+    raise InputError(
+      f'{option}={pattern}: {problem}{left_out and ", "}{left_out}.'
+    )
+  if left_out:
+    print(f'{pattern}: left out {left_out}', flush=True)
+  return {x: found[x] for x in sorted(found, key=_natural)}
 
 
 def check_outputs(results, others, *, overwrite):
@@ -122,20 +154,38 @@ def predict_files(
   InputError before any work if it could not be done as a whole; after it, if
   single files were not readable or too large, and were skipped.
   """
-  paths, output = find_images(pattern), pathlib.Path(output)
+  output = pathlib.Path(output)
   if output.exists() and not output.is_dir():
     raise InputError(f'--output={output} is a file; name a folder.')
+  images = find_images(pattern, output=output)
+  endings, targets, skipped = _RESULTS[: 3 + confidence], {}, []
+  for name, path in images.items():
+    results = [name.with_name(f'{name.stem}{end}') for end in endings]
+    longest = max(len(os.fsencode(x.name)) for x in results)
+    if longest > run_paths.LONGEST_NAME:
+      what = f'names of more than {run_paths.LONGEST_NAME} bytes'
+      skipped.append(f'{path}: its results would have {what}; rename it.')
+    else:
+      targets[path] = [output / x for x in results]
+  names, paths = {path: name for name, path in images.items()}, [*targets]
   others, size = [output / 'areas.csv'], None
   if video:
     video = pathlib.Path(video)
     videos.check(video, fps)
     others, size = [*others, video], frame_size(paths)
-  endings = _RESULTS[: 3 + confidence]
-  targets = {x: [output / f'{x.stem}{end}' for end in endings] for x in paths}
   check_outputs(targets, others, overwrite=overwrite)
+  diagnosis.require_writable(output, '--output')
   predictor = Predictor(checkpoint, **options)
-  output.mkdir(parents=True, exist_ok=True)
-  print(f'{predictor.description}, on {len(paths)} images; writing to {output}')
+  for folder in {
+    output,
+    *(x.parent for results in targets.values() for x in results),
+  }:
+    folder.mkdir(parents=True, exist_ok=True)
+  print(
+    f'{predictor.description}, on {len(images)} images; writing to {output}'
+  )
+  for text in skipped:
+    write(f'skipped {text}')
   device = threading.Lock()  # One image there, others in reading and writing.
 
   def work(path):
@@ -167,20 +217,23 @@ def predict_files(
   if size:
     video.parent.mkdir(parents=True, exist_ok=True)
     frames = videos.writer(video, size, fps)
-  with frames as add_frame:
-    for path, (shares, found) in zip(paths, results, strict=True):
-      if shares is None:
-        results.write(f'skipped {found}', file=sys.stderr)
-        continue
-      rows.append([path.name, *(f'{share:.6f}' for share in shares)])
-      if add_frame:
-        add_frame(found)
-  with run_paths.replacing(output / 'areas.csv') as file:
-    # Names of files are bytes, and not always text.
-    text = codecs.getwriter('utf-8')(file, 'surrogateescape')
-    csv.writer(text).writerows([['image', *predictor.class_names], *rows])
-  if len(rows) < len(paths):
+  try:
+    with frames as add_frame:
+      for path, (shares, found) in zip(paths, results, strict=True):
+        if shares is None:
+          write(f'skipped {found}')
+          continue
+        shares = (f'{share:.6f}' for share in shares)
+        rows.append([names[path].as_posix(), *shares])
+        if add_frame:
+          add_frame(found)
+  finally:  # Of what there is, whatever stopped it.
+    with run_paths.replacing(output / 'areas.csv') as file:
+      # Names of files are bytes, and not always text.
+      text = codecs.getwriter('utf-8')(file, 'surrogateescape')
+      csv.writer(text).writerows([['image', *predictor.class_names], *rows])
+  if len(rows) < len(images):
     places = f'{output} and {video}' if video and rows else output
-    skipped = f'{len(paths) - len(rows)} of {len(paths)} images were skipped'
+    skipped = f'{len(images) - len(rows)} of {len(images)} images were skipped'
     raise InputError(f'{skipped}, see above; the others are in {places}.')
-  return len(paths)
+  return len(images)

@@ -33,7 +33,7 @@ def writer(path, size, fps):
   """
   if path.is_dir():
     raise InputError(f'--video={path} is a folder; name a file.')
-  temporary = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
+  temporary = path.with_name(f'.{os.getpid()}{path.suffix}')  # Never too long.
   temporary.touch()  # OpenCV does not say why it cannot.
   codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
   (h, w), file, count = size, cv2.VideoWriter(), 0

@@ -3,6 +3,7 @@
 
 import collections
 import pathlib
+import unicodedata
 import warnings
 
 import cv2
@@ -38,7 +39,7 @@ def draw_sheet(dataset, problems):
     y = _GAP + i // _COLUMNS * _LINE
     box = (x, y + 1, x + 16, y + _LINE - 3)
     draw.rectangle(box, tuple(palette[i].tolist()), 'black')
-    draw.text((x + 22, y), _shorten(name, 24), 'black')
+    draw.text((x + 22, y), _shorten(f'{i} {name}', 24), 'black')
   for row, (caption, cells) in enumerate(rows):
     y = top + row * step
     draw.text((_GAP, y), _shorten(caption, 110), 'black')
@@ -125,8 +126,12 @@ def _mark(mask, values):
 
 
 def _shorten(text, most):
-  """One line of ASCII, all the built-in font has, without its middle."""
-  text = ' '.join(text.encode('ascii', 'replace').decode().split())
+  """One line of ASCII, all the built-in font has, without its middle; letters
+  lose their accents, other scripts are escaped.
+  """
+  text = unicodedata.normalize('NFKD', text)
+  text = ''.join(x for x in text if not unicodedata.combining(x))
+  text = ' '.join(text.encode('ascii', 'backslashreplace').decode().split())
   if len(text) <= most:
     return text
   return f'{text[: most // 5]}...{text[len(text) - most * 4 // 5 + 3 :]}'

@@ -174,7 +174,9 @@ def train(stage, state, *, manager, log, stop):
       if step == first + 1:
         jax.block_until_ready(metrics)
         seconds = time.monotonic() - start
-        log.line(f'first step after {seconds:.1f} s; faster next time, cached')
+        kept = jax.config.jax_enable_compilation_cache
+        text = '; faster next time, cached' if kept else ''
+        log.line(f'first step after {seconds:.1f} s{text}')
         clock = _Clock(step)
       if step % log_every and step != num_steps:
         continue

@@ -13,7 +13,7 @@ from attnfd_jax import distill, metrics
 from attnfd_jax.data import cache, pipeline
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.devices import memory, sharding
-from attnfd_jax.errors import explained, InputError, within
+from attnfd_jax.errors import explained, InputError, named, within
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.network import Network
@@ -78,12 +78,17 @@ class Stage:
   def make_schedule(self):
     """step -> learning rate of the backbone."""
     lr, options = self.options.lr, self.config.optim
-    within('config.optim.lr', lr, 1e-30)
-    within('config.optim.power', options.power, 0, 100)
-    warmup = round(options.warmup_epochs * self.epoch_steps)
     return optim.poly_schedule(
-      lr, num_steps=self.num_steps, power=options.power, warmup_steps=warmup
+      lr,
+      num_steps=self.num_steps,
+      power=options.power,
+      warmup_steps=self.warmup_steps,
     )
+
+  @property
+  def warmup_steps(self):
+    """In which the learning rate rises."""
+    return round(self.config.optim.warmup_epochs * self.epoch_steps)
 
   def make_optimizer(self):
     """The Optax transformation; refuses values that are out of range."""
@@ -101,9 +106,18 @@ class Stage:
 
   def init_state(self, *, fresh=True, log=print):
     """A TrainState at step 0 on the mesh, compiled as one program; pretrained
-    if it is `fresh` (else a checkpoint follows), with a line to `log`.
+    if it is `fresh` (else a checkpoint follows). What is worth a line, such as
+    a warm-up that is too long, goes to `log`.
     """
     loaded = {}
+    if self.warmup_steps >= max(self.num_steps, 2):
+      epochs = self.config.optim.warmup_epochs
+      log(
+        f'the warm-up, config.optim.warmup_epochs={epochs:g}, is as long as '
+        f'this stage of {self.options.num_epochs:g} epochs or longer: the '
+        f'learning rate {self.options.lr:g} is never reached; shorten it, or '
+        'turn it off by --config.optim.warmup_epochs=0'
+      )
     if fresh and (path := self.options.pretrained):
       loaded, line = torch_networks.load_pretrained(path, self.network)
       log(line)
@@ -225,12 +239,10 @@ def make_network(name, config, num_classes):
     within('config.distill.aspp_dropout', options.aspp_dropout, 0, 1)
     keys = ('aspp_dropout', 'update_norms_twice')
     changes = {key: options[key] for key in keys}
-  try:
+  with named(f'config.{role}'):
     return networks.make_network(
       config[role], num_classes, dtype=config.optim.dtype, **changes
     )
-  except InputError as error:
-    raise InputError(f'config.{role}.{error}') from error
 
 
 def plan(name, config, dataset, mesh):

@@ -111,6 +111,19 @@ def test_presence_is_counted_once(monkeypatch, tmp_path):
   assert sorted(files) == ['one-2.npy', 'one-4.npy', 'two-4.npy']
 
 
+@pytest.mark.parametrize('place', ['file', '/proc'])
+def test_presence_without_a_cache(monkeypatch, tmp_path, capsys, place):
+  (tmp_path / 'file').write_text('')
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / place))
+  for _ in range(2):
+    found = frequencies.class_presence(FileSource(PRESENCE), 4)
+    np.testing.assert_array_equal(found, PRESENCE)
+    text = capsys.readouterr().err
+    assert (
+      text.count('set XDG_CACHE_HOME to a folder that can be. Each st') == 1
+    )
+
+
 @pytest.mark.parametrize(
   ('key', 'value', 'message'),
   [

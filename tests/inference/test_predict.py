@@ -15,6 +15,7 @@ import pytest
 import tiny_run
 
 import attnfd_jax
+from attnfd_jax import paths as run_paths
 from attnfd_jax.data import sources
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
@@ -372,14 +373,18 @@ def test_all_files_of_a_folder(stage, folder, tmp_path):
     np.testing.assert_allclose(np.float64(shares), share, rtol=0, atol=1e-6)
 
 
+def found_names(pattern, **options):
+  found = image_files.find_images(str(pattern), **options)
+  return [name.as_posix() for name in found]
+
+
 def test_images_are_found(folder):
-  def names(pattern):
-    return [path.name for path in image_files.find_images(str(pattern))]
+  names = found_names
 
   assert names(folder) == ['a.png', 'b.PNG', 'c d.jpg']
   assert names(folder / 'a.png') == ['a.png']
   assert names(folder / '*.png') == ['a.png']
-  assert names(folder.parent / '**' / '*.jpg') == ['c d.jpg']
+  assert names(folder.parent / '**' / '*.jpg') == ['images/c d.jpg']
   brackets = folder / 'a[1].png'
   brackets.write_bytes(b'')
   assert names(brackets) == ['a[1].png']
@@ -393,8 +398,200 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path):
   expected = ['7.png', '30.png', *names[:13]]
   expected += ['g01.png', 'g1.png', 'g01_2.png', 'g1_10.png', 'g1b.png']
   for pattern in (tmp_path, tmp_path / '*.png'):
-    found = image_files.find_images(str(pattern))
-    assert [path.name for path in found] == expected
+    assert found_names(pattern) == expected
+
+
+@pytest.fixture
+def tree(tmp_path):
+  """Images in folders, linked, hidden, dangling; and what is none."""
+  path = tmp_path / 'in'
+  (path / 'cam 2' / 'day').mkdir(parents=True)
+  (path / '.hidden').mkdir()
+  for name in ('f00.png', 'cam 2/f00.png', 'cam 2/day/f00.JPG', '.a.png'):
+    Image.fromarray(_image(40, 56)).save(path / name)
+  Image.fromarray(_image(40, 56)).save(path / '.hidden/a.png')
+  Image.fromarray(_image(40, 56)).save(path / 'cam 2' / 'b.webp')
+  elsewhere = tmp_path / 'elsewhere'
+  elsewhere.mkdir()
+  Image.fromarray(_image(40, 56)).save(elsewhere / 'f00.png')
+  (path / 'linked').symlink_to(elsewhere)
+  (path / 'cam 2' / 'around').symlink_to(path)  # Without an end.
+  (path / 'gone.png').symlink_to(tmp_path / 'moved.png')
+  for name in ('a.txt', 'cam 2/b.heic', 'linked/c', 'd.csv'):
+    (path / name).write_text('')
+  return path
+
+
+TREE = ['cam 2/b.webp', 'cam 2/day/f00.JPG', 'cam 2/f00.png', 'f00.png']
+TREE += ['gone.png', 'linked/f00.png']
+
+
+def test_folders_are_searched_whole(tree, capsys):
+  assert found_names(tree) == TREE
+  assert capsys.readouterr().out == (
+    f'{tree}: left out 4 of other endings: a.txt, cam 2/b.heic, d.csv, ...\n'
+  )
+
+
+@pytest.mark.parametrize(
+  ('pattern', 'names'),
+  [
+    ('*.png', ['f00.png', 'gone.png']),
+    ('*/*.png', ['cam 2/f00.png', 'linked/f00.png']),
+    ('cam 2/*', ['b.heic', 'b.webp', 'f00.png']),
+    ('c*/day/*', ['cam 2/day/f00.JPG']),
+    ('cam 2/f00.png', ['f00.png']),
+    ('gone.png', ['gone.png']),
+  ],
+)
+def test_names_are_those_below_the_folders_of_a_pattern(tree, pattern, names):
+  assert found_names(tree / pattern) == names
+
+
+@pytest.mark.parametrize(
+  'name', ['trip [2024]', '[a]', 'a*b', 'why?', '[!x]/[y]', '[[]']
+)
+def test_folders_with_the_letters_of_patterns(folder, name):
+  for inside in (name, f'{name}/*', f'{name}/**'):
+    path = folder.parent / inside
+    path.mkdir(parents=True)
+    (path / 'd.png').write_bytes(b'')
+    assert found_names(path) == found_names(path / '*.png') == ['d.png']
+    assert found_names(path / 'd.png') == ['d.png']
+    (path / 'd.png').unlink()
+    path.rmdir()
+  # Where no such folder is, they are a pattern.
+  assert found_names(folder.parent / 'image[rst]' / 'a.*') == ['images/a.png']
+  with pytest.raises(InputError, match=r'in which \[\[\] is a bracket\.$'):
+    image_files.find_images(str(folder / '[2024]' / '*.png'))
+
+
+def test_patterns_stay_in_their_folder(folder):
+  with pytest.raises(InputError, match='write it without ..'):
+    image_files.find_images(str(folder / '*' / '..' / '*.png'))
+
+
+def test_results_are_no_inputs(folder):
+  for below in ('out', 'out/cam'):
+    (folder / below).mkdir()
+    (folder / below / 'a_colour.png').write_bytes(b'')
+    (folder / below / 'areas.csv').write_bytes(b'')
+  names = ['a.png', 'b.PNG', 'c d.jpg']
+  assert found_names(folder, output=folder / 'out') == names
+  assert (
+    found_names(folder / '**' / 'a*.png', output=folder / 'out') == names[:1]
+  )
+  # A folder beside that only begins alike.
+  beside = folder / 'out2'
+  beside.mkdir()
+  (beside / 'a.png').write_bytes(b'')
+  assert 'out2/a.png' in found_names(folder, output=folder / 'out')
+  assert len(found_names(folder, output=folder)) == 6
+
+
+def test_results_keep_their_paths(stage, tree, tmp_path, capsys):
+  output = tmp_path / 'out'
+  with pytest.raises(InputError, match='1 of 6 images were skipped'):
+    image_files.predict_files(stage, str(tree), output)
+  printed = capsys.readouterr()
+  assert f'skipped {tree / "gone.png"}' in printed.err
+  assert 'left out 4 of other endings' in printed.out
+  names = [x for x in TREE if x != 'gone.png']
+  stems = {name.rpartition('.')[0] for name in names}
+  results = {path for path in output.rglob('*') if path.is_file()}
+  endings = ('.png', '_colour.png', '_overlay.jpg')
+  assert results == {output / 'areas.csv'} | {
+    output / f'{stem}{end}' for stem in stems for end in endings
+  }
+  assert [row[0] for row in _rows(output / 'areas.csv')[1:]] == names
+  # Again, into a folder of the images themselves.
+  inside = tree / 'out'
+  for overwrite in (False, True):
+    with pytest.raises(InputError, match='1 of 6 images were skipped'):
+      image_files.predict_files(stage, str(tree), inside, overwrite=overwrite)
+
+
+@pytest.mark.parametrize(
+  ('stem', 'confidence', 'fits'),
+  [
+    ('b' * 243, False, True),  # And _overlay.jpg has 12 bytes.
+    ('b' * 244, False, False),
+    ('b' * 240, True, True),  # _confidence.png has 15.
+    ('b' * 241, True, False),
+    ('空' * 81, False, True),
+    ('空' * 82, False, False),
+  ],
+  ids=['243', '244', '240', '241', '81 wide', '82 wide'],
+)
+@pytest.mark.parametrize('made', [False, True], ids=['new', 'there'])
+def test_names_that_are_too_long_are_skipped(
+  stage, folder, tmp_path, capsys, stem, confidence, fits, made
+):
+  output, options = tmp_path / 'out', {'confidence': confidence}
+  if made:
+    output.mkdir()
+  path = folder / f'{stem}.png'
+  Image.fromarray(_image(8, 8)).save(path)
+  if fits:
+    image_files.predict_files(stage, str(folder), output, **options)
+  else:
+    with pytest.raises(InputError, match='1 of 4 images were skipped'):
+      image_files.predict_files(stage, str(folder), output, **options)
+    message = f'skipped {path}: its results would have names of more than 255'
+    assert message in capsys.readouterr().err
+    assert not any(x.name.startswith(stem[0] * 9) for x in output.iterdir())
+  assert len(_rows(output / 'areas.csv')) == 4 + fits
+  assert (output / 'a.png').exists() and (output / 'c d.png').exists()
+
+
+@pytest.mark.parametrize(
+  'error',
+  [OSError(28, 'No space left on device'), KeyboardInterrupt(), KeyError('x')],
+  ids=['full', 'interrupted', 'other'],
+)
+def test_areas_are_written_whatever_happens(
+  stage, frames, tmp_path, monkeypatch, error
+):
+  write, left = image_files._write, list(range(7))
+
+  def failing(*arguments):
+    if not left:
+      raise error
+    left.pop()
+    return write(*arguments)
+
+  monkeypatch.setattr(image_files, '_write', failing)
+  with pytest.raises(type(error)):
+    image_files.predict_files(stage, str(frames), tmp_path / 'out')
+  rows = _rows(tmp_path / 'out' / 'areas.csv')
+  assert rows[0][0] == 'image' and len(rows) <= 8
+  assert rows[1][0] == 'frame_0.png'
+
+
+@pytest.mark.parametrize('made', [False, True], ids=['new', 'there'])
+@pytest.mark.parametrize(
+  'error',
+  [OSError(28, 'No space left on device'), OSError(30, 'Read-only file syst')],
+  ids=['full', 'read-only'],
+)
+def test_a_place_that_cannot_be_written_is_found_first(
+  folder, tmp_path, monkeypatch, made, error
+):
+  def refuse(folder):
+    raise error
+
+  output = tmp_path / 'out'
+  if made:
+    output.mkdir()
+  monkeypatch.setattr(run_paths, 'check_writable', refuse)
+  monkeypatch.delattr(image_files, 'Predictor')  # Before any work.
+  with pytest.raises(InputError) as refused:
+    image_files.predict_files('stage', str(folder), output)
+  assert str(refused.value) == (
+    f'folder {output} cannot be written ({error.strerror}); make it writable, '
+    'or name another by --output.'
+  )
+  assert output.exists() == made
 
 
 def test_no_images(folder):
@@ -402,6 +599,11 @@ def test_no_images(folder):
     image_files.find_images(str(folder / '*.tif'))
   (folder / 'empty').mkdir()
   with pytest.raises(InputError, match=r'empty: no \.jpg, .* files in it\.$'):
+    image_files.find_images(str(folder / 'empty'))
+  (folder / 'empty' / 'a.heic').write_text('')
+  with pytest.raises(
+    InputError, match=r'in it, 1 of other endings: a\.heic\.$'
+  ):
     image_files.find_images(str(folder / 'empty'))
 
 

@@ -9,12 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_run
 
+from attnfd_jax.config import resolve
+from attnfd_jax.data.sources import load_dataset
+from attnfd_jax.devices import sharding
 from attnfd_jax.distill import init_distiller, make_distiller
 from attnfd_jax.errors import InputError
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.models.network import abstract_outputs, abstract_variables
 from attnfd_jax.training import optim
+from attnfd_jax.training.stage import plan
 
 SHAPES = {
   'student': {
@@ -261,6 +266,38 @@ def test_warmup_is_linear_and_ends():
   np.testing.assert_allclose(
     ratio, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1], rtol=1e-6, atol=0
   )
+
+
+@pytest.mark.parametrize(
+  ('name', 'warmup', 'changes', 'epochs'),
+  [
+    ('student', 3, {}, '2'),
+    ('student', 2, {}, '2'),  # Its end has the rate of the last step: none.
+    ('student', 1, {}, None),
+    ('student', 0, {}, None),
+    ('student', 3, {'student.num_epochs': 9.0}, None),
+    ('teacher', 3, {'student.num_epochs': 9.0}, '2'),
+    ('teacher', 3, {'teacher.num_epochs': 9.0}, None),
+    ('student', 3, {'teacher.num_epochs': 9.0}, '2'),
+    ('student', 0.25, {'student.num_epochs': 0.25}, None),  # One step.
+    ('student', 1, {'student.num_epochs': 0.25}, '0.25'),
+  ],
+  ids=str,
+)
+def test_a_warmup_that_is_too_long_is_a_line(name, warmup, changes, epochs):
+  config = small_run.make_config()
+  config.num_epochs, config.teacher.num_epochs = 2.0, None
+  config.optim.warmup_epochs = float(warmup)
+  config.update_from_flattened_dict(changes)
+  config = resolve(config)
+  mesh, lines = sharding.make_mesh(1), []
+  dataset = load_dataset(config.data)
+  plan(name, config, dataset, mesh).init_state(log=lines.append)
+  assert len(lines) == (epochs is not None)
+  for line in lines:
+    assert f'config.optim.warmup_epochs={warmup}, is as long' in line
+    assert f'as this stage of {epochs} epochs or longer' in line
+    assert 'the learning rate 0.05 is never reached' in line
 
 
 @pytest.mark.parametrize(
