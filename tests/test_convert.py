@@ -15,6 +15,7 @@ import tiny_run
 import attnfd_jax
 from attnfd_jax.config import default_config, resolve
 from attnfd_jax.data import classes
+from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import deeplab
 from attnfd_jax.models import network as networks
@@ -24,6 +25,7 @@ from attnfd_jax.pytorch import files as torch_files
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_models
 from attnfd_jax.runs import conversion, loading, logs
+from attnfd_jax.teachers import sources
 from attnfd_jax.training import experiment
 from attnfd_jax.training.stage import Stage
 
@@ -209,9 +211,7 @@ def test_backbones_of_others_fill_exactly_the_backbone(tmp_path, tensors, kind):
   network, *_ = shapes(backbone)
   variables, line = torch_models.load_pretrained(path, network)
   assert line.startswith(f'starts from the backbone of {path}: loaded')
-  expected, _, _ = torch_models.import_network(
-    torch_models.reference_names(full), network
-  )
+  expected, _, _ = torch_models.import_network(full, network)
   for part in ('params', 'batch_stats'):
     assert_same(
       torch_names.flatten(variables[part]['backbone']),
@@ -248,7 +248,7 @@ def test_load_torch_gives_variables_and_attention(tensors):
     ('missing', ('missing 1', 'aspp.conv1.weight')),
     ('unexpected', ('unexpected 1', 'aspp.conv9.weight')),
     ('classes', ('reshaped 2', 'decoder.last_conv.8.weight')),
-    ('foreign', ('does not show its backbone', '--backbone')),
+    ('foreign', ('holds a network (weight, ...)', 'teacher.factory')),
     ('trunk', ('does not show its num_classes', '--num_classes')),
   ],
 )
@@ -271,6 +271,321 @@ def test_partial_files_are_refused(tmp_path, tensors, change, words):
   for word in words:
     assert word in str(error.value)
   assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
+
+
+def prefixed(prefix, tensors):
+  return {prefix + name: value for name, value in tensors.items()}
+
+
+def nested(keys, tensors):
+  for key in reversed(keys.split('/')):
+    tensors = {key: tensors, 'epoch': 3, 'loss': np.ones(())}
+  return tensors
+
+
+def read_same(source, expected):
+  """What is said about `source`, which must hold just what is expected."""
+  found = torch_models.read_network(source)
+  assert not found.foreign
+  assert_same(found.tensors, torch_models.read_network(expected).tensors)
+  return '; '.join(found.remarks)
+
+
+@pytest.mark.parametrize(
+  ('prefix', 'words'),
+  [
+    ('', ''),
+    ('module.', "took off 'module.'"),
+    ('_orig_mod.module.', "took off '_orig_mod.', 'module.'"),
+    ('model.', "took off 'model.'"),
+    ('net.network.', "took off 'net.network.'"),
+    ('student._orig_mod.', "took off '_orig_mod.', 'student.'"),
+    ('model.module.student.', "took off 'module.', 'model.student.'"),
+    ('backbone.', "took off 'backbone.'"),
+    ('what ever.', "took off 'what ever.'"),
+  ],
+)
+@pytest.mark.parametrize('backbone', ['resnet18', 'mobilenet_v2'])
+def test_any_prefix_is_taken_off(tensors, backbone, prefix, words):
+  found = tensors(backbone)
+  assert read_same(prefixed(prefix, found), found) == words
+  beside = {
+    'criterion.weight': np.ones(21),
+    'loss.layers.0.weight': np.ones(2),
+    'metrics.total': np.ones(()),
+  }
+  both = read_same(prefixed(prefix, found) | beside, found)
+  assert both.startswith(words)
+  assert 'left out 3 tensors beside it: criterion.weight, loss.lay' in both
+  trunk_only = {k: x for k, x in found.items() if k.startswith('backbone.')}
+  assert words in read_same(prefixed(prefix, trunk_only), trunk_only)
+
+
+@pytest.mark.parametrize(
+  ('keys', 'prefix'),
+  [
+    *(('model_state_dict', ''), ('network', 'module.'), ('generator', '')),
+    *(('ema/module', ''), ('state_dict/model', 'net.'), ('student', '')),
+    ('state_dict_ema', '_orig_mod.'),
+  ],
+)
+def test_any_key_is_unwrapped(tmp_path, tensors, keys, prefix):
+  found = tensors()
+  value = nested(keys, prefixed(prefix, found))
+  value['optimizer'] = {'state': {0: {'layer1': found['aspp.bn1.weight']}}}
+  path = tmp_path / 'a.pth'
+  torch_files.write_torch(path, value)
+  line = read_same(path, found)
+  assert line.startswith(f"unwrapped '{keys}'")
+  assert f'beside it: {"loss" if "/" not in keys else "loss, "}' in line
+  # Tensors in memory, too.
+  assert read_same(value, found) == line
+
+
+@pytest.mark.parametrize(
+  'others',
+  [
+    {'ema': 1},
+    {'model_ema/module': 1},
+    {'best_model': 1},
+    {'optimizer/state': 1, 'scheduler': 1},
+    {'state_dict_ema': 1, 'teacher_ema': 1},
+  ],
+  ids=str,
+)
+def test_plain_weights_are_meant_and_others_named(tensors, others):
+  found = tensors()
+  value = {}
+  for keys in others:
+    value |= nested(keys, {name: x + 1 for name, x in found.items()})
+  line = read_same(value | {'model': found}, found)
+  assert line.startswith("unwrapped 'model'")
+  assert 'left out' in line
+
+
+@pytest.mark.parametrize('prefix', ['', 'model.', 'student.'])
+@pytest.mark.parametrize('other', ['ema.', 'model_ema.', 'ema_model.module.'])
+def test_averaged_weights_of_the_same_mapping_are_left(tensors, prefix, other):
+  found = tensors('mobilenet_v2')
+  value = prefixed(other, found) | prefixed(prefix, found)
+  assert f'tensors beside it: {other.split("module")[0]}' in read_same(
+    value, found
+  )
+  # An AveragedModel, and a trunk within a loss.
+  value = prefixed('module.', found) | {'n_averaged': np.array(3)}
+  value |= prefixed('perceptual_loss.net.', trunk(tensors()))
+  assert 'n_averaged' in read_same(value, found)
+
+
+def test_parts_in_mappings_of_their_own(tensors):
+  found, value = tensors(), {'epoch': 3}
+  for name, x in found.items():
+    part, _, rest = name.partition('.')
+    value.setdefault(part, {})[rest] = x
+  read_same(value, found)
+  read_same({'state_dict': value}, found)
+
+
+@pytest.mark.parametrize(
+  ('first', 'second', 'words'),
+  [
+    ('student.', 'teacher.', ("'student.' and 'teacher.'", 'save one')),
+    ('model.a.', 'model.b.', ("'model.a.' and 'model.b.'",)),
+    ('', 'teacher.', ("'' and 'teacher.'",)),
+    ('t_net.', 's_net.', ("'t_net.'", 'attnfd_jax.load_torch_distiller')),
+    ('G/', 'D/', ("'G/' and 'D/'",)),
+  ],
+)
+def test_two_networks_are_never_guessed_between(
+  tmp_path, tensors, first, second, words
+):
+  value = prefixed(first, tensors()) | prefixed(second, tensors('resnet34'))
+  if '/' in first:
+    value = {'G': tensors(), 'D': tensors('mobilenet_v2')}
+  path = tmp_path / 'a.pth'
+  torch_files.write_torch(path, value)
+  with pytest.raises(InputError, match='a.pth: has 2 networks') as error:
+    import_stage(path, tmp_path / 'b')
+  assert '\n' not in str(error.value)
+  for word in words:
+    assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'odd', [np.nan, np.inf, -np.inf, 1e300], ids=['nan', 'inf', '-inf', 'huge']
+)
+@pytest.mark.parametrize('dtype', ['f2', 'f4', 'f8'])
+def test_numbers_that_are_none_are_refused_everywhere(
+  tmp_path, tensors, odd, dtype
+):
+  found = tensors()
+  name = 'decoder.last_conv.8.weight'
+  found[name] = np.full(found[name].shape, 2.0)
+  with np.errstate(over='ignore'):
+    found[name][0, 0] = odd
+    found[name] = found[name].astype(dtype)
+  path = write(tmp_path / 'a.pth', found)
+  network, *_ = shapes('resnet18')
+  options = {'backbone': 'resnet18', 'num_classes': 21} | TINY
+  config = default_config()
+  config.teacher.update(TINY | {'checkpoint': str(path)})
+  config.teacher.backbone = 'resnet18'
+  mesh = sharding.make_mesh()
+  for load in (
+    lambda: import_stage(path, tmp_path / 'b', allow_missing=True),
+    lambda: torch_models.load_pretrained(path, network),
+    lambda: attnfd_jax.load_torch(path, **options),
+    lambda: sources.from_config(config, tmp_path, classes.VOC, mesh),
+  ):
+    with pytest.raises(InputError, match=f'1 of .* NaN or inf.*: {name}; '):
+      load()
+  assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
+
+
+HEADS = {
+  'torchvision': ('backbone.', ('classifier.4.weight', 'aux_classifier.0.a')),
+  'mmsegmentation': ('backbone.', ('decode_head.conv_seg.weight',)),
+  "VainF's DeepLabV3Plus-Pytorch": (
+    'backbone.',
+    ('classifier.project.0.weight', 'classifier.classifier.3.bias'),
+  ),
+  'segmentation_models.pytorch': (
+    'encoder.',
+    ('decoder.blocks.0.conv1.0.weight', 'segmentation_head.0.bias'),
+  ),
+  '': ('features.', ('head.weight', 'neck.0.weight')),
+}
+
+
+@pytest.mark.parametrize('wrapped', ['', 'state_dict'])
+@pytest.mark.parametrize('prefix', ['', 'module.', 'model.'])
+@pytest.mark.parametrize('project', HEADS)
+def test_networks_of_other_projects(
+  tmp_path, tensors, project, prefix, wrapped
+):
+  begin, heads = HEADS[project]
+  full = tensors()
+  value = prefixed(begin, trunk(full)) | {name: np.ones(2) for name in heads}
+  value = prefixed(prefix, value)
+  path = tmp_path / 'a.pth'
+  torch_files.write_torch(path, {wrapped: value} if wrapped else value)
+  network, *_ = shapes('resnet18')
+  config = default_config()
+  config.teacher.update(TINY | {'checkpoint': str(path)})
+  config.teacher.backbone = 'resnet18'
+  options = {'backbone': 'resnet18', 'num_classes': 21}
+  for load in (
+    lambda: import_stage(path, tmp_path / 'b'),
+    lambda: import_stage(path, tmp_path / 'b', allow_missing=True, **options),
+    lambda: attnfd_jax.load_torch(path, **options, **TINY),
+    lambda: sources.from_config(
+      config, tmp_path, classes.VOC, sharding.make_mesh()
+    ),
+  ):
+    with pytest.raises(InputError, match='a.pth: holds a network') as error:
+      load()
+    text = str(error.value)
+    assert '\n' not in text and '--allow_missing' not in text
+    assert f'network of {project} (' in text if project else 'network (' in text
+    assert prefix.replace('module.', '') + heads[0] in text
+    assert '--config.student.backbone=resnet18' in text
+    assert '--config.student.pretrained=FILE' in text
+    assert 'config.teacher.factory' in text
+  # What the message says.
+  variables, line = torch_models.load_pretrained(path, network)
+  expected, _, _ = torch_models.import_network(full, network)
+  assert line.startswith(f'starts from the backbone of {path}: loaded')
+  assert f'left out {len(heads)} tensors beside it: ' in line
+  for part in ('params', 'batch_stats'):
+    assert_same(
+      torch_names.flatten(variables[part]['backbone']),
+      torch_names.flatten(expected[part]['backbone']),
+    )
+
+
+@pytest.mark.parametrize(
+  ('project', 'keys'),
+  [
+    ('transformers', ('segformer.encoder.a.weight', 'decode_head.linear_c.0')),
+    ('mmsegmentation', ('backbone.stem.0.weight', 'decode_head.conv_seg.bias')),
+    ('torchvision', ('backbone.0.0.weight', 'classifier.cbr.0.weight')),
+    ('', ('patch_embed.proj.weight', 'blocks.0.attn.qkv.weight')),
+    ('', ('conv1.weight', 'fc.weight')),
+    ('', ('features.0.weight', 'features.3.weight', 'classifier.6.weight')),
+  ],
+  ids=['segformer', 'stem', 'lraspp', 'vit', 'lenet', 'vgg'],
+)
+def test_networks_without_a_trunk_of_ours(tmp_path, project, keys):
+  found = {name: np.ones((4, 3, 3, 3)) for name in keys}
+  path = write(tmp_path / 'a.pth', found)
+  network, *_ = shapes('resnet18')
+  for load in (
+    lambda: import_stage(path, tmp_path / 'b', backbone='resnet18'),
+    lambda: torch_models.load_pretrained(path, network),
+  ):
+    with pytest.raises(InputError, match='a.pth: holds a network') as error:
+      load()
+    text = str(error.value)
+    assert f'network of {project} (' in text if project else 'network (' in text
+    assert keys[0] in text and 'pretrained' not in text
+
+
+@pytest.mark.parametrize('prefix', ['', 'encoder.', 'model.backbone.', 'a.b.'])
+@pytest.mark.parametrize('kind', ['resnet', 'torchvision', 'parts'])
+def test_trunks_with_any_prefix(tmp_path, tensors, kind, prefix):
+  backbone = 'resnet18' if kind == 'resnet' else 'mobilenet_v2'
+  full = tensors(backbone)
+  found = (trunk if kind == 'resnet' else torchvision_mobilenet)(full)
+  if kind == 'parts':  # Of VainF's IntermediateLayerGetter.
+    found = {
+      f'{"low" if int(name.split(".")[1]) < 4 else "high"}_level_{name}': x
+      for name, x in found.items()
+    }
+  network, *_ = shapes(backbone)
+  path = write(tmp_path / 'a.pth', prefixed(prefix, found))
+  variables, _ = torch_models.load_pretrained(path, network)
+  expected, _, _ = torch_models.import_network(full, network)
+  assert_same(
+    torch_names.flatten(variables['params']['backbone']),
+    torch_names.flatten(expected['params']['backbone']),
+  )
+
+
+def test_an_index_of_parts_is_a_source(tmp_path, tensors):
+  found, parts = tensors(), {}
+  for number, name in enumerate(found):
+    parts.setdefault(f'model-{number % 3}.safetensors', []).append(name)
+  for part, held in parts.items():
+    torch_files.write_safetensors(tmp_path / part, {k: found[k] for k in held})
+  index = {name: part for part, held in parts.items() for name in held}
+  path = tmp_path / 'model.safetensors.index.json'
+  path.write_text(json.dumps({'weight_map': index}))
+  lines = import_stage(path, tmp_path / 'b')
+  assert 'missing 0' in lines[0]
+  conversion.export_stage(tmp_path / 'b', tmp_path / 'c.pth')
+  assert_same(torch_files.read_state_dict(tmp_path / 'c.pth'), found)
+
+
+def test_what_was_done_is_said_by_all(tmp_path, tensors):
+  full = tensors()
+  value = prefixed('student.', full) | {'criterion.weight': np.ones(21)}
+  path = tmp_path / 'a.pth'
+  torch_files.write_torch(path, {'weights': value})
+  said = (
+    "unwrapped 'weights'; took off 'student.'; left out 1 tensors beside it: "
+    'weights/criterion.weight'
+  )
+  network, *_ = shapes('resnet18')
+  assert said in import_stage(path, tmp_path / 'b')[0]
+  assert torch_models.load_pretrained(path, network)[1].endswith(said)
+  config = default_config()
+  options = {'backbone': 'resnet18', **TINY, 'checkpoint': str(path)}
+  config.teacher.update(options)
+  mesh = sharding.make_mesh()
+  teacher = sources.from_config(config, tmp_path, classes.VOC, mesh)
+  assert '; '.join(teacher.remarks) == said
+  with pytest.raises(InputError, match='took off'):
+    attnfd_jax.load_torch(path, backbone='resnet34', num_classes=21, **TINY)
 
 
 def test_allow_missing_fills_the_rest_at_random(tmp_path, tensors):

@@ -3,6 +3,7 @@
 
 import collections
 import io
+import json
 import pathlib
 import pickle
 import random
@@ -181,20 +182,157 @@ def test_safetensors(tmp_path):
     torch_files.write_safetensors(path, arrays, {'key': 1})
 
 
-@pytest.mark.parametrize('wrapper', [None, 'state_dict', 'model', 'net'])
-@pytest.mark.parametrize('prefix', ['', 'module.', 'model.', 'module.model.'])
-def test_state_dict_wrappers_and_prefixes(tmp_path, wrapper, prefix):
+def wrap(tensors, keys):
+  """{'a': {'b': tensors}} for 'a/b', with what a training loop adds."""
+  optimizer = {
+    'state': {0: {'exp_avg': np.ones(9), 'step': np.ones(())}},
+    'param_groups': [{'lr': 0.1}],
+  }
+  for key in reversed(keys.split('/') if keys else ()):
+    tensors = {
+      'epoch': np.array(3),
+      'optimizer_state_dict': {'base': {'a': np.ones(9), 'b': np.ones(9)}},
+      'opt': optimizer,
+      'lr_scheduler': {'last': np.ones(3)},
+      key: tensors,
+    }
+  return tensors
+
+
+@pytest.mark.parametrize(
+  'keys',
+  [
+    *('', 'state_dict', 'model', 'net', 'model_state_dict', 'my weights'),
+    *('ema', 'state_dict_ema', 'ema/module', 'state_dict/model', 'a/b/c/d'),
+  ],
+)
+@pytest.mark.parametrize(
+  'prefix',
+  [
+    *('', 'module.', 'model.', 'module.model.', '_orig_mod.'),
+    *('module._orig_mod.', '_orig_mod.module.', '_orig_mod.model.'),
+    'module._fsdp_wrapped_module.',
+  ],
+)
+def test_state_dict_wrappers_and_prefixes(tmp_path, keys, prefix):
   path = tmp_path / 'file.pth'
   inner = {f'{prefix}a.weight': np.ones(2), f'{prefix}b': np.zeros(())}
-  value = {wrapper: inner, 'epoch': 1} if wrapper else inner
-  torch_files.write_torch(path, value)
+  torch_files.write_torch(path, wrap(inner, keys))
   assert list(torch_files.read_state_dict(path)) == ['a.weight', 'b']
 
 
-def test_prefix_of_some_names_stays(tmp_path):
+@pytest.mark.parametrize(
+  ('key', 'others'),
+  [
+    ('model', ('ema', 'model_ema')),
+    ('params', ('params_ema', 'averaged_model', 'swa')),
+    ('state_dict', ('best_state_dict', 'model', 'teacher')),
+    ('network', ('class_weights/loss', 'queue')),
+  ],
+)
+def test_plain_weights_come_before_others(tmp_path, key, others):
   path = tmp_path / 'file.pth'
-  torch_files.write_torch(path, {'module.a': np.ones(2), 'b': np.ones(2)})
-  assert list(torch_files.read_state_dict(path)) == ['module.a', 'b']
+  value = {}
+  for other in others:
+    value |= wrap({'a.w': np.zeros(2)}, other)
+  value |= {key: {'a.w': np.ones(2), 'b': np.ones(2)}, 'weights': np.ones(9)}
+  torch_files.write_torch(path, value)
+  assert torch_files.read_state_dict(path)['a.w'][0] == 1
+
+
+def test_inserted_names_go_anywhere_and_never_hide_a_name(tmp_path):
+  path = tmp_path / 'file.pth'
+  names = ['a._orig_mod.b', 'c.module.d._checkpoint_wrapped_module.e']
+  torch_files.write_torch(path, {name: np.ones(2) for name in names})
+  assert list(torch_files.read_state_dict(path)) == ['a.b', 'c.d.e']
+  names = ['module.a', 'a', 'submodule.a']
+  torch_files.write_torch(path, {name: np.ones(2) for name in names})
+  assert list(torch_files.read_state_dict(path)) == names
+
+
+@pytest.mark.parametrize(
+  'program',
+  [
+    b'}q\0U\1ah\0s.',  # A dict that holds itself.
+    b'}' + b'(U\1a}' * 100_000 + b'u' * 100_000 + b'.',
+    b'}q\0' + b'(U\1ah\0U\1bh\0dq\0' * 100 + b'.',
+  ],
+  ids=['loop', 'deep', 'shared'],
+)
+def test_dicts_without_end(tmp_path, program):
+  path = make_zip(tmp_path / 'file.pth', b'\x80\x02' + program)
+  assert_refused(path, 'no mapping of names', torch_files.read_state_dict)
+
+
+def write_shards(folder, ending='safetensors', **changes):
+  """An index of two parts beside them; returns its path and the tensors."""
+  tensors = {'a.w': np.ones(2, np.float32), 'b.w': np.zeros(3, np.float32)}
+  parts = {}
+  for number, (name, array) in enumerate(tensors.items(), 1):
+    parts[name] = f'model-0000{number}-of-00002.{ending}'
+    if ending == 'safetensors':
+      torch_files.write_safetensors(folder / parts[name], {name: array})
+    else:
+      torch_files.write_torch(folder / parts[name], {name: array})
+  path = folder / f'model.{ending}.index.json'
+  index = {'metadata': {'total_size': 20}, 'weight_map': parts} | changes
+  path.write_text(json.dumps(index, indent=2))
+  return path, tensors
+
+
+@pytest.mark.parametrize('ending', ['safetensors', 'bin'])
+def test_an_index_is_read_with_its_parts(tmp_path, ending):
+  path, tensors = write_shards(tmp_path, ending)
+  found = torch_files.read_state_dict(path)
+  assert found.keys() == tensors.keys()
+  for name, array in tensors.items():
+    assert_same(found[name], array)
+  path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
+  assert torch_files.read_state_dict(path).keys() == tensors.keys()
+  part = next(tmp_path.glob('*00002-of*'))
+  part.write_bytes(part.read_bytes()[:-2])
+  assert_refused(path, f'{part.name}.*truncated')
+  part.unlink()
+  assert_refused(path, f"1 are missing: '{part.name}'; copy")
+
+
+@pytest.mark.parametrize(
+  ('part', 'match'),
+  [
+    *(('../a.safetensors', 'no file beside'), ('/etc/passwd', 'no file')),
+    *(('..', 'missing'), ('', 'no file'), ('a\\b', 'no file')),
+    *(('C:x', 'no file'), ('a\0', 'no file'), ('a\nb', 'missing')),
+    *((None, 'missing'), (['a'] * 9, 'missing'), ('\ud800', 'missing')),
+    *(('x' * 5000, 'File name too long'), ('a.json', 'missing')),
+    *(('itself', '^itself: itself: a foreign'), ('lacking', 'lacks .*a.w')),
+  ],
+)
+def test_an_index_opens_nothing_but_its_parts(tmp_path, part, match):
+  outside = tmp_path / 'a.safetensors'
+  torch_files.write_safetensors(outside, {'a.w': np.ones(2, np.float32)})
+  folder = tmp_path / 'model'
+  folder.mkdir()
+  torch_files.write_torch(folder / 'lacking', {'b.w': np.ones(2)})
+  path, _ = write_shards(folder, weight_map={'a.w': part})
+  if part == 'itself':
+    path = path.rename(folder / 'itself')
+  assert_refused(path, match)
+
+
+@pytest.mark.parametrize(
+  'content',
+  [
+    *('{}', '[]', '{"a": 1}', '{"weight_map": []}', '{"weight_map": {}}'),
+    *('{"weight_map": "a"}', '{"weight_map": {"a"', '[[]' + ', []' * 10**6),
+    *('[' * 10**6, '{"a": ' * 10**5, '{"a": 1' + '0' * 10**5 + '}'),
+    '{"categories": [], "images": []}' + ' ' * 10**7,
+  ],
+  ids=lambda content: content[:20],
+)
+def test_other_json(tmp_path, content):
+  path = tmp_path / 'file.json'
+  path.write_text(content)
+  assert_refused(path, 'JSON, but no index of weights')
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,21 @@ from attnfd_jax.pytorch.pickles import damaged, TorchFileError
 
 # What a legacy file of torch.save starts with.
 MAGIC = 0x1950A86A20F9469CFC6C
-_WRAPPERS = ('state_dict', 'model', 'model_state', 'net')
+# A longer list of weights than any network has that is read here.
+_MAX_INDEX = 2**22
+# Of two networks in a file, that below the first of these is meant.
+_USUAL = 'state_dict model model_state net model_state_dict network'.split()
+# Keys of mappings that hold no weights, and of averaged or slow copies.
+_NO_WEIGHTS = re.compile(r'^opt(_|$)|optim|sched|scaler', re.I)
+_AVERAGED = re.compile(
+  r'ema(?![a-z])|(?<![a-z])(ema|swa|avg|averaged?|shadow|momentum|encoder_k)'
+  r'(?![a-z])',
+  re.I,
+)
+# What torch.compile, DDP, FSDP and checkpointing put into names, anywhere.
+_INSERTED = re.compile(
+  r'(?<![^./])(?:module|_orig_mod|_(?:fsdp|checkpoint)_wrapped_module)\.'
+)
 
 
 @contextlib.contextmanager
@@ -132,10 +146,46 @@ def _read_safetensors(file, size):
   return {'state_dict': tensors, 'metadata': metadata}
 
 
+def _read_index(file, size):
+  content, tensors = None, {}
+  if size <= _MAX_INDEX:
+    with contextlib.suppress(ValueError, RecursionError):
+      content = json.loads(file.read(size))
+  parts = content.get('weight_map') if type(content) is dict else None
+  if type(parts) is not dict or not parts:
+    raise TorchFileError(
+      'JSON, but no index of weights (no weight_map); give the weights'
+    )
+  for part in map(pickles.as_text, parts.values()):
+    # A plain name: nothing outside of the folder is opened.
+    if not re.fullmatch(r'[^/\\:\0]+', part):
+      raise TorchFileError(
+        f'an index that names {part[:60]!r}, no file beside it; download it'
+        ' again'
+      )
+  folder = pathlib.Path(file.name).parent
+  names = sorted({*map(pickles.as_text, parts.values())})
+  if missing := [x for x in names if not (folder / x).is_file()]:
+    held = ', '.join(f'{x!r:.60}' for x in missing[:3])
+    raise TorchFileError(
+      f'an index of weights in {len(names)} files, of which {len(missing)} are '
+      f'missing: {held}; copy all of them beside it'
+    )
+  for part in names:
+    (found, *_) = groups(_read(folder / part, _PARTS)).values()
+    wanted = [name for name, x in parts.items() if x == part]
+    if missing := [name for name in wanted if name not in found]:
+      raise damaged(f'{part!r:.60} lacks {missing[0]!r:.60} of the index')
+    tensors |= {name: found[name] for name in wanted}
+  return {'state_dict': tensors, 'metadata': {}}
+
+
 # What a file starts with, as a regular expression: who reads it, or why nobody.
+# Lengths, with which safetensors begin, have a zero among their 8 bytes.
 _STARTS = {
   rb'PK\x03\x04': _read_zip,
   rb'\x80': _read_legacy,
+  rb'(\xef\xbb\xbf)?\s*[{\[]([^\0]{7}|[^\0]*\Z)': _read_index,
   rb'.{8}\{': _read_safetensors,
   rb'\Z': 'an empty file; copy or download it again',
   rb'version https://git-lfs': 'a git-lfs pointer; run git lfs pull',
@@ -145,56 +195,119 @@ _STARTS = {
   rb'': 'a foreign format (starts with {!r}); give a file of torch.save or'
   ' safetensors',
 }
+_PARTS = {start: x for start, x in _STARTS.items() if x is not _read_index}
 
 
-def read_torch(path):
-  """The object in a checkpoint, without torch and without running it.
-
-  Reads both containers of torch.save (0.1.10 and later), and safetensors, as
-  {'state_dict': tensors, 'metadata': {str: str}}; the ending does not matter.
-  There are plain Python objects, NumPy scalars, dict in place of OrderedDict,
-  and arrays for tensors and parameters. Those of torch.save can be written to.
-  TorchFileError for anything else, in one line; OSError if it cannot be opened.
-  """
+def _read(path, starts):
   with open(path, 'rb') as file, _errors(path):
     head = file.read(512)
     file.seek(0)
-    rows = _STARTS.items()
+    rows = starts.items()
     read = next(x for start, x in rows if re.match(start, head, re.S))
     if callable(read):
       return read(file, os.fstat(file.fileno()).st_size)
     raise TorchFileError(read.format(head[:4]))
 
 
-def _is_state_dict(value):
-  return (type(value) is dict and len(value) > 0) and all(
-    isinstance(name, str) and isinstance(array, np.ndarray)
-    for name, array in value.items()
-  )
+def read_torch(path):
+  """The object in a checkpoint, without torch and without running it.
+
+  Reads both containers of torch.save (0.1.10 and later), and safetensors, as
+  {'state_dict': tensors, 'metadata': {str: str}}; so does the JSON index of
+  weights in parts, which lie beside it. The ending does not matter.
+  There are plain Python objects, NumPy scalars, dict in place of OrderedDict,
+  and arrays for tensors and parameters. Those of torch.save can be written to.
+  TorchFileError for anything else, in one line; OSError if it cannot be opened.
+  """
+  return _read(path, _STARTS)
+
+
+def groups(value):
+  """{'key/key/': {name: array}} of nested dicts, '' for the outermost.
+
+  What an optimizer or a scheduler holds is left out, and so are lists.
+  TorchFileError if there is no array.
+  """
+  found, seen, queue = {}, set(), [('', value)]
+  for path, inner in queue:
+    # An optimizer's has param_groups. Dicts can hold themselves.
+    if type(inner) is not dict or id(inner) in seen or 'param_groups' in inner:
+      continue
+    seen.add(id(inner))
+    for key, x in inner.items():
+      if type(key) is str and isinstance(x, np.ndarray):
+        found.setdefault(path, {})[key] = x
+      # Bounded: names are put together from keys.
+      elif type(key) is str and len(path) < 300 and len(key) < 100:
+        if not _NO_WEIGHTS.search(key):
+          queue.append((f'{path}{key}/', x))
+  if not found:
+    keys = value if type(value) is dict else ()
+    held = ', '.join(f'{pickles.as_text(key):.30}' for key in [*keys][:6])
+    raise TorchFileError(
+      f'no mapping of names to tensors, but {type(value).__name__} [{held}]; '
+      'save model.state_dict()'
+    )
+  return found
+
+
+def read_groups(path):
+  """`groups` of a file; errors as of read_torch."""
+  value = read_torch(path)
+  with _errors(path):
+    return groups(value)
+
+
+def preference(path):
+  """What sorts paths and prefixes of networks, the one that is meant first."""
+  key = path.partition('/')[0]
+  usual = _USUAL.index(key) if key in _USUAL else len(_USUAL)
+  return is_averaged(path), usual
+
+
+def is_averaged(path):
+  """Whether a path, a prefix or a key names a moving average of weights."""
+  return bool(_AVERAGED.search(path))
+
+
+def plain_names(tensors):
+  """Tensors without `_orig_mod.`, `module.` and the like, and what went.
+
+  Nothing goes where two names would become one.
+  """
+  plain = {_INSERTED.sub('', name): x for name, x in tensors.items()}
+  if len(plain) < len(tensors):
+    return tensors, []
+  return plain, sorted({x for name in tensors for x in _INSERTED.findall(name)})
+
+
+def choose(found):
+  """{name: array} of that of the `groups` which is most likely meant.
+
+  Plain weights come before averaged ones, the usual keys before others, then
+  the most tensors. `_orig_mod.` and `module.` go anywhere, 'model.' if all
+  names begin so.
+  """
+
+  def rank(path):
+    # Without a dot: a loss or class weights beside the mapping.
+    stray = not any('.' in name for name in found[path])
+    return stray, *preference(path), -len(found[path])
+
+  best = min(found, key=rank)
+  tensors, _ = plain_names(found[best])
+  if all(name.startswith('model.') for name in tensors):
+    tensors = {k.removeprefix('model.'): x for k, x in tensors.items()}
+  return tensors
 
 
 def read_state_dict(path):
   """The {name: array} of any checkpoint; content decides, not the ending.
 
-  A mapping below 'state_dict', 'model', 'model_state' or 'net' (the first that
-  holds only arrays) is unwrapped. The prefixes 'module.' and 'model.' go when
-  all names have them. Errors as of read_torch, and TorchFileError if there is
-  no such mapping.
+  Nested dicts are unwrapped as in `choose`. Errors as of read_torch, and
+  TorchFileError if there is no array.
   """
-  found = read_torch(path)
-  inner = found if type(found) is dict else {}
-  choices = [found, *(inner.get(key) for key in _WRAPPERS)]
-  tensors = next(filter(_is_state_dict, choices), None)
-  if tensors is None:
-    held = ', '.join(f'{pickles.as_text(key):.30}' for key in [*inner][:6])
-    raise TorchFileError(
-      f'{pathlib.Path(path).name}: no mapping of names to tensors, but '
-      f'{type(found).__name__} [{held}]; save model.state_dict()'
-    )
-  for prefix in ('module.', 'model.', 'module.'):
-    if all(name.startswith(prefix) for name in tensors):
-      tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-  return tensors
+  return choose(read_groups(path))
 
 
 def _plain(array):

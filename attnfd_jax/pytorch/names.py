@@ -5,6 +5,7 @@ Every leaf of a tree of ours has one name there (METHOD section 3), so import
 and export walk the same table: nothing is guessed from shapes.
 """
 
+from collections.abc import Sequence
 import re
 from typing import NamedTuple
 
@@ -113,18 +114,25 @@ class Report(NamedTuple):
   missing: list[str]  # The network needs them.
   unexpected: list[str]  # The network has no place for them.
   reshaped: dict[str, tuple]  # Not used: (its shape, the shape that fits).
+  remarks: Sequence[str] = ()  # What was done to find the network.
 
   @property
   def complete(self):
     return not (self.missing or self.unexpected or self.reshaped)
 
   @property
+  def fills_backbone(self):
+    holes = [*self.missing, *self.reshaped]
+    return not any(re.match(r'backbone\.(?!cbam\.)', name) for name in holes)
+
+  @property
   def backbone_only(self):
     return all(name.startswith('backbone.') for name in self.loaded)
 
   def __str__(self):
-    counts = (f'{kind} {len(names)}' for kind, names in self._asdict().items())
-    parts = [', '.join(counts)]
+    kinds = ('loaded', 'missing', 'unexpected', 'reshaped')
+    counts = (f'{kind} {len(getattr(self, kind))}' for kind in kinds)
+    parts = [', '.join(counts), *self.remarks]
     for kind in ('missing', 'unexpected'):
       if names := getattr(self, kind):
         more = f' and {len(names) - 5} more' if len(names) > 5 else ''

@@ -5,9 +5,7 @@ Recognized: the authors' models and Distiller, plain DeepLabV3+ of the same
 family, trunks of torchvision (ResNet, MobileNetV2) and tonylins (MobileNetV2).
 """
 
-from collections.abc import Mapping
 import functools
-import re
 from typing import NamedTuple
 
 import jax
@@ -17,7 +15,8 @@ from attnfd_jax.distill.attnfd import AttnFD
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import DeepLabV3Plus, TAPS
-from attnfd_jax.pytorch import files, names
+from attnfd_jax.pytorch import files, names, recognition
+from attnfd_jax.pytorch.recognition import Found, read_network
 
 # Options that the first axis of a tensor shows, as a multiple of the last.
 _SHOWN = (
@@ -37,49 +36,6 @@ _RESNETS = {
 }
 
 
-def read_tensors(source):
-  """{name: array} of a file, or of a mapping of arrays or torch tensors."""
-  if not isinstance(source, Mapping):
-    return files.read_state_dict(source)
-  return {
-    name: np.asarray(x.detach().cpu() if hasattr(x, 'detach') else x)
-    for name, x in source.items()
-  }
-
-
-def reference_names(source):
-  """`read_tensors` with trunks of other projects renamed as in the authors'.
-
-  Classifiers of trunks, counters of batches and aliases are left out.
-  """
-  found = read_tensors(source).items()
-  tensors = {k: x for k, x in found if not k.endswith('num_batches_tracked')}
-  if not any(name.startswith('backbone.') for name in tensors):
-    # tonylins numbers layers as the reference; torchvision nests them.
-    nested = 'features.2.conv.0.0.weight' in tensors
-    tensors = {
-      f'backbone.{_unnest(name) if nested else name}': x
-      for name, x in tensors.items()
-      if not re.match(r'(fc|classifier|features\.18)\.', name)
-    }
-  for name in list(tensors):
-    for alias in tensors.keys() & names.aliases(name):
-      if not np.array_equal(tensors.pop(alias), tensors[name]):
-        raise InputError(f'{alias} differs from {name}, which it must repeat.')
-  return tensors
-
-
-def _unnest(name):
-  """As the reference numbers the layers that torchvision nests in threes."""
-  match = re.fullmatch(r'features\.(\d+)\.conv\.(\d)(?:\.(\d))?\.(\w+)', name)
-  if not match:
-    return name
-  block, index, inner, leaf = match.groups()
-  nested = 1 if block == '1' else 2
-  layer = 3 * int(index) + int(inner) if inner else int(index) + 2 * nested
-  return f'features.{block}.conv.{layer}.{leaf}'
-
-
 # Tracing a whole network takes seconds.
 _abstract = functools.lru_cache(networks.abstract_variables)
 
@@ -93,33 +49,79 @@ def split_gates(variables):
   return rest, gates
 
 
-def import_network(source, network):
+def import_network(source, network, *, trunk=False):
   """Variables of a DeepLabV3Plus, None where no tensor fits; gates; a Report.
 
   The gates are {'params', 'batch_stats'} of the three CBAMs, if they are in the
-  file and not in the forward path, else None.
+  file and not in the forward path, else None. InputError for the networks of
+  other projects, unless the `trunk` of one is enough.
   """
-  tensors = reference_names(source)
+  found = source if isinstance(source, Found) else read_network(source)
   if not networks.is_ours(network):
     raise InputError(
       f'{type(network).__name__}: PyTorch files are read for DeepLabV3Plus '
       'only; load the weights of your own network in its own code.'
     )
-  in_path, gates = network.in_path_attention, None
+  if not (trunk and found.tensors):
+    check_is_ours(found)
+  return _fill(found, network)
+
+
+def _fill(found, network):
+  tensors, in_path, gates = found.tensors, network.in_path_attention, None
   # A parameter-free CBAM leaves its unused convolution in the file.
   has_gates = 'backbone.cbam.ChannelGate.mlp.1.weight' in tensors
   if not has_gates:
     tensors = {k: x for k, x in tensors.items() if '.cbam.' not in k}
   target = _abstract(network.clone(in_path_attention=in_path or has_gates))
   name_of = functools.partial(names.network_name, backbone=network.backbone)
-  variables, report = names.fill(target, tensors, name_of)
+  variables, report = _fill_finite(target, tensors, name_of, where=found.where)
   if has_gates and not in_path:
     variables, gates = split_gates(variables)
-  return variables, gates, report
+  return variables, gates, report._replace(remarks=found.remarks)
+
+
+def _fill_finite(target, tensors, name_of, *, where):
+  """`names.fill`; InputError if a number that it reads is none in float32."""
+  with np.errstate(over='ignore'):
+    variables, report = names.fill(target, tensors, name_of)
+    used = [*report.loaded, *report.reshaped]
+    wrong = [
+      name
+      for name in used
+      if not np.isfinite(np.asarray(tensors[name], np.float32)).all()
+    ]
+  if wrong:
+    raise InputError(
+      f'{where}: {len(wrong)} of {len(used)} tensors hold NaN or infinity: '
+      f'{recognition.show(wrong[:3])}; the run diverged or float16 overflowed, '
+      'take an earlier checkpoint.'
+    )
+  return variables, report
+
+
+def check_is_ours(found):
+  """InputError about a network of another project, with what can be done."""
+  if not found.foreign:
+    return
+  text = f'{found.where}: {found.foreign}'
+  options = infer_options(found.tensors)
+  if 'backbone' in options:
+    keys = ('backbone', 'width_multiplier')
+    options = {key: options[key] for key in keys if key in options}
+    _, _, report = _fill(found, DeepLabV3Plus(num_classes=2, **options))
+    if report.fills_backbone:
+      flags = [f'{key}={x}' for key, x in options.items() if x != 1]
+      flags = [f'--config.student.{x}' for x in (*flags, 'pretrained=FILE')]
+      text += f'; its trunk can start a student: {" ".join(flags)}'
+  raise InputError(
+    f'{text}; the whole network can be a teacher if you write it in JAX: '
+    'config.teacher.factory (docs/own_networks.md).'
+  )
 
 
 def infer_options(tensors):
-  """Options of DeepLabV3Plus, as far as tensors of `reference_names` show."""
+  """Options of DeepLabV3Plus, as far as tensors of `read_network` show."""
   found = {}
   for option, name, unit in _SHOWN:
     shape = tensors[name].shape if name in tensors else ()
@@ -138,7 +140,7 @@ def load_torch(source, *, backbone, num_classes, **options):
 
   Args:
     source: path of a .pth, .pth.tar or .safetensors file, or a mapping of
-      names to arrays or torch tensors.
+      names to arrays or torch tensors, with any prefix and below any key.
     backbone: key of BACKBONES.
     num_classes: of the classifier in the file.
     **options: of DeepLabV3Plus.
@@ -163,14 +165,13 @@ def load_pretrained(path, network):
   InputError, unless the whole backbone is there.
   """
   try:
-    variables, _, report = import_network(path, network)
+    variables, _, report = import_network(path, network, trunk=True)
   except OSError as error:
     raise InputError(
       f'{path}: cannot be read ({error.strerror}); is pretrained of '
       'config.teacher or config.student right?'
     ) from error
-  holes = [*report.missing, *report.reshaped]
-  if any(re.match(r'backbone\.(?!cbam\.)', name) for name in holes):
+  if not report.fills_backbone:
     raise InputError(
       f'{path}: does not fill the backbone {network.backbone}: {report}.'
     )
@@ -220,7 +221,7 @@ def load_torch_distiller(
   Raises:
     InputError: if a network or a connector is incomplete.
   """
-  tensors = read_tensors(state_dict)
+  tensors = files.choose(recognition.read_groups(state_dict))
   student = DeepLabV3Plus(
     student_backbone, num_classes, aspp_dropout=0.0, update_norms_twice=True
   )
@@ -245,7 +246,9 @@ def load_torch_distiller(
   )
   init = functools.partial(distiller.init, jax.random.key(0), train=False)
   target = jax.eval_shape(init, *maps)
-  variables, report = names.fill(target, tensors, names.distiller_name)
+  variables, report = _fill_finite(
+    target, tensors, names.distiller_name, where='Connectors'
+  )
   if report.missing or report.reshaped:
     report = report._replace(unexpected=[])  # Those of the networks.
     raise InputError(f'Connectors do not fit: {report}.')

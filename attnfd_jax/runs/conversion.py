@@ -118,11 +118,12 @@ def import_stage(
   InputError.
   """
   source, target = pathlib.Path(source), _new(target)
-  tensors = torch_networks.reference_names(source)
+  read = torch_networks.read_network(source)
+  torch_networks.check_is_ours(read)
   metadata = _metadata(source)
   options = {
     'in_path_attention': metadata.get('in_path_attention') is True,
-    **torch_networks.infer_options(tensors),
+    **torch_networks.infer_options(read.tensors),
     **{key: value for key, value in options.items() if value is not None},
   }
   for key in ('backbone', 'num_classes'):
@@ -131,7 +132,7 @@ def import_stage(
   num_classes = options.pop('num_classes')
   student = config['student'] | options
   network = networks.make_network(student, num_classes)
-  variables, attention, report = torch_networks.import_network(tensors, network)
+  variables, attention, report = torch_networks.import_network(read, network)
   name = f'{networks.describe(student)}, {num_classes} classes'
   found = f'{source.name} as {name}: {report}'
   if not report.loaded:

@@ -113,5 +113,9 @@ def _from_file(path, teacher, everywhere):
     )
   variables = sharding.place(variables, everywhere)
   return dataclasses.replace(
-    teacher, variables=variables, gates=gates, source=str(path)
+    teacher,
+    variables=variables,
+    gates=gates,
+    source=str(path),
+    remarks=report.remarks,
   )

@@ -48,6 +48,7 @@ class FrozenNetwork:
       authors' teacher does; its running statistics never change.
     dropout: drop at random while a student learns; a network of the user's
       drops where it normalizes by the batch.
+    remarks: how its PyTorch file was read, where names were not the authors'.
     gates: frozen CBAMs at its taps, {'params', 'batch_stats'}, or None.
   """
 
@@ -59,6 +60,7 @@ class FrozenNetwork:
   dropout: bool = False
   gates: Any = None
   source: str = 'this run'
+  remarks: Sequence[str] = ()
   miou: float | None = None
 
   @property

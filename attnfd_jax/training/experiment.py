@@ -271,7 +271,9 @@ def _with_scored_teacher(stage, log, *, resumed):
   """The stage with its teacher's mIoU on val; bad teachers stop here."""
   teacher, given = stage.teacher, _given_teacher(stage.config)
   score = getattr(teacher, 'miou', None)
-  log.line(f'teacher {teacher.name}, method {stage.config.distill.method}')
+  remarks = '; '.join(['', *getattr(teacher, 'remarks', ())])
+  method = stage.config.distill.method
+  log.line(f'teacher {teacher.name}, method {method}{remarks}')
   if resumed:
     score = log.last('teacher', 'miou', default=score)
   elif given or score is None:

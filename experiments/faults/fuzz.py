@@ -524,11 +524,7 @@ def run_weights(rng, folder):
   path = folder / 'weights.pth'
   path.write_bytes(data)
   count = refused(torch_files.read_torch, path)
-
-  def names():
-    torch_models.reference_names(torch_files.read_state_dict(path))
-
-  return refused(names) or count
+  return refused(torch_models.read_network, path) or count
 
 
 # Tables, lists and annotations.
