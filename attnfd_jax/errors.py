@@ -58,7 +58,8 @@ def known(what, name, names, *, others=''):
 def first_line(error):
   """First line (JAX adds more), after the type unless it is a ValueError."""
   kind = '' if isinstance(error, ValueError) else f'{type(error).__name__} '
-  return (kind + next(iter(str(error).splitlines()), '')).strip()
+  # zipfile's may hold the whole archive.
+  return (kind + next(iter(str(error).splitlines()), '')[:1000]).strip()
 
 
 @contextlib.contextmanager

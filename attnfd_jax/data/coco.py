@@ -214,23 +214,23 @@ def _polygons(value):
   """[[x, y, x, y, ...], ...] of those, of one of them, or of corners."""
   if _are_numbers(value):
     return [value]
-  if not isinstance(value, list):
-    raise InputError(f'its segmentation has {_text(value)} among the numbers')
   corners = [*map(_corner, value)]
   if None not in corners:
     return [[*itertools.chain(*corners)]]
+  others = [x for x in value if type(x) not in (int, float, list)]
+  if others or not all(isinstance(x, list) for x in value):
+    given = _text(others[0]) if others else 'a list'
+    raise InputError(f'its segmentation has {given} among the numbers')
   return [polygon for item in value for polygon in _polygons(item)]
 
 
 def _area(segmentation, size, repairs):
   """Inside of polygons or an RLE, bool [h, w]; InputError if it is wrong."""
   if segmentation is None:
-    what = 'has no segmentation, which are polygons or RLE'
-    raise InputError(f'{what}; draw its outline, or remove it')
+    what = 'has no segmentation, as polygons or RLE'
+    raise InputError(f'{what}; draw its outline or remove it')
   if isinstance(segmentation, list):
-    polygons = _polygons(segmentation)
-    if polygons != segmentation:
-      repairs['flat' if _are_numbers(segmentation) else 'pairs'] += 1
+    polygons, given = _polygons(segmentation), segmentation
     # Two corners would be taken for a box.
     if any(len(x) < 6 or len(x) % 2 for x in polygons):
       raise InputError('needs polygons of at least three corners')
@@ -240,6 +240,8 @@ def _area(segmentation, size, repairs):
       raise InputError('has a corner far outside of the image')
     mask = files.need(*_NEEDED)
     segmentation = mask.merge(mask.frPyObjects(polygons, *size))
+    if polygons != given:
+      repairs['flat' if _are_numbers(given) else 'pairs'] += 1
   if not isinstance(segmentation, dict) or 'counts' not in segmentation:
     given = _text(segmentation)
     raise InputError(f'its segmentation is {given}, no polygons and no RLE')
@@ -297,9 +299,9 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
   repairs = collections.Counter()
   images, categories, annotations = _read_json(path, repairs)
   if annotations and all(_outline(x) is None for x in annotations):
-    boxes = ', only boxes' if all('bbox' in x for x in annotations) else ''
+    boxes = ', only a box' if all('bbox' in x for x in annotations) else ''
     what = f'none of its {len(annotations)} annotations has a segmentation'
-    remedy = 'masks are drawn from polygons or RLE; export these'
+    remedy = 'masks need polygons or RLE, as exports for segmentation have them'
     raise unsound(path, f'{what}{boxes}; {remedy}')
   known = [x['name'] for x in sorted(categories, key=_in_order)]
   repairs['twice'] = len(known) - len({*known})

@@ -162,17 +162,21 @@ def make_seeds():
     'palette': indexed.getvalue(),
     'interlaced': interlaced(ids),
     'deep': _saved(ids.astype(np.uint16), 'PNG'),
+    'twelve_bits': _saved(colours[..., 0].astype(np.uint16) * 16, 'PNG'),
     'deep_colour': make_png(
       *SIZE[::-1],
       depth=16,
       colour=2,
       pixels=b''.join(b'\0' + bytes(6 * SIZE[1]) for _ in range(SIZE[0])),
     ),
-    'two_bits': make_png(
-      *SIZE[::-1],
-      depth=2,
-      pixels=b''.join(b'\0' + bytes(SIZE[1] // 4) for _ in range(SIZE[0])),
-    ),
+    **{
+      f'grey_{depth}': make_png(
+        *SIZE[::-1],
+        depth=depth,
+        pixels=(b'\0' + b'\x1b' * (SIZE[1] * depth // 8)) * SIZE[0],
+      )
+      for depth in (1, 2, 4)
+    },
     'png_exif': _saved(colours, 'PNG', exif=exif),
     'jpeg': _saved(colours, 'JPEG'),
     'jpeg_exif': _saved(colours, 'JPEG', exif=exif),
@@ -189,8 +193,19 @@ def make_seeds():
     'tiff': _saved(colours, 'TIFF', compression='tiff_lzw'),
     'tiff_lab': _saved(colours, 'TIFF', 'LAB'),
     'tiff_float': _saved(ids.astype(np.float32), 'TIFF'),
+    'tiff_signed': _saved(ids.astype(np.int32), 'TIFF'),
+    'tiff_deep': _saved(ids.astype(np.uint16), 'TIFF'),
+    'tiff_one_bit': _saved(colours, 'TIFF', '1', compression='group4'),
+    'tiff_jpeg': _saved(colours, 'TIFF', compression='jpeg'),
+    'bmp_one_bit': _saved(colours, 'BMP', '1'),
+    'gif_ids': _saved(ids, 'GIF'),
     'webp': _saved(colours, 'WEBP'),
+    'webp_ids': _saved(np.dstack([ids] * 3), 'WEBP', lossless=True),
     'ppm': _saved(colours, 'PPM'),
+    'pbm': _saved(colours, 'PPM', '1'),
+    'pgm_few': b'P5 %d %d 3\n' % SIZE[::-1] + ids.tobytes(),
+    'pgm_deep': b'P5 %d %d 4095\n' % SIZE[::-1] + bytes(2 * ids.size),
+    'pfm': _saved(ids.astype(np.float32), 'PPM'),
     'ico': _saved(colours, 'ICO'),
     'jpeg2000': _saved(colours, 'JPEG2000'),
     'eps': _saved(colours, 'EPS'),
@@ -582,6 +597,12 @@ def mutate_json(rng, value):
         lambda: {'size': list(SIZE), 'counts': [-5, 5 + SIZE[0] * SIZE[1]]},
         lambda: {'size': list(SIZE), 'counts': draw_text(rng)},
         lambda: [[rng.choice(NUMBERS[:17]) for _ in range(6)]],
+        lambda: [[rng.choice(NUMBERS[:17]) for _ in range(2)]] * 3,
+        lambda: [{'x': rng.choice(NUMBERS), 'y': 1}] * 3,
+        lambda: {'counts': [rng.choice(NUMBERS)] * 3},
+        lambda: {'size': [24.0, '32'], 'counts': "b'05T3j1'"},
+        lambda: {rng.choice(('0', '1', 'a')): value},
+        lambda: [value],
       )
     )()
   keys = list(value) if isinstance(value, dict) else range(len(value))
@@ -601,8 +622,11 @@ def _coco():
     for i in range(2)
   ]
   runs = {'size': [height, width], 'counts': [100, 50, height * width - 150]}
-  squares = [[2, 2, 20, 2, 20, 20, 2, 20]]
+  flat = [2, 2, 20, 2, 20, 20, 2, 20]
+  squares, corners = [flat], [flat[i : i + 2] for i in range(0, 8, 2)]
   annotations = [
+    {'id': 4, 'image_id': 0.0, 'category_id': '5', 'segmentation': flat},
+    {'id': 5, 'image_id': 0, 'category_id': 6, 'segmentation': corners},
     {'id': 1, 'image_id': 0, 'category_id': 5, 'segmentation': squares},
     {'id': 2, 'image_id': 1, 'category_id': 6, 'segmentation': runs},
     {

@@ -10,7 +10,9 @@ import csv
 import json
 import pathlib
 import shutil
+import struct
 import zipfile
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -338,3 +340,55 @@ def _write_example(root, kind, split, key, image, ids):
     write(folder / f'{key}_mask.png', ids)
   elif kind != 'coco':
     write(folder / f'{key}.png', ids)
+
+
+def pack_bits(array, bits):
+  """Rows of an integer array [h, w], each padded to whole bytes."""
+  shifts = np.arange(bits)[::-1]
+  rows = (array.astype(np.int64)[..., None] >> shifts & 1).astype(np.uint8)
+  return np.packbits(rows.reshape(len(rows), -1), 1)
+
+
+def png_bytes(array, bits):
+  """A grey PNG of 1, 2, 4, 8 or 16 bits, of which Pillow writes few."""
+
+  def chunk(name, data):
+    checksum = struct.pack('>I', zlib.crc32(name + data))
+    return struct.pack('>I', len(data)) + name + data + checksum
+
+  height, width = array.shape
+  header = struct.pack('>IIBBBBB', width, height, bits, 0, 0, 0, 0)
+  rows = b''.join(b'\0' + row.tobytes() for row in pack_bits(array, bits))
+  parts = (b'IHDR', header), (b'IDAT', zlib.compress(rows)), (b'IEND', b'')
+  return b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*part) for part in parts)
+
+
+def tiff_bytes(array, *, bits=None, samples=1, photometric=1):
+  """A little-endian TIFF of [h, w] or [h, w, c] of any type.
+
+  `samples`: 1 for unsigned, 2 for signed integers, 3 for floats; with `bits`
+  values are packed; a `photometric` of 0 is 'white is 0', 2 is RGB.
+  """
+  height, width, *channels = array.shape
+  count = channels[0] if channels else 1
+  data = (pack_bits(array, bits) if bits else array).tobytes()
+  bits = bits or 8 * array.itemsize
+  start = 8 + 2 + 10 * 12 + 4
+  # Of several channels each has its entry; they lie before the pixels.
+  extra = struct.pack(f'<{2 * count}H', *[bits] * count, *[samples] * count)
+  first, second = start, start + 2 * count
+  if count == 1:
+    first, second = bits, samples
+  entries = (
+    *((256, 4, 1, width), (257, 4, 1, height), (258, 3, count, first)),
+    *(
+      (259, 3, 1, 1),
+      (262, 3, 1, photometric),
+      (273, 4, 1, start + len(extra)),
+    ),
+    *((277, 3, 1, count), (278, 4, 1, height), (279, 4, 1, len(data))),
+    (339, 3, count, second),
+  )
+  directory = b''.join(struct.pack('<HHII', *entry) for entry in entries)
+  head = b'II*\0' + struct.pack('<IH', 8, len(entries))
+  return head + directory + bytes(4) + extra + data

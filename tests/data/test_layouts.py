@@ -2,16 +2,16 @@
 """Every layout gives the ids that were drawn; every mistake has its message."""
 
 import concurrent.futures
+import io
 import json
 import pathlib
 import pickle
 import re
 import shutil
-import struct
 import sys
 import zipfile
-import zlib
 
+import cv2
 from data import fixtures
 import numpy as np
 from PIL import Image
@@ -280,7 +280,7 @@ def test_coco_leaves_out_images_of_few_pixels(coco_root):
   path = coco_root / 'annotations' / 'instances_val2017.json'
   listed, sizes = len(json.loads(path.read_text())['images']), {}
   for pixels in (1000, 999, 239):
-    _, labels, _ = coco.draw_labels(
+    _, labels, *_ = coco.draw_labels(
       path,
       class_names=('background', *classes.COCO_NAMES),
       min_pixels=pixels,
@@ -335,12 +335,12 @@ def test_the_first_annotation_wins():
 @pytest.mark.parametrize(
   ('segmentation', 'message'),
   [
-    ([], 'polygons of at least three corners'),
+    ([], 'has no segmentation, as polygons or RLE'),
     ([[1, 2, 3, 4]], 'polygons of at least three corners'),
     ([[1, 2, 3, 4, 5, 6, 7]], 'polygons of at least three corners'),
     ({'size': [9, 9], 'counts': [81]}, r'its RLE is of size \[9, 9\]'),
     ({'size': [48, 64], 'counts': [81]}, 'its RLE does not fill the image'),
-    (None, 'polygons of at least three corners'),
+    (None, 'has no segmentation, as polygons or RLE'),
   ],
   ids=['empty', 'box', 'odd', 'size', 'short', 'none'],
 )
@@ -366,10 +366,10 @@ def test_wrong_annotations_are_named(tmp_path, segmentation, message):
   ('change', 'message'),
   [
     (lambda c: c.pop('images'), 'needs images, annotations and categories'),
-    (lambda c: c['images'][0].pop('height'), 'height is absent or no int'),
+    (lambda c: c['images'][0].pop('height'), 'height is absent; needs a w'),
     (lambda c: c['images'][0].update(width=0), 'no height or width'),
     (lambda c: c['images'].append(3), 'needs images, annotations and'),
-    (lambda c: c['images'][0].update(id='a'), 'id is absent or no int'),
+    (lambda c: c['images'][0].update(id=True), 'id is true; needs a whole'),
     (
       lambda c: c['images'].append(c['images'][0] | {'id': 99}),
       'val_3.jpg is listed twice',
@@ -602,21 +602,6 @@ def deep(image, mask):
   Image.fromarray(np.zeros((48, 64), np.uint16)).save(mask)
 
 
-def few_bits(image, mask):
-  """Grey of 4 bits, which Pillow cannot write."""
-
-  def chunk(name, data):
-    checksum = struct.pack('>I', zlib.crc32(name + data))
-    return struct.pack('>I', len(data)) + name + data + checksum
-
-  header = struct.pack('>IIBBBBB', 64, 48, 4, 0, 0, 0, 0)
-  rows = zlib.compress((b'\0' + b'\x1f' * 32) * 48)
-  parts = [(b'IHDR', header), (b'IDAT', rows), (b'IEND', b'')]
-  mask.write_bytes(
-    b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*part) for part in parts)
-  )
-
-
 def strange(image, mask):
   ids = np.zeros((48, 64), np.uint8)
   ids[0, :9], ids[1, :5] = 77, 200
@@ -649,7 +634,6 @@ KINDS = [
   (smaller, 'size', r'annot/.*: mask is 60x40, its image 64x48 \(width'),
   (coloured, 'mode', r'annot/.*mode RGB; expected an 8-bit.*data\.palette='),
   (deep, 'depth', r'annot/.*: mask has 16 bits a pixel; save ids as an 8-bit'),
-  (few_bits, 'depth', r'annot/.*: mask has 4 bits a pixel'),
   (
     strange,
     'values',
@@ -856,3 +840,551 @@ def test_palette_formula():
   expected = np.reshape(fixtures.voc_colours(), (256, 3))
   np.testing.assert_array_equal(classes.voc_palette(256), expected)
   np.testing.assert_array_equal(list(classes.VOC.values()), expected[:21])
+
+
+def saved(array, form, mode=None, **options):
+  """Bytes of an image that Pillow writes."""
+  image, file = Image.fromarray(array), io.BytesIO()
+  (image.convert(mode) if mode else image).save(file, form, **options)
+  return file.getvalue()
+
+
+def encoded(ending, array):
+  return cv2.imencode(ending, array)[1].tobytes()
+
+
+def pnm(array, most):
+  """A binary PGM or PPM of a stated maximum, with a comment."""
+  kind = b'P5' if array.ndim == 2 else b'P6'
+  head = kind + b'\n# by hand\n%d %d\n%d\n' % (*array.shape[1::-1], most)
+  return head + array.astype('>u2' if most > 255 else 'u1').tobytes()
+
+
+def deep_pixels(most=65535):
+  """uint16 [48, 64, 3] whose largest value is `most`."""
+  generator = np.random.default_rng(0)
+  pixels = generator.integers(0, most, (*fixtures.SIZE, 3), dtype=np.uint16)
+  pixels[0, 0] = most
+  return pixels
+
+
+def patched_jp2(pixels):
+  """A lossless JPEG 2000 of 12 bits: a shifted one of 16, which Pillow has."""
+  data = bytearray(saved(pixels + 30720, 'JPEG2000', irreversible=False))
+  for at in (data.find(b'ihdr') + 14, data.find(b'\xff\x4f\xff\x51') + 42):
+    assert data[at] == 15
+    data[at] = 11
+  return bytes(data)
+
+
+OPAQUE = np.full((*fixtures.SIZE, 1), 65535, np.uint16)
+# Of uint16 [h, w, 3] in R, G, B; what stores greys stores the first.
+DEEP = {
+  'png': lambda x: encoded('.png', x[..., 0]),
+  'png_rgb': lambda x: encoded('.png', x[..., ::-1]),
+  'png_rgba': lambda x: encoded('.png', np.dstack([x[..., ::-1], OPAQUE])),
+  'tiff': lambda x: fixtures.tiff_bytes(x[..., 0]),
+  'tiff_rgb': lambda x: fixtures.tiff_bytes(x, photometric=2),
+  'pgm': lambda x: pnm(x[..., 0], 65535),
+  'ppm': lambda x: pnm(x, 65535),
+  'jpeg2000': lambda x: saved(x[..., 0].copy(), 'JPEG2000', irreversible=False),
+}
+
+
+@pytest.mark.parametrize('form', DEEP)
+def test_images_of_16_bits_are_their_upper_8(form):
+  pixels = deep_pixels()
+  expected = pixels >> 8
+  if 'rgb' not in form and form != 'ppm':
+    expected = np.repeat(expected[..., :1], 3, -1)
+  found = masks.decode_image('a', DEEP[form](pixels))
+  assert found.dtype == np.uint8
+  # OpenCV divides those of a TIFF by 257 instead.
+  error = 1 if form == 'tiff_rgb' else 0
+  assert np.abs(found - expected.astype(int)).max() <= error
+
+
+@pytest.mark.parametrize('most', [5, 1023, 4095, 16383], ids=str)
+@pytest.mark.parametrize('form', DEEP)
+def test_images_of_few_used_bits_are_refused(form, most):
+  bits = most.bit_length()
+  message = rf'a: 16-bit image .* end at {most} \({bits} bits\) would be nearly'
+  with pytest.raises(DataError, match=f'{message} black; .*by one rule') as e:
+    masks.decode_image('a', DEEP[form](deep_pixels(most)))
+  assert e.value.kind == 'depth'
+
+
+@pytest.mark.parametrize('form', DEEP)
+def test_black_and_dark_images_of_16_bits_are_read(form):
+  assert masks.decode_image('a', DEEP[form](deep_pixels(16384))).max() == 64
+  black = DEEP[form](np.zeros((*fixtures.SIZE, 3), np.uint16))
+  assert not masks.decode_image('a', black).any()
+
+
+def test_dark_images_of_8_bits_are_decoded_once(monkeypatch):
+  calls, decode = [], cv2.imdecode
+  monkeypatch.setattr(
+    cv2, 'imdecode', lambda *args: calls.append(1) or decode(*args)
+  )
+  dark = np.full((*fixtures.SIZE, 3), 3, np.uint8)
+  for form in ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP', 'PPM', 'JPEG2000'):
+    masks.decode_image('a', saved(dark, form))
+  assert len(calls) == 7
+
+
+@pytest.mark.parametrize('most', [1, 15, 100, 254, 255, 1023, 4095, 65534])
+@pytest.mark.parametrize('channels', [1, 3], ids=['grey', 'rgb'])
+def test_stated_maxima_become_255(most, channels):
+  pixels = deep_pixels() % (most + 1)
+  pixels = (pixels[..., 0] if channels == 1 else pixels).astype(np.uint16)
+  expected = np.floor(pixels.astype(float) * 255 / most + 0.5)
+  expected = expected.reshape(*fixtures.SIZE, channels)
+  found = masks.decode_image('a', pnm(pixels, most))
+  np.testing.assert_array_equal(found, np.broadcast_to(expected, found.shape))
+
+
+def test_a_jpeg2000_of_12_bits_states_them():
+  pixels = deep_pixels(4095)[..., 0]
+  found = masks.decode_image('a', patched_jp2(pixels))
+  np.testing.assert_array_equal(found[..., 0], pixels >> 4)
+  # It is dark, and not for unused bits.
+  assert masks.decode_image('a', patched_jp2(pixels >> 4)).max() == 15
+
+
+@pytest.mark.parametrize(
+  ('data', 'message'),
+  [
+    (lambda x: fixtures.tiff_bytes(x[..., 0].astype(np.float32), samples=3), 1),
+    (lambda x: fixtures.tiff_bytes(x.astype(np.float32), samples=3), 2),
+    (lambda x: fixtures.tiff_bytes(x[..., 0].astype(np.float64), samples=3), 3),
+    (lambda x: fixtures.tiff_bytes(x[..., 0].astype(np.int16), samples=2), 4),
+    (lambda x: fixtures.tiff_bytes(x[..., 0].astype(np.int32), samples=2), 5),
+    (lambda x: fixtures.tiff_bytes(x[..., 0].astype(np.uint32)), 6),
+    (lambda x: fixtures.tiff_bytes(x[..., 0], bits=12), 7),
+    (lambda x: fixtures.tiff_bytes(np.dstack([x, x])), 8),
+    (lambda x: saved(x[..., 0].astype(np.float32), 'PPM'), 9),
+  ],
+  ids=[
+    'float',
+    'float_rgb',
+    'double',
+    'int16',
+    'int32',
+    'uint32',
+    'packed',
+    'bands',
+    'pfm',
+  ],
+)
+def test_images_of_other_numbers_are_refused(data, message):
+  message = {
+    1: 'TIFF of 1 x 32-bit floats',
+    2: 'TIFF of 3 x 32-bit floats',
+    3: 'TIFF of 1 x 64-bit floats',
+    4: 'TIFF of 1 x 16-bit signed integers',
+    5: 'TIFF of 1 x 32-bit signed integers',
+    6: 'TIFF of 1 x 32-bit integers',
+    7: 'TIFF of 1 x 12-bit integers',
+    8: 'TIFF of 6 x 16-bit integers',
+    9: 'image of floats',
+  }[message]
+  with pytest.raises(DataError, match=f'a: {message}.*as grey or RGB') as error:
+    masks.decode_image('a', data(deep_pixels(4095)))
+  assert error.value.kind == 'depth'
+
+
+def few_ids(most):
+  ids = np.arange(48 * 64).reshape(48, 64) % (most + 1)
+  return ids.astype(np.uint8)
+
+
+def from_palette(ids, form):
+  image, file = Image.fromarray(ids), io.BytesIO()
+  image.putpalette(bytes(range(255, -1, -1)) * 3)
+  image.save(file, form)
+  return file.getvalue()
+
+
+MASKS = {
+  **{
+    f'png_{bits}': (fixtures.png_bytes(few_ids(2**bits - 1), bits), bits)
+    for bits in (1, 2, 4, 8)
+  },
+  **{
+    f'tiff_{bits}': (fixtures.tiff_bytes(few_ids(2**bits - 1), bits=bits), bits)
+    for bits in (1, 2, 4, 8)
+  },
+  # As viewers show them, white is the last id.
+  **{
+    f'tiff_white_is_0_{bits}': (
+      fixtures.tiff_bytes(
+        2**bits - 1 - few_ids(2**bits - 1), bits=bits, photometric=0
+      ),
+      bits,
+    )
+    for bits in (1, 2, 4, 8)
+  },
+  **{
+    f'pgm_{bits}': (pnm(few_ids(2**bits - 1), 2**bits - 1), bits)
+    for bits in (1, 3, 4, 7, 8)
+  },
+  **{
+    f'one_bit_{form}': (saved(few_ids(1) * 255, form, '1'), 1)
+    for form in ('PNG', 'TIFF', 'BMP', 'PPM')
+  },
+  'fax': (saved(few_ids(1) * 255, 'TIFF', '1', compression='group4'), 1),
+  **{
+    f'palette_{form}': (from_palette(few_ids(15), form), 4)
+    for form in ('PNG', 'GIF', 'BMP', 'TIFF')
+  },
+  **{
+    f'grey_{form}': (saved(few_ids(15), form), 4)
+    for form in ('PNG', 'GIF', 'BMP', 'TIFF')
+  },
+  'webp': (saved(np.dstack([few_ids(15)] * 3), 'WEBP', lossless=True), 4),
+  'webp_extended': (
+    saved(
+      np.dstack([few_ids(15)] * 3), 'WEBP', lossless=True, icc_profile=b'x' * 9
+    ),
+    4,
+  ),
+}
+
+
+@pytest.mark.parametrize('name', MASKS)
+def test_masks_are_ids_in_every_exact_format(tmp_path, name):
+  data, bits = MASKS[name]
+  path = tmp_path / 'mask'
+  path.write_bytes(data)
+  found = masks.read_mask(path)
+  assert found.dtype == np.uint8
+  np.testing.assert_array_equal(found, few_ids(2**bits - 1))
+  label = masks.IndexLabels(tuple(range(min(2**bits, 255))))
+  np.testing.assert_array_equal(label(files.File(str(path))), found)
+
+
+@pytest.mark.parametrize('bits', [1, 2, 4])
+def test_few_bits_keep_the_colours_that_viewers_show(tmp_path, bits):
+  most = 2**bits - 1
+  path = tmp_path / 'mask.png'
+  path.write_bytes(fixtures.png_bytes(few_ids(most), bits))
+  greys = [(255 // most * i,) * 3 for i in range(most + 1)]
+  label = masks.ColourLabels(tuple(greys))(files.File(str(path)))
+  np.testing.assert_array_equal(label, few_ids(most))
+
+
+def frames(form):
+  first, file = Image.fromarray(few_ids(15)), io.BytesIO()
+  others = [Image.fromarray(few_ids(i)) for i in (1, 2)]
+  options = {'lossless': True} if form == 'WEBP' else {}
+  first.save(file, form, save_all=True, append_images=others, **options)
+  return file.getvalue()
+
+
+GREY = np.dstack([few_ids(15)] * 3)
+HINT = r'Its channels are equal: .*save one of them, .*data\.palette='
+
+
+@pytest.mark.parametrize(
+  ('data', 'kind', 'message'),
+  [
+    (saved(GREY, 'WEBP'), 'lossy', 'a lossy WebP mask'),
+    (saved(GREY, 'WEBP', 'RGBA', quality=50), 'lossy', 'a lossy WebP mask'),
+    (
+      saved(few_ids(15), 'JPEG2000', irreversible=False),
+      'lossy',
+      'a JPEG 2000 mask',
+    ),
+    (
+      saved(few_ids(15), 'TIFF', compression='jpeg'),
+      'lossy',
+      'a JPEG-compressed TIFF mask',
+    ),
+    (frames('GIF'), 'unreadable', '3 frames instead of one'),
+    (frames('PNG'), 'unreadable', '3 frames instead of one'),
+    (frames('WEBP'), 'unreadable', '3 frames instead of one'),
+    (saved(GREY, 'PNG'), 'mode', HINT),
+    (saved(GREY, 'PNG', 'RGBA'), 'mode', HINT),
+    (saved(GREY, 'PNG', 'LA'), 'mode', HINT),
+    (
+      saved(deep_pixels(255).astype(np.uint8), 'WEBP', lossless=True),
+      'mode',
+      'mode RGB; expected an 8-bit PNG of class ids. Convert',
+    ),
+    (saved(few_ids(15).astype(np.uint16), 'PNG'), 'depth', '16 bits'),
+    (fixtures.tiff_bytes(few_ids(15).astype(np.uint16)), 'depth', '16 bits'),
+    (
+      fixtures.tiff_bytes(few_ids(15).astype(np.float32), samples=3),
+      'depth',
+      '32 bits',
+    ),
+  ],
+  ids=[
+    *('webp', 'webp_alpha', 'jpeg2000', 'tiff_jpeg', 'gif', 'apng', 'webps'),
+    *('rgb', 'rgba', 'la', 'webp_colours', 'png16', 'tiff16', 'float'),
+  ],
+)
+def test_masks_that_are_no_exact_ids_are_refused(tmp_path, data, kind, message):
+  path = tmp_path / 'mask'
+  path.write_bytes(data)
+  with pytest.raises(DataError, match=message) as error:
+    masks.read_mask(path)
+  assert error.value.kind == kind
+
+
+BOX = [8, 6, 20, 6, 20, 16, 8, 16]
+CORNERS = [BOX[i : i + 2] for i in range(0, 8, 2)]
+INSIDE = np.zeros((24, 32), np.uint8)
+INSIDE[6:16, 8:20] = 1
+RUNS = fixtures._runs(INSIDE)['counts']
+TEXT = 'V6:>000000000000000000000j8'  # The same, compressed.
+
+
+def draw_coco(path, change):
+  """`coco.draw_labels` of two changed images with a box each."""
+  pytest.importorskip('pycocotools')
+  images = [
+    {'id': i, 'file_name': f'{i}.png', 'height': 24, 'width': 32}
+    for i in (1, 2)
+  ]
+  annotations = [
+    {'id': 10 + i, 'image_id': i, 'category_id': 5, 'segmentation': [BOX]}
+    for i in (1, 2)
+  ]
+  content = {'images': images, 'annotations': annotations}
+  content['categories'] = [{'id': 5, 'name': 'road'}, {'id': 6, 'name': 'tree'}]
+  for annotation in annotations:
+    annotation['bbox'] = [8, 6, 12, 10]
+  change(content)
+  path.write_text(json.dumps(content))
+  return coco.draw_labels(path)
+
+
+def segmented(value):
+  """Makes every segmentation `value`."""
+
+  def change(content):
+    for annotation in content['annotations']:
+      annotation['segmentation'] = value
+
+  return change
+
+
+def each(key, **fields):
+  """Makes fields of each entry functions of what they were."""
+
+  def change(content):
+    for entry in content[key]:
+      for field, made in fields.items():
+        entry[field] = made(entry[field])
+
+  return change
+
+
+def both(*changes):
+  return lambda content: [change(content) for change in changes]
+
+
+def by_id(*keys):
+  def change(content):
+    for key in keys:
+      content[key] = {str(x.pop('id')): x for x in content[key]}
+
+  return change
+
+
+def nest(content):
+  content['annotations'] = [[x] for x in content['annotations']]
+
+
+FLAT = 'one flat list of numbers are read as one polygon (2)'
+PAIRS = 'of [x, y] pairs are read as polygons (2)'
+SIZE = 'RLE without a size are read in the size of their images (2)'
+NUMBERS = (
+  'numbers written as "48" or 48.0 are read as whole numbers ({})'.format
+)
+NESTED = 'entries in nested lists or by id are read as plain lists ({})'.format
+REPAIRED = {
+  'as_coco': (lambda content: None, ()),
+  'flat': (segmented(BOX), (FLAT,)),
+  'pairs': (segmented(CORNERS), (PAIRS,)),
+  'lists_of_pairs': (segmented([CORNERS, CORNERS]), (PAIRS,)),
+  'opencv': (segmented([[x] for x in CORNERS]), (PAIRS,)),
+  'objects': (segmented([{'x': x, 'y': y} for x, y in CORNERS]), (PAIRS,)),
+  'nested': (segmented([[BOX]]), (PAIRS,)),
+  'rle': (segmented({'size': [24, 32], 'counts': RUNS}), ()),
+  'rle_text': (segmented({'size': [24, 32], 'counts': TEXT}), ()),
+  'rle_no_size': (segmented({'counts': RUNS}), (SIZE,)),
+  'rle_text_no_size': (segmented({'size': None, 'counts': TEXT}), (SIZE,)),
+  'rle_floats': (
+    segmented({'size': [24.0, 32.0], 'counts': RUNS}),
+    (NUMBERS(4),),
+  ),
+  'rle_strings': (
+    segmented({'size': [24, 32], 'counts': [*map(str, RUNS)]}),
+    (NUMBERS(2 * len(RUNS)),),
+  ),
+  'rle_bytes': (
+    segmented({'size': [24, 32], 'counts': f"b'{TEXT}'"}),
+    ("RLE written as b'...' are read without these marks (2)",),
+  ),
+  'float_sizes': (each('images', height=float, width=str), (NUMBERS(4),)),
+  'float_ids': (each('annotations', image_id=float), (NUMBERS(2),)),
+  'number_strings': (
+    each('annotations', image_id=str, category_id=str),
+    (NUMBERS(4),),
+  ),
+  'text_ids': (
+    both(
+      each('images', id='u{}'.format),
+      each('annotations', image_id='u{}'.format, category_id='c{}'.format),
+      each('categories', id='c{}'.format),
+    ),
+    (),
+  ),
+  'nested_annotations': (nest, (NESTED(2),)),
+  'images_by_id': (by_id('images'), (NESTED(1), NUMBERS(2))),
+  'all_by_id': (
+    by_id('images', 'annotations', 'categories'),
+    (NESTED(3), NUMBERS(4)),
+  ),
+  'blanks': (
+    each('categories', name=' {}\t'.format),
+    ('blanks around the names of categories are removed (2)',),
+  ),
+  'twice': (
+    lambda c: c['categories'].append({'id': 7, 'name': 'road'}),
+    ('categories of one name are read as one class (1)',),
+  ),
+}
+
+
+@pytest.mark.parametrize('name', REPAIRED)
+def test_coco_of_other_shapes_is_the_same_and_said(tmp_path, name):
+  change, notes = REPAIRED[name]
+  path = tmp_path / 'a.json'
+  for _ in range(2):  # The second time from the cache.
+    names, labels, problems, said = draw_coco(path, change)
+    assert (names, problems) == (('background', 'road', 'tree'), [])
+    assert len(said) == len(notes)
+    for note, text in zip(said, notes, strict=True):
+      assert note.text.startswith(f'{path}: ') and note.text.endswith(
+        f'{text}.'
+      )
+    for file in labels.values():
+      label = cv2.imdecode(np.frombuffer(file.read(), np.uint8), -1)
+      np.testing.assert_array_equal(label, INSIDE)
+    assert sorted(labels) == ['1.png', '2.png']
+
+
+def first(key, **fields):
+  return lambda content: content[key][0].update(fields)
+
+
+def absent(key):
+  def change(content):
+    for annotation in content['annotations']:
+      annotation.pop(key, None)
+
+  return change
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (
+      first('images', height=None),
+      r'image 1 \(1\.png\): height is null; needs',
+    ),
+    (
+      first('images', width=48.5),
+      r'image 1 \(1\.png\): width is 48\.5; needs a',
+    ),
+    (first('images', width='wide'), r'image 1 \(1\.png\): width is "wide"; '),
+    (first('images', height=0), r'image 1 \(1\.png\): no height or width'),
+    (first('images', id=True), r'image true \(1\.png\): id is true; needs'),
+    (first('images', file_name=None), 'image 1: file_name is null; needs text'),
+    (first('images', file_name=' '), "image 1: file_name ' ' cannot be a name"),
+    (
+      lambda c: c['images'][1].pop('id'),
+      r'image number 2 \(2\.png\): id is abs',
+    ),
+    (first('annotations', image_id=[1]), 'annotation 11: image_id is a list'),
+    (
+      first('annotations', category_id=None),
+      r'annotation 11 of 1\.png: category_id is null; needs a whole number or',
+    ),
+    (
+      first('annotations', category_id=float('nan')),
+      'category_id is NaN; needs',
+    ),
+    (first('categories', name=7), 'category 5: name is 7; needs text'),
+    (lambda c: c['images'].append(None), 'each a list of objects'),
+    (lambda c: c.update(annotations=None), 'each a list of objects'),
+    (
+      absent('segmentation'),
+      'none of its 2 annotations has a segmentation, only',
+    ),
+    (segmented([]), 'none of its 2 annotations has a segmentation, only a box'),
+    (
+      both(absent('segmentation'), absent('bbox')),
+      'none of its 2 annotations has a segmentation; masks need polygons',
+    ),
+  ],
+)
+def test_unsound_files_of_coco_name_the_entry(tmp_path, change, message):
+  path = tmp_path / 'a.json'
+  message = rf'{re.escape(str(path))}: .*{message}'
+  with pytest.raises(DataError, match=message) as error:
+    draw_coco(path, change)
+  assert error.value.kind == 'annotation'
+
+
+@pytest.mark.parametrize(
+  ('value', 'message'),
+  [
+    (
+      None,
+      'has no segmentation, as polygons or RLE; draw its outline or remove',
+    ),
+    ([[]], 'has no segmentation'),
+    (BOX[:4], 'needs polygons of at least three corners'),
+    (CORNERS[:2], 'needs polygons of at least three corners'),
+    ([BOX, [1, 2]], 'needs polygons of at least three corners'),
+    ([[1, 2, None, 4, 5, 6]], 'its segmentation has null among the numbers'),
+    ([[1, 2, True, 4, 5, 6]], 'its segmentation has true among the numbers'),
+    ([['1', '2', '3']], 'its segmentation has "1" among the numbers'),
+    ([1, 2, [3, 4]], 'its segmentation has a list among the numbers'),
+    ([{'counts': RUNS}], 'its segmentation has an object among the numbers'),
+    ([[1, 2, float('nan'), 4, 5, 6]], 'has a corner far outside of the image'),
+    ('x', 'its segmentation is "x", no polygons and no RLE'),
+    (7, 'its segmentation is 7, no polygons and no RLE'),
+    ({'size': [24, 32]}, 'its segmentation is an object, no polygons and no'),
+    ({'size': [24, 32], 'counts': None}, 'is no polygons and no RLE'),
+    ({'size': 7, 'counts': RUNS}, 'is no polygons and no RLE'),
+    ({'size': [32, 24], 'counts': RUNS}, r'its RLE is of size \[32, 24\]'),
+    ({'size': [24, 32], 'counts': TEXT[:9]}, 'its RLE does not fill the image'),
+    ({'counts': RUNS[:2]}, 'its RLE does not fill the image'),
+  ],
+)
+def test_unsound_segmentations_name_the_annotation(tmp_path, value, message):
+  path = tmp_path / 'a.json'
+  _, labels, problems, _ = draw_coco(
+    path, first('annotations', segmentation=value)
+  )
+  (problem,) = problems
+  assert len(labels) == 2
+  message = f'a.json: annotation 11 of 1.png: .*{message}'
+  assert re.search(message, str(problem)), str(problem)
+
+
+def test_ids_that_stand_for_two(tmp_path):
+  def change(content):
+    content['images'][1]['id'] = content['annotations'][1]['image_id'] = '1'
+    content['categories'][1]['id'] = 5
+
+  *_, problems, _ = draw_coco(tmp_path / 'a.json', change)
+  assert [str(x).partition('a.json: ')[2] for x in problems] == [
+    'image id 1 is of two different entries.',
+    'category id 5 is of two different entries.',
+  ]

@@ -287,7 +287,7 @@ def entries(change):
   ('content', 'message'),
   [
     ('[' * 100000, 'not JSON'),
-    (entries(lambda c: c['images'][0].update(height=True)), 'height is abs'),
+    (entries(lambda c: c['images'][0].update(height=True)), 'height is true'),
     (entries(lambda c: c['images'][0].update(height=10**8)), '178956970 pix'),
     (entries(lambda c: c['images'][0].update(file_name='\ud800')), 'a name'),
     (entries(lambda c: c['images'][0].update(file_name='a\0b')), 'be a name'),
