@@ -594,7 +594,10 @@ def test_a_broken_set_ends_with_2_and_a_line_for_each_file(done):
 @pytest.mark.parametrize(
   ('name', 'line'),
   [
-    ('flag', 'error: flag --threads=0: 0 is not a positive integer'),
+    (
+      'flag',
+      'error: --threads=0: expected a whole number of 1 or more, such as 8.',
+    ),
     ('ending', 'error: --contact_sheet=sheet: name a file, such as found.png.'),
   ],
 )

@@ -19,7 +19,7 @@ KINDS = {
   'unreadable': 'files that cannot be read: empty, cut off or no image',
   'size': 'masks of another size than their image',
   'mode': 'masks of colours where class ids are expected',
-  'depth': 'masks of 16 bits, or others than 8',
+  'depth': 'images or masks of a depth that is not read',
   'values': 'mask values that are no class',
   'lossy': 'JPEG masks, whose ids compression has changed',
   'exif': 'images that a viewer turns (EXIF), unlike their masks',
