@@ -1365,10 +1365,10 @@ def test_unsound_segmentations_name_the_annotation(tmp_path, value, message):
 def test_ids_that_stand_for_two(tmp_path):
   def change(content):
     content['images'][1]['id'] = content['annotations'][1]['image_id'] = '1'
-    content['categories'][1]['id'] = 5
+    content['categories'][1].update(id=5, file_name=[])
 
   *_, problems, _ = draw_coco(tmp_path / 'a.json', change)
   assert [str(x).partition('a.json: ')[2] for x in problems] == [
-    'image id 1 is of two different entries.',
-    'category id 5 is of two different entries.',
+    'image id 1 is of different entries; number them anew.',
+    'category id 5 is of different entries; number them anew.',
   ]
