@@ -314,9 +314,12 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
   problems, kept, groups = [], [], collections.defaultdict(list)
   for annotation in annotations:
     groups[annotation['image_id']].append(annotation)
-  for key, entries in (('image', images), ('category', categories)):
+  for key, entries, name in (
+    ('image', images, 'file_name'),
+    ('category', categories, 'name'),
+  ):
     named = {annotation[f'{key}_id']: 0 for annotation in annotations}
-    listed = {(x['id'], x.get('file_name', x.get('name'))): 0 for x in entries}
+    listed = dict.fromkeys((entry['id'], entry[name]) for entry in entries)
     counts = collections.Counter(i for i, _ in listed)
     problems += [
       f'annotations of {key} {_text(i)}, which the file does not list'
@@ -324,7 +327,7 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
       if i not in counts
     ]
     problems += [
-      f'{key} id {_text(i)} is of two different entries'
+      f'{key} id {_text(i)} is of different entries; number them anew'
       for i in counts
       if counts[i] > 1
     ]

@@ -952,44 +952,28 @@ def test_a_jpeg2000_of_12_bits_states_them():
 
 
 @pytest.mark.parametrize(
-  ('data', 'message'),
+  ('kind', 'options', 'message'),
   [
-    (lambda x: fixtures.tiff_bytes(x[..., 0].astype(np.float32), samples=3), 1),
-    (lambda x: fixtures.tiff_bytes(x.astype(np.float32), samples=3), 2),
-    (lambda x: fixtures.tiff_bytes(x[..., 0].astype(np.float64), samples=3), 3),
-    (lambda x: fixtures.tiff_bytes(x[..., 0].astype(np.int16), samples=2), 4),
-    (lambda x: fixtures.tiff_bytes(x[..., 0].astype(np.int32), samples=2), 5),
-    (lambda x: fixtures.tiff_bytes(x[..., 0].astype(np.uint32)), 6),
-    (lambda x: fixtures.tiff_bytes(x[..., 0], bits=12), 7),
-    (lambda x: fixtures.tiff_bytes(np.dstack([x, x])), 8),
-    (lambda x: saved(x[..., 0].astype(np.float32), 'PPM'), 9),
+    ('float32', {'samples': 3}, '1 x 32-bit floats'),
+    ('float64', {'samples': 3}, '1 x 64-bit floats'),
+    ('int16', {'samples': 2}, '1 x 16-bit signed integers'),
+    ('int32', {'samples': 2}, '1 x 32-bit signed integers'),
+    ('uint32', {}, '1 x 32-bit integers'),
+    ('uint16', {'bits': 12}, '1 x 12-bit integers'),
+    ('float32', {'samples': 3, 'channels': 3}, '3 x 32-bit floats'),
+    ('uint16', {'channels': 6}, '6 x 16-bit integers'),
   ],
-  ids=[
-    'float',
-    'float_rgb',
-    'double',
-    'int16',
-    'int32',
-    'uint32',
-    'packed',
-    'bands',
-    'pfm',
-  ],
+  ids=str,
 )
-def test_images_of_other_numbers_are_refused(data, message):
-  message = {
-    1: 'TIFF of 1 x 32-bit floats',
-    2: 'TIFF of 3 x 32-bit floats',
-    3: 'TIFF of 1 x 64-bit floats',
-    4: 'TIFF of 1 x 16-bit signed integers',
-    5: 'TIFF of 1 x 32-bit signed integers',
-    6: 'TIFF of 1 x 32-bit integers',
-    7: 'TIFF of 1 x 12-bit integers',
-    8: 'TIFF of 6 x 16-bit integers',
-    9: 'image of floats',
-  }[message]
-  with pytest.raises(DataError, match=f'a: {message}.*as grey or RGB') as error:
-    masks.decode_image('a', data(deep_pixels(4095)))
+def test_images_of_other_numbers_are_refused(kind, options, message):
+  pixels = np.tile(deep_pixels(4095), 2).astype(kind)
+  options = dict(options)
+  channels = options.pop('channels', 1)
+  pixels = pixels[..., :channels] if channels > 1 else pixels[..., 0]
+  data = fixtures.tiff_bytes(pixels, **options)
+  message = f'a: TIFF of {message} a pixel; .*as grey or RGB of 8'
+  with pytest.raises(DataError, match=message) as error:
+    masks.decode_image('a', data)
   assert error.value.kind == 'depth'
 
 
@@ -1381,10 +1365,10 @@ def test_unsound_segmentations_name_the_annotation(tmp_path, value, message):
 def test_ids_that_stand_for_two(tmp_path):
   def change(content):
     content['images'][1]['id'] = content['annotations'][1]['image_id'] = '1'
-    content['categories'][1]['id'] = 5
+    content['categories'][1].update(id=5, file_name=[])
 
   *_, problems, _ = draw_coco(tmp_path / 'a.json', change)
   assert [str(x).partition('a.json: ')[2] for x in problems] == [
-    'image id 1 is of two different entries.',
-    'category id 5 is of two different entries.',
+    'image id 1 is of different entries; number them anew.',
+    'category id 5 is of different entries; number them anew.',
   ]
