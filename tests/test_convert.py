@@ -696,7 +696,8 @@ def test_a_run_with_files_of_pytorch(tmp_path, tensors, capfd, monkeypatch):
   for role in ('teacher', 'student'):
     tiny_network(config, role, 'resnet10')
   found = tensors('resnet10', num_classes=9)
-  config.teacher.checkpoint = str(write(tmp_path / 'teacher.pth.tar', found))
+  saved = write(tmp_path / 'teacher.pth.tar', prefixed('module.', found))
+  config.teacher.checkpoint = str(saved)
   config.student.pretrained = str(write(tmp_path / 'trunk.pth', trunk(found)))
   states = []
   init_state = Stage.init_state
@@ -712,6 +713,7 @@ def test_a_run_with_files_of_pytorch(tmp_path, tensors, capfd, monkeypatch):
       experiment.train(config, tmp_path / 'run')
   out, _ = capfd.readouterr()
   assert 'starts from the backbone of' in out and 'teacher val mIoU' in out
+  assert "unwrapped 'state_dict'; took off 'module.'" in out
   assert 'compiling the training step' not in out
   config.teacher.min_miou = 0.0
   result = experiment.train(config, tmp_path / 'run')['distill']

@@ -2,7 +2,8 @@
 """PyTorch checkpoints as our variables, and back; torch is not needed.
 
 Recognized: the authors' models and Distiller, plain DeepLabV3+ of the same
-family, trunks of torchvision (ResNet, MobileNetV2) and tonylins (MobileNetV2).
+family, trunks of torchvision (ResNet, MobileNetV2) and tonylins (MobileNetV2),
+below any prefix (recognition.py).
 """
 
 import functools

@@ -92,7 +92,7 @@ def read_network(source):
     inner = name.removeprefix(root if whole else prefix)
     first = _first(inner)
     if whole and name.startswith(root):
-      strange = '/' in inner or first in others or _LOSS.search(first)
+      strange = '/' in inner or first in others or _is_aside(first)
       strange = strange or first == 'n_averaged'  # Of torch's AveragedModel.
       if first in _PARTS or not strange:
         kept[name] = inner.replace('/', '.')
@@ -137,8 +137,12 @@ def _is_head(name, prefix):
   """Whether what is beside a trunk shows that it is part of a network."""
   if name.startswith(prefix) and _CLASSIFIER.match(name.removeprefix(prefix)):
     return False
-  part = _part(name)
-  return not (_LOSS.search(part) or files.is_averaged(part))
+  return not _is_aside(_part(name))
+
+
+def _is_aside(part):
+  """Whether it names a loss or averaged weights, which no network needs."""
+  return bool(_LOSS.search(part)) or files.is_averaged(part)
 
 
 def _find(tensors, where):

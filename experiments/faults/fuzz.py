@@ -494,7 +494,7 @@ def make_weights():
     path = pathlib.Path(folder) / 'a'
     tensors = {
       'conv1.weight': np.ones((4, 3, 2, 2), np.float32),
-      'bn1.bias': np.arange(4, dtype=np.float32),
+      'layer1.0.bn1.bias': np.arange(4, dtype=np.float32),
       'n': np.array(3),
     }
     torch_files.write_torch(path, {'state_dict': tensors, 'epoch': 3})
@@ -510,9 +510,16 @@ _LEGACY = b''.join(pickle.dumps(v, 2) for v in (torch_files.MAGIC, 1001, {}))
 def run_weights(rng, folder):
   """A checkpoint of others, hostile or damaged."""
   torch_zip, safe = _WEIGHTS
-  action = rng.choice(('zip', 'inside', 'safe', 'program', 'legacy', 'head'))
+  actions = ('zip', 'inside', 'safe', 'program', 'legacy', 'head', 'index')
+  action = rng.choice(actions)
   if action == 'zip':
     data = mutate_zip(rng, torch_zip)
+  elif action == 'index':
+    (folder / 'part').write_bytes(rng.choice((safe, torch_zip, b'{}', b'')))
+    parts = dict.fromkeys(('layer1.0.bn1.bias', 'n'), 'part')
+    index = mutate_json(rng, {'metadata': {}, 'weight_map': parts})
+    data = _bytes(json.dumps(index))
+    data = mutate_bytes(rng, data) if rng.random() < 0.3 else data
   elif action == 'safe':
     data = mutate_bytes(rng, safe)
   elif action == 'head':
