@@ -21,7 +21,7 @@ KINDS = {
   'mode': 'masks of colours where class ids are expected',
   'depth': 'images or masks of a depth that is not read',
   'values': 'mask values that are no class',
-  'lossy': 'JPEG masks, whose ids compression has changed',
+  'lossy': 'masks in lossy formats, whose ids compression has changed',
   'exif': 'images that a viewer turns (EXIF), unlike their masks',
   'classes': 'splits that leave nothing to learn or to score',
 }
