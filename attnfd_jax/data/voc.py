@@ -161,7 +161,10 @@ def pascal_voc(config, splits):
   found = {'train': train, 'val': read_split(root, 'val')}
   if sbd_root:
     lists = (read_list(list_path(root, split)) for split in found)
-    taken = {key for ids in lists for key in pairs.with_error(ids)}
+    lines = [line for x in lists for line in pairs.with_error(x)]
+    lines = [line for line in lines if isinstance(line, str)]
+    # As read_split reads them: no image of val may come in by SBD.
+    taken = {*lines, *(_parse(line)[0] for line in lines)}
     extra = _sbd_pairs(pathlib.Path(sbd_root), taken)
     found['train'] = itertools.chain(pairs.with_error(train), extra)
   splits = {split: found[split] for split in splits if split in found}

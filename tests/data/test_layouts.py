@@ -225,6 +225,24 @@ def test_trainaug_has_no_image_of_val_and_voc_masks_win(tmp_path):
   assert np.any(other != train[0]['label'])  # SBD has another mask for it.
 
 
+@pytest.mark.parametrize(
+  'line', ['{}.jpg', '/JPEGImages/{0}.jpg /SegmentationClass/{0}.png']
+)
+def test_no_image_of_val_comes_in_by_sbd(tmp_path, line):
+  fixtures.make_voc(tmp_path, sbd=True)
+  keys = {'sbd_root': str(tmp_path / 'benchmark_RELEASE')}
+  expected = load(tmp_path, 'pascal_voc', **keys).splits
+  for name in ('train', 'val'):
+    path = next(tmp_path.rglob(f'Segmentation/{name}.txt'))
+    lines = map(line.format, path.read_text().split())
+    path.write_text('\n'.join(lines))
+  found = load(tmp_path, 'pascal_voc', **keys).splits
+  for split, source in found.items():
+    keys = [source.key(i) for i in range(len(source))]
+    assert keys == [expected[split].key(i) for i in range(len(source))]
+    assert len(source) == len(expected[split])
+
+
 def test_mistakes_of_sbd(tmp_path, monkeypatch):
   fixtures.make_voc(tmp_path, sbd=True)
   with pytest.raises(DataError, match='cls: no such folder; config.data.sbd_'):
