@@ -114,7 +114,7 @@ def _unlabeled(splits):
     yield 'test: no pixel is labeled; it will not be scored'
 
 
-def too_few_classes(dataset, split, found):
+def _too_few_classes(dataset, split, found):
   """The DataError of a split whose labels show only the classes `found`, train
   ids; None if these are enough.
   """
@@ -122,7 +122,8 @@ def too_few_classes(dataset, split, found):
     return None
   what = f'no pixel of {split} is labeled'
   if found:
-    what = f'labels of {split} show only {dataset.class_names[found.pop()]!r}'
+    (only,) = found
+    what = f'labels of {split} show only {dataset.class_names[only]!r}'
   what = f'{what}; train and val need labels of two classes'
   with contextlib.suppress(AttributeError, DataError):  # Of masks in files.
     mask = dataset.splits[split].pairs[0].mask
@@ -143,7 +144,7 @@ def require_classes(dataset, splits, threads):
   for split in splits:
     source, k = dataset.splits[split], dataset.num_classes
     found = frequencies.first_classes(source, k, threads)
-    if error := too_few_classes(dataset, split, found):
+    if error := _too_few_classes(dataset, split, found):
       raise error
 
 
@@ -171,7 +172,7 @@ def check(dataset, threads, *, required=('train', 'val')):
   for name in () if listed else [x for x in required if x != 'test']:
     counts = splits[name]['pixels'].values()
     found = {i for i, pixels in enumerate(counts) if pixels}
-    if error := too_few_classes(dataset, name, found):
+    if error := _too_few_classes(dataset, name, found):
       listed.append((name, error))
   duplicates, unseen = _duplicates(dataset.splits, digests), _unseen(splits)
   warnings = {'duplicate': [*duplicates], 'unseen': [*unseen]}

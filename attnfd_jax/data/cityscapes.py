@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cityscapes with fine annotations, from its folders or its zip files."""
 
-import contextlib
-
 from attnfd_jax.data import classes, files, masks, pairs
 from attnfd_jax.errors import DataError
 
@@ -27,22 +25,26 @@ def list_split(root, places, split):
   raise pairs.absent(root / where, f'not found or empty, nor in {places[-1]}')
 
 
-def _only_train_ids(root, splits):
-  """Whether masks are those that createTrainIdLabelImgs.py writes, and no
-  others.
-  """
-  stems = {_LABEL_IDS: 0, _TRAIN_IDS: 0}
-  for split in splits:
-    with contextlib.suppress(DataError):  # Raised where the split is read.
-      for file in list_split(root, _MASKS, split)[1]:
-        for suffix in stems:
-          stems[suffix] += file.inner.stem.endswith(suffix)
-  return stems[_TRAIN_IDS] and not stems[_LABEL_IDS]
+def _list_both(root, split):
+  """[(folder, Files), ...] of images and masks; a DataError where one lacks."""
+  both = (list_split(root, places, split) for places in (IMAGES, _MASKS))
+  return [*pairs.with_error(both)]
 
 
-def _find_pairs(root, split, suffix):
-  found = [list_split(root, places, split) for places in (IMAGES, _MASKS)]
-  folders, groups = zip(*found, strict=True)
+def _choose_suffix(listings):
+  """That of train ids if createTrainIdLabelImgs.py made the only masks."""
+  found = [x for _, *labels in listings for x in labels if type(x) is tuple]
+  stems = [file.inner.stem for _, group in found for file in group]
+  for suffix in (_LABEL_IDS, _TRAIN_IDS):
+    if any(stem.endswith(suffix) for stem in stems):
+      return suffix
+  return _LABEL_IDS
+
+
+def _find_pairs(both, suffix):
+  if isinstance(both[-1], DataError):
+    raise both[-1]
+  folders, groups = zip(*both, strict=True)
   trees = [{file.inner.name: file for file in group} for group in groups]
   if suffix == _TRAIN_IDS:
     what = f'no *{_LABEL_IDS}.png; train ids are read from *{suffix}.png'
@@ -53,12 +55,12 @@ def _find_pairs(root, split, suffix):
 
 def cityscapes(config, splits):
   """Splits train and val; the classes of test are not public."""
-  root = pairs.check_root(config)
-  splits = [split for split in splits if split != 'test']
-  suffix, table = _LABEL_IDS, classes.CITYSCAPES
+  root, table = pairs.check_root(config), classes.CITYSCAPES
+  listed = {x: _list_both(root, x) for x in splits if x != 'test'}
+  suffix = _choose_suffix(listed.values())
   ids, ignored = classes.CITYSCAPES_IDS, classes.CITYSCAPES_IGNORED
-  if _only_train_ids(root, splits):
-    suffix, ids, ignored = _TRAIN_IDS, tuple(range(len(table))), ()
-  splits = {split: _find_pairs(root, split, suffix) for split in splits}
+  if suffix == _TRAIN_IDS:
+    ids, ignored = tuple(range(len(table))), ()
+  splits = {split: _find_pairs(both, suffix) for split, both in listed.items()}
   read_label = masks.IndexLabels(ids, ignored)
   return pairs.make_dataset(config, table, splits, read_label, upright=False)

@@ -134,12 +134,12 @@ def walk(folder, endings=IMAGE_ENDINGS):
     if real in above:  # A link to a folder around it.
       folders.clear()
       continue
-    chains[top] = {*above, real}
+    chains[top], inner = {*above, real}, os.path.relpath(top, folder)
     for name in names:
       if _is_hidden(name):
         continue
       path = os.path.join(top, name)
-      inside = os.path.relpath(path, folder).replace(os.sep, '/')
+      inside = name if inner == os.curdir else f'{inner}/{name}'
       sound = os.path.isfile(path)
       if not sound and os.path.islink(path):
         found[inside] = File(path, target=os.readlink(path))

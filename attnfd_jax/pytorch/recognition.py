@@ -93,7 +93,6 @@ def read_network(source):
     first = _first(inner)
     if whole and name.startswith(root):
       strange = '/' in inner or first in others or _is_aside(first)
-      strange = strange or first == 'n_averaged'  # Of torch's AveragedModel.
       if first in _PARTS or not strange:
         kept[name] = inner.replace('/', '.')
     elif not whole and name.startswith(prefix):
