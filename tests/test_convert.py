@@ -503,6 +503,18 @@ def test_networks_of_other_projects(
     )
 
 
+@pytest.mark.parametrize('prefix', ['', 'module.', 'model.'])
+def test_our_heads_over_another_trunk_are_not_foreign(tensors, prefix):
+  found = tensors()
+  layers = {x: found.pop(x) for x in [*found] if '.layer' in x}
+  found['backbone.stage1.weight'] = np.ones(3, np.float32)
+  network, *_ = shapes('resnet18')
+  *_, report = torch_models.import_network(prefixed(prefix, found), network)
+  used = {x for x in layers if not x.endswith('num_batches_tracked')}
+  assert {*report.missing} == used
+  assert report.unexpected == ['backbone.stage1.weight']
+
+
 @pytest.mark.parametrize(
   ('project', 'keys'),
   [

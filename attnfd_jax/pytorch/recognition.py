@@ -23,6 +23,7 @@ _HEAD = re.compile(
   r'(?<![^./])(?:aspp[./](?:aspp\d|global_avg_pool|conv1|bn1)'
   r'|decoder[./](?:conv1|bn1|last_conv))\.'
 )
+_BODY = re.compile(r'(?<![^./])backbone[./]')
 _PARTS = ('backbone', 'aspp', 'decoder')
 # Of a trunk: what belongs to it, and what classifies images.
 _INSIDE = re.compile(
@@ -148,12 +149,17 @@ def _find(tensors, where):
   """Prefix of a trunk or None; whether a head of ours is beside it; what other
   networks begin with below the same prefix.
   """
-  trunks, heads = collections.defaultdict(set), set()
+  trunks, heads, bodies = collections.defaultdict(set), set(), set()
   for name in tensors:
     if match := _TRUNK.search(name):
       trunks[name[: match.start()]].add(match[1] or match[2])
     if match := _HEAD.search(name):
       heads.add(name[: match.start()])
+    if match := _BODY.search(name):
+      bodies.add(name[: match.end()])
+  for prefix in bodies:
+    if _root(prefix) in heads:  # Of ours, whatever the layers of its trunk.
+      trunks[prefix] |= set()
 
   def rank(prefix):
     whole = prefix != _root(prefix) and _root(prefix) in heads

@@ -110,6 +110,8 @@ def train(stage, state, *, manager, log, stop):
     nonlocal saved, save_time, clock
     if metrics is not None:
       check(step, metrics, state=state)
+    if miou is not None and math.isnan(miou):  # No score to choose by.
+      raise InputError('val has no labeled pixel that is scored; label some.')
     checkpoints.save(manager, step, state, stage.run_facts, miou=miou)
     log.upload()
     if saved == first:
