@@ -180,6 +180,9 @@ def _one_line(error):
   if 'Failed loading config file' in text:
     # ml_collections tells all places it looked at first.
     text = f'{text.splitlines()[-1].strip()} (--config)'
+    if 'No such file' in text:
+      remedy = 'those of attnfd_jax are in the folder configs/ of its clone'
+      text = f'{text}; {remedy}: give the whole path, or start there'
   text = re.sub(r'^\W*(\w+)\W*\nDid you mean', r'No key \1. Did you mean', text)
   for pattern, ours in _IN_OUR_WORDS:
     text = re.sub(pattern, ours, text, flags=re.S)

@@ -118,18 +118,20 @@ def _too_few_classes(dataset, split, found):
   """The DataError of a split whose labels show only the classes `found`, train
   ids; None if these are enough.
   """
-  if len(found) > 1:
+  if len(found) > 1 or _is_sample(dataset, split, found):
     return None
   what = f'no pixel of {split} is labeled'
   if found:
-    (only,) = found
-    what = f'labels of {split} show only {dataset.class_names[only]!r}'
+    what = _only(dataset, split, found)
   what = f'{what}; train and val need labels of two classes'
   with contextlib.suppress(AttributeError, DataError):  # Of masks in files.
     mask = dataset.splits[split].pairs[0].mask
     values = np.unique(masks.read_mask(mask)).tolist()
     values = ', '.join(map(str, values[:8])) + ', ...' * (len(values) > 8)
     what = f'{what}; {mask} has the values {values}'
+  source = dataset.splits[split]
+  if (left := len(getattr(source, 'pairs', ())) - len(source)) > 0:
+    what = f'{what}; config.data.limit={len(source)} leaves {left} pairs unread'
   if dataset.name == 'folder':
     what = f'{what}; 255 is ignored, and what --config.data.id_map leaves out'
     what = f'{what}: name other ids by it, as "(0, 255)"'
@@ -137,15 +139,39 @@ def _too_few_classes(dataset, split, found):
   return DataError(f'{dataset.name}: {what}.', 'classes', split)
 
 
-def require_classes(dataset, splits, threads):
-  """Raises DataError unless each of the splits shows two classes; reads labels
-  until it does.
+def _only(dataset, split, found):
+  (only,) = found
+  return f'labels of {split} show only {dataset.class_names[only]!r}'
+
+
+def _is_sample(dataset, split, found):
+  """Whether so few images may well show a single class of so many: one image
+  for more than ten classes. Masks of a few classes are never excused.
   """
+  images = len(dataset.splits[split])
+  return len(found) == 1 and 10 * images < dataset.num_classes
+
+
+def _sample_note(dataset, split, found):
+  text = f'{_only(dataset, split, found)}, one of {dataset.num_classes} classes'
+  return f'{text}: {_count(len(dataset.splits[split]), "image")} cannot tell'
+
+
+def require_classes(dataset, splits, threads):
+  """Reads labels of each of the splits until it shows two classes.
+
+  Raises DataError if one never does. Returns a line for each that may be too
+  small a sample to tell.
+  """
+  notes = []
   for split in splits:
     source, k = dataset.splits[split], dataset.num_classes
     found = frequencies.first_classes(source, k, threads)
     if error := _too_few_classes(dataset, split, found):
       raise error
+    if _is_sample(dataset, split, found):
+      notes.append(_sample_note(dataset, split, found))
+  return notes
 
 
 def check(dataset, threads, *, required=('train', 'val')):
@@ -169,14 +195,17 @@ def check(dataset, threads, *, required=('train', 'val')):
       text = f'{dataset.name}: no pairs in the split {name}.'
       listed.append((name, DataError(text, 'split', name)))
   listed += [(name, x) for name in problems for x in problems[name].values()]
+  samples = []
   for name in () if listed else [x for x in required if x != 'test']:
     counts = splits[name]['pixels'].values()
     found = {i for i, pixels in enumerate(counts) if pixels}
     if error := _too_few_classes(dataset, name, found):
       listed.append((name, error))
+    elif _is_sample(dataset, name, found):
+      samples.append(_sample_note(dataset, name, found))
   duplicates, unseen = _duplicates(dataset.splits, digests), _unseen(splits)
   warnings = {'duplicate': [*duplicates], 'unseen': [*unseen]}
-  warnings['note'] = [*dataset.notes, *_unlabeled(splits)]
+  warnings['note'] = [*dataset.notes, *samples, *_unlabeled(splits)]
   warnings = {kind: lines for kind, lines in warnings.items() if lines}
   report = {
     'dataset': dataset.name,

@@ -13,6 +13,7 @@ from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import memory, processes, sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
+from attnfd_jax.progress import write
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.reporting.page import write_report
 from attnfd_jax.runs import checkpoints, lock, loggers, logs
@@ -130,7 +131,10 @@ def check(config, dataset, mesh, workdir):
       f'{dataset.name} has no images in {", ".join(missing)}; have '
       f'{", ".join(splits)}.'
     )
-  checking.require_classes(dataset, ('train', 'val'), config.data.threads)
+  for note in checking.require_classes(
+    dataset, ('train', 'val'), config.data.threads
+  ):
+    write(note)
   task_loss.check(config.loss, dataset.class_names)
   known = [name for name in distill.METHODS if name in config.distill]
   distill.make_distiller('+'.join(known), config.distill)  # Chosen or not.

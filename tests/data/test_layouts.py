@@ -1390,3 +1390,96 @@ def test_ids_that_stand_for_two(tmp_path):
     'image id 1 is of different entries; number them anew.',
     'category id 5 is of different entries; number them anew.',
   ]
+
+
+# Lines of a list in VOC's layout, and where the masks are.
+LISTED = {
+  'ids': ('{}', 'SegmentationClass'),
+  'carriage returns': ('{}\r', 'SegmentationClass'),
+  'jpg': ('{}.jpg', 'SegmentationClass'),
+  'png': ('{}.png', 'SegmentationClass'),
+  'path': ('JPEGImages/{}.jpg', 'SegmentationClass'),
+  'path from the root': ('/JPEGImages/{}.jpg', 'SegmentationClass'),
+  'two names': ('{0}.jpg {0}.png', 'SegmentationClass'),
+  'two paths': (
+    '/JPEGImages/{0}.jpg /SegmentationClass/{0}.png',
+    'SegmentationClass',
+  ),
+  'two paths elsewhere': ('JPEGImages/{0}.jpg Masks/{0}.png', 'Masks'),
+  'a tabulator': (
+    'JPEGImages/{0}.jpg\tSegmentationClassAug/{0}.png',
+    'SegmentationClassAug',
+  ),
+}
+
+
+@pytest.mark.parametrize('kind', LISTED)
+@pytest.mark.parametrize('name', ['pascal_voc', 'folder'])
+def test_lines_of_a_list(tmp_path, kind, name):
+  line, masks_of = LISTED[kind]
+  drawn = fixtures.make_voc(tmp_path)
+  voc = tmp_path / 'VOCdevkit' / 'VOC2012'
+  (voc / 'SegmentationClass').rename(voc / masks_of)
+  for split in drawn:
+    path = voc / 'ImageSets' / 'Segmentation' / f'{split}.txt'
+    path.write_text('\n'.join(map(line.format, drawn[split])))
+  keys = {}
+  if name == 'folder':
+    keys = {'class_names': tuple(classes.VOC), 'layout': 'voc'}
+  dataset = load(voc, name, **keys)
+  assert_drawn(dataset, drawn)
+  # What is not as it stands is said, once for each list.
+  changed = kind not in ('ids', 'carriage returns')
+  said = [note for note in dataset.notes if 'read as' in note]
+  assert len(said) == 2 * changed, dataset.notes
+
+
+@pytest.mark.parametrize('stem', ['train_aug', 'TrainAug', 'train-aug'])
+def test_trainaug_by_other_names(tmp_path, stem):
+  drawn = fixtures.make_voc(tmp_path)
+  lists = next(tmp_path.rglob('Segmentation/train.txt')).parent
+  (lists / f'{stem}.txt').write_text('\n'.join(drawn['train']))
+  dataset = load(tmp_path, 'pascal_voc', train_list='trainaug')
+  assert_drawn(dataset, drawn)
+  assert any(f'{stem}.txt is read' in note for note in dataset.notes)
+
+
+def test_cityscapes_with_train_ids_alone(tmp_path):
+  drawn = fixtures.make_cityscapes(tmp_path)
+  for path in [*(tmp_path / 'gtFine').rglob('*_labelIds.png')]:
+    key = path.name.removesuffix('_gtFine_labelIds.png')
+    split = path.relative_to(tmp_path / 'gtFine').parts[0]
+    ids = drawn.get(split, {}).get(key)
+    path.unlink()
+    if ids is not None:
+      fixtures.write(path.with_name(f'{key}_gtFine_labelTrainIds.png'), ids)
+  dataset = load(tmp_path, 'cityscapes')
+  assert_drawn(dataset, drawn)
+  assert any('train ids are read' in note for note in dataset.notes)
+
+
+# Other places of the pairs of a split, by the tools that write them.
+PLACES = [
+  '{}/images {}/masks',
+  '{}/data {}/labels',
+  'img_dir/{} ann_dir/{}',
+  'images/{} annotations/{}',
+  'images/{} labels/{}',
+  '{}/images {}/labels',
+  '{} {}_masks',
+  '{} {}_labels',
+  '{} {}annot',
+]
+
+
+@pytest.mark.parametrize('splits', ['train val', 'training validation'])
+@pytest.mark.parametrize('places', PLACES)
+def test_pairs_in_other_places(tmp_path, places, splits):
+  drawn = fixtures.make_folder(tmp_path / 'plain', 'index')
+  for split, other in zip(('train', 'val'), splits.split(), strict=True):
+    for kind, place in zip(('images', 'masks'), places.split(), strict=True):
+      target = tmp_path / 'root' / place.format(other)
+      target.parent.mkdir(parents=True, exist_ok=True)
+      (tmp_path / 'plain' / kind / split).rename(target)
+  dataset = load(tmp_path / 'root', 'folder', class_names=fixtures.NAMES)
+  assert_drawn(dataset, {split: drawn[split] for split in ('train', 'val')})
