@@ -16,10 +16,12 @@ import jax
 from ml_collections import config_flags
 
 from attnfd_jax import user_cache
+from attnfd_jax.config import resolve
 from attnfd_jax.data import masks
-from attnfd_jax.devices import diagnosis
+from attnfd_jax.devices import diagnosis, sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.progress import write
+from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.training.stopping import Stopped
 
 DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of bad input.')
@@ -123,9 +125,28 @@ def define_config():
 
 
 def own_flags():
-  """{name: value} of the flags that the command itself defines."""
+  """{name: value} of the flags that the command itself defines, but --config."""
   own = flags.FLAGS.get_flags_for_module('__main__')
-  return {flag.name: flags.FLAGS[flag.name].value for flag in own}
+  names = (flag.name for flag in own if not flag.name.startswith('config'))
+  return {name: flags.FLAGS[name].value for name in names}
+
+
+# What --config says itself.
+_OF_CHECKPOINTS = ('step', 'allow_code', 'data_root')
+
+
+def network_source():
+  """The folder of --checkpoint, or the teacher that --config gives, loaded."""
+  given = flags.FLAGS
+  if given.config is None:
+    return given.checkpoint
+  if given.checkpoint:
+    raise InputError('--checkpoint and --config: name one network, not two.')
+  for name in _OF_CHECKPOINTS:
+    if name in given and given[name].present:
+      what = 'goes with --checkpoint; --config names its own data and code'
+      raise InputError(f'--{name} {what}.')
+  return teachers.load_given(resolve(given.config), sharding.make_mesh())
 
 
 def output_file(flag, ending=''):
@@ -267,7 +288,8 @@ def prepare_process():
 def run(main, *, required=(), positional=False):
   """Parses flags, calls main, with other arguments if they are `positional`.
 
-  Its bad input, and `required` flags without a value, become one line.
+  Its bad input, and `required` flags without a value, become one line; of
+  'checkpoint|config' one is enough.
   """
 
   def guarded(argv):
@@ -275,9 +297,10 @@ def run(main, *, required=(), positional=False):
       prepare_process()
       if len(argv) > 1 and not positional:
         raise InputError(f'Unknown argument {argv[1]!r}; flags start with --.')
-      for flag in map(flags.FLAGS.__getitem__, required):
-        if not flag.value:
-          raise InputError(f'--{flag.name} is missing: {flag.help}')
+      for choices in required:
+        given = [flags.FLAGS[name] for name in choices.split('|')]
+        if not any(flag.value for flag in given):
+          raise InputError(f'--{given[0].name} is missing: {given[0].help}')
       main(*argv[1:])
 
   app.run(guarded, flags_parser=_parse)

@@ -145,7 +145,11 @@ def default_config():
   config.teacher.in_path_attention = False
   config.teacher.checkpoint = ''  # Stage or PyTorch file; empty: train.
   config.teacher.allow_code = False  # Of a checkpoint whose network is a file.
-  config.teacher.factory = ''  # 'file.py:make'; see teachers/teacher.py.
+  # 'file.py:make', which returns a torch.nn.Module or a Teacher, see
+  # docs/any_teacher.md; the module's maps, {tap: submodule}.
+  config.teacher.factory = ''
+  config.teacher.taps = ConfigDict()
+  config.teacher.class_map = ()  # The teacher's index of each of our classes.
   config.teacher.min_miou = 0.0  # On val; a worse teacher stops the run.
   config.student = _network('resnet18')
 

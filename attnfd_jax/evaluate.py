@@ -6,6 +6,8 @@ r"""Scores a trained network on a split of its data set.
     [--tile=512x1024 --overlap=0.25] [--boundary] [--submission=DIR]
 
 --checkpoint is the folder of a stage; its config.json names the data set.
+--config=FILE in its place scores the teacher that the config gives, also one of
+PyTorch, on the config's data.
 --tile is for images larger than memory, --boundary adds the IoU along the
 contours, --submission writes what the Cityscapes server takes.
 """
@@ -19,6 +21,7 @@ from attnfd_jax.runs import logs
 
 def main():
   given = cli.own_flags() | options.read(flags.FLAGS)
+  given['checkpoint'] = cli.network_source()
   del given['output']
   output = cli.output_file('output')
   counts, result = scoring.evaluate_checkpoint(**given)
@@ -32,10 +35,11 @@ def main():
 
 if __name__ == '__main__':
   options.define()
+  cli.define_config()
   flags.DEFINE_string('data_root', None, 'Data set, if not where it was.')
   flags.DEFINE_string('split', 'val', 'train, val or test.')
   flags.DEFINE_string('protocol', None, 'native or reference; else as its run.')
   flags.DEFINE_bool('boundary', False, 'Boundary IoU as well.')
   flags.DEFINE_string('submission', None, 'Folder for the Cityscapes server.')
   flags.DEFINE_string('output', None, 'JSON file to write.')
-  cli.run(main, required=['checkpoint'])
+  cli.run(main, required=['checkpoint|config'])

@@ -5,6 +5,7 @@ r"""Segments images of any size with a trained network.
     --input=IMAGE_OR_FOLDER_OR_'GLOB' --output=DIR [--overwrite] \
     [--tile=512x1024 --overlap=0.25] [--video=OVERLAYS.mp4 --fps=25]
 
+--config=FILE in place of --checkpoint: the teacher that the config gives.
 Writes for every image:
   STEM.png             class ids in 8 bits with the palette of the data set
   STEM_colour.png      the same in colors
@@ -27,6 +28,7 @@ from attnfd_jax.inference import image_files, options
 
 def main():
   given = cli.own_flags() | options.read(flags.FLAGS)
+  given['checkpoint'] = cli.network_source()
   if given['fps'] is None:
     given['fps'] = 25.0
   elif not given['video']:
@@ -39,10 +41,11 @@ def main():
 
 if __name__ == '__main__':
   options.define()
+  cli.define_config()
   flags.DEFINE_string('input', None, "Image, folder, or 'pattern' in quotes.")
   flags.DEFINE_string('output', None, 'Folder for the results.')
   flags.DEFINE_bool('overwrite', False, 'Replace files that exist.')
   flags.DEFINE_bool('confidence', False, 'Write the probabilities, too.')
   flags.DEFINE_string('video', None, 'File for the overlays, .mp4 or .avi.')
   flags.DEFINE_float('fps', None, 'Frames a second of it; 25 by default.')
-  cli.run(main, required=['checkpoint', 'input', 'output'])
+  cli.run(main, required=['checkpoint|config', 'input', 'output'])

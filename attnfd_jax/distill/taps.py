@@ -11,7 +11,8 @@ def shared(student, teacher, taps):
     raise ValueError(
       f'No tap of {", ".join(taps)} is in both networks: the student has '
       f'{have[0]}, the teacher {have[1]}. Name shared ones by the option taps, '
-      'or use a method that compares logits.'
+      'those of a PyTorch module by config.teacher.taps, or use a method that '
+      'compares logits.'
     )
   return [{tap: maps[tap] for tap in both} for maps in sides]
 

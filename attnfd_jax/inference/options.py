@@ -26,7 +26,7 @@ def read(values):
   """Keyword arguments of `Predictor` from the flags; InputError if unusable."""
   if values.overlap is not None and values.tile is None:
     raise InputError('--overlap is of tiles; add --tile=HEIGHTxWIDTH.')
-  taken = ('checkpoint', 'step', 'allow_code', 'flip')
+  taken = ('step', 'allow_code', 'flip')
   return {name: getattr(values, name) for name in taken} | {
     'scales': parse_scales(values.scales),
     'tile': parse_tile(values.tile),

@@ -33,7 +33,9 @@ def seen_short_side_of(info):
 
 
 def describe(checkpoint, info):
-  """'runs/quickstart/distill, step 320: resnet18 x0.125'."""
+  """'runs/quickstart/distill, step 320: resnet18 x0.125', or what it says."""
+  if 'description' in info:
+    return info['description']
   name = networks.describe(info[loading.role_of(info)])
   return f'{checkpoint}, step {info["checkpoint_step"]}: {name}'
 
@@ -151,7 +153,7 @@ class Predictor:
   """A stage's network, ready for one image after another.
 
   Args:
-    checkpoint: folder of a stage.
+    checkpoint: folder of a stage, or what teachers.sources.load_given returns.
     scales, flip: averages over them; see `Averaged`.
     tile: (height, width) that the network sees at a time, of images that are
       larger; logits of overlapping tiles are averaged.
@@ -184,7 +186,11 @@ class Predictor:
       raise InputError(f'--overlap={overlap} must be from 0 to below 1.')
     self.views = {'scales': list(scales), 'flip': flip}
     self.tiles = {'tile': tile and list(tile), 'overlap': tile and overlap}
-    network, self.variables, info = loading.load_network(checkpoint, **options)
+    if isinstance(checkpoint, tuple):
+      network, self.variables, info = checkpoint
+    else:
+      loaded = loading.load_network(checkpoint, **options)
+      network, self.variables, info = loaded
     if flip or tuple(scales) != (1,):
       network = Averaged(network, tuple(scales), flip)
     self.network, self.info = network, info

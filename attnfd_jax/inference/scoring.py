@@ -75,7 +75,7 @@ def evaluate_checkpoint(
   """Scores of a stage's network on one split of its data set.
 
   Args:
-    checkpoint: folder of a stage.
+    checkpoint: as of predictor.Predictor.
     data_root: where the data set is; by default where it was in training.
     split: 'train', 'val' or 'test', as far as the data set has it.
     protocol: a key of PROTOCOLS; by default that of the stage.
@@ -121,7 +121,7 @@ def evaluate_checkpoint(
   if boundary:
     result |= metrics.summarise_boundary(edges, dataset.class_names)
   return counts, logs.without_nan(result) | seen | stage.views | stage.tiles | {
-    'checkpoint': str(checkpoint),
+    'checkpoint': info.get('description') or str(checkpoint),
     'stage': info['stage'],
     'dataset': dataset.name,
     'split': split,

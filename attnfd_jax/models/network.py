@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnfd_jax import user_code
-from attnfd_jax.errors import explained, InputError, one_of
+from attnfd_jax.errors import explained, first_line, InputError, one_of
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 
@@ -147,13 +147,24 @@ def check_network(network, num_classes, image_size):
 def checked_outputs(network, num_classes, image_size, **options):
   """`abstract_outputs`, held to the contract; of a Teacher, too."""
   name = getattr(network, 'name', None) or type(network).__name__
-  with explained(f'{name} fails on images {image_size}'):
+  try:
     out = abstract_outputs(network, image_size, **options)
+  except InputError:
+    raise
+  except Exception as error:
+    what = f'{name} fails on images {tuple(image_size)}'
+    raise InputError(f'{what}: {first_line(error)}') from error
   found = out if isinstance(out, Mapping) else {}
   whole = isinstance(found.get('features'), Mapping)
   if not whole or not hasattr(found.get('logits'), 'shape'):
     raise InputError(f"{name} must return a dict with 'logits' and 'features'.")
   expected = (2, *image_size, num_classes)
+  *size, count = out['logits'].shape
+  if tuple(size) == expected[:-1] and count != num_classes:
+    raise InputError(
+      f'{name} has {count} classes, expected {num_classes}; for a teacher '
+      "config.teacher.class_map names its index of each of the data set's."
+    )
   if out['logits'].shape != expected:
     raise InputError(
       f'{name}: logits are {out["logits"].shape}, expected {expected}: scores '

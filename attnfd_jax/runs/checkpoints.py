@@ -202,8 +202,14 @@ def restore_latest(directory, state, run, *, log=print):
       'all processes see the same disk?'
     ) from error
   if of_run != run:
+    changed = ', '.join(
+      f'{key} {of_run.get(key)}, now {run.get(key)}'
+      for key in (of_run | run)
+      if of_run.get(key) != run.get(key)
+    )
     raise InputError(
-      f'{directory}: written with {of_run}, not {run}; use another --workdir.'
+      f'{directory}: written with {changed}; put back what it was, or use '
+      'another --workdir.'
     )
   for bad, why in skipped:
     aside = _move_aside(directory / str(bad))

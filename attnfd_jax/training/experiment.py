@@ -6,13 +6,17 @@ import dataclasses
 import errno
 import json
 
+import numpy as np
+
 from attnfd_jax import distill, paths, user_code
 from attnfd_jax.config import leaves, resolve, STAGES
-from attnfd_jax.data import checking
+from attnfd_jax.data import checking, transforms
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import memory, processes, sharding
 from attnfd_jax.errors import InputError
+from attnfd_jax.inference import predictor
 from attnfd_jax.models import network as networks
+from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.progress import write
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.reporting.page import write_report
@@ -158,9 +162,33 @@ def check(config, dataset, mesh, workdir):
       else:
         teacher = teachers.abstract(config, names)
       stage = with_teacher(stage, teacher)
+      if given:
+        _check_given(teacher, config, dataset)
     stage.make_optimizer()
   if 'distill' in config.stages and not given:
     _check_own_teacher(config, workdir)
+
+
+def _check_given(teacher, config, dataset):
+  """Tries a teacher from elsewhere on images of the size that is scored, and
+  one whose results can be compared on some that are real.
+  """
+  val, options = dataset.splits['val'], config.eval
+  count = len(teacher.class_names)
+  images = [val[i]['image'] for i in range(min(len(val), 2))]
+  side = predictor.seen_short_side(options.protocol, options.short_side)
+  seen = transforms.fit_image(images[0], side).shape[:2]
+  sizes = {transforms.next_multiple(seen, options.size_multiple)}
+  inputs = {'variables': teacher.variables, 'rng': None}
+  for size in sizes - {tuple(config.data.crop_size)}:
+    networks.checked_outputs(teacher, count, size, **inputs)
+  if not hasattr(teacher, 'compare'):
+    return
+  size = tuple(config.data.crop_size)
+  batch = np.stack([transforms.resize(x, size) for x in images])
+  found = teacher.compare(np.asarray(normalise(batch)))
+  worst = ', '.join(f'{key} {value:.1e}' for key, value in found.items())
+  write(f'teacher {teacher.name}: JAX differs from PyTorch by {worst}')
 
 
 def _check_own_teacher(config, workdir):

@@ -60,6 +60,8 @@ def write(stage, state, directory, *, step, log):
       'miou': stage.teacher_miou,
       'source': getattr(teacher, 'source', config.teacher.factory),
     }
+    if fingerprint := getattr(teacher, 'fingerprint', ''):
+      result['teacher']['sha256'] = fingerprint
     # As they are used: the config may ask for what this teacher lacks.
     used = json.dumps(stage.distiller.options(), default=str)
     result['method'] = {

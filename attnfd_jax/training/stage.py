@@ -71,9 +71,14 @@ class Stage:
 
   @property
   def run_facts(self):
-    """What the order of the images depends on, besides the step."""
+    """What the order of the images depends on, besides the step; and the
+    weights of a teacher that is made anew at each start.
+    """
     facts = {key: self.config[key] for key in ('seed', 'batch_size')}
-    return facts | {'records': len(self.dataset.splits['train'])}
+    facts['records'] = len(self.dataset.splits['train'])
+    if fingerprint := getattr(self.teacher, 'fingerprint', ''):
+      facts['teacher'] = fingerprint
+    return facts
 
   def make_schedule(self):
     """step -> learning rate of the backbone."""
