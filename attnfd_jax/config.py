@@ -91,7 +91,8 @@ def _network(backbone):
   config.aspp_dropout = 0.5
   config.decoder_dropout = 0.5
   config.head_dropout = 0.1
-  config.pretrained = ''  # PyTorch file of a backbone or a whole network.
+  # 'imagenet', or a PyTorch file of a backbone or a whole network.
+  config.pretrained = ''
   # None: as config.num_epochs and config.optim.lr.
   config.num_epochs = placeholder(float)
   config.lr = placeholder(float)
@@ -225,6 +226,7 @@ def debug(config):
   for network in (config.teacher, config.student):
     network.backbone = 'resnet18'
     network.width_multiplier = 0.125
+    network.pretrained = ''  # Of the full width.
     network.aspp_channels = network.decoder_channels = 16
     network.low_level_channels = 16
   return config

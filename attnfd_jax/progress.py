@@ -13,5 +13,6 @@ def write(text):
 
 def progress(total, text=None, **options):
   """A bar of tqdm over `total` images; off terminals a line now and then."""
+  options = {'unit': ' images'} | options
   options['mininterval'] = 0.2 if sys.stderr.isatty() else 10
-  return tqdm(desc=text, total=total, unit=' images', **options)
+  return tqdm(desc=text, total=total, **options)

@@ -6,6 +6,7 @@ family, trunks of torchvision (ResNet, MobileNetV2) and tonylins (MobileNetV2),
 below any prefix (recognition.py).
 """
 
+import difflib
 import functools
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from attnfd_jax.distill.attnfd import AttnFD
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import DeepLabV3Plus, TAPS
-from attnfd_jax.pytorch import files, names, recognition
+from attnfd_jax.pytorch import files, names, recognition, weights
 from attnfd_jax.pytorch.recognition import Found, read_network
 
 # Options that the first axis of a tensor shows, as a multiple of the last.
@@ -35,6 +36,7 @@ _RESNETS = {
   (6, True): 'resnet50',
   (23, True): 'resnet101',
 }
+_IMAGENET = f'pretrained={weights.NAME!r}'
 
 
 # Tracing a whole network takes seconds.
@@ -160,17 +162,41 @@ def load_torch(source, *, backbone, num_classes, **options):
   return variables, attention
 
 
+def find_imagenet(network):
+  """Path of the ImageNet weights of a network; InputError if it has none."""
+  if not networks.is_ours(network):
+    problem = 'is a network of your own; load them in its own code'
+    raise InputError(f'{_IMAGENET}: {type(network).__name__} {problem}.')
+  backbone, width = network.backbone, network.width_multiplier
+  if backbone not in weights.IMAGENET:
+    have = ', '.join(weights.IMAGENET)
+    raise InputError(f'{_IMAGENET}: none for {backbone!r}; have {have}.')
+  if width != 1:
+    raise InputError(
+      f'{_IMAGENET}: width_multiplier={width:g} of {backbone} must be 1; set '
+      "it, or pretrained='' to start at random."
+    )
+  return weights.find(backbone)
+
+
 def load_pretrained(path, network):
   """Variables, None where the file has none, as for other classes; and a line.
 
-  InputError, unless the whole backbone is there.
+  The path 'imagenet' is the name of published weights, see weights.py; a file
+  of that name is './imagenet'. InputError, unless the whole backbone is there.
   """
+  source = path
+  if path == weights.NAME:
+    path = find_imagenet(network)
+    source = weights.in_words(weights.facts(network.backbone))
   try:
     variables, _, report = import_network(path, network, trunk=True)
   except OSError as error:
+    hint = 'is pretrained of config.teacher or config.student right'
+    if difflib.get_close_matches(str(path).lower(), [weights.NAME], cutoff=0.7):
+      hint = f'did you mean {weights.NAME!r}'
     raise InputError(
-      f'{path}: cannot be read ({error.strerror}); is pretrained of '
-      'config.teacher or config.student right?'
+      f'{path}: cannot be read ({error.strerror}); {hint}?'
     ) from error
   if not report.fills_backbone:
     raise InputError(
@@ -178,7 +204,7 @@ def load_pretrained(path, network):
     )
   what = 'whole network' if report.complete else 'backbone and what else fits'
   what = 'backbone' if report.backbone_only else what
-  return variables, f'starts from the {what} of {path}: {report}'
+  return variables, f'starts from the {what} of {source}: {report}'
 
 
 def export_torch(variables, attention=None, *, backbone):

@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 import jinja2
 
 from attnfd_jax import paths
+from attnfd_jax.pytorch import weights
 from attnfd_jax.reporting import figures
 from attnfd_jax.reporting.run_folder import Run
 from attnfd_jax.runs import logs
@@ -29,7 +30,8 @@ def write_report(workdirs, output):
   options = dict.fromkeys(('autoescape', 'trim_blocks', 'lstrip_blocks'), True)
   strict = jinja2.StrictUndefined
   environment = jinja2.Environment(loader=loader, undefined=strict, **options)
-  filters = (miou, gain, number, percent, share_right, signed, spread)
+  filters = (miou, gain, number, percent, pretrained)
+  filters += (share_right, signed, spread)
   environment.filters |= {f.__name__: f for f in (*filters, logs.duration)}
   text = environment.get_template('page.html').render(
     runs=runs,
@@ -113,6 +115,11 @@ def percent(fraction, digits=2):
   """'43.55 %', its space unbreakable, '–' for None."""
   text = number(fraction, 100, f'.{digits}f')
   return text if fraction is None else f'{text}\u00a0%'
+
+
+def pretrained(source):
+  """Where the first weights are from: a path, or a name with its source."""
+  return weights.in_words(source) if isinstance(source, dict) else source
 
 
 def share_right(prediction, label):

@@ -151,7 +151,9 @@ def check(config, dataset, mesh, workdir):
       size = tuple(config.data.crop_size)
       networks.check_network(stage.network, dataset.num_classes, size)
     pretrained = stage.options.pretrained
-    if begins and pretrained and not (name == 'teacher' and given):
+    if name == 'teacher' and given and pretrained:
+      write(f'config.teacher.pretrained is not used: {given} is the teacher')
+    elif begins and pretrained:
       torch_networks.load_pretrained(pretrained, stage.network)
     if name == 'distill' and (begins if given else chosen):
       names = dataset.class_names

@@ -14,6 +14,7 @@ from attnfd_jax.devices import processes, sharding
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.pytorch import weights
 from attnfd_jax.runs import loading, logs
 
 
@@ -43,7 +44,7 @@ def write(stage, state, directory, *, step, log):
     'step': step,
     'seed': config.seed,
     'network': networks.describe(stage.options),
-    'pretrained': stage.options.pretrained or None,
+    'pretrained': _first_weights(stage.options),
     'params': optax.tree.size(variables.get('params', {})),
     'gflops': networks.count_gflops(stage.network, *image_size),
     'image_size': list(image_size),
@@ -77,6 +78,13 @@ def write(stage, state, directory, *, step, log):
   result = logs.without_nan(result)
   logs.write_json(directory / 'result.json', result)
   return result
+
+
+def _first_weights(options):
+  """The path as it is given, what a name stands for, or None."""
+  if options.pretrained == weights.NAME:
+    return weights.facts(options.backbone)
+  return options.pretrained or None
 
 
 def make_pictures(stage, state, records):
