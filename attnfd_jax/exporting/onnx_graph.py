@@ -199,8 +199,8 @@ def make_model(network, variables, *, uint8, argmax, metadata):
   if uint8:
     # The operations of models.deeplab.normalise.
     x = g.op('Div', g.op('Cast', x, to=types.FLOAT), np.float32(255))
-    x = g.op('Sub', x, np.float32(deeplab.IMAGE_MEAN))
-    x = g.op('Div', x, np.float32(deeplab.IMAGE_STD))
+    x = g.op('Sub', x, np.float32(layers.IMAGE_MEAN))
+    x = g.op('Div', x, np.float32(layers.IMAGE_STD))
   logits = _network(g, g.op('Transpose', x, perm=(0, 3, 1, 2)), network)
   if argmax:
     ids = g.op('ArgMax', logits, axis=1, keepdims=0)

@@ -2,8 +2,8 @@
 """PyTorch checkpoints as our variables, and back; torch is not needed.
 
 Recognized: the authors' models and Distiller, plain DeepLabV3+ of the same
-family, trunks of torchvision (ResNet, MobileNetV2) and tonylins (MobileNetV2),
-below any prefix (recognition.py).
+family, trunks of torchvision (ResNet, MobileNetV2), tonylins (MobileNetV2) and
+efficientnet_lite_pytorch, below any prefix (recognition.py).
 """
 
 import functools
@@ -14,6 +14,7 @@ import numpy as np
 
 from attnfd_jax.distill.attnfd import AttnFD
 from attnfd_jax.errors import InputError
+from attnfd_jax.models import efficientnet_lite
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import DeepLabV3Plus, TAPS
 from attnfd_jax.pytorch import files, names, recognition
@@ -35,7 +36,12 @@ _RESNETS = {
   (6, True): 'resnet50',
   (23, True): 'resnet101',
 }
-
+# (width, depth) of a variant -> key of BACKBONES.
+_EFFICIENTNETS = {
+  (1.0, 1.0): 'efficientnet_lite0',
+  (1.0, 1.1): 'efficientnet_lite1',
+  (1.1, 1.2): 'efficientnet_lite2',
+}
 
 # Tracing a whole network takes seconds.
 _abstract = functools.lru_cache(networks.abstract_variables)
@@ -130,10 +136,37 @@ def infer_options(tensors):
       found[option] = shape[0] if unit == 1 else shape[0] / unit
   if any(name.startswith('backbone.features.') for name in tensors):
     return found | {'backbone': 'mobilenet_v2'}
+  if 'backbone._conv_stem.weight' in tensors:
+    return found | _infer_efficientnet(tensors)
   layer3 = [name for name in tensors if name.startswith('backbone.layer3.')]
   blocks = len({name.split('.')[2] for name in layer3})
   kind = (blocks, 'backbone.layer3.0.conv3.weight' in tensors)
   return found | ({'backbone': _RESNETS[kind]} if kind in _RESNETS else {})
+
+
+def _infer_efficientnet(tensors):
+  """'backbone' and 'width_multiplier', if tensors of a trunk show them.
+
+  Variants of one depth are told apart by their width: what both of them could
+  be at some multiplier is the one whose multiplier is 1.
+  """
+
+  def channels(name):
+    shape = np.shape(tensors.get(f'backbone.{name}.weight'))
+    return shape[0] if shape else 0
+
+  stem, fits = channels('_conv_stem'), []
+  for (width, depth), name in _EFFICIENTNETS.items():
+    table = [*efficientnet_lite.block_table(depth, 16)]
+    last = channels(f'_blocks.{len(table) - 1}._project_conv')
+    if last and not channels(f'_blocks.{len(table)}._project_conv'):
+      multiplier = last / efficientnet_lite.scaled(table[-1][3], width)
+      if stem == efficientnet_lite.scaled(32, multiplier):
+        fits.append((multiplier != 1, name, multiplier))
+  if not fits:
+    return {}
+  _, name, multiplier = min(fits)
+  return {'backbone': name, 'width_multiplier': multiplier}
 
 
 def load_torch(source, *, backbone, num_classes, **options):
