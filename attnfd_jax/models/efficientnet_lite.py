@@ -67,7 +67,8 @@ def pad_same(x, size):
   """
   pads = []
   for n in x.shape[1:3]:
-    total = size - 2 + n % 2
+    # So that a symbolic size (export.py) is (n + 1) // 2 again after it.
+    total = 2 * ((n + 1) // 2) + size - 2 - n
     pads.append((total // 2, total - total // 2))
   return jnp.pad(x, ((0, 0), *pads, (0, 0)))
 
@@ -122,6 +123,7 @@ class EfficientNetLite(nn.Module):
   dtype: jnp.dtype | None = None
 
   relu_after_tap = False
+  epsilon = EPSILON
 
   @nn.compact
   def __call__(self, x, *, train):

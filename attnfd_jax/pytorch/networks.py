@@ -7,6 +7,8 @@ efficientnet_lite_pytorch, below any prefix (recognition.py).
 """
 
 import functools
+import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -145,28 +147,33 @@ def infer_options(tensors):
 
 
 def _infer_efficientnet(tensors):
-  """'backbone' and 'width_multiplier', if tensors of a trunk show them.
+  """'backbone' and 'width_multiplier' of a trunk; {} if it is of no variant.
 
-  Variants of one depth are told apart by their width: what both of them could
-  be at some multiplier is the one whose multiplier is 1.
+  Channels are multiples of 8, so that other multipliers make the same network,
+  also of another variant; the roundest one is meant.
   """
 
   def channels(name):
     shape = np.shape(tensors.get(f'backbone.{name}.weight'))
     return shape[0] if shape else 0
 
-  stem, fits = channels('_conv_stem'), []
-  for (width, depth), name in _EFFICIENTNETS.items():
-    table = [*efficientnet_lite.block_table(depth, 16)]
-    last = channels(f'_blocks.{len(table) - 1}._project_conv')
-    if last and not channels(f'_blocks.{len(table)}._project_conv'):
-      multiplier = last / efficientnet_lite.scaled(table[-1][3], width)
-      if stem == efficientnet_lite.scaled(32, multiplier):
-        fits.append((multiplier != 1, name, multiplier))
-  if not fits:
-    return {}
-  _, name, multiplier = min(fits)
-  return {'backbone': name, 'width_multiplier': multiplier}
+  blocks = (f'_blocks.{i}._project_conv' for i in itertools.count())
+  found = [*itertools.takewhile(bool, map(channels, blocks))]
+  for divisor in (1, 2, 4, 8, 16, 10, 20, 100, 1000):
+    for (width, depth), name in _EFFICIENTNETS.items():
+      table = [row[3] for row in efficientnet_lite.block_table(depth, 16)]
+      if len(found) != len(table):
+        continue
+      least, most = ((found[-1] + n) / table[-1] / width for n in (-4, 4))
+      first, last = (math.ceil(x * divisor) for x in (least, most))
+      for i in range(max(1, first), last):
+        multiplier = i / divisor
+        widths = [efficientnet_lite.scaled(32, multiplier)]
+        scale = width * multiplier
+        widths += [efficientnet_lite.scaled(n, scale) for n in table]
+        if widths == [channels('_conv_stem'), *found]:
+          return {'backbone': name, 'width_multiplier': multiplier}
+  return {}
 
 
 def load_torch(source, *, backbone, num_classes, **options):
