@@ -125,7 +125,7 @@ def define_config():
 
 
 def own_flags():
-  """{name: value} of the flags that the command itself defines, but --config."""
+  """{name: value} of the command's own flags, but --config."""
   own = flags.FLAGS.get_flags_for_module('__main__')
   names = (flag.name for flag in own if not flag.name.startswith('config'))
   return {name: flags.FLAGS[name].value for name in names}

@@ -83,6 +83,9 @@ def assert_same(left, right):
     ('resnet18', '.pth', True),
     ('mobilenet_v2', '.safetensors', True),
     ('mobilenet_v2', '.pth.tar', False),
+    ('efficientnet_lite0', '.pth', False),
+    ('efficientnet_lite1', '.safetensors', False),
+    ('efficientnet_lite2', '.safetensors', True),
   ],
 )
 def test_round_trip_is_bit_exact(tmp_path, tensors, backbone, ending, gates):
@@ -143,7 +146,14 @@ def test_attention_in_the_forward_path_comes_back(tmp_path, tensors):
 
 @pytest.mark.parametrize(
   ('backbone', 'count', 'aliases'),
-  [('resnet18', 206, 0), ('resnet101', 710, 0), ('mobilenet_v2', 698, 306)],
+  [
+    ('resnet18', 206, 0),
+    ('resnet101', 710, 0),
+    ('mobilenet_v2', 698, 306),
+    # 48 convolutions with five tensors and a counter each; the heads are those
+    # of MobileNetV2, 698 - 2 * 306.
+    ('efficientnet_lite0', 374, 0),
+  ],
 )
 def test_counts_and_shapes_of_the_table(backbone, count, aliases):
   # METHOD section 3; at full width, without memory for the values.
@@ -197,15 +207,28 @@ def torchvision_mobilenet(tensors):
   return renamed
 
 
-@pytest.mark.parametrize('kind', ['resnet', 'torchvision', 'tonylins'])
-def test_backbones_of_others_fill_exactly_the_backbone(tmp_path, tensors, kind):
-  backbone = 'resnet18' if kind == 'resnet' else 'mobilenet_v2'
+@pytest.mark.parametrize(
+  ('kind', 'backbone'),
+  [
+    ('resnet', 'resnet18'),
+    ('torchvision', 'mobilenet_v2'),
+    ('tonylins', 'mobilenet_v2'),
+    ('efficientnet', 'efficientnet_lite0'),
+    ('efficientnet', 'efficientnet_lite2'),
+  ],
+)
+def test_backbones_of_others_fill_exactly_the_backbone(
+  tmp_path, tensors, kind, backbone
+):
   full = tensors(backbone)
   others = torchvision_mobilenet if kind == 'torchvision' else trunk
   found = others(full) | {
     'fc.weight' if kind == 'resnet' else 'classifier.1.weight': np.ones((9, 9)),
   }
-  if kind != 'resnet':
+  if kind == 'efficientnet':
+    for name in ('_conv_head', '_bn1', '_fc'):
+      found[f'{name}.weight'] = np.ones((9, 9))
+  elif kind != 'resnet':
     found['features.18.0.weight'] = np.ones((9, 9, 1, 1))
   path = write(tmp_path / 'a.pth', found)
   network, *_ = shapes(backbone)
@@ -305,7 +328,9 @@ def read_same(source, expected):
     ('what ever.', "took off 'what ever.'"),
   ],
 )
-@pytest.mark.parametrize('backbone', ['resnet18', 'mobilenet_v2'])
+@pytest.mark.parametrize(
+  'backbone', ['resnet18', 'mobilenet_v2', 'efficientnet_lite0']
+)
 def test_any_prefix_is_taken_off(tensors, backbone, prefix, words):
   found = tensors(backbone)
   assert read_same(prefixed(prefix, found), found) == words

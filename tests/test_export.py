@@ -18,7 +18,7 @@ from attnfd_jax.config import default_config, resolve
 from attnfd_jax.data import synthetic
 from attnfd_jax.errors import InputError
 from attnfd_jax.exporting import agreement, fresh_process, stablehlo, student
-from attnfd_jax.models import deeplab, mobilenet_v2
+from attnfd_jax.models import deeplab, efficientnet_lite, mobilenet_v2
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.resnet import ResNet
 from attnfd_jax.pytorch import files as torch_files
@@ -34,10 +34,16 @@ STAGES = [
   (expansion, channels, 2 if channels == 24 else 1, strides)
   for expansion, channels, _, strides in mobilenet_v2.STAGES[:-1]
 ]
+# Kernels of 5 after strides that are taken, and after one that is not.
+LITE_STAGES = [
+  (*form, 2 if form[1] == 5 else 1, strides)
+  for *form, _, strides in efficientnet_lite.STAGES
+]
 NETWORKS = {
   'resnet': {},
   'bottleneck': {'in_path_attention': True},
   'mobilenet_v2': {'output_stride': 8},
+  'efficientnet_lite0': {},
 }
 SHAPES = ((1, 49, 64, 3), (2, 32, 75, 3))
 
@@ -65,6 +71,7 @@ def quick_compilation():
 def short_networks(monkeypatch):
   monkeypatch.setattr(deeplab, 'BACKBONES', deeplab.BACKBONES | SHORT)
   monkeypatch.setattr(mobilenet_v2, 'STAGES', STAGES)
+  monkeypatch.setattr(efficientnet_lite, 'STAGES', LITE_STAGES)
 
 
 @pytest.fixture
@@ -149,7 +156,9 @@ def _assert_close(found, expected):
   np.testing.assert_allclose(found / scale, expected / scale, atol=2e-5)
 
 
-@pytest.mark.parametrize('name', ['resnet', 'mobilenet_v2'])
+@pytest.mark.parametrize(
+  'name', ['resnet', 'mobilenet_v2', 'efficientnet_lite0']
+)
 def test_stablehlo_at_any_size(make, cases, name):
   pytest.importorskip('flatbuffers')
   network, variables = make(name)

@@ -11,13 +11,19 @@ from flax import traverse_util
 import numpy as np
 import onnx
 
-from attnfd_jax.models import deeplab, layers, mobilenet_v2, resnet
+from attnfd_jax.models import (
+  deeplab,
+  efficientnet_lite,
+  layers,
+  mobilenet_v2,
+  resnet,
+)
 
 # Of 2022; later ones bring nothing that is needed here, and fewer readers.
 _OPSET, _IR_VERSION = 17, 8
 
 
-def _fold_norms(params, stats):
+def _fold_norms(params, stats, trunk_epsilon):
   """{path of a Conv or ConvNorm: (kernel [o, i, h, w], bias [o])}."""
   found = {}
   for name, kernel in params.items():
@@ -27,7 +33,9 @@ def _fold_norms(params, stats):
     kernel = np.float64(kernel).transpose(3, 2, 0, 1)
     norm = f'{path.removesuffix("conv")}bn'
     if f'{norm}/scale' in params:
-      variance = np.float64(stats[f'{norm}/var']) + layers.BatchNorm.epsilon
+      epsilon = layers.BatchNorm.epsilon
+      epsilon = trunk_epsilon if path.startswith('backbone/') else epsilon
+      variance = np.float64(stats[f'{norm}/var']) + epsilon
       factor = params[f'{norm}/scale'] / np.sqrt(variance)
       kernel = kernel * factor[:, None, None, None]
       bias = params[f'{norm}/bias'] - stats[f'{norm}/mean'] * factor
@@ -40,12 +48,12 @@ def _fold_norms(params, stats):
 class Graph:
   """Operations so far; maps are known by the names of their values."""
 
-  def __init__(self, variables):
+  def __init__(self, variables, trunk_epsilon):
     self.params, stats = (
       traverse_util.flatten_dict(variables[part], sep='/')
       for part in ('params', 'batch_stats')
     )
-    self.convs = _fold_norms(self.params, stats)
+    self.convs = _fold_norms(self.params, stats, trunk_epsilon)
     self.nodes, self.constants = [], []
 
   def op(self, kind, *inputs, output=None, **attributes):
@@ -62,15 +70,18 @@ class Graph:
     self.constants.append(array)
     return name
 
-  def conv(self, x, path, *, strides=1, dilation=1):
-    """layers.Conv or layers.ConvNorm at `path`."""
+  def conv(self, x, path, *, strides=1, dilation=1, padding=None):
+    """layers.Conv or layers.ConvNorm at `path`; `padding` may be 'same'."""
     kernel, bias = self.convs[path]
     size, depthwise = kernel.shape[-1], path.endswith('depthwise')
-    # What a depthwise one sees was padded before the expansion.
-    padding = 0 if depthwise else dilation * (size - 1) // 2
     form = {'kernel_shape': size, 'strides': strides, 'dilations': dilation}
     form = {name: [n] * 2 for name, n in form.items()}
-    form |= {'pads': [padding] * 4, 'group': len(kernel) if depthwise else 1}
+    form['group'] = len(kernel) if depthwise else 1
+    if padding == 'same' and strides > 1:
+      form['auto_pad'] = 'SAME_UPPER'  # By the size, which is not known here.
+    else:
+      padding = dilation * (size - 1) // 2 if padding in (None, 'same') else 0
+      form['pads'] = [padding] * 4
     return self.op('Conv', x, kernel, bias, **form)
 
   def conv_relu(self, x, path, **options):
@@ -118,7 +129,8 @@ def _inverted_residual(g, x, path, *, strides, dilation):
   y = g.op('Pad', x, np.int64([0, 0, dilation, dilation] * 2))
   if f'{path}/expand' in g.convs:
     y = g.relu6(g.conv(y, f'{path}/expand'))
-  y = g.conv(y, f'{path}/depthwise', strides=strides, dilation=dilation)
+  form = {'strides': strides, 'dilation': dilation, 'padding': 0}
+  y = g.conv(y, f'{path}/depthwise', **form)
   return g.conv(g.relu6(y), f'{path}/project')
 
 
@@ -134,6 +146,36 @@ def _mobilenet_v2(g, x, module):
     if index == 3:
       low_level = x
   return low_level, x
+
+
+def _efficientnet_lite(g, x, module):
+  scale, shift = (
+    np.float32(values)[:, None, None]
+    for values in (efficientnet_lite.IMAGE_SCALE, efficientnet_lite.IMAGE_SHIFT)
+  )
+  x = g.op('Add', g.op('Mul', x, scale), shift)
+  x = g.relu6(g.conv(x, 'backbone/stem', strides=2, padding='same'))
+  features = len(g.convs['backbone/stem'][0])
+  table = efficientnet_lite.block_table(module.depth, module.output_stride)
+  for index, (stage, *_, strides, dilation) in enumerate(table):
+    path, y = f'backbone/block{index}', x
+    if f'{path}/expand' in g.convs:
+      y = g.relu6(g.conv(y, f'{path}/expand'))
+    form = {'strides': strides, 'dilation': dilation, 'padding': 'same'}
+    y = g.relu6(g.conv(y, f'{path}/depthwise', **form))
+    y = g.conv(y, f'{path}/project')
+    inputs, features = features, len(g.convs[f'{path}/project'][0])
+    x = g.op('Add', x, y) if strides == 1 and inputs == features else y
+    if stage == 2:
+      low_level = x
+  return low_level, x
+
+
+_TRUNKS = {
+  resnet.ResNet: _resnet,
+  mobilenet_v2.MobileNetV2: _mobilenet_v2,
+  efficientnet_lite.EfficientNetLite: _efficientnet_lite,
+}
 
 
 def _cbam(g, x, path):
@@ -170,20 +212,17 @@ def _decoder(g, low_level, context):
   return g.conv_relu(g.conv_relu(x, 'decoder/conv1'), 'decoder/conv2')
 
 
-def _network(g, image, network):
+def _network(g, image, network, module):
   """Logits [b, k, h, w] of normalised images [b, 3, h, w]."""
 
   def refine(tap, x):
     return _cbam(g, x, f'attention_{tap}') if network.in_path_attention else x
 
-  stride = network.output_stride
-  module = deeplab.BACKBONES[network.backbone](output_stride=stride)
-  is_resnet = isinstance(module, resnet.ResNet)
-  low_level, x = (_resnet if is_resnet else _mobilenet_v2)(g, image, module)
+  low_level, x = _TRUNKS[type(module)](g, image, module)
   x = refine('backbone', x)
   if module.relu_after_tap:
     x = g.op('Relu', x)
-  x = refine('aspp', _aspp(g, x, stride))
+  x = refine('aspp', _aspp(g, x, network.output_stride))
   x = refine('decoder', _decoder(g, low_level, x))
   return g.resize(g.conv(x, 'classifier'), image)
 
@@ -192,16 +231,19 @@ def make_model(network, variables, *, uint8, argmax, metadata):
   """An onnx.ModelProto that does what stablehlo.make_forward does: from 'image'
   to 'ids' or 'logits'. `metadata` is {name: value of JSON}, stored in it.
   """
-  g = Graph(variables)
+  module = deeplab.BACKBONES[network.backbone]
+  module = module(output_stride=network.output_stride)
+  g = Graph(variables, getattr(module, 'epsilon', layers.BatchNorm.epsilon))
   types, info = onnx.TensorProto, onnx.helper.make_tensor_value_info
   x, size = 'image', ('b', 'h', 'w')
   image = info(x, types.UINT8 if uint8 else types.FLOAT, (*size, 3))
   if uint8:
     # The operations of models.deeplab.normalise.
     x = g.op('Div', g.op('Cast', x, to=types.FLOAT), np.float32(255))
-    x = g.op('Sub', x, np.float32(deeplab.IMAGE_MEAN))
-    x = g.op('Div', x, np.float32(deeplab.IMAGE_STD))
-  logits = _network(g, g.op('Transpose', x, perm=(0, 3, 1, 2)), network)
+    x = g.op('Sub', x, np.float32(layers.IMAGE_MEAN))
+    x = g.op('Div', x, np.float32(layers.IMAGE_STD))
+  x = g.op('Transpose', x, perm=(0, 3, 1, 2))
+  logits = _network(g, x, network, module)
   if argmax:
     ids = g.op('ArgMax', logits, axis=1, keepdims=0)
     g.op('Cast', ids, to=types.UINT8, output='ids')

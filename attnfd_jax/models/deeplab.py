@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from attnfd_jax.errors import known, within
 from attnfd_jax.models import layers, resizing
 from attnfd_jax.models.attention import CBAM
+from attnfd_jax.models.efficientnet_lite import EfficientNetLite
 from attnfd_jax.models.mobilenet_v2 import MobileNetV2
 from attnfd_jax.models.resnet import ResNet
 
@@ -20,17 +21,19 @@ BACKBONES = {
   'resnet50': functools.partial(ResNet, (3, 4, 6, 3), True),
   'resnet101': functools.partial(ResNet, (3, 4, 23, 3), True),
   'mobilenet_v2': MobileNetV2,
+  'efficientnet_lite0': functools.partial(EfficientNetLite, 1.0, 1.0),
+  'efficientnet_lite1': functools.partial(EfficientNetLite, 1.0, 1.1),
+  'efficientnet_lite2': functools.partial(EfficientNetLite, 1.1, 1.2),
 }
 TAPS = ('backbone', 'aspp', 'decoder')
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 def normalise(image):
   """uint8 RGB [..., 3] -> float32 with ImageNet's mean and deviation."""
   image = image.astype(jnp.float32) / 255
   mean, std = (
-    layers.per_channel(jnp.array(x), image) for x in (IMAGE_MEAN, IMAGE_STD)
+    layers.per_channel(jnp.array(x), image)
+    for x in (layers.IMAGE_MEAN, layers.IMAGE_STD)
   )
   return (image - mean) / std
 

@@ -12,6 +12,9 @@ import numpy as np
 
 from attnfd_jax.models import convolution, cpu_forms
 
+# Of RGB in 0 to 1 over ImageNet, as torchvision normalizes it.
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
 # Untruncated normals, as torch draws them; he_normal would be truncated.
 fan_in_normal = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
 fan_out_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
@@ -152,11 +155,13 @@ class ConvNorm(_Convolution):
   With running statistics they are one convolution, with a scaled kernel.
   """
 
+  epsilon: float = BatchNorm.epsilon
+
   @nn.compact
   def __call__(self, x, *, train, coarse=None):
     """Of x, and of what Conv joins to it."""
-    conv = Conv(**options_of(self), name='conv')
-    norm = BatchNorm(dtype=self.dtype, name='bn')
+    conv = Conv(**options_of(self, _Convolution), name='conv')
+    norm = BatchNorm(epsilon=self.epsilon, dtype=self.dtype, name='bn')
     if train or self.is_initializing():
       return norm(conv(x, coarse=coarse), train=train)
     return conv(x, norm.affine(), coarse=coarse)

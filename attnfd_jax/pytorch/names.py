@@ -29,6 +29,19 @@ _MOBILENET = (
   (r'block(\d+)/depthwise', r'features.\1.conv.', '3', '4'),
   (r'block(\d+)/project', r'features.\1.conv.', '6', '7'),
 )
+_EFFICIENTNET = (
+  (r'stem', '', '_conv_stem', '_bn0'),
+  # Block 0 has no expansion; the numbers of its norms leave that one out.
+  (r'block(\d+)/expand', r'_blocks.\1.', '_expand_conv', '_bn0'),
+  (r'block(\d+)/depthwise', r'_blocks.\1.', '_depthwise_conv', '_bn1'),
+  (r'block(\d+)/project', r'_blocks.\1.', '_project_conv', '_bn2'),
+)
+# By what the names of their backbones begin with.
+_TRUNKS = {
+  'resnet': _RESNET,
+  'mobilenet': _MOBILENET,
+  'efficientnet': _EFFICIENTNET,
+}
 _HEADS = (
   (r'point', 'aspp1.', 'atrous_conv', 'bn'),
   (r'atrous1', 'aspp2.', 'atrous_conv', 'bn'),
@@ -65,8 +78,8 @@ def network_name(path, backbone):
   if path.startswith('classifier/'):
     return f'decoder.last_conv.8.{_LEAVES[path.removeprefix("classifier/")]}'
   top, *module, part, leaf = path.split('/')
-  trunk = _RESNET if backbone.startswith('resnet') else _MOBILENET
-  for pattern, prefix, *parts in trunk + _HEADS:
+  trunk = (x for kind, x in _TRUNKS.items() if backbone.startswith(kind))
+  for pattern, prefix, *parts in next(trunk, ()) + _HEADS:
     if match := re.fullmatch(pattern, '/'.join(module)):
       name = match.expand(prefix + parts[part == 'bn'])
       return f'{top}.{name}.{_LEAVES[leaf]}'

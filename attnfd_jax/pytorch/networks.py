@@ -2,12 +2,14 @@
 """PyTorch checkpoints as our variables, and back; torch is not needed.
 
 Recognized: the authors' models and Distiller, plain DeepLabV3+ of the same
-family, trunks of torchvision (ResNet, MobileNetV2) and tonylins (MobileNetV2),
-below any prefix (recognition.py).
+family, trunks of torchvision (ResNet, MobileNetV2), tonylins (MobileNetV2) and
+efficientnet_lite_pytorch, below any prefix (recognition.py).
 """
 
 import difflib
 import functools
+import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ import numpy as np
 
 from attnfd_jax.distill.attnfd import AttnFD
 from attnfd_jax.errors import InputError
+from attnfd_jax.models import efficientnet_lite
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import DeepLabV3Plus, TAPS
 from attnfd_jax.pytorch import files, names, recognition, weights
@@ -35,6 +38,12 @@ _RESNETS = {
   (6, False): 'resnet34',
   (6, True): 'resnet50',
   (23, True): 'resnet101',
+}
+# (width, depth) of a variant -> key of BACKBONES.
+_EFFICIENTNETS = {
+  (1.0, 1.0): 'efficientnet_lite0',
+  (1.0, 1.1): 'efficientnet_lite1',
+  (1.1, 1.2): 'efficientnet_lite2',
 }
 _IMAGENET = f'pretrained={weights.NAME!r}'
 
@@ -132,10 +141,42 @@ def infer_options(tensors):
       found[option] = shape[0] if unit == 1 else shape[0] / unit
   if any(name.startswith('backbone.features.') for name in tensors):
     return found | {'backbone': 'mobilenet_v2'}
+  if 'backbone._conv_stem.weight' in tensors:
+    return found | _infer_efficientnet(tensors)
   layer3 = [name for name in tensors if name.startswith('backbone.layer3.')]
   blocks = len({name.split('.')[2] for name in layer3})
   kind = (blocks, 'backbone.layer3.0.conv3.weight' in tensors)
   return found | ({'backbone': _RESNETS[kind]} if kind in _RESNETS else {})
+
+
+def _infer_efficientnet(tensors):
+  """'backbone' and 'width_multiplier' of a trunk; {} if it is of no variant.
+
+  Channels are multiples of 8, so that other multipliers make the same network,
+  also of another variant; the roundest one is meant.
+  """
+
+  def channels(name):
+    shape = np.shape(tensors.get(f'backbone.{name}.weight'))
+    return shape[0] if shape else 0
+
+  blocks = (f'_blocks.{i}._project_conv' for i in itertools.count())
+  found = [*itertools.takewhile(bool, map(channels, blocks))]
+  for divisor in (1, 2, 4, 8, 16, 10, 20, 100, 1000):
+    for (width, depth), name in _EFFICIENTNETS.items():
+      table = [row[3] for row in efficientnet_lite.block_table(depth, 16)]
+      if len(found) != len(table):
+        continue
+      least, most = ((found[-1] + n) / table[-1] / width for n in (-4, 4))
+      first, last = (math.ceil(x * divisor) for x in (least, most))
+      for i in range(max(1, first), last):
+        multiplier = i / divisor
+        widths = [efficientnet_lite.scaled(32, multiplier)]
+        scale = width * multiplier
+        widths += [efficientnet_lite.scaled(n, scale) for n in table]
+        if widths == [channels('_conv_stem'), *found]:
+          return {'backbone': name, 'width_multiplier': multiplier}
+  return {}
 
 
 def load_torch(source, *, backbone, num_classes, **options):

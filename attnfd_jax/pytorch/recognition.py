@@ -17,7 +17,8 @@ from attnfd_jax.pytorch import files, names
 # slash ends the key of a mapping.
 _TRUNK = re.compile(
   r'(?<![^./])(?:layer([1-4])\.\d+\.(?:conv|bn|downsample\.)\d'
-  r'|(?:(?:low|high)_level_)?features\.(\d+)\.conv)\.'
+  r'|(?:(?:low|high)_level_)?features\.(\d+)\.conv'
+  r'|_blocks\.(\d+)\._(?:expand_conv|depthwise_conv|project_conv|bn\d))\.'
 )
 _HEAD = re.compile(
   r'(?<![^./])(?:aspp[./](?:aspp\d|global_avg_pool|conv1|bn1)'
@@ -27,9 +28,14 @@ _BODY = re.compile(r'(?<![^./])backbone[./]')
 _PARTS = ('backbone', 'aspp', 'decoder')
 # Of a trunk: what belongs to it, and what classifies images.
 _INSIDE = re.compile(
-  r'(?:conv1|bn1|layer\d|(?:(?:low|high)_level_)?features|cbam)\.'
+  r'(?:conv1|bn1|layer\d|(?:(?:low|high)_level_)?features|cbam'
+  r'|_conv_stem|_bn0|_blocks)\.'
 )
-_CLASSIFIER = re.compile(r'(?:fc|classifier|(?:high_level_)?features\.18)\.')
+_CLASSIFIER = re.compile(
+  r'(?:fc|classifier|(?:high_level_)?features\.18|_conv_head|_bn1|_fc)\.'
+)
+# EfficientNet with squeeze-and-excite, whose other layers are those of Lite.
+_EXCITE = re.compile(r'(?<![^./])_blocks\.\d+\._se_')
 _LOSS = re.compile(r'loss|criterion|metric', re.I)
 # Names that only one project gives, the first that fits.
 _PROJECTS = (
@@ -44,6 +50,7 @@ _PROJECTS = (
     'torchvision',
     r'(?:aux_)?classifier\.(?:0\.convs\.|[04]\.|cbr\.|\w+_classifier\.)',
   ),
+  ('EfficientNet with squeeze-and-excite', r'_blocks\.\d+\._se_'),
 )
 
 
@@ -150,9 +157,13 @@ def _find(tensors, where):
   networks begin with below the same prefix.
   """
   trunks, heads, bodies = collections.defaultdict(set), set(), set()
+  excited = {
+    name[: match.start()] for name in tensors if (match := _EXCITE.search(name))
+  }
   for name in tensors:
-    if match := _TRUNK.search(name):
-      trunks[name[: match.start()]].add(match[1] or match[2])
+    match = _TRUNK.search(name)
+    if match and name[: match.start()] not in excited:
+      trunks[name[: match.start()]].add(match[1] or match[2] or match[3])
     if match := _HEAD.search(name):
       heads.add(name[: match.start()])
     if match := _BODY.search(name):

@@ -14,7 +14,7 @@ import numpy as np
 from attnfd_jax import paths
 from attnfd_jax.data import classes
 from attnfd_jax.errors import InputError
-from attnfd_jax.models import deeplab
+from attnfd_jax.models import layers
 from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import files
 from attnfd_jax.pytorch import names as torch_names
@@ -201,8 +201,8 @@ def describe_data(info):
   return {
     'class_names': info['class_names'],
     'palette': info['palette'].tolist(),
-    'mean': deeplab.IMAGE_MEAN,
-    'std': deeplab.IMAGE_STD,
+    'mean': layers.IMAGE_MEAN,
+    'std': layers.IMAGE_STD,
   }
 
 

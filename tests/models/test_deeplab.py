@@ -13,6 +13,7 @@ import pytest
 from attnfd_jax.models import convolution, layers, resizing
 from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.deeplab import ASPP, Decoder, DeepLabV3Plus, normalise
+from attnfd_jax.models.efficientnet_lite import EfficientNetLite
 from attnfd_jax.models.mobilenet_v2 import (
   block_table,
   InvertedResidual,
@@ -22,7 +23,16 @@ from attnfd_jax.models.resnet import Block, ResNet
 
 # Float32 through a small network whose features are of order 1 to 10.
 CLOSE = {'rtol': 1e-4, 'atol': 1e-4}
-BACKBONES = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'mobilenet_v2')
+BACKBONES = (
+  'resnet18',
+  'resnet34',
+  'resnet50',
+  'resnet101',
+  'mobilenet_v2',
+  'efficientnet_lite0',
+  'efficientnet_lite1',
+  'efficientnet_lite2',
+)
 
 
 def normal(seed, *shape):
@@ -64,6 +74,11 @@ def count(tree):
     ('resnet50', 23_508_032, 15_535_104, 1_309_045),
     ('resnet101', 42_500_160, 15_535_104, 1_309_045),
     ('mobilenet_v2', 1_811_712, 2_706_432, 1_297_909),
+    # The trunks as counted in efficientnet_lite_pytorch; the heads are those
+    # of MobileNetV2, with a last map of 32 channels more in Lite2.
+    ('efficientnet_lite0', 2_958_848, 2_706_432, 1_297_909),
+    ('efficientnet_lite1', 3_723_520, 2_706_432, 1_297_909),
+    ('efficientnet_lite2', 4_357_952, 2_944_000, 1_297_909),
   ],
   ids=BACKBONES,
 )
@@ -92,8 +107,14 @@ SIZES = {
 @pytest.mark.parametrize('size', SIZES, ids=['513', '360x480'])
 @pytest.mark.parametrize(
   ('backbone', 'channels'),
-  [('resnet18', 512), ('resnet50', 2048), ('mobilenet_v2', 320)],
-  ids=['resnet18', 'resnet50', 'mobilenet_v2'],
+  [
+    ('resnet18', 512),
+    ('resnet50', 2048),
+    ('mobilenet_v2', 320),
+    ('efficientnet_lite0', 320),
+    ('efficientnet_lite2', 352),
+  ],
+  ids=['resnet18', 'resnet50', 'mobilenet_v2', 'lite0', 'lite2'],
 )
 def test_shapes(backbone, channels, size, output_stride):
   network, variables = abstract_network(backbone, output_stride=output_stride)
@@ -152,6 +173,25 @@ TRUNKS = {
   + [(1, 1)] * 4
   + [(1, 2)] * 3
   + [(1, 2)] * 3
+  + [(1, 4)],
+  # The convolution whose stride is not taken is not dilated yet.
+  ('efficientnet_lite0', 16): [(2, 1), (1, 1)]
+  + [(2, 1), (1, 1)]
+  + [(2, 1), (1, 1)]
+  + [(2, 1)]
+  + [(1, 1)] * 2
+  + [(1, 1)] * 3
+  + [(1, 1)]
+  + [(1, 2)] * 3
+  + [(1, 2)],
+  ('efficientnet_lite2', 8): [(2, 1), (1, 1)]
+  + [(2, 1), (1, 1), (1, 1)]
+  + [(2, 1), (1, 1), (1, 1)]
+  + [(1, 1)]
+  + [(1, 2)] * 3
+  + [(1, 2)] * 4
+  + [(1, 2)]
+  + [(1, 4)] * 4
   + [(1, 4)],
 }
 
@@ -413,7 +453,9 @@ def test_networks_pass_update_norms_twice_on(monkeypatch):
   assert [i for i, twice in enumerate(updates, 1) if twice] == [4, 7, 14]
 
 
-@pytest.mark.parametrize('backbone', ['resnet18', 'mobilenet_v2'])
+@pytest.mark.parametrize(
+  'backbone', ['resnet18', 'mobilenet_v2', 'efficientnet_lite0']
+)
 def test_taps(fill, backbone):
   network = small(backbone)
   image = normal(0, 1, 33, 33, 3)
@@ -437,7 +479,7 @@ def test_taps(fill, backbone):
   assert set(features) == {'backbone', 'aspp', 'decoder'}
   tap = np.asarray(features['backbone'])
   assert tap.min() < 0  # Before the last ReLU, or linear.
-  expected = tap if backbone == 'mobilenet_v2' else np.maximum(tap, 0)
+  expected = np.maximum(tap, 0) if backbone == 'resnet18' else tap
   np.testing.assert_array_equal(inputs['aspp_input'], expected)
   for name in ('aspp', 'decoder'):
     assert np.min(features[name]) == 0 < np.max(features[name])
@@ -451,12 +493,18 @@ def test_taps(fill, backbone):
   )
 
 
-@pytest.mark.parametrize('backbone', ['resnet18', 'mobilenet_v2'])
-def test_low_level_map(fill, backbone):
-  # A ResNet gives it after a ReLU, MobileNetV2 without one.
-  is_resnet = backbone == 'resnet18'
-  module = ResNet((1, 1, 1, 1), False, width_multiplier=0.125)
-  module = module if is_resnet else MobileNetV2(width_multiplier=0.2)
+@pytest.mark.parametrize(
+  'module',
+  [
+    ResNet((1, 1, 1, 1), False, width_multiplier=0.125),
+    MobileNetV2(width_multiplier=0.2),
+    EfficientNetLite(1.0, 1.0, width_multiplier=0.2),
+  ],
+  ids=['resnet18', 'mobilenet_v2', 'efficientnet_lite0'],
+)
+def test_low_level_map(fill, module):
+  # A ResNet gives it after a ReLU, the others without one.
+  is_resnet = isinstance(module, ResNet)
   image = normal(0, 1, 33, 33, 3)
   variables = fill(abstract(module, *image.shape))
   run = jax.jit(functools.partial(module.apply, train=False))
@@ -587,7 +635,9 @@ def test_normalise():
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('backbone', ['resnet18', 'mobilenet_v2'])
+@pytest.mark.parametrize(
+  'backbone', ['resnet18', 'mobilenet_v2', 'efficientnet_lite0']
+)
 def test_bfloat16_keeps_variables_in_float32(fill, backbone):
   network = small(backbone, dtype=jnp.bfloat16)
   image = normal(0, 2, 33, 33, 3)
