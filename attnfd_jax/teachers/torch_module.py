@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnfd_jax.errors import first_line, InputError, one_of, within
-from attnfd_jax.models.deeplab import IMAGE_MEAN, IMAGE_STD
+from attnfd_jax.models.layers import IMAGE_MEAN, IMAGE_STD
 
 # Largest difference of PyTorch and JAX, relative to the largest value of a map.
 TOLERANCE = 1e-4
