@@ -11,6 +11,7 @@ from attnfd_jax.pytorch.networks import load_torch, load_torch_distiller
 
 # What the loss does not need is imported when it is asked for.
 _LAZY = {
+  'from_torch': ('attnfd_jax.teachers.torch_module', 'from_torch'),
   'load': ('attnfd_jax.runs.loading', 'load_network'),
   'predict': ('attnfd_jax.inference.predictor', 'predict'),
   'train': ('attnfd_jax.training.experiment', 'train'),
