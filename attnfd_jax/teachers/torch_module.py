@@ -26,7 +26,8 @@ from attnfd_jax.models.layers import IMAGE_MEAN, IMAGE_STD
 TOLERANCE = 1e-4
 # Of sizes that vision transformers and encoders ask for.
 _MULTIPLES = (8, 14, 16, 32, 64)
-_MOST_PREFIX_TOKENS = 16  # Class and register tokens before those of patches.
+# Before those of patches: a class, one for distillation, or four registers.
+_PREFIX_TOKENS = (1, 2, 5)
 # Pairs that work together on Python 3.11 and newer.
 INSTALL = (
   "pip install 'torch>=2.13' 'torchax>=0.0.14.dev20261026' (the extra "
@@ -203,6 +204,46 @@ def _find_logits(value):
 
 
 @functools.cache
+def _on_jax():
+  """A mode of torch in which tensors that a module makes, or holds outside its
+  buffers, are JAX's and of the type that the image has; torchax takes them for
+  PyTorch's.
+  """
+  torch, torchax = _import_torchax()
+  from torch.utils import _pytree as pytree
+
+  ours = (torchax.tensor.Tensor, torchax.tensor.View)
+  on_cpu = (None, 'cpu', torch.device('cpu'))
+  # What they make is of the default type, unless they are told another.
+  floats = (torch.ones, torch.zeros, torch.empty, torch.linspace, torch.eye)
+
+  class OnJax(torch.overrides.TorchFunctionMode):
+    def __init__(self, dtype):
+      super().__init__()
+      self._dtype = dtype
+
+    def _move(self, x):
+      if isinstance(x, ours):
+        return x
+      x = x.to(self._dtype) if x.is_floating_point() else x
+      return torchax.default_env().to_xla(x)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+      kwargs = dict(kwargs or {})
+      if function in torchax.tensor.TENSOR_CONSTRUCTORS:
+        device = kwargs.get('device')
+        kwargs['device'] = 'jax' if device in on_cpu else device
+        if function in floats:
+          kwargs.setdefault('dtype', self._dtype)
+      elif any(isinstance(x, ours) for x in pytree.tree_leaves((args, kwargs))):
+        both = args, kwargs
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._move, both)
+      return function(*args, **kwargs)
+
+  return OnJax
+
+
+@functools.cache
 def _with_taps(base):
   """A class, for torch is not there when this file is read."""
 
@@ -225,8 +266,10 @@ def _with_taps(base):
       for tap, name in self.taps.items():
         submodule = self.module.get_submodule(name)
         hooks.append(submodule.register_forward_hook(keep(tap)))
+      traced = type(image).__module__.startswith('torchax')
       try:
-        output = self.module(image)
+        with _on_jax()(image.dtype) if traced else contextlib.nullcontext():
+          output = self.module(image)
       finally:
         for hook in hooks:
           hook.remove()
@@ -255,20 +298,26 @@ def _with_taps(base):
 
 
 def _as_map(tokens, size):
-  """[b, n, c] of patches of an image of `size` as [b, h, w, c]."""
-  count, choices = tokens.shape[1], []
+  """[b, n, c] of patches of an image of `size` as [b, h, w, c].
+
+  Patches divide the image, after a few other tokens, or there are no others.
+  """
+  count, grids = tokens.shape[1], set()
   for patch in range(1, min(size) + 1):
-    floor = [n // patch for n in size]
-    ceil = [-(-n // patch) for n in size]
-    for h, w in (floor, ceil):
-      if 0 <= count - h * w <= _MOST_PREFIX_TOKENS:
-        choices.append((count - h * w, patch, h, w))
-  if not choices:
+    whole = all(n % patch == 0 for n in size)
+    for h, w in ([n // patch for n in size], [-(-n // patch) for n in size]):
+      extra = count - h * w
+      if extra == 0 or (whole and extra in _PREFIX_TOKENS):
+        grids.add((not whole, extra, h, w))
+  exact = [x for x in grids if x[:2] == (False, 0)]
+  if len(exact or grids) != 1:
+    found = ' or '.join(f'{h}x{w} after {e}' for _, e, h, w in sorted(grids))
     raise InputError(
-      f'taps: {count} tokens are no grid over an image {tuple(size)}; name a '
-      'submodule that returns [b, c, h, w].'
+      f'taps: {count} tokens of an image {tuple(size)} could be '
+      f'{found or "no grid of patches"}; name a submodule that returns '
+      '[b, c, h, w].'
     )
-  extra, _, h, w = min(choices)
+  ((_, extra, h, w),) = exact or grids
   return tokens[:, extra:].reshape(tokens.shape[0], h, w, -1)
 
 
