@@ -201,8 +201,8 @@ def test_multiply_adds(variant, size, published):
   trunk = networks.count_flops(apply, variables, image) / 2
   _, height, width, channels = last.shape
   head = height * width * channels * 1280 + 1280 * 1000
-  # The table counts something more than convolutions, norms for one.
-  assert trunk + head == pytest.approx(published * 1e6, rel=0.06)
+  # The table is of all operations, this of convolutions: 4 to 6 % less.
+  assert trunk + head == pytest.approx(0.95 * published * 1e6, rel=0.01)
 
 
 @pytest.mark.parametrize('dtype', [None, jnp.bfloat16], ids=['f32', 'bf16'])
