@@ -54,7 +54,8 @@ _RANGES = {
   (0, 1e4): 'optim.warmup_epochs',
   (0, math.inf): (
     'seed checkpoint.every_minutes data.limit data.scenes_seed '
-    'eval.num_pictures eval.short_side'
+    'eval.num_pictures eval.short_side '
+    'student.head_lr_scale teacher.head_lr_scale'
   ),
   (1, 1024): 'data.threads',
   (1, 1e6): 'data.train_scenes data.val_scenes',
@@ -93,9 +94,10 @@ def _network(backbone):
   config.head_dropout = 0.1
   # 'imagenet', or a PyTorch file of a backbone or a whole network.
   config.pretrained = ''
-  # None: as config.num_epochs and config.optim.lr.
+  # None: as config.num_epochs, config.optim.lr and config.optim.head_lr_scale.
   config.num_epochs = placeholder(float)
   config.lr = placeholder(float)
+  config.head_lr_scale = placeholder(float)
   return config
 
 
@@ -232,11 +234,25 @@ def debug(config):
   return config
 
 
-def with_variant(config, arg):
-  """`config` for arg None, its debug variant for 'debug'."""
-  if arg not in (None, 'debug'):
-    raise ValueError(f'Unknown variant {arg!r}; use debug or nothing.')
-  return debug(config) if arg else config
+def from_imagenet(network, lr=0.0005, head_lr_scale=4.0):
+  """Sets a group `teacher` or `student` to start from ImageNet weights, at
+  rates for AdamW that were chosen on CamVid (experiments/camvid).
+  """
+  network.pretrained = 'imagenet'
+  network.lr, network.head_lr_scale = lr, head_lr_scale
+
+
+def with_variant(config, arg, **variants):
+  """`config` for arg None, its debug variant for 'debug', or one of others,
+  {name: function that changes a config}.
+  """
+  variants = {'debug': debug, **variants}
+  if arg and arg not in variants:
+    names = ', '.join(variants)
+    raise ValueError(f'Unknown variant {arg!r}; use {names} or nothing.')
+  if arg:
+    variants[arg](config)
+  return config
 
 
 def resolve(config):
@@ -262,6 +278,7 @@ def resolve(config):
   for role in ('teacher', 'student'):
     filled[f'{role}.num_epochs'] = config.num_epochs
     filled[f'{role}.lr'] = config.optim.lr
+    filled[f'{role}.head_lr_scale'] = config.optim.head_lr_scale
   given = leaves(config)
   missing = {k: v for k, v in filled.items() if given[k] is None}
   config.update_from_flattened_dict(missing)

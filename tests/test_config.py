@@ -15,16 +15,18 @@ from attnfd_jax.config import debug, default_config, RECIPES, resolve
 from attnfd_jax.data import classes, synthetic
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
+from attnfd_jax.pytorch import weights
 from attnfd_jax.training import experiment
+from attnfd_jax.training import stage as stages
 from attnfd_jax.training.stage import make_network
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 VARIANTS = {
-  'camvid': (None, 'debug', 'cpu'),
-  'cityscapes': (None, 'debug'),
+  'camvid': (None, 'debug', 'cpu', 'cpu_imagenet', 'imagenet'),
+  'cityscapes': (None, 'debug', 'imagenet'),
   'coco': (None, 'debug'),
-  'folder': (None, 'debug'),
-  'pascal_voc': (None, 'debug'),
+  'folder': (None, 'debug', 'imagenet'),
+  'pascal_voc': (None, 'debug', 'imagenet'),
   'quickstart': (None,),
 }
 FILES = [(name, arg) for name, args in VARIANTS.items() for arg in args]
@@ -142,6 +144,40 @@ def test_networks_build(name, arg):
     assert kernel.shape == (1, 1, width, PUBLISHED[name])
 
 
+@pytest.mark.parametrize(
+  ('name', 'arg'), [x for x in FILES if 'imagenet' in str(x[1])], ids=identify
+)
+def test_what_starts_from_imagenet_has_weights(name, arg):
+  config = resolve(load(name, arg))
+  roles = config.teacher, config.student
+  started = [x for x in roles if x.pretrained]
+  assert started and {x.pretrained for x in started} == {weights.NAME}
+  for options in started:
+    assert options.backbone in weights.IMAGENET
+    assert options.width_multiplier == 1
+    # New layers learn faster than what is fine-tuned.
+    assert options.head_lr_scale > 1
+  for options in roles:
+    if not options.pretrained:
+      assert options.head_lr_scale == 1
+
+
+def test_each_role_has_its_rate_of_the_head():
+  config = load('camvid', 'cpu_imagenet')
+  config.student.head_lr_scale = 3.0
+  config = resolve(config)
+  params = {'student': {'backbone': {'x': 1.0}, 'classifier': {'x': 1.0}}}
+  for name, expected in (('teacher', 4.0), ('student', 3.0)):
+    stage = stages.Stage(name, config, None, None, None, num_steps=10)
+    tx = stage.make_optimizer()
+    with jax.numpy_dtype_promotion('standard'):
+      params = jax.tree.map(jnp.float32, params)
+      updates, _ = tx.update(params, tx.init(params), params)
+    moved = updates['student']
+    ratio = moved['classifier']['x'] / moved['backbone']['x']
+    assert ratio == pytest.approx(expected)
+
+
 def test_outputs_have_the_size_of_the_crop():
   config = resolve(load('pascal_voc', 'debug'))
   network = networks.make_network(config.student, 21)
@@ -164,7 +200,7 @@ def test_a_recipe_fills_what_is_none_and_nothing_else(recipe):
   inherited = {
     f'{role}.{key}'
     for role in ('teacher', 'student')
-    for key in ('num_epochs', 'lr')
+    for key in ('num_epochs', 'lr', 'head_lr_scale')
   }
   assert empty == set(RECIPES[recipe]) | inherited | {'optim.clip_norm'}
   changed = {key for key in before if before[key] != after[key]}

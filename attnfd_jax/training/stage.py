@@ -97,8 +97,9 @@ class Stage:
 
   def make_optimizer(self):
     """The Optax transformation; refuses values that are out of range."""
-    keys = ('name', 'head_lr_scale', 'weight_decay', 'momentum', 'nesterov')
-    options = {key: self.config.optim[key] for key in (*keys, 'clip_norm')}
+    keys = ('name', 'weight_decay', 'momentum', 'nesterov', 'clip_norm')
+    options = {key: self.config.optim[key] for key in keys}
+    options['head_lr_scale'] = self.options.head_lr_scale
     if self.distiller is not None:
       options |= {
         'connector_schedule': self.distiller.connector_schedule,
