@@ -56,6 +56,9 @@ ELSEWHERE_RUN = {
   # Networks from files of PyTorch must be real ones, and these compile slowly.
   '--config.student.pretrained=': 'tests/test_convert.py',
   '--weights=int8': 'tests/test_export.py',
+  # Needs PyTorch, and a file that the page has.
+  '--config.teacher.factory=teacher.py:make': 'tests/teachers/'
+  'test_any_teacher_docs.py',
   # Two processes that meet.
   '--coordinator=': 'tests/training/test_processes.py',
 }
