@@ -159,8 +159,8 @@ def test_use_in_own_code():
   found = {}
   exec(compile(block, 'any_teacher.md', 'exec'), found)
   assert max(found['differences'].values()) < 1e-5
-  shape, maps = re.findall(r'# (\[2, .*\])\n.*# (\{.*\})\n', block)[0]
-  assert list(found['logits'].shape) == ast.literal_eval(shape)
+  assert found['outputs']['logits'].shape == (2, 64, 96, 11)
+  (maps,) = re.findall(r'features.* # (\{.*\})\n', block)
   found_maps = {tap: [*x.shape] for tap, x in found['features'].items()}
   assert found_maps == ast.literal_eval(maps)
 
@@ -200,37 +200,42 @@ SMP_TAPS = {
   'aspp': 'decoder.aspp',
   'decoder': 'decoder.block2',
 }
-# Name: packages, what makes the module, taps, size of images.
+# Name: package, what makes the module, taps.
 NETWORKS = {
   'transformers segformer': (
-    *('transformers', segformer),
+    'transformers',
+    segformer,
     {'backbone': 'segformer.stages.3', 'decoder': 'decode_head.activation'},
-    (64, 96),
   ),
   'transformers dinov2': (
-    *('transformers', dinov2, {'backbone': 'layernorm'}),
-    (56, 84),
+    'transformers',
+    dinov2,
+    {'backbone': 'layernorm'},
   ),
   'torchvision deeplabv3': (
-    *('torchvision', torchvision_deeplab),
+    'torchvision',
+    torchvision_deeplab,
     {'backbone': 'backbone.layer4', 'aspp': 'classifier.0'},
-    (64, 96),
   ),
 } | {
   f'smp {name} {encoder}': (
     'segmentation_models_pytorch',
     smp(name, encoder),
     SMP_TAPS if name == 'DeepLabV3Plus' else {},
-    size,
   )
-  for name, encoder, size in (
-    ('DeepLabV3Plus', 'resnet18', (64, 96)),
-    ('Unet', 'mit_b0', (64, 96)),
-    ('FPN', 'efficientnet-b0', (64, 96)),
-    ('Segformer', 'mit_b0', (64, 96)),
-    ('DPT', 'tu-vit_tiny_patch16_224', (64, 96)),
-    ('UPerNet', 'tu-convnext_atto', (64, 96)),
+  for name, encoder in (
+    ('DeepLabV3Plus', 'resnet18'),
+    ('Unet', 'mit_b0'),
+    ('FPN', 'efficientnet-b0'),
+    ('Segformer', 'mit_b0'),
+    ('DPT', 'tu-vit_tiny_patch16_224'),
+    ('UPerNet', 'tu-convnext_atto'),
   )
+}
+# Of images, if not 64 x 96: for patches of 14 x 14, and the one that it takes.
+SIZES = {
+  'transformers dinov2': (56, 84),
+  'smp DPT tu-vit_tiny_patch16_224': (224, 224),
 }
 
 
@@ -287,9 +292,10 @@ def largest_differences(teacher, image, expected, mesh=None):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', NETWORKS)
 def test_networks_of_other_projects(name):
-  package, make, taps, size = NETWORKS[name]
+  package, make, taps = NETWORKS[name]
   require(package)
   sharded = 'DeepLabV3Plus' in name
+  size = SIZES.get(name, (64, 96))
   module, image = make(), random_images(4 if sharded else 1, size)
   expected = torch_outputs(module, image, taps)
   teacher = attnfd_jax.from_torch(module, taps)
@@ -300,12 +306,41 @@ def test_networks_of_other_projects(name):
 
 @pytest.mark.slow
 def test_smp_in_bfloat16():
-  package, make, taps, size = NETWORKS['smp DeepLabV3Plus resnet18']
+  package, make, taps = NETWORKS['smp DeepLabV3Plus resnet18']
   require(package)
-  module, image = make(), random_images(1, size)
+  module, image = make(), random_images(1, (64, 96))
   expected = torch_outputs(module, image, taps)
   teacher = attnfd_jax.from_torch(module, taps, dtype='bfloat16')
   shapes = jax.eval_shape(teacher.apply, teacher.variables, image)
   assert {x.dtype.name for x in shapes['features'].values()} == {'bfloat16'}
   found = largest_differences(teacher, image, expected)
   assert 1e-4 < max(found.values()) < 3e-2, found
+
+
+@pytest.mark.slow
+def test_maps_of_swin():
+  """With the channels last, they need what the page says about them."""
+  require('torchvision')
+  import torch
+  import torchvision
+
+  class Segmenter(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.swin = torchvision.models.swin_t(weights=None)
+      self.nchw = torchvision.ops.Permute((0, 3, 1, 2))
+      self.head = torch.nn.Conv2d(768, 5, 1)
+
+    def forward(self, image):
+      return self.head(self.nchw(self.swin.features(image)))
+
+  line = 'self.nchw = torchvision.ops.Permute((0, 3, 1, 2))'
+  assert f'`{line}`' in PAGE
+  module, image = Segmenter(), random_images(1, (64, 96))
+  teacher = attnfd_jax.from_torch(module, {'backbone': 'nchw'})
+  with torch.no_grad():
+    x = module.swin.features(torch.from_numpy(image.transpose(0, 3, 1, 2)))
+  expected = torch_outputs(module, image, {}) | {'backbone': x.numpy()}
+  found = largest_differences(teacher, image, expected)
+  assert expected['backbone'].shape == (1, 2, 3, 768)
+  assert max(found.values()) < 1e-5, found
