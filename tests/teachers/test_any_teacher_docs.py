@@ -6,7 +6,7 @@ where a package is missing, or does not fit this torch.
 """
 
 import ast
-import importlib
+import importlib.util
 import pathlib
 import re
 import shlex
@@ -44,6 +44,8 @@ def quick_compilation():
 
 def require(*packages):
   """Skips with the reason unless all can be imported."""
+  if 'transformers' in packages and importlib.util.find_spec('torchvision'):
+    packages = ('torchvision', *packages)  # It imports that where it is.
   for package in ('torch', 'torchax', *packages):
     try:
       importlib.import_module(package)
