@@ -196,7 +196,8 @@ def run(arguments):
       # ml_collections loads configs by a deprecated way.
       warnings.filterwarnings('ignore', 'the load_module', DeprecationWarning)
       argv = flags.FLAGS(sys.argv)
-    assert all(flags.FLAGS[name].value for name in required)
+    for choices in required:
+      assert any(flags.FLAGS[name].value for name in choices.split('|'))
     assert positional or len(argv) == 1, f'not a flag: {argv[1:]}'
     main(*argv[1:])
 
