@@ -515,7 +515,8 @@ def test_networks_of_other_projects(
     assert prefix.replace('module.', '') + heads[0] in text
     assert '--config.student.backbone=resnet18' in text
     assert '--config.student.pretrained=FILE' in text
-    assert 'config.teacher.factory' in text
+    assert 'through PyTorch: config.teacher.factory' in text
+    assert 'docs/any_teacher.md' in text
   # What the message says.
   variables, line = torch_models.load_pretrained(path, network)
   expected, _, _ = torch_models.import_network(full, network)

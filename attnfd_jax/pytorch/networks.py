@@ -127,8 +127,8 @@ def check_is_ours(found):
       flags = [f'--config.student.{x}' for x in (*flags, 'pretrained=FILE')]
       text += f'; its trunk can start a student: {" ".join(flags)}'
   raise InputError(
-    f'{text}; the whole network can be a teacher if you write it in JAX: '
-    'config.teacher.factory (docs/own_networks.md).'
+    f'{text}; the whole network can be a teacher through PyTorch: '
+    'config.teacher.factory (docs/any_teacher.md).'
   )
 
 
