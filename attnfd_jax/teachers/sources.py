@@ -124,7 +124,7 @@ def _from_factory(config, class_names, everywhere):
     with user_code.explained(given):
       made = user_code.load_object(factory, option=option)()
   except InputError as error:
-    if 'torchvision::nms' not in str(error):
+    if not _names(error, 'torchvision::nms'):
       raise
     remedy = 'install a pair that does, such as'
     pair = "pip install 'torch==2.12.1' 'torchvision==0.27.1' 'torchax==0.0.13'"
@@ -153,6 +153,13 @@ def _from_factory(config, class_names, everywhere):
     raise InputError(f'config.teacher.taps {what} of its own.')
   teacher = _Placed(made, sharding.place(made.variables, everywhere))
   return _in_order(factory, teacher, class_names, config.teacher.class_map)
+
+
+def _names(error, text):
+  """Whether an error, or one that it came from, has this text."""
+  while error is not None and text not in str(error):
+    error = error.__cause__ or error.__context__
+  return error is not None
 
 
 def _of_module(config, module, facts, class_names, everywhere):

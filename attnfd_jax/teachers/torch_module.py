@@ -61,6 +61,25 @@ def _import_torchax():
   return torch, torchax
 
 
+@functools.cache
+def _mend_resizing():
+  """torchax calls its antialiased resizes with arguments that do not fit."""
+  torch, torchax = _import_torchax()
+  env, view = torchax.default_env(), torchax.interop.torch_view
+
+  def resized(method, x, size, align_corners, *scales):
+    del scales
+    if align_corners:
+      raise NotImplementedError('antialiased with aligned corners')
+    return jax.image.resize(x, (*x.shape[:2], *size), method, antialias=True)
+
+  for name, method in (('bicubic', 'cubic'), ('bilinear', 'linear')):
+    operation = getattr(torch.ops.aten, f'_upsample_{name}2d_aa')
+    function = view(functools.partial(resized, method))
+    for key in (operation, operation.default):
+      env.override_op_definition(key, function)
+
+
 def from_torch(
   module,
   taps=None,
@@ -109,6 +128,7 @@ def from_torch(
     if not numbers or (key == 'std' and min(values) <= 0):
       positive = ' above 0' * (key == 'std')
       raise InputError(f'{key}={values} must be three numbers{positive}.')
+  _mend_resizing()
   module = module.cpu().eval()
   wrapped = _with_taps(torch.nn.Module)(module, taps)
   with _quiet():

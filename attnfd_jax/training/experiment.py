@@ -189,8 +189,13 @@ def _check_given(teacher, config, dataset):
   size = tuple(config.data.crop_size)
   batch = np.stack([transforms.resize(x, size) for x in images])
   found = teacher.compare(np.asarray(normalise(batch)))
-  worst = ', '.join(f'{key} {value:.1e}' for key, value in found.items())
-  write(f'teacher {teacher.name}: JAX differs from PyTorch by {worst}')
+  out = networks.checked_outputs(teacher, count, size, **inputs)
+  maps = {'logits': out['logits'], **out['features']}
+  lines = (
+    f'{key} ({"x".join(map(str, maps[key].shape[1:]))}) {difference:.1e}'
+    for key, difference in found.items()
+  )
+  write(f'teacher {teacher.name}, JAX - PyTorch: {", ".join(lines)}')
 
 
 def _check_own_teacher(config, workdir):

@@ -140,6 +140,10 @@ def make_dark():
 def make_raises():
   raise KeyError('best.pt')
 
+def make_torchvision():
+  cause = RuntimeError('operator torchvision::nms does not exist')
+  raise ImportError('Could not import module SegFormer') from cause
+
 def make_half():
   return seeded().half()
 '''
@@ -323,6 +327,22 @@ def test_any_size_is_resized_at_the_door(made):
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize('mode', ['bilinear', 'bicubic'])
+@pytest.mark.parametrize('size', [(12, 20), (40, 60)], ids=['down', 'up'])
+def test_antialiased_resizes(made, mode, size):
+  """As of the positions of timm's and DINO's transformers."""
+  torch = sys.modules['torch']
+
+  class Resized(torch.nn.Module):
+    def forward(self, x):
+      resize = torch.nn.functional.interpolate
+      return resize(x, size, mode=mode, antialias=True)
+
+  teacher = attnfd_jax.from_torch(Resized())
+  assert teacher.compare(images((24, 28)))['logits'] < 1e-5
+
+
+@pytest.mark.torch
 def test_a_sharded_step_is_that_of_one_device(made):
   """Loss and gradient of KD and of a hint, on 1 and on 4 devices."""
   teacher = attnfd_jax.from_torch(made['seeded'](), {'backbone': 'body'})
@@ -374,6 +394,7 @@ def test_wrong_taps_are_named(made, taps, message):
     ('make_dark', r'mean=\(0, 0\) must be three numbers'),
     ('make_raises', "make_raises': it raised KeyError: 'best.pt'"),
     ('gone', 'has no gone'),
+    ('make_torchvision', 'torchvision is not of this torch; .*torch==2.12.1'),
     ('make_named', r'class_map="\(8, 7, 6, 5, 4, 3, 2, 1, 0\)" its names fit'),
   ],
 )
