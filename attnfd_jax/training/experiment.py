@@ -62,7 +62,7 @@ def train(config, workdir, *, stop=None):
   # So that scoring reads other files as training read these.
   config.data.update(dataset.settled)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
-  check(config, dataset, mesh, workdir)
+  scores = check(config, dataset, mesh, workdir)
   loggers.check(config.loggers)
   table, stop = {}, stop or Stop()
   with contextlib.ExitStack() as stack:
@@ -79,7 +79,9 @@ def train(config, workdir, *, stop=None):
       if name == 'teacher' and (given := _given_teacher(config)):
         print(f'[teacher] given: {given}', flush=True)
         continue
-      table[name] = _run_stage(name, config, dataset, mesh, workdir, stop)
+      table[name] = _run_stage(
+        name, config, dataset, mesh, workdir, stop, scores
+      )
       path = workdir / 'results.json'
       known = json.loads(path.read_text()) if path.exists() else {}
       logs.write_json(path, known | table)
@@ -120,7 +122,10 @@ def _disk_errors(workdir):
 
 
 def check(config, dataset, mesh, workdir):
-  """Refuses what is wrong with any stage before the first one begins."""
+  """Refuses what is wrong with any stage before the first one begins.
+
+  Returns the scores on val of a given teacher, if distillation begins, or None.
+  """
   devices, parts = mesh.shape['data'], config.optim.accumulate
   if config.batch_size % (devices * parts):
     raise InputError(
@@ -164,11 +169,32 @@ def check(config, dataset, mesh, workdir):
       else:
         teacher = teachers.abstract(config, names)
       stage = with_teacher(stage, teacher)
-      if given:
-        _check_given(teacher, config, dataset)
     stage.make_optimizer()
+  if stage.teacher and given:  # Last, for it computes.
+    _check_given(teacher, config, dataset)
+    write(f'scoring the teacher {given} on val ...')
+    scores = _score(stage, teacher)
+    _require_score(config, scores['miou'])
+    return scores
   if 'distill' in config.stages and not given:
     _check_own_teacher(config, workdir)
+  return None
+
+
+def _score(stage, teacher):
+  """Of the teacher on val."""
+  # Where one has a module, that is scored: programs are shared by it.
+  network = getattr(teacher, 'network', None) or Scored(teacher)
+  return stage.evaluate(teacher.variables, network=network)
+
+
+def _require_score(config, score):
+  floor = config.teacher.min_miou
+  if floor > 0 and not score >= floor:  # NaN is not.
+    raise InputError(
+      f'{_given_teacher(config) or "teacher"}: val mIoU {score:.4f} is below '
+      f'config.teacher.min_miou={floor:g}; use a better teacher or lower it.'
+    )
 
 
 def _check_given(teacher, config, dataset):
@@ -242,8 +268,11 @@ def _claim(path, config):
   logs.write_json(path, ours)
 
 
-def _run_stage(name, config, dataset, mesh, workdir, stop):
-  """Trains a stage from wherever it is, scores it, and returns its result."""
+def _run_stage(name, config, dataset, mesh, workdir, stop, scores):
+  """Trains a stage from wherever it is, scores it, and returns its result.
+
+  `scores` are those of a given teacher, as of `check`.
+  """
   directory = workdir / name
   finished = directory / 'result.json'
   if finished.exists():
@@ -273,7 +302,7 @@ def _run_stage(name, config, dataset, mesh, workdir, stop):
     checkpoints.managed(saved, keep_best=kept) as manager,
   ):
     if stage.teacher is not None:
-      stage = _with_scored_teacher(stage, log, resumed=latest > 0)
+      stage = _with_scored_teacher(stage, log, scores, resumed=latest > 0)
     devices = mesh.shape['data']
     with memory.explained(config.batch_size, devices=devices, accumulate=parts):
       state = loop.train(stage, state, manager=manager, log=log, stop=stop)
@@ -306,27 +335,20 @@ def _given_teacher(config):
   return config.teacher.factory or config.teacher.checkpoint
 
 
-def _with_scored_teacher(stage, log, *, resumed):
+def _with_scored_teacher(stage, log, scores, *, resumed):
   """The stage with its teacher's mIoU on val; bad teachers stop here."""
-  teacher, given = stage.teacher, _given_teacher(stage.config)
-  score = getattr(teacher, 'miou', None)
+  teacher, score = stage.teacher, getattr(stage.teacher, 'miou', None)
   remarks = '; '.join(['', *getattr(teacher, 'remarks', ())])
   method = stage.config.distill.method
   log.line(f'teacher {teacher.name}, method {method}{remarks}')
   if resumed:
     score = log.last('teacher', 'miou', default=score)
-  elif given or score is None:
+  elif scores or _given_teacher(stage.config) or score is None:
     # That of this run was scored on the same images, by the same protocol.
-    # Where one has a module, that is scored: programs are shared by it.
-    network = getattr(teacher, 'network', None) or Scored(teacher)
-    scores = stage.evaluate(teacher.variables, network=network)
+    scores = scores or _score(stage, teacher)
     log.metrics('teacher', 0, scores)
     score = scores['miou']
   log.line(f'teacher val mIoU {logs.percent(score)}')
-  floor = stage.config.teacher.min_miou
-  if not resumed and floor > 0 and not score >= floor:  # NaN is not.
-    raise InputError(
-      f'{given or "teacher"}: val mIoU {score:.4f} is below '
-      f'config.teacher.min_miou={floor:g}; use a better teacher or lower it.'
-    )
+  if not resumed:
+    _require_score(stage.config, score)
   return dataclasses.replace(stage, teacher_miou=score)
