@@ -741,8 +741,9 @@ def test_a_run_with_files_of_pytorch(tmp_path, tensors, capfd, monkeypatch):
   init_state = Stage.init_state
 
   def spy(self, **options):
-    states.append(init_state(self, **options))
-    return states[-1]
+    state = init_state(self, **options)
+    states.append(jax.tree.map(np.array, state))  # It is donated.
+    return state
 
   config.teacher.min_miou = 0.99
   with pytest.raises(InputError, match=r'below config\.teacher\.min_miou'):
