@@ -32,6 +32,15 @@ def seen_short_side_of(info):
   return seen_short_side(settings['protocol'], settings.get('short_side', 0))
 
 
+def seen_size(size, settings):
+  """(height, width) at which a network sees an image of `size` when it is
+  scored by the group `eval` of a config.
+  """
+  side = seen_short_side(settings['protocol'], settings['short_side'])
+  size = transforms.fit_short_side(size, side) if side else size
+  return transforms.next_multiple(size, settings['size_multiple'])
+
+
 def describe(checkpoint, info):
   """'runs/quickstart/distill, step 320: resnet18 x0.125', or what it says."""
   if 'description' in info:

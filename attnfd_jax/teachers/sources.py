@@ -16,6 +16,7 @@ from attnfd_jax import paths, user_code
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import explained, InputError, known
+from attnfd_jax.inference import predictor
 from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.runs import loading
@@ -249,6 +250,7 @@ def load_given(config, mesh):
   names = dataset.class_names
   teacher = from_config(config, None, names, mesh)
   size = dataset.splits['val'][0]['label'].shape
+  size = predictor.seen_size(size, config.eval)
   inputs = {'variables': teacher.variables, 'rng': None}
   networks.checked_outputs(teacher, len(names), size, **inputs)
   info = json.loads(config.to_json_best_effort()) | {

@@ -201,15 +201,12 @@ def _check_given(teacher, config, dataset):
   """Tries a teacher from elsewhere on images of the size that is scored, and
   one whose results can be compared on some that are real.
   """
-  val, options = dataset.splits['val'], config.eval
+  val = dataset.splits['val']
   count = len(teacher.class_names)
   images = [val[i]['image'] for i in range(min(len(val), 2))]
-  side = predictor.seen_short_side(options.protocol, options.short_side)
-  seen = transforms.fit_image(images[0], side).shape[:2]
-  sizes = {transforms.next_multiple(seen, options.size_multiple)}
+  seen = predictor.seen_size(images[0].shape[:2], config.eval)
   inputs = {'variables': teacher.variables, 'rng': None}
-  for size in sizes - {tuple(config.data.crop_size)}:
-    networks.checked_outputs(teacher, count, size, **inputs)
+  networks.checked_outputs(teacher, count, seen, **inputs)
   if not hasattr(teacher, 'compare'):
     return
   size = tuple(config.data.crop_size)

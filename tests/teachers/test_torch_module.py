@@ -11,15 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_run
 import tiny_run
 
 import attnfd_jax
 from attnfd_jax.config import default_config, resolve
+from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.teachers import sources, torch_module
 from attnfd_jax.training import experiment
+from attnfd_jax.training import stage as stages
 
 NAMES = ('a', 'b', 'c')
 # A module with what trips tracers: a buffer, batch norm, dropout, a resize.
@@ -365,6 +368,57 @@ def test_a_sharded_step_is_that_of_one_device(made):
     losses.append(step(jnp.float32(0.5), variables, batch))
     step(jnp.float32(0.25), variables, batch)
     assert step._cache_size() == 1
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+SMP = """
+import segmentation_models_pytorch as smp
+import torch
+
+def make():
+  torch.manual_seed(0)
+  return smp.DeepLabV3Plus('resnet18', encoder_weights=None, classes=9)
+"""
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize('kind', ['plain', 'smp'])
+def test_a_training_step_under_it_on_1_and_4_devices(
+  made, file, tmp_path, kind
+):
+  """The same loss; compiled once; the teacher is in no part of the state."""
+  taps = {'decoder': 'body'}
+  if kind == 'smp':
+    try:
+      import segmentation_models_pytorch  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+      pytest.skip(f'segmentation_models_pytorch does not fit: {error}')
+    file = tmp_path / 'smp_teacher.py'
+    file.write_text(SMP)
+    taps = {'decoder': 'decoder.block2'}
+  config = small_run.make_config()
+  config.teacher.factory = f'{file}:make'
+  with config.unlocked():
+    config.teacher.taps = taps
+  config.distill.attnfd.match_size = 'to_student'
+  config = resolve(config)
+  dataset, losses = load_dataset(config.data), []
+  for count in (1, 4):
+    mesh = sharding.make_mesh(count, 1)
+    names = dataset.class_names
+    teacher = sources.from_config(config, None, names, mesh)
+    plan = stages.plan('distill', config, dataset, mesh)
+    stage = stages.with_teacher(plan, teacher)
+    state = stage.init_state(log=lambda line: None)
+    text = str(jax.tree_util.tree_structure(state))
+    assert 'module.' not in text and 'encoder' not in text
+    step, found = stage.make_train_step(), []
+    batches = iter(stage.make_batches(0))
+    for _ in range(2):
+      state, metrics = step(state, teacher.variables, next(batches), stage.rng)
+      found.append([metrics[key] for key in ('loss', 'attnfd', 'grad_norm')])
+    assert step._cache_size() == 1
+    losses.append(np.array(found))
   np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
