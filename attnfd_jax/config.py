@@ -234,7 +234,7 @@ def debug(config):
   return config
 
 
-def from_imagenet(network, lr=0.0005, head_lr_scale=4.0):
+def from_imagenet(network, lr=0.001, head_lr_scale=4.0):
   """Sets a group `teacher` or `student` to start from ImageNet weights, at
   rates for AdamW that were chosen on CamVid (experiments/camvid).
   """
