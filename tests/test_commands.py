@@ -55,6 +55,7 @@ ELSEWHERE_RUN = {
   'configs/quickstart.py': '.ci/run and the job smoke of CI, as it stands',
   # Networks from files of PyTorch must be real ones, and these compile slowly.
   '--config.student.pretrained=': 'tests/test_convert.py',
+  '.py:imagenet': 'tests/test_config.py and tests/test_weights.py',
   '--weights=int8': 'tests/test_export.py',
   # Needs PyTorch, and a file that the page has.
   '--config.teacher.factory=teacher.py:make': 'tests/teachers/'
