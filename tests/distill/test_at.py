@@ -139,3 +139,9 @@ def test_wrong_options(options, message):
   sides = outputs(0, aspp=(4, 4, 5)), outputs(1, aspp=(4, 4, 5))
   with pytest.raises(InputError, match=message):
     attnfd_jax.make_method('at', *sides, **options)
+
+
+def test_the_teacher_is_a_constant():
+  s, t = normal(0, *STUDENT), normal(1, *STUDENT)
+  grads = jax.grad(lambda t: attention_distance(s, t).sum())(t)
+  np.testing.assert_array_equal(grads, 0)

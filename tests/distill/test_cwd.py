@@ -129,3 +129,9 @@ def test_wrong_options():
   teacher['coarse_logits'] = teacher['logits'] = teacher['logits'][..., :3]
   with pytest.raises(InputError, match='need the same classes'):
     make('cwd', student, teacher)
+
+
+def test_the_teacher_is_a_constant():
+  s, t = normal(0, *SHAPE), normal(1, *SHAPE)
+  grads = jax.grad(lambda t: channel_distance(s, t, temperature=4.0).sum())(t)
+  np.testing.assert_array_equal(grads, 0)

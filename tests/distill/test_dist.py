@@ -130,3 +130,9 @@ def test_division_by_the_batch():
     losses, _ = total.apply({}, *arguments, train=True, step=0, batch_size=12)
     found.append(losses['dist'].value)
   np.testing.assert_allclose(found[0], 12 * found[1], rtol=1e-6)
+
+
+def test_the_teacher_is_a_constant():
+  s, t = normal(0, *SHAPE), normal(1, *SHAPE)
+  grads = jax.grad(lambda t: sum(prediction_distances(s, t)).sum())(t)
+  np.testing.assert_array_equal(grads, 0)

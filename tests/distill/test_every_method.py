@@ -182,3 +182,25 @@ def test_one_program_and_one_value_on_several_devices(name):
     np.testing.assert_allclose(
       a, b, rtol=1e-5, atol=1e-5 * largest, err_msg=str(path)
     )
+
+
+@each_method
+def test_parts_of_a_batch_add_up_to_a_mean(name):
+  """Of a method that returns a Mean; statistics of the batch are fixed."""
+  pair, labels = make_pair(name), make_labels()
+  method = attnfd_jax.make_method(name, *pair, **OPTIONS.get(name, {}))
+  rngs = {'params': jax.random.key(0), 'distill': jax.random.key(1)}
+  init = functools.partial(method.init, train=False)
+  variables = jax.jit(init)(rngs, *pair, labels, step=0)
+  rngs = {'distill': jax.random.key(2)}
+  run_fn = jax.jit(functools.partial(method.apply, train=False, rngs=rngs))
+  whole, _ = run_fn(variables, *pair, labels, step=0)
+  if not isinstance(whole, Mean):
+    return  # It compares images with each other, or the whole batch.
+  parts = []
+  for rows in (slice(0, 1), slice(1, BATCH)):
+    cut = jax.tree.map(lambda x, rows=rows: x[rows], (*pair, labels))
+    parts.append(run_fn(variables, *cut, step=0)[0])
+  total, count = jax.tree.map(jnp.add, *parts)
+  np.testing.assert_allclose(count, whole.count, rtol=1e-6)
+  np.testing.assert_allclose(total, whole.total, rtol=1e-5)

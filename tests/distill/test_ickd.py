@@ -94,3 +94,9 @@ def test_the_method_takes_either_size():
     expected = numpy_distance(student[key], teacher[key])
     assert loss.count == 3 and not terms
     np.testing.assert_allclose(loss.total, expected.sum(), rtol=1e-6)
+
+
+def test_the_teacher_is_a_constant():
+  s, t = normal(0, *SHAPE), normal(1, *SHAPE)
+  grads = jax.grad(lambda t: correlation_distance(s, t).sum())(t)
+  np.testing.assert_array_equal(grads, 0)

@@ -99,3 +99,9 @@ def test_the_method_adds_its_taps():
   both, terms = method.apply({}, *arguments, train=True, step=0)
   np.testing.assert_allclose(terms['aspp'], loss, rtol=1e-6)
   np.testing.assert_allclose(both, sum(terms.values()), rtol=1e-6)
+
+
+def test_the_teacher_is_a_constant():
+  s, t = normal(0, 5, 4, 5, 6), normal(1, 5, 4, 5, 6)
+  grads = jax.grad(lambda t: similarity_distance(s, t).sum())(t)
+  np.testing.assert_array_equal(grads, 0)
