@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from attnfd_jax import user_code
+from attnfd_jax.distill.aicsd import AICSD
 from attnfd_jax.distill.attnfd import AttnFDMethod
 from attnfd_jax.distill.kd import LogitKD
+from attnfd_jax.distill.raw_features import CAD, LAD, PAD
 from attnfd_jax.distill.weighted_sum import SCHEDULES, WeightedSum
 from attnfd_jax.errors import explained, InputError, known, one_of, within
 from attnfd_jax.models import layers
@@ -33,6 +35,10 @@ def register(name, method, *, weight=1.0, title=None):
 
 register('attnfd', AttnFDMethod, weight=2.0, title='AttnFD')
 register('kd', LogitKD)
+register('lad', LAD, weight=10.0)
+register('pad', PAD)  # No weight was published.
+register('cad', CAD)  # Neither.
+register('aicsd', AICSD, weight=9500.0)  # README of the authors.
 
 
 def make_method(name, student_outputs, teacher_outputs, **options):
@@ -84,12 +90,14 @@ def title(method):
   return ' + '.join(TITLES[name] for name in method.split('+'))
 
 
-def make_distiller(method, groups, *, options=None, num_steps=1):
+def make_distiller(
+  method, groups, *, options=None, num_steps=1, task_schedule='constant'
+):
   """The WeightedSum of 'attnfd', 'attnfd+kd' or 'file.py:Class'.
 
   `groups` are {name: {'weight', 'weight_schedule', fields ...}}, and `options`
   is such a group of the user's class; `num_steps` is of the stage, for
-  schedules of weights.
+  schedules of weights, `task_schedule` that of the task loss.
   """
   if user_code.is_code(method):
     name = title(method).lower()
@@ -111,4 +119,5 @@ def make_distiller(method, groups, *, options=None, num_steps=1):
     one_of(f'{group}.weight_schedule', schedules[name], SCHEDULES)
     with explained(group):
       methods[name] = method_class(**fields)
-  return WeightedSum(methods, weights, schedules, num_steps)
+  one_of('config.distill.task_weight_schedule', task_schedule, SCHEDULES)
+  return WeightedSum(methods, weights, schedules, num_steps, task_schedule)

@@ -283,7 +283,11 @@ def with_teacher(stage, teacher):
   """
   options = stage.config.distill
   distiller = distill.make_distiller(
-    options.method, options, options=options.options, num_steps=stage.num_steps
+    options.method,
+    options,
+    options=options.options,
+    num_steps=stage.num_steps,
+    task_schedule=options.task_weight_schedule,
   )
   with explained('config.distill.method'):
     distiller = distiller.adapted(stage.network, teacher)
