@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from attnfd_jax import user_code
 from attnfd_jax.distill.aicsd import AICSD
 from attnfd_jax.distill.attnfd import AttnFDMethod
+from attnfd_jax.distill.cirkd import CIRKD
 from attnfd_jax.distill.kd import LogitKD
 from attnfd_jax.distill.raw_features import CAD, LAD, PAD
 from attnfd_jax.distill.weighted_sum import SCHEDULES, WeightedSum
@@ -39,6 +40,7 @@ register('lad', LAD, weight=10.0)
 register('pad', PAD)  # No weight was published.
 register('cad', CAD)  # Neither.
 register('aicsd', AICSD, weight=9500.0)  # README of the authors.
+register('cirkd', CIRKD)  # With weights of its terms as options.
 
 
 def make_method(name, student_outputs, teacher_outputs, **options):
