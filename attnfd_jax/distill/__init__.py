@@ -14,6 +14,7 @@ from attnfd_jax.distill.aicsd import AICSD
 from attnfd_jax.distill.attnfd import AttnFDMethod
 from attnfd_jax.distill.cirkd import CIRKD
 from attnfd_jax.distill.kd import LogitKD
+from attnfd_jax.distill.ofd import OFD
 from attnfd_jax.distill.raw_features import CAD, LAD, PAD
 from attnfd_jax.distill.weighted_sum import SCHEDULES, WeightedSum
 from attnfd_jax.errors import explained, InputError, known, one_of, within
@@ -41,6 +42,7 @@ register('pad', PAD)  # No weight was published.
 register('cad', CAD)  # Neither.
 register('aicsd', AICSD, weight=9500.0)  # README of the authors.
 register('cirkd', CIRKD)  # With weights of its terms as options.
+register('ofd', OFD, weight=1e-5)
 
 
 def make_method(name, student_outputs, teacher_outputs, **options):

@@ -10,8 +10,6 @@ image i, and q vectors of the teacher that are remembered for each class,
           KL(softmax(T q' / t) || softmax(h(S) q' / t)),  h a projection
 """
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

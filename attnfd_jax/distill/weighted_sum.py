@@ -105,6 +105,12 @@ class WeightedSum(nn.Module):
     """Of the first method that has connectors; 'always' without one."""
     return next((x for _, x in self._having('connector_schedule')), 'always')
 
+  @property
+  def extra_taps(self):
+    """Names of further maps that one of the methods asks for."""
+    asked = [tap for _, taps in self._having('extra_taps') for tap in taps]
+    return tuple(sorted({*asked}))
+
   def parameter_groups(self):
     """((regex, group), ...) of all methods; own groups get a prefix."""
     found, own = [], self.optimizers()
