@@ -24,12 +24,14 @@ _BY_RECIPE = {
   'distill.teacher_bn': ('batch', 'running'),
   'distill.teacher_dropout': (True, False),
   'distill.update_norms_twice': (True, False),
+  'distill.aicsd.reduction': ('batchmean', 'mean'),
   'distill.attnfd.connector_schedule': ('first_epoch', 'always'),
   'distill.attnfd.norm_scope': ('batch', 'batch'),
   'distill.attnfd.reduction': ('batchmean', 'unitmean'),
   'distill.attnfd.student_attention': ('mlp_frozen', 'learnable'),
   'distill.attnfd.teacher_attention': ('checkpoint', 'in_path'),
   'distill.attnfd.teacher_bn': ('batch', 'running'),
+  'distill.lad.reduction': ('batchmean', 'unitmean'),
   'eval.protocol': ('reference', 'native'),
 }
 RECIPES = {
@@ -160,6 +162,9 @@ def default_config():
   # options; see distill/method.py.
   config.distill.method = 'attnfd'
   config.distill.options = ConfigDict()
+  # Of the task loss, as weight_schedule of the methods: 'constant',
+  # 'linear_to_zero' or 'linear_from_zero'.
+  config.distill.task_weight_schedule = 'constant'
   for name, method in distill.METHODS.items():
     shared = {'weight': distill.WEIGHTS[name], 'weight_schedule': 'constant'}
     config.distill[name] = ConfigDict(shared | distill.option_defaults(method))

@@ -10,13 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from attnfd_jax import user_code
+from attnfd_jax.distill.aicsd import AICSD
 from attnfd_jax.distill.at import AttentionTransfer
 from attnfd_jax.distill.attnfd import AttnFDMethod
+from attnfd_jax.distill.cirkd import CIRKD
 from attnfd_jax.distill.cwd import ChannelWise
 from attnfd_jax.distill.dist import Dist
 from attnfd_jax.distill.fitnet import FitNet
 from attnfd_jax.distill.ickd import ClassCorrelation
 from attnfd_jax.distill.kd import LogitKD
+from attnfd_jax.distill.ofd import OFD
+from attnfd_jax.distill.raw_features import CAD, LAD, PAD
 from attnfd_jax.distill.sp import SimilarityPreserving
 from attnfd_jax.distill.weighted_sum import SCHEDULES, WeightedSum
 from attnfd_jax.errors import explained, InputError, known, one_of, within
@@ -46,6 +50,12 @@ register('fitnet', FitNet, weight=10.0, title='FitNet')  # CIRKD.
 register('ickd', ClassCorrelation)  # Nobody published a weight.
 # The paper's, for CIFAR-10; nobody published one for segmentation.
 register('sp', SimilarityPreserving, weight=3000.0)
+register('lad', LAD, weight=10.0)
+register('pad', PAD)  # No weight was published.
+register('cad', CAD)  # Neither.
+register('aicsd', AICSD, weight=9500.0)  # README of the authors.
+register('cirkd', CIRKD)  # With weights of its terms as options.
+register('ofd', OFD, weight=1e-5)
 
 
 def make_method(name, student_outputs, teacher_outputs, **options):
@@ -97,12 +107,14 @@ def title(method):
   return ' + '.join(TITLES[name] for name in method.split('+'))
 
 
-def make_distiller(method, groups, *, options=None, num_steps=1):
+def make_distiller(
+  method, groups, *, options=None, num_steps=1, task_schedule='constant'
+):
   """The WeightedSum of 'attnfd', 'attnfd+kd' or 'file.py:Class'.
 
   `groups` are {name: {'weight', 'weight_schedule', fields ...}}, and `options`
   is such a group of the user's class; `num_steps` is of the stage, for
-  schedules of weights.
+  schedules of weights, `task_schedule` that of the task loss.
   """
   if user_code.is_code(method):
     name = title(method).lower()
@@ -124,4 +136,5 @@ def make_distiller(method, groups, *, options=None, num_steps=1):
     one_of(f'{group}.weight_schedule', schedules[name], SCHEDULES)
     with explained(group):
       methods[name] = method_class(**fields)
-  return WeightedSum(methods, weights, schedules, num_steps)
+  one_of('config.distill.task_weight_schedule', task_schedule, SCHEDULES)
+  return WeightedSum(methods, weights, schedules, num_steps, task_schedule)

@@ -29,6 +29,8 @@ class Method(Protocol):
 
     adapted(student, teacher) -> Method: this method for two networks, before
       `init`; see DeepLabV3Plus and teachers.Teacher for what they tell.
+    extra_taps: names of maps that networks return only when they are asked,
+      see DeepLabV3Plus.
     adopt(variables, teacher) -> variables: after `init`, with what the teacher
       has stored for the method.
     parameter_groups() -> ((regex, group), ...): of paths of its parameters, the

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from attnfd_jax.losses import Mean
 from attnfd_jax.models.layers import options_of
 
-SCHEDULES = ('constant', 'linear_to_zero')
+# 'linear_to_zero' arrives with the stage; 'linear_from_zero' is 1 minus it.
+SCHEDULES = ('constant', 'linear_to_zero', 'linear_from_zero')
 
 
 class WeightedSum(nn.Module):
@@ -19,15 +20,26 @@ class WeightedSum(nn.Module):
   methods: Mapping[str, nn.Module]
   weights: Mapping[str, float]
   weight_schedules: Mapping[str, str] = flax.core.FrozenDict()  # Of SCHEDULES
-  num_steps: int = 1  # Of the stage, where 'linear_to_zero' arrives.
+  num_steps: int = 1  # Of the stage.
+  task_schedule: str = 'constant'  # Of SCHEDULES, of the task loss.
 
   @nn.nowrap
   def weight(self, name, step):
     """Of a method at a step."""
-    if self.weight_schedules.get(name, 'constant') == 'constant':
-      return self.weights[name]
-    left = 1 - jnp.asarray(step, jnp.float32) / self.num_steps
-    return self.weights[name] * jnp.maximum(left, 0)
+    schedule = self.weight_schedules.get(name, 'constant')
+    return self.weights[name] * self._scale(schedule, step)
+
+  @nn.nowrap
+  def task_weight(self, step):
+    """Of the loss of the task at a step."""
+    return self._scale(self.task_schedule, step)
+
+  @nn.nowrap
+  def _scale(self, schedule, step):
+    if schedule == 'constant':
+      return 1.0
+    done = jnp.minimum(jnp.asarray(step, jnp.float32) / self.num_steps, 1)
+    return done if schedule == 'linear_from_zero' else 1 - done
 
   def __call__(self, student, teacher, labels, *, train, step, batch_size=None):
     """{name: Mean} of the losses before their weights, and {'<name>_<term>':
@@ -92,6 +104,12 @@ class WeightedSum(nn.Module):
   def connector_schedule(self):
     """Of the first method that has connectors; 'always' without one."""
     return next((x for _, x in self._having('connector_schedule')), 'always')
+
+  @property
+  def extra_taps(self):
+    """Names of further maps that one of the methods asks for."""
+    asked = [tap for _, taps in self._having('extra_taps') for tap in taps]
+    return tuple(sorted({*asked}))
 
   def parameter_groups(self):
     """((regex, group), ...) of all methods; own groups get a prefix."""

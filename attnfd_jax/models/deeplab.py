@@ -6,7 +6,7 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 
-from attnfd_jax.errors import known, within
+from attnfd_jax.errors import InputError, known, within
 from attnfd_jax.models import layers, resizing
 from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.efficientnet_lite import EfficientNetLite
@@ -26,6 +26,15 @@ BACKBONES = {
   'efficientnet_lite2': functools.partial(EfficientNetLite, 1.1, 1.2),
 }
 TAPS = ('backbone', 'aspp', 'decoder')
+# Maps before a ReLU, which `extra_taps` may name.
+RAW_TAPS = (
+  'layer1_raw',
+  'layer2_raw',
+  'layer3_raw',
+  'layer4_raw',
+  'aspp_raw',
+  'decoder_raw',
+)
 
 
 def normalise(image):
@@ -51,8 +60,8 @@ class ASPP(nn.Module):
   dtype: jnp.dtype | None = None
 
   @nn.compact
-  def __call__(self, x, *, train):
-    """[b, h, w, c] -> [b, h, w, features]."""
+  def __call__(self, x, *, train, keep=None):
+    """[b, h, w, c] -> [b, h, w, features]; `keep` as that of ResNet."""
     conv = functools.partial(_conv_norm_relu, train=train, dtype=self.dtype)
     width, rate = self.features, 96 // self.output_stride
     branches = [conv(x, width, 1, name='point')]
@@ -60,7 +69,11 @@ class ASPP(nn.Module):
       branches.append(conv(x, width, dilation=i * rate, name=f'atrous{i}'))
     pooled = conv(jnp.mean(x, (1, 2), keepdims=True), width, 1, name='pool')
     branches.append(jnp.broadcast_to(pooled, branches[0].shape))
-    return conv(jnp.concatenate(branches, -1), width, 1, name='merge')
+    merge = layers.ConvNorm(width, 1, dtype=self.dtype, name='merge')
+    x = merge(jnp.concatenate(branches, -1), train=train)
+    if keep:
+      keep('aspp', x, norm=('merge', 'bn'))
+    return nn.relu(x)
 
 
 class Decoder(nn.Module):
@@ -72,13 +85,20 @@ class Decoder(nn.Module):
   dtype: jnp.dtype | None = None
 
   @nn.compact
-  def __call__(self, low_level, context, *, train, dropout):
-    """[b, h/4, w/4, c], [b, h/s, w/s, c] -> [b, h/4, w/4, features]."""
+  def __call__(self, low_level, context, *, train, dropout, keep=None):
+    """[b, h/4, w/4, c], [b, h/s, w/s, c] -> [b, h/4, w/4, features]; `keep` as
+    that of ResNet.
+    """
     conv = functools.partial(_conv_norm_relu, train=train, dtype=self.dtype)
     detail = conv(low_level, self.low_level_features, 1, name='low_level')
     x = conv(detail, self.features, coarse=context, name='conv1')
     x = nn.Dropout(self.dropout, name='dropout')(x, deterministic=not dropout)
-    return conv(x, self.features, name='conv2')
+    x = layers.ConvNorm(self.features, dtype=self.dtype, name='conv2')(
+      x, train=train
+    )
+    if keep:
+      keep('decoder', x, norm=('conv2', 'bn'))
+    return nn.relu(x)
 
 
 class DeepLabV3Plus(nn.Module):
@@ -98,6 +118,8 @@ class DeepLabV3Plus(nn.Module):
       has no ASPP dropout while distilling (aspp.py:86 against :111).
     update_norms_twice: MobileNetV2 only, see mobilenet_v2.py.
     dtype: compute type; parameters and statistics stay float32.
+    extra_taps: names of RAW_TAPS that are returned, too, see `__call__`. Of a
+      ResNet or MobileNetV2; parameters and other results stay the same.
   """
 
   backbone: str
@@ -113,8 +135,11 @@ class DeepLabV3Plus(nn.Module):
   head_dropout: float = 0.1
   update_norms_twice: bool = False
   dtype: jnp.dtype | None = None
+  extra_taps: tuple[str, ...] = ()
 
   def __post_init__(self):
+    for tap in self.extra_taps:
+      known('tap', tap, RAW_TAPS)
     known('backbone', self.backbone, BACKBONES)
     if self.output_stride not in (8, 16):
       raise ValueError(f'output_stride={self.output_stride} must be 8 or 16.')
@@ -142,6 +167,11 @@ class DeepLabV3Plus(nn.Module):
       'features': {'backbone', 'aspp', 'decoder'}, maps [b, h', w', c] of
         strides output_stride, output_stride and 4. The backbone map of a
         ResNet is tapped before its ReLU, the others after theirs.
+      With `extra_taps` also, before its ReLU or ReLU6, 'layer1_raw' to
+      'layer4_raw', the raw sum of each stage of a ResNet, of MobileNetV2 the
+      expansions of blocks 4, 7 and 14 and the last map; 'aspp_raw' and
+      'decoder_raw'; and 'norms': {tap: {'scale', 'bias'}} of the last
+      normalization before each.
     """
     if not jnp.issubdtype(image.dtype, jnp.floating):
       raise ValueError(
@@ -151,7 +181,16 @@ class DeepLabV3Plus(nn.Module):
       raise ValueError(f'{image.shape=} must be [b, h, w, 3].')
     dropout = train if dropout is None else dropout
 
-    features = {}
+    features, norms = {}, {}
+
+    def keeping(part):
+      """Options of a part that may have maps of extra_taps."""
+
+      def keep(name, x, *, norm):
+        if (tap := f'{name}_raw') in self.extra_taps:
+          features[tap], norms[tap] = x, (part, *norm)
+
+      return {'keep': keep} if self.extra_taps else {}
 
     def tapped(tap, x):
       if self.in_path_attention:
@@ -167,16 +206,22 @@ class DeepLabV3Plus(nn.Module):
       names.append('update_norms_twice')
     options = {name: getattr(self, name) for name in names}
     backbone = BACKBONES[self.backbone](**options, name='backbone')
-    low_level, x = backbone(image, train=train)
+    if self.extra_taps and not getattr(backbone, 'has_raw_taps', False):
+      raise InputError(
+        f'{self.backbone} has no maps of extra_taps={self.extra_taps}; use a '
+        'ResNet or mobilenet_v2.'
+      )
+    low_level, x = backbone(image, train=train, **keeping('backbone'))
     x = tapped('backbone', x)
     if backbone.relu_after_tap:
       x = nn.relu(x)
     aspp = ASPP(self.aspp_channels, self.output_stride, self.dtype, name='aspp')
-    x = tapped('aspp', aspp(x, train=train))
+    x = tapped('aspp', aspp(x, train=train, **keeping('aspp')))
     x = drop('aspp_dropout', self.aspp_dropout, x)
     form = self.decoder_channels, self.low_level_channels, self.decoder_dropout
     decoder = Decoder(*form, self.dtype, name='decoder')
-    x = tapped('decoder', decoder(low_level, x, train=train, dropout=dropout))
+    options = {'train': train, 'dropout': dropout, **keeping('decoder')}
+    x = tapped('decoder', decoder(low_level, x, **options))
     x = drop('head_dropout', self.head_dropout, x)
     head = layers.Conv(
       self.num_classes, 1, use_bias=True, dtype=self.dtype, name='classifier'
@@ -185,4 +230,11 @@ class DeepLabV3Plus(nn.Module):
     coarse = coarse.astype(layers.at_least_float32(coarse.dtype))
     precision = resizing.score_precision(self.dtype)
     logits = resizing.resize(coarse, *image.shape[1:3], precision=precision)
-    return {'logits': logits, 'coarse_logits': coarse, 'features': features}
+    out = {'logits': logits, 'coarse_logits': coarse, 'features': features}
+    if self.extra_taps:
+      params = self.variables['params']
+      out['norms'] = {
+        tap: dict(functools.reduce(lambda x, key: x[key], path, params))
+        for tap, path in norms.items()
+      }
+    return out

@@ -22,6 +22,8 @@ STAGES = (
 # The reference's distillation forward evaluates the expansion of these blocks
 # again, on the unpadded input, for maps nobody uses (mobilenet.py:148-150).
 TWICE_UPDATED = (4, 7, 14)
+# Blocks whose expansions OFD takes for the stages of a ResNet.
+RAW_LAYERS = {4: 'layer1', 7: 'layer2', 14: 'layer3'}
 
 
 def block_table(output_stride):
@@ -50,15 +52,20 @@ class InvertedResidual(nn.Module):
   dtype: jnp.dtype | None = None
 
   @nn.compact
-  def __call__(self, x, *, train):
+  def __call__(self, x, *, train, keep=None):
     conv_norm = functools.partial(layers.ConvNorm, padding=0, dtype=self.dtype)
     hidden, pad = self.expansion * x.shape[-1], (self.dilation, self.dilation)
     y = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
     if self.expansion != 1:
       expand = conv_norm(hidden, 1, name='expand')
-      y = nn.relu6(expand(y, train=train))
-      if self.update_twice and train:
-        expand(x, train=train)
+      expanded = expand(y, train=train)
+      y = nn.relu6(expanded)
+      twice = self.update_twice and train
+      again = expand(x, train=train) if twice else None
+      if keep:
+        # Where the reference evaluates again what is here but for the border.
+        inside = slice(self.dilation, -self.dilation)
+        keep(again if twice else expanded[:, inside, inside])
     form = (hidden, 3, self.strides, self.dilation)
     depthwise = conv_norm(*form, depthwise=True, name='depthwise')
     y = nn.relu6(depthwise(y, train=train))
@@ -78,10 +85,15 @@ class MobileNetV2(nn.Module):
   dtype: jnp.dtype | None = None
 
   relu_after_tap = False
+  has_raw_taps = True  # It can be called with `keep`.
 
   @nn.compact
-  def __call__(self, x, *, train):
-    """[b, h, w, 3] -> low level [b, h/4, w/4, c], last map [b, h/s, w/s, c]."""
+  def __call__(self, x, *, train, keep=None):
+    """[b, h, w, 3] -> low level [b, h/4, w/4, c], last map [b, h/s, w/s, c].
+
+    `keep(name, map, norm)` is called with three expansions before their ReLU6
+    and the last map, and the path of the last normalization of each.
+    """
 
     def scaled(channels):
       # Multiples of 8, as in the MobileNetV2 paper's smaller networks.
@@ -93,8 +105,14 @@ class MobileNetV2(nn.Module):
     for index, (expansion, channels, strides, dilation) in rows:
       twice = self.update_norms_twice and index in TWICE_UPDATED
       form = (expansion, scaled(channels), strides, dilation, twice)
-      block = InvertedResidual(*form, dtype=self.dtype, name=f'block{index}')
-      x = block(x, train=train)
+      name, kept = f'block{index}', {}
+      if keep and index in RAW_LAYERS:
+        norm = name, 'expand', 'bn'
+        kept['keep'] = functools.partial(keep, RAW_LAYERS[index], norm=norm)
+      block = InvertedResidual(*form, dtype=self.dtype, name=name)
+      x = block(x, train=train, **kept)
       if index == 3:
         low_level = x
+    if keep:
+      keep('layer4', x, norm=(name, 'project', 'bn'))
     return low_level, x

@@ -30,11 +30,14 @@ class Outputs(TypedDict):
     features: {tap: [b, h, w, c]}, the maps that methods compare; {} is allowed.
     coarse_logits: [b, h', w', k], whose align-corners resize `logits` is. Leave
       it out where that is not so.
+    norms: {tap: {'scale', 'bias'}}, each [c], of the batch normalization that a
+      map comes from, where a method asks for it.
   """
 
   logits: jax.Array
   features: Mapping[str, jax.Array]
   coarse_logits: NotRequired[jax.Array]
+  norms: NotRequired[Mapping[str, Mapping[str, jax.Array]]]
 
 
 class Network(Protocol):
@@ -89,6 +92,16 @@ def make_network(
     return network_class(
       num_classes=num_classes, dtype=compute_dtype(dtype), **options
     )
+
+
+def with_taps(network, taps):
+  """`network` that returns these maps, too, if it has a field `extra_taps`.
+
+  Other networks are what they are: a method that misses a map says so.
+  """
+  if not taps or not hasattr(network, 'extra_taps'):
+    return network
+  return network.clone(extra_taps=tuple(taps))
 
 
 def is_ours(network):

@@ -68,10 +68,15 @@ class ResNet(nn.Module):
   dtype: jnp.dtype | None = None
 
   relu_after_tap = True  # In the network that follows.
+  has_raw_taps = True  # It can be called with `keep`.
 
   @nn.compact
-  def __call__(self, x, *, train):
-    """[b, h, w, 3] -> low level [b, h/4, w/4, c], last map [b, h/s, w/s, c]."""
+  def __call__(self, x, *, train, keep=None):
+    """[b, h, w, 3] -> low level [b, h/4, w/4, c], last map [b, h/s, w/s, c].
+
+    `keep(name, map, norm)` is called with the raw sum of each stage and the
+    path of its last normalization.
+    """
     base = round(64 * self.width_multiplier)
     stem = _conv_norm(base, 7, 2, dtype=self.dtype, name='stem')
     x = layers.max_pool(nn.relu(stem(x, train=train)))
@@ -81,4 +86,7 @@ class ResNet(nn.Module):
         low_level = nn.relu(x)
       form = (base * 2 ** (stage - 1), strides, dilation, self.bottleneck)
       x = Block(*form, dtype=self.dtype, name=name)(x, train=train)
+      if keep and name == f'layer{stage}_{self.stage_sizes[stage - 1] - 1}':
+        last = 'conv3' if self.bottleneck else 'conv2'
+        keep(f'layer{stage}', x, norm=(name, last, 'bn'))
     return low_level, x

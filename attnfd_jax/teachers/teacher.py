@@ -26,7 +26,8 @@ class Teacher(Protocol):
   checkpoint has stored for AttnFD; `network`, its module; `source`, where it is
   from; `miou`, on val, if known; `remarks`, for the log; `fingerprint`, of its
   weights, which a resumed stage must find again; `compare(image)`, which raises
-  an InputError if it is not what it stands for.
+  an InputError if it is not what it stands for; `with_taps(names)`, the teacher
+  with further maps that a method asks for.
   """
 
   name: str
@@ -68,6 +69,12 @@ class FrozenNetwork:
   remarks: Sequence[str] = ()
   miou: float | None = None
 
+  def with_taps(self, taps):
+    """See `with_taps` of models/network.py."""
+    return dataclasses.replace(
+      self, network=networks.with_taps(self.network, taps)
+    )
+
   @property
   def in_path_attention(self):
     return getattr(self.network, 'in_path_attention', False)
@@ -82,6 +89,13 @@ class FrozenNetwork:
       return self.network.apply(variables, image, dropout=self.dropout, **mode)
     changing = [name for name in variables if name != 'params']
     return self.network.apply(variables, image, mutable=changing, **mode)[0]
+
+
+def with_taps(teacher, taps):
+  """`teacher` with these maps, too, if it has `with_taps`."""
+  if not taps or not hasattr(teacher, 'with_taps'):
+    return teacher
+  return teacher.with_taps(taps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +126,11 @@ class Reordered:
     if name.startswith('__') or name in ('network', 'miou'):
       raise AttributeError(name)
     return getattr(self._teacher, name)
+
+  def with_taps(self, taps):
+    """The same of its teacher."""
+    teacher = with_taps(self._teacher, taps)
+    return Reordered(teacher, self._class_map, self.class_names)
 
   def apply(self, variables, image, *, rng=None):
     """See Teacher."""

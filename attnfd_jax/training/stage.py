@@ -19,7 +19,7 @@ from attnfd_jax.models import network as networks
 from attnfd_jax.models.network import Network
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.teachers import sources as teachers
-from attnfd_jax.teachers.teacher import Teacher
+from attnfd_jax.teachers.teacher import Teacher, with_taps
 from attnfd_jax.training import optim, task_loss
 from attnfd_jax.training.step import make_state, make_train_step
 
@@ -283,18 +283,28 @@ def with_teacher(stage, teacher):
   """
   options = stage.config.distill
   distiller = distill.make_distiller(
-    options.method, options, options=options.options, num_steps=stage.num_steps
+    options.method,
+    options,
+    options=options.options,
+    num_steps=stage.num_steps,
+    task_schedule=options.task_weight_schedule,
   )
   with explained('config.distill.method'):
     distiller = distiller.adapted(stage.network, teacher)
+    network = networks.with_taps(stage.network, distiller.extra_taps)
+    teacher = with_taps(teacher, distiller.extra_taps)
   size = tuple(stage.config.data.crop_size)
   inputs = {'variables': teacher.variables, 'rng': jax.random.key(0)}
   classes = len(teacher.class_names)
   shapes = (
-    networks.abstract_outputs(stage.network, size),
+    networks.abstract_outputs(network, size),
     networks.checked_outputs(teacher, classes, size, **inputs),
   )
   distill.abstract_variables(distiller, *shapes)
   return dataclasses.replace(
-    stage, teacher=teacher, distiller=distiller, output_shapes=shapes
+    stage,
+    network=network,
+    teacher=teacher,
+    distiller=distiller,
+    output_shapes=shapes,
   )

@@ -164,7 +164,7 @@ def make_train_step(
     if ce_batch_division:
       loss = loss / (accumulate * batch['image'].shape[0])
     if distances:
-      loss = loss + sum(
+      loss = loss * distiller.task_weight(fixed['step']) + sum(
         distiller.weight(name, fixed['step']) * values[name]
         for name in distances
       )

@@ -11,11 +11,15 @@ from attnfd_jax import distill
 from attnfd_jax.config import default_config
 from attnfd_jax.errors import InputError
 from attnfd_jax.losses import Mean
+from attnfd_jax.models.deeplab import RAW_TAPS
 
 
 def make_outputs(seed, channels):
   keys = jax.random.split(jax.random.key(seed), 5)
   normal = jax.random.normal
+  # What OFD asks networks for.
+  raw = {tap: normal(keys[4], (2, 4, 4, channels)) for tap in RAW_TAPS}
+  norm = {'scale': jnp.ones(channels), 'bias': jnp.zeros(channels)}
   coarse = normal(keys[0], (2, 8, 8, 3))
   return {
     'logits': jax.image.resize(coarse, (2, 32, 32, 3), 'linear'),
@@ -24,7 +28,9 @@ def make_outputs(seed, channels):
       'backbone': normal(keys[1], (2, 4, 4, channels)),
       'aspp': normal(keys[2], (2, 4, 4, channels)),
       'decoder': normal(keys[3], (2, 8, 8, channels)),
+      **raw,
     },
+    'norms': dict.fromkeys(RAW_TAPS, norm),
   }
 
 
@@ -89,7 +95,7 @@ def test_unknown_methods_and_options_are_named(outputs):
 def test_networks_without_a_common_tap_are_named(outputs):
   student, teacher = outputs
   other = teacher | {'features': {'stage4': teacher['features']['aspp']}}
-  message = 'student has aspp, backbone, decoder, the teacher stage4'
+  message = 'student has aspp, .*, the teacher stage4'
   with pytest.raises(ValueError, match=message):
     attnfd_jax.make_method('attnfd', student, other)
   # Logits are there without any.
