@@ -15,13 +15,33 @@ import pytest
 import attnfd_jax
 from attnfd_jax.devices import sharding
 from attnfd_jax.losses import Mean
+from attnfd_jax.models.deeplab import RAW_TAPS
 
 BATCH, HEIGHT, WIDTH, CLASSES = 4, 32, 48, 5
 # Tap -> stride, and channels of the student and of the teacher.
 TAPS = {'backbone': (8, 6, 10), 'aspp': (8, 4, 8), 'decoder': (4, 5, 8)}
+
+
+def with_raw_taps(student, teacher):
+  """Both with the maps of DeepLabV3Plus.extra_taps, and the teacher's norms."""
+  generator = np.random.default_rng(7)
+  scale = jnp.max(jnp.abs(student['logits'])) > 0  # Zeros stay zeros.
+  found = []
+  for outputs, channels in ((student, 5), (teacher, 8)):
+    shape = (len(RAW_TAPS), BATCH, 4, 6, channels)
+    maps = np.float32(generator.normal(size=shape)) * np.float32(scale)
+    raw = dict(zip(RAW_TAPS, maps, strict=True))
+    norm = {'scale': np.ones(channels, np.float32)}
+    norm['bias'] = np.linspace(-1, 1, channels, dtype=np.float32)
+    norms = {tap: dict(norm) for tap in RAW_TAPS}
+    features = {**outputs['features'], **raw}
+    found.append({**outputs, 'features': features, 'norms': norms})
+  return found
+
+
 # Method -> function of (student, teacher), which returns both with what else
 # the method needs, e.g. further taps.
-EXTRA = {}
+EXTRA = {'ofd': with_raw_taps}
 # Method -> options, where it cannot be used by its defaults alone.
 OPTIONS = {}
 
