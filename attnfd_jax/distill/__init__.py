@@ -11,7 +11,10 @@ import jax.numpy as jnp
 
 from attnfd_jax import user_code
 from attnfd_jax.distill.attnfd import AttnFDMethod
+from attnfd_jax.distill.dsd import DSD
+from attnfd_jax.distill.ifv import IFV
 from attnfd_jax.distill.kd import LogitKD
+from attnfd_jax.distill.skd import SKD
 from attnfd_jax.distill.weighted_sum import SCHEDULES, WeightedSum
 from attnfd_jax.errors import explained, InputError, known, one_of, within
 from attnfd_jax.models import layers
@@ -33,6 +36,9 @@ def register(name, method, *, weight=1.0, title=None):
 
 register('attnfd', AttnFDMethod, weight=2.0, title='AttnFD')
 register('kd', LogitKD)
+register('skd', SKD)
+register('ifv', IFV, weight=200.0)
+register('dsd', DSD)
 
 
 def make_method(name, student_outputs, teacher_outputs, **options):
