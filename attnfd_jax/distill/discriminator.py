@@ -58,7 +58,7 @@ class SpectralConv(nn.Module):
 
     def first_u():
       rng = self.make_rng('params')
-      return unit_vector(jax.random.normal(rng, (self.features,)))
+      return unit_vector(jax.random.normal(rng, (self.features,), kernel.dtype))
 
     stored_u = self.variable('spectral_norm', 'u', first_u)
     # A gain above 0 from the start, also where nothing is trained yet.

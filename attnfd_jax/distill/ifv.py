@@ -71,7 +71,7 @@ class IFV(nn.Module):
   taps: tuple[str, ...] = ('aspp',)
 
   def __call__(self, student, teacher, labels, *, train, step):
-    """See distill/method.py; a term for each tap where there are several."""
+    """See distill/method.py; one term for each tap."""
     del train, step
     students, teachers = matching.shared(student, teacher, self.taps)
     matching.same_sizes(students, teachers)
@@ -79,14 +79,10 @@ class IFV(nn.Module):
     terms = {
       tap: variation_distance(
         students[tap], teachers[tap], labels, num_classes=num_classes
-      )
+      ).value
       for tap in students
     }
-    if len(terms) == 1:
-      return terms.popitem()[1], {}
-    # Maps of several sizes: each is a mean over its own pixels.
-    images = jnp.asarray(
-      labels.shape[0], next(iter(terms.values())).total.dtype
-    )
-    values = {tap: term.value for tap, term in terms.items()}
-    return Mean(images * sum(values.values()), images), values
+    loss = sum(terms.values())
+    # Images have equally many pixels: parts of a batch weigh by their images.
+    images = jnp.asarray(labels.shape[0], loss.dtype)
+    return Mean(images * loss, images), terms
