@@ -23,6 +23,20 @@ from attnfd_jax.models import layers
 OPTIMIZERS = ('adam', 'sgd')
 
 
+def _largest(x, axis):
+  """Maximum along an axis, by halves, which overlap where it is odd.
+
+  The gradient of jnp.max compares x with the maximum. Where XLA computes x
+  again for that, rounded in another way, none is equal, and 0 / 0 is NaN.
+  """
+  while (n := x.shape[axis]) > 1:
+    half = (n + 1) // 2
+    first = jax.lax.slice_in_dim(x, 0, half, axis=axis)
+    last = jax.lax.slice_in_dim(x, n - half, n, axis=axis)
+    x = jnp.where(first >= last, first, last)
+  return jnp.squeeze(x, axis)
+
+
 def max_pool(x, height, width):
   """Maxima of windows side by side, [b, h, w, c]; the last may be smaller."""
   b, h, w, c = x.shape
@@ -30,7 +44,8 @@ def max_pool(x, height, width):
   padding = ((0, 0), *((0, pad) for pad in pads), (0, 0))
   x = jnp.pad(x, padding, constant_values=-np.inf)
   rows, columns = (h + pads[0]) // height, (w + pads[1]) // width
-  return jnp.max(x.reshape(b, rows, height, columns, width, c), (2, 4))
+  x = x.reshape(b, rows, height, columns, width, c)
+  return _largest(_largest(x, 4), 2)
 
 
 def place_cosines(x, kernel, *, detach_norm=False):
