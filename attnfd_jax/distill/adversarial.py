@@ -18,9 +18,9 @@ def discriminator_loss(real, fake, game):
   return jnp.mean(fake) - jnp.mean(real)
 
 
-def mixed(real, fake, rng):
-  """Between the two, [b, h, w, k]; one share, drawn evenly, for each image."""
-  share = jax.random.uniform(rng, (real.shape[0], 1, 1, 1), real.dtype)
+def mixed(real, fake, share):
+  """Between the two, [b, h, w, k]; `share` [b] is what an image has of real."""
+  share = share.reshape(-1, 1, 1, 1)
   return share * real + (1 - share) * fake
 
 

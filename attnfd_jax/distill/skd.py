@@ -220,7 +220,11 @@ class SKD(nn.Module):
     loss = adversarial.discriminator_loss(real, fake, self.game)
     terms = {'adversarial': -jnp.mean(deceived), 'discriminator': loss}
     if self.game == 'wgan_gp':
-      between = adversarial.mixed(theirs, ours, self.make_rng('distill'))
+      share = jnp.full(ours.shape[:1], 0.5, dtype)
+      if train:
+        rng = self.make_rng('distill')
+        share = jax.random.uniform(rng, ours.shape[:1], dtype)
+      between = adversarial.mixed(theirs, ours, share)
       slopes, state = jax.grad(total, has_aux=True)(between, state)
       terms['penalty'] = adversarial.gradient_penalty(slopes)
     if train and not self.is_initializing():
