@@ -17,22 +17,6 @@ def shared(student, teacher, taps):
   return [{tap: maps[tap] for tap in both} for maps in sides]
 
 
-def same_sizes(student, teacher):
-  """Raises ValueError unless the maps of each tap have one height and width.
-
-  Args:
-    student, teacher: {tap: [b, h, w, c]}, the same taps.
-  """
-  for tap, ours in student.items():
-    theirs = teacher[tap]
-    if ours.shape[1:3] != theirs.shape[1:3]:
-      raise ValueError(
-        f'Sizes differ at {tap!r}: student {ours.shape}, teacher '
-        f'{theirs.shape}. Give both networks one output stride, or name taps '
-        'of equal size by the option taps.'
-      )
-
-
 def logits(student, teacher):
   """Logits of both sides at one size: coarse ones where both have them.
 
