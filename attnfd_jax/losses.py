@@ -30,6 +30,11 @@ class Mean(NamedTuple):
   total: jax.Array
   count: jax.Array | float
 
+  @classmethod
+  def of(cls, values):
+    """Of an array of floats: their sum, and how many they are."""
+    return cls(jnp.sum(values), jnp.asarray(values.size, values.dtype))
+
   @property
   def value(self):
     """total / count; 0 if nothing counts."""

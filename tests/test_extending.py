@@ -29,9 +29,9 @@ config.data.name, config.data.root = 'mine', 'fields'
 config.data.base_size, config.data.crop_size = 48, (32, 32)
 config.teacher.backbone = config.student.backbone = 'plain'
 config.loss.name = 'smooth'
-config.distill.method = 'fitnet'
-config.distill.fitnet.weight = 3.0
-config.distill.fitnet.tap = 'aspp'
+config.distill.method = 'hint'
+config.distill.hint.weight = 3.0
+config.distill.hint.tap = 'aspp'
 config.mesh.data = 1
 dataset = load_dataset(config.data)
 stage = make_stage(resolve(config), dataset.num_classes)
@@ -42,7 +42,7 @@ _, metrics = stage.make_train_step()(
 )
 print(json.dumps({k: float(v) for k, v in metrics.items() if not v.ndim}))
 print(json.dumps([dataset.class_names, len(dataset.splits['val'])]))
-print(attnfd_jax.METHODS['fitnet'].__name__)
+print(attnfd_jax.METHODS['hint'].__name__)
 """
 
 
@@ -95,7 +95,7 @@ def test_what_the_diffs_add_trains(changed):
   assert done.returncode == 0, done.stderr
   *found, method = done.stdout.splitlines()[-3:]
   metrics, facts = map(json.loads, found)
-  assert facts == [['soil', 'crop', 'weed'], 2] and method == 'FitNet'
-  assert metrics['smooth'] > 0 and metrics['fitnet'] > 0
-  expected = metrics['smooth'] + 3 * metrics['fitnet']
+  assert facts == [['soil', 'crop', 'weed'], 2] and method == 'Hint'
+  assert metrics['smooth'] > 0 and metrics['hint'] > 0
+  expected = metrics['smooth'] + 3 * metrics['hint']
   assert metrics['loss'] == pytest.approx(expected, rel=1e-4)

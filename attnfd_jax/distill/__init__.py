@@ -10,11 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from attnfd_jax import user_code
+from attnfd_jax.distill.at import AttentionTransfer
 from attnfd_jax.distill.attnfd import AttnFDMethod
+from attnfd_jax.distill.cwd import ChannelWise
+from attnfd_jax.distill.dist import Dist
 from attnfd_jax.distill.dsd import DSD
+from attnfd_jax.distill.fitnet import FitNet
+from attnfd_jax.distill.ickd import ClassCorrelation
 from attnfd_jax.distill.ifv import IFV
 from attnfd_jax.distill.kd import LogitKD
 from attnfd_jax.distill.skd import SKD
+from attnfd_jax.distill.sp import SimilarityPreserving
 from attnfd_jax.distill.weighted_sum import SCHEDULES, WeightedSum
 from attnfd_jax.errors import explained, InputError, known, one_of, within
 from attnfd_jax.models import layers
@@ -36,6 +42,13 @@ def register(name, method, *, weight=1.0, title=None):
 
 register('attnfd', AttnFDMethod, weight=2.0, title='AttnFD')
 register('kd', LogitKD)
+register('at', AttentionTransfer, weight=10_000.0)  # CIRKD.
+register('cwd', ChannelWise)  # Weights of its parts are options.
+register('dist', Dist)
+register('fitnet', FitNet, weight=10.0, title='FitNet')  # CIRKD.
+register('ickd', ClassCorrelation)  # Nobody published a weight.
+# The paper's, for CIFAR-10; nobody published one for segmentation.
+register('sp', SimilarityPreserving, weight=3000.0)
 register('skd', SKD)
 register('ifv', IFV, weight=200.0)
 register('dsd', DSD)

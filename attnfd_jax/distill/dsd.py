@@ -12,15 +12,20 @@ import jax
 import jax.numpy as jnp
 
 from attnfd_jax.distill import taps as matching
-from attnfd_jax.distill.attnfd import unit
-from attnfd_jax.errors import within
+from attnfd_jax.distill.vectors import scaled, unit
+from attnfd_jax.errors import InputError, within
 from attnfd_jax.losses import Mean
 from attnfd_jax.models import layers, resizing
 
+# Squared length below which the difference of unit vectors is rounding.
+ROUNDING = 1e-12
+
 
 def attention(x):
-  """Mean square over the channels, [b, h, w, c] -> [b, h, w, 1]."""
-  x = x.astype(layers.at_least_float32(x.dtype))
+  """Mean square over the channels, [b, h, w, c] -> [b, h, w, 1], up to a
+  factor of each image.
+  """
+  x = scaled(x.astype(layers.at_least_float32(x.dtype)), (1, 2, 3))
   return jnp.mean(jnp.square(x), -1, keepdims=True)
 
 
@@ -35,8 +40,11 @@ def residual_attention(maps):
   size = max((x.shape[1:3] for x in maps), key=lambda size: size[0] * size[1])
   found = [resizing.resize(attention(x), *size) for x in maps]
   found = [unit(x, (1, 2)) for x in found]
-  pairs = itertools.combinations(found, 2)
-  return [unit(a - b, (1, 2)) for a, b in pairs]
+  residuals = []
+  for a, b in itertools.combinations(found, 2):
+    square = jnp.sum(jnp.square(a - b), (1, 2), keepdims=True)
+    residuals.append(unit(jnp.where(square > ROUNDING, a - b, 0), (1, 2)))
+  return residuals
 
 
 def pixel_distance(students, teachers):
@@ -98,6 +106,9 @@ class DSD(nn.Module):
     pixel_weight, category_weight: of the two terms; 0 leaves one out.
     temperature: of the distributions over pixels.
     pool: side of the windows over which logits are averaged before.
+    match_size: 'to_teacher' or 'to_student' where heights or widths of the maps
+      of a tap differ.
+    full_size: take logits of the size of the image.
   """
 
   taps: tuple[str, ...] = ('aspp', 'decoder')
@@ -105,43 +116,36 @@ class DSD(nn.Module):
   category_weight: float = 10.0
   temperature: float = 4.0
   pool: int = 2
+  match_size: str = 'none'
+  full_size: bool = False
 
   def __post_init__(self):
+    matching.check(self.taps, self.match_size)
     within('pixel_weight', self.pixel_weight, 0)
     within('category_weight', self.category_weight, 0)
     within('temperature', self.temperature, 1e-3, 1e6)
     within('pool', self.pool, 1, 1024)
+    if not (self.pixel_weight or self.category_weight):
+      raise InputError('pixel_weight or category_weight must be above 0.')
     super().__post_init__()
 
   def __call__(self, student, teacher, labels, *, train, step):
     """See distill/method.py; terms before their weights."""
     del labels, train, step
-    logits = matching.logits(student, teacher)
-    if logits[0].shape != logits[1].shape:
-      raise ValueError(
-        f'Logits differ: student {logits[0].shape}, teacher {logits[1].shape}; '
-        'both networks need the same classes and output size.'
-      )
-    terms = {}
+    logits = matching.logits(student, teacher, full_size=self.full_size)
+    matching.check_logits(*logits)
+    weights, distances = {}, {}
     if self.pixel_weight:
-      sides = matching.shared(student, teacher, self.taps)
-      matching.same_sizes(*sides)
-      sides = [
-        [*maps.values(), scores]
-        for maps, scores in zip(sides, logits, strict=True)
-      ]
-      terms['pixel'] = pixel_distance(*sides)
+      pairs = matching.pairs(
+        student, teacher, self.taps, match_size=self.match_size
+      )
+      sides = zip(*pairs.values(), logits, strict=True)
+      weights['pixel'] = self.pixel_weight
+      distances['pixel'] = pixel_distance(*map(list, sides))
     if self.category_weight:
-      terms['category'] = category_distance(
+      weights['category'] = self.category_weight
+      distances['category'] = category_distance(
         *logits, temperature=self.temperature, pool=self.pool
       )
-    weights = {'pixel': self.pixel_weight, 'category': self.category_weight}
-    # Of images: what a Mean adds up over the parts of a batch.
-    images = logits[0].shape[0]
-    dtype = layers.at_least_float32(logits[0].dtype)
-    total = sum(
-      (weights[name] * jnp.sum(x) for name, x in terms.items()),
-      jnp.zeros((), dtype),
-    )
-    means = {name: jnp.mean(x) for name, x in terms.items()}
-    return Mean(total, jnp.asarray(images, dtype)), means
+    loss = sum(weights[name] * x for name, x in distances.items())
+    return Mean.of(loss), {name: jnp.mean(x) for name, x in distances.items()}

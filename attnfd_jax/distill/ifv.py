@@ -11,9 +11,8 @@ import jax.numpy as jnp
 
 from attnfd_jax.distill import labels as label_maps
 from attnfd_jax.distill import taps as matching
-from attnfd_jax.distill.attnfd import unit
-from attnfd_jax.losses import IGNORE_LABEL, Mean
-from attnfd_jax.models import layers
+from attnfd_jax.distill.vectors import unit
+from attnfd_jax.losses import IGNORE_LABEL
 
 
 def class_likeness(features, members):
@@ -33,7 +32,7 @@ def class_likeness(features, members):
 
 
 def variation_distance(student, teacher, labels, *, num_classes):
-  """Mean over pixels of the squared difference of likenesses.
+  """Of each image, the mean squared difference of likenesses, [b].
 
   Pixels of the label 255 add nothing and are counted, as published.
 
@@ -43,18 +42,15 @@ def variation_distance(student, teacher, labels, *, num_classes):
     labels: integers [b, H, W], resized to the maps.
   """
   b, h, w, _ = student.shape
+  student, teacher = matching.in_float32(student, teacher)
   labels = label_maps.nearest(labels, h, w).reshape(b, h * w)
-  labels = labels.astype(jnp.int32)
   # 255 may be a class, of a network with more than 255 of them.
-  labels = jnp.where(labels == IGNORE_LABEL, -1, labels)
-  dtype = layers.at_least_float32(student.dtype)
-  members = jax.nn.one_hot(labels, num_classes, dtype=dtype)
+  labels = jnp.where(labels == IGNORE_LABEL, -1, labels.astype(jnp.int32))
+  members = jax.nn.one_hot(labels, num_classes, dtype=student.dtype)
   ours, theirs = (
-    class_likeness(x.reshape(b, h * w, -1).astype(dtype), members)
-    for x in (student, jax.lax.stop_gradient(teacher))
+    class_likeness(x.reshape(b, h * w, -1), members) for x in (student, teacher)
   )
-  square = jnp.square(ours - theirs)
-  return Mean(jnp.sum(square), jnp.asarray(square.size, dtype))
+  return jnp.mean(jnp.square(ours - theirs), 1)
 
 
 class IFV(nn.Module):
@@ -66,23 +62,26 @@ class IFV(nn.Module):
   Attributes:
     taps: names of maps; those that both networks have are compared, and their
       terms added.
+    match_size: 'to_teacher' or 'to_student' where heights or widths differ.
   """
 
   taps: tuple[str, ...] = ('aspp',)
+  match_size: str = 'none'
+
+  def __post_init__(self):
+    matching.check(self.taps, self.match_size)
+    super().__post_init__()
 
   def __call__(self, student, teacher, labels, *, train, step):
-    """See distill/method.py; one term for each tap."""
+    """See distill/method.py."""
     del train, step
-    students, teachers = matching.shared(student, teacher, self.taps)
-    matching.same_sizes(students, teachers)
     num_classes = student['logits'].shape[-1]
-    terms = {
-      tap: variation_distance(
-        students[tap], teachers[tap], labels, num_classes=num_classes
-      ).value
-      for tap in students
-    }
-    loss = sum(terms.values())
-    # Images have equally many pixels: parts of a batch weigh by their images.
-    images = jnp.asarray(labels.shape[0], loss.dtype)
-    return Mean(images * loss, images), terms
+    maps = matching.pairs(
+      student, teacher, self.taps, match_size=self.match_size
+    )
+    return matching.mean_over_images(
+      {
+        tap: variation_distance(*pair, labels, num_classes=num_classes)
+        for tap, pair in maps.items()
+      }
+    )

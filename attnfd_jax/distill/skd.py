@@ -14,8 +14,8 @@ import optax
 
 from attnfd_jax.distill import adversarial
 from attnfd_jax.distill import taps as matching
-from attnfd_jax.distill.attnfd import unit
 from attnfd_jax.distill.discriminator import Discriminator
+from attnfd_jax.distill.vectors import unit
 from attnfd_jax.errors import InputError, one_of, within
 from attnfd_jax.losses import Mean
 from attnfd_jax.models import layers
@@ -89,6 +89,10 @@ class SKD(nn.Module):
   Attributes:
     taps: maps of the pair-wise term; those that both networks have, their
       terms are added.
+    match_size: 'to_teacher' or 'to_student' where heights or widths of the maps
+      of a tap differ.
+    full_size: give the discriminator logits of the size of the image. Its
+      attention compares all pixels of a sixteenth and an eighth of that size.
     pair_weight: the script has 0.5, the paper and CIRKD 10.
     adversarial_weight, discriminator_weight: 0.1 both; IFVD and CIRKD have
       1e-3 and 0.1.
@@ -108,6 +112,8 @@ class SKD(nn.Module):
   """
 
   taps: tuple[str, ...] = ('aspp',)
+  match_size: str = 'none'
+  full_size: bool = False
   pair_weight: float = 0.5
   adversarial_weight: float = 0.1
   discriminator_weight: float = 0.1
@@ -122,6 +128,7 @@ class SKD(nn.Module):
   discriminator_steps: int = 0
 
   def __post_init__(self):
+    matching.check(self.taps, self.match_size)
     weights = ('pair_weight', 'adversarial_weight', 'discriminator_weight')
     for name in (*weights, 'penalty_weight', 'discriminator_lr'):
       within(name, getattr(self, name), 0)
@@ -154,47 +161,41 @@ class SKD(nn.Module):
   def __call__(self, student, teacher, labels, *, train, step):
     """See distill/method.py; terms before their weights."""
     del labels, step
-    ours, theirs = matching.logits(student, teacher)
     terms, loss = {}, 0.0
     if self.pair_weight:
       terms['pair'] = self._pair_term(student, teacher)
       loss += self.pair_weight * terms['pair']
     if self.adversarial_weight or self.discriminator_weight:
-      terms |= self._play(ours, theirs, train=train)
+      terms |= self._play(student, teacher, train=train)
       loss += self.adversarial_weight * terms['adversarial']
-      against = terms['discriminator']
-      if self.game == 'wgan_gp':
-        against = against + self.penalty_weight * terms['penalty']
-      loss += self.discriminator_weight * against
+      loss += self.discriminator_weight * terms['discriminator']
     # Means over images: parts of a batch weigh by how many they have.
-    images = jnp.asarray(ours.shape[0], loss.dtype)
+    images = jnp.asarray(student['logits'].shape[0], loss.dtype)
     return Mean(images * loss, images), terms
 
   def _pair_term(self, student, teacher):
-    students, teachers = matching.shared(student, teacher, self.taps)
-    matching.same_sizes(students, teachers)
+    maps = matching.pairs(
+      student, teacher, self.taps, match_size=self.match_size
+    )
 
-    def distance(tap):
-      x = students[tap]
-      kernel = [max(int(self.pool_scale * n), 1) for n in x.shape[1:3]]
+    def distance(student, teacher):
+      kernel = [max(int(self.pool_scale * n), 1) for n in student.shape[1:3]]
       if self.pool_size:
-        kernel = [min(self.pool_size, n) for n in x.shape[1:3]]
+        kernel = [min(self.pool_size, n) for n in student.shape[1:3]]
       return jnp.mean(
-        pair_distance(x, teachers[tap], kernel, detach_norm=self.detach_norm)
+        pair_distance(student, teacher, kernel, detach_norm=self.detach_norm)
       )
 
-    return sum(distance(tap) for tap in students)
+    return sum(distance(*pair) for pair in maps.values())
 
-  def _play(self, ours, theirs, *, train):
-    """{'adversarial', 'discriminator', 'penalty'}; the last for wgan_gp."""
-    if ours.shape != theirs.shape:
-      raise ValueError(
-        f'Logits differ: student {ours.shape}, teacher {theirs.shape}; both '
-        'networks need the same classes and output size.'
-      )
-    dtype = layers.at_least_float32(ours.dtype)
-    ours = ours.astype(dtype)
-    theirs = jax.lax.stop_gradient(theirs).astype(dtype)
+  def _play(self, student, teacher, *, train):
+    """Both players' terms; 'teacher_score', the mean over the teacher's logits
+    (that over the student's is minus 'adversarial'); the 'penalty' of wgan_gp,
+    which is a part of 'discriminator'.
+    """
+    logits = matching.logits(student, teacher, full_size=self.full_size)
+    matching.check_logits(*logits)
+    ours, theirs = matching.in_float32(*logits)
     owner = Discriminator(self.discriminator_channels, name='discriminator')
     if self.is_initializing():
       owner(ours, train=False)
@@ -218,15 +219,18 @@ class SKD(nn.Module):
     real, state = score(params, theirs, state)
     fake, state = score(params, ours, state)
     loss = adversarial.discriminator_loss(real, fake, self.game)
-    terms = {'adversarial': -jnp.mean(deceived), 'discriminator': loss}
+    terms = {'adversarial': -jnp.mean(deceived)}
+    terms['teacher_score'] = jnp.mean(real)
     if self.game == 'wgan_gp':
-      share = jnp.full(ours.shape[:1], 0.5, dtype)
+      share = jnp.full(ours.shape[:1], 0.5, ours.dtype)
       if train:
         rng = self.make_rng('distill')
-        share = jax.random.uniform(rng, ours.shape[:1], dtype)
+        share = jax.random.uniform(rng, share.shape, share.dtype)
       between = adversarial.mixed(theirs, ours, share)
       slopes, state = jax.grad(total, has_aux=True)(between, state)
       terms['penalty'] = adversarial.gradient_penalty(slopes)
+      loss += self.penalty_weight * terms['penalty']
+    terms['discriminator'] = loss
     if train and not self.is_initializing():
       for collection, tree in state.items():
         if self.is_mutable_collection(collection):

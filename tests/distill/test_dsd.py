@@ -122,12 +122,16 @@ def test_equal_attention_has_no_direction():
   """0 / 0 of the published form: finite, and no gradient where all are 0."""
   x = normal(0, 2, 4, 4, 3).astype(np.float32)
   teachers = [y.astype(np.float32) for y in make_maps(1, (3, 3), (4, 4))]
-  for students in ([x, x], [x, 2 * x], [0 * x, 0 * x], [0 * x, x]):
+  for students in ([x, x], [x, 3 * x], [0 * x, 0 * x], [0 * x, x]):
     for targets in (teachers, students):
       value, grads = jax.value_and_grad(
         lambda maps, t=targets: jnp.sum(dsd.pixel_distance(maps, t))
       )(students)
       assert np.isfinite(value)
+      if students[1] is not x:
+        # Of one direction up to rounding, which is none.
+        for leaf in (*grads, *dsd.residual_attention(students)):
+          np.testing.assert_array_equal(leaf, 0)
       assert all(np.isfinite(g).all() for g in grads)
 
 
@@ -216,7 +220,7 @@ def test_bfloat16_and_the_teacher():
 def test_what_is_refused():
   student, teacher = make_outputs(0), make_outputs(1)
   other = teacher | {'features': {'aspp': np.ones((2, 4, 4, 5), np.float32)}}
-  with pytest.raises(InputError, match="Sizes differ at 'aspp'.*taps of equal"):
+  with pytest.raises(InputError, match="differ in size at 'aspp'.*match_size"):
     distill.make_method('dsd', student, other)
   other = {'logits': teacher['logits'][..., :2], 'features': {}}
   with pytest.raises(InputError, match='Logits differ.*the same classes'):
@@ -232,6 +236,11 @@ def test_what_is_refused():
     ({'pixel_weight': -1.0}, 'pixel_weight=-1.0 must be 0 or more'),
     ({'temperature': 0.0}, 'temperature=0.0 must be from'),
     ({'pool': 0}, 'pool=0 must be from 1'),
+    ({'match_size': 'both'}, "match_size='both' must be one of none, to_t"),
+    (
+      {'pixel_weight': 0.0, 'category_weight': 0.0},
+      'pixel_weight or category_weight must be above 0',
+    ),
   ],
 )
 def test_wrong_options(options, message):

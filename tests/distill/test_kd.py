@@ -17,8 +17,8 @@ def normal(seed, *shape):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def logit_distance(student, teacher, *, temperature):
-  return kd.logit_distance(student, teacher, temperature=temperature).value
+def logit_distance(student, teacher, **options):
+  return kd.logit_distance(student, teacher, **options).value
 
 
 def softmax(x):
@@ -49,6 +49,42 @@ def test_a_shift_of_all_scores_of_a_pixel_changes_nothing():
     np.testing.assert_allclose(
       logit_distance(*pair, temperature=2.0), loss, **CLOSE
     )
+
+
+def test_soft_cross_entropy_without_the_entropy_of_the_teacher():
+  s, t = normal(0, *SHAPE), normal(1, *SHAPE)
+  p, q = (softmax(x.astype(np.float64)) for x in (t, s))
+  cross_entropy, entropy = (-np.sum(p * np.log(x), -1).mean() for x in (q, p))
+  loss = logit_distance(s, t, temperature=1.0)
+  np.testing.assert_allclose(loss, cross_entropy - entropy, **CLOSE)
+
+
+def test_standardized_logits():
+  s, t = 2 * normal(0, *SHAPE) + 1, 5 * normal(1, *SHAPE)
+
+  def standardized(x):
+    x = x.astype(np.float64)
+    return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+
+  p, q = (softmax(standardized(x) / 2) for x in (t, s))
+  expected = 4 * np.sum(p * np.log(p / q), -1).mean()
+  loss = logit_distance(s, t, temperature=2.0, standardize=True)
+  np.testing.assert_allclose(loss, expected, **CLOSE)
+  # A positive factor of a pixel, and a shift, change nothing.
+  factor = np.exp(normal(2, *SHAPE[:3], 1))
+  for pair in ((factor * s + 1, t), (s, factor * t - 1)):
+    found = logit_distance(*pair, temperature=2.0, standardize=True)
+    np.testing.assert_allclose(found, loss, rtol=1e-4, atol=1e-5)
+  assert abs(logit_distance(s, t, temperature=2.0) - loss) > 0.1
+
+
+def test_standardized_logits_that_are_all_equal():
+  s, t = normal(0, *SHAPE), normal(1, *SHAPE)
+  s[0, 0], t[1] = 0.1, 0.0
+  loss, grads = jax.value_and_grad(logit_distance)(
+    s, t, temperature=2.0, standardize=True
+  )
+  assert np.isfinite(loss) and np.isfinite(grads).all()
 
 
 def test_zero_at_equality():
@@ -98,6 +134,22 @@ def test_the_method_takes_the_scores_before_the_last_resize():
   for teacher in (whole, whole | {'coarse_logits': normal(4, 2, 2, 3, 6)}):
     found, _ = loss(other | {'coarse_logits': s}, teacher)
     np.testing.assert_array_equal(found.value, expected)
+
+
+def test_logits_of_the_size_of_the_image():
+  small, large = normal(0, *SHAPE), normal(1, 2, 8, 10, 6)
+  student = {'logits': large, 'coarse_logits': small, 'features': {}}
+  teacher = student | {'logits': normal(2, 2, 8, 10, 6)}
+  labels = np.full((2, 8, 10), 255, np.uint8)
+
+  def loss(**options):
+    method = kd.LogitKD(**options)
+    arguments = student, teacher, labels
+    return method.apply({}, *arguments, train=True, step=0)[0].value
+
+  assert loss() == 0
+  expected = logit_distance(large, teacher['logits'], temperature=1.0)
+  np.testing.assert_array_equal(loss(full_size=True), expected)
 
 
 @pytest.mark.parametrize('temperature', [0.0, -1.0, float('nan'), '4'])

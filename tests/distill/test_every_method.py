@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for each method of the registry, with its defaults.
+
+Maps are those of DeepLabV3+ at output stride 8, with fewer channels in the
+student. A method that needs more says so in EXTRA.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attnfd_jax
+from attnfd_jax.devices import sharding
+from attnfd_jax.losses import Mean
+
+BATCH, HEIGHT, WIDTH, CLASSES = 4, 32, 48, 5
+# Tap -> stride, and channels of the student and of the teacher.
+TAPS = {'backbone': (8, 6, 10), 'aspp': (8, 4, 8), 'decoder': (4, 5, 8)}
+# Method -> function of (student, teacher), which returns both with what else
+# the method needs, e.g. further taps.
+EXTRA = {}
+# Method -> options, where it cannot be used by its defaults alone.
+OPTIONS = {}
+
+each_method = pytest.mark.parametrize('name', sorted(attnfd_jax.METHODS))
+
+
+def make_outputs(seed, role, draw):
+  """Outputs of one network; `draw` is (generator, shape) -> array."""
+  generator = np.random.default_rng(seed)
+  draw = functools.partial(draw, generator)
+  column = ('student', 'teacher').index(role)
+  features = {
+    tap: draw((BATCH, HEIGHT // stride, WIDTH // stride, channels[column]))
+    for tap, (stride, *channels) in TAPS.items()
+  }
+  return {
+    'logits': draw((BATCH, HEIGHT, WIDTH, CLASSES)),
+    'coarse_logits': draw((BATCH, HEIGHT // 4, WIDTH // 4, CLASSES)),
+    'features': features,
+  }
+
+
+def normal(generator, shape):
+  # Images differ in strength, as on no device they should in the mean.
+  scale = 1 + np.arange(shape[0]).reshape(-1, 1, 1, 1)
+  return (scale * generator.normal(size=shape)).astype(np.float32)
+
+
+def zeros(generator, shape):
+  del generator
+  return np.zeros(shape, np.float32)
+
+
+def make_pair(name, draw=normal, roles=('student', 'teacher'), seeds=(0, 1)):
+  pair = [
+    make_outputs(seed, role, draw)
+    for seed, role in zip(seeds, roles, strict=True)
+  ]
+  return EXTRA[name](*pair) if name in EXTRA else pair
+
+
+def make_labels():
+  """Blocks of pixels of a class each, some of them ignored."""
+  generator = np.random.default_rng(9)
+  values = [*range(CLASSES), 255]
+  coarse = generator.choice(values, (BATCH, HEIGHT // 8, WIDTH // 8))
+  return coarse.repeat(8, 1).repeat(8, 2).astype(np.uint8)
+
+
+def make(name, student, teacher):
+  """The method, its variables, and a jitted function of all that changes.
+
+  (variables, student, teacher, labels, step) -> (loss, other collections),
+  gradients of the variables' params, of the student and of the teacher.
+  """
+  options = OPTIONS.get(name, {})
+  method = attnfd_jax.make_method(name, student, teacher, **options)
+  rngs = {'params': jax.random.key(0), 'distill': jax.random.key(1)}
+  init = functools.partial(method.init, train=True)
+  variables = dict(jax.jit(init)(rngs, student, teacher, make_labels(), step=0))
+  params = variables.pop('params', {})
+
+  def loss_fn(params, student, teacher, state, labels, step):
+    (loss, terms), state = method.apply(
+      {'params': params, **state},
+      student,
+      teacher,
+      labels,
+      train=True,
+      step=step,
+      rngs={'distill': jax.random.key(2)},
+      mutable=list(state),
+    )
+    loss = loss.value if isinstance(loss, Mean) else loss
+    return loss, (terms, state)
+
+  grad_fn = jax.value_and_grad(loss_fn, (0, 1, 2), has_aux=True, allow_int=True)
+  return jax.jit(grad_fn), params, variables
+
+
+def run(name, student, teacher, labels=None):
+  """Loss, terms, and gradients of params, student and teacher."""
+  run_fn, params, state = make(name, student, teacher)
+  labels = make_labels() if labels is None else labels
+  (loss, (terms, _)), grads = run_fn(params, student, teacher, state, labels, 0)
+  return loss, terms, grads
+
+
+def check_finite(tree):
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    assert np.isfinite(np.asarray(leaf, np.float32)).all(), path
+
+
+@each_method
+def test_the_teacher_gets_no_gradient_and_the_student_does(name):
+  loss, terms, (_, student, teacher) = run(name, *make_pair(name))
+  check_finite((loss, terms, student))
+  assert loss.shape == () and loss != 0
+  assert max(np.abs(x).max() for x in jax.tree.leaves(student)) > 0
+  for leaf in jax.tree.leaves(teacher):
+    np.testing.assert_array_equal(leaf, 0)
+
+
+@each_method
+def test_equal_outputs(name):
+  pair = make_pair(name, roles=('teacher', 'teacher'), seeds=(1, 1))
+  check_finite(run(name, *pair))
+
+
+@each_method
+def test_maps_of_zeros(name):
+  check_finite(run(name, *make_pair(name, zeros)))
+  # On one side alone.
+  student, _ = make_pair(name, zeros)
+  _, teacher = make_pair(name)
+  check_finite(run(name, student, teacher))
+
+
+@each_method
+def test_bfloat16_maps_are_compared_in_float32(name):
+  rounded = jax.tree.map(
+    lambda x: jnp.asarray(x, jnp.bfloat16), make_pair(name)
+  )
+  loss, terms, grads = run(name, *rounded)
+  check_finite(grads)
+  assert loss.dtype == jnp.float32
+  assert all(value.dtype == jnp.float32 for value in terms.values())
+  # Of the same values; networks of the method may compute in bfloat16.
+  again = jax.tree.map(lambda x: x.astype(jnp.float32), rounded)
+  expected, _, _ = run(name, *again)
+  np.testing.assert_allclose(loss, expected, rtol=0.02, atol=1e-3)
+
+
+@each_method
+def test_unlabeled_images(name):
+  labels = np.full((BATCH, HEIGHT, WIDTH), 255, np.uint8)
+  check_finite(run(name, *make_pair(name), labels))
+
+
+@each_method
+def test_one_program_and_one_value_on_several_devices(name):
+  mesh = sharding.make_mesh()
+  assert mesh.size == 4
+  pair, labels = make_pair(name), make_labels()
+  run_fn, params, state = make(name, *pair)
+  expected = run_fn(params, *pair, state, labels, 0)
+  run_fn(params, *pair, state, labels, 1)
+  assert run_fn._cache_size() == 1
+  params, state = jax.device_put((params, state), sharding.replicated(mesh))
+  place = sharding.by_batch(mesh)
+  student, teacher, labels = jax.device_put((*pair, labels), place)
+  found = run_fn(params, student, teacher, state, labels, 0)
+  # Loss, terms, other collections and gradients, summed in another order.
+  for (path, a), b in zip(
+    jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
+  ):
+    largest = max(np.abs(np.asarray(b, np.float32)).max(initial=0), 1e-6)
+    np.testing.assert_allclose(
+      a, b, rtol=1e-5, atol=1e-5 * largest, err_msg=str(path)
+    )
+
+
+@each_method
+def test_parts_of_a_batch_add_up_to_a_mean(name):
+  """Of a method that returns a Mean; statistics of the batch are fixed."""
+  pair, labels = make_pair(name), make_labels()
+  method = attnfd_jax.make_method(name, *pair, **OPTIONS.get(name, {}))
+  rngs = {'params': jax.random.key(0), 'distill': jax.random.key(1)}
+  init = functools.partial(method.init, train=False)
+  variables = jax.jit(init)(rngs, *pair, labels, step=0)
+  rngs = {'distill': jax.random.key(2)}
+  run_fn = jax.jit(functools.partial(method.apply, train=False, rngs=rngs))
+  whole, _ = run_fn(variables, *pair, labels, step=0)
+  if not isinstance(whole, Mean):
+    return  # It compares images with each other, or the whole batch.
+  parts = []
+  for rows in (slice(0, 1), slice(1, BATCH)):
+    cut = jax.tree.map(lambda x, rows=rows: x[rows], (*pair, labels))
+    parts.append(run_fn(variables, *cut, step=0)[0])
+  total, count = jax.tree.map(jnp.add, *parts)
+  np.testing.assert_allclose(count, whole.count, rtol=1e-6)
+  np.testing.assert_allclose(total, whole.total, rtol=1e-5)
