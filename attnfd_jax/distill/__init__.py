@@ -16,11 +16,14 @@ from attnfd_jax.distill.attnfd import AttnFDMethod
 from attnfd_jax.distill.cirkd import CIRKD
 from attnfd_jax.distill.cwd import ChannelWise
 from attnfd_jax.distill.dist import Dist
+from attnfd_jax.distill.dsd import DSD
 from attnfd_jax.distill.fitnet import FitNet
 from attnfd_jax.distill.ickd import ClassCorrelation
+from attnfd_jax.distill.ifv import IFV
 from attnfd_jax.distill.kd import LogitKD
 from attnfd_jax.distill.ofd import OFD
 from attnfd_jax.distill.raw_features import CAD, LAD, PAD
+from attnfd_jax.distill.skd import SKD
 from attnfd_jax.distill.sp import SimilarityPreserving
 from attnfd_jax.distill.weighted_sum import SCHEDULES, WeightedSum
 from attnfd_jax.errors import explained, InputError, known, one_of, within
@@ -56,6 +59,9 @@ register('cad', CAD)  # Neither.
 register('aicsd', AICSD, weight=9500.0)  # README of the authors.
 register('cirkd', CIRKD)  # With weights of its terms as options.
 register('ofd', OFD, weight=1e-5)
+register('skd', SKD)
+register('ifv', IFV, weight=200.0)
+register('dsd', DSD)
 
 
 def make_method(name, student_outputs, teacher_outputs, **options):
