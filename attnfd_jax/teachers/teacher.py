@@ -10,10 +10,7 @@ import dataclasses
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.network import Outputs
 
@@ -108,39 +105,3 @@ class Scored:
     """Outputs, as a network."""
     del train
     return self.teacher.apply(variables, image)
-
-
-class Reordered:
-  """A teacher whose logits are those of the data set's classes, in its order.
-
-  `class_map[i]` is the teacher's index of class i of `class_names`. What else
-  it has is the teacher's, but for its module and score, which know nothing of
-  this order.
-  """
-
-  def __init__(self, teacher, class_map, class_names):
-    self._teacher, self._class_map = teacher, np.array(class_map)
-    self.class_names = tuple(class_names)
-
-  def __getattr__(self, name):
-    if name.startswith('__') or name in ('network', 'miou'):
-      raise AttributeError(name)
-    return getattr(self._teacher, name)
-
-  def with_taps(self, taps):
-    """The same of its teacher."""
-    teacher = with_taps(self._teacher, taps)
-    return Reordered(teacher, self._class_map, self.class_names)
-
-  def apply(self, variables, image, *, rng=None):
-    """See Teacher."""
-    outputs = dict(self._teacher.apply(variables, image, rng=rng))
-    for key in outputs.keys() & {'logits', 'coarse_logits'}:
-      x, last = outputs[key], int(self._class_map.max())
-      if last >= x.shape[-1]:
-        raise InputError(
-          f'config.teacher.class_map has {last}, and {self.name} has '
-          f'{x.shape[-1]} classes, 0 to {x.shape[-1] - 1}.'
-        )
-      outputs[key] = jnp.take(x, self._class_map, axis=-1)
-    return outputs

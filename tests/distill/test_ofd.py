@@ -20,7 +20,8 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import DeepLabV3Plus, RAW_TAPS
 from attnfd_jax.teachers import sources as teachers
-from attnfd_jax.teachers.teacher import FrozenNetwork, Reordered, with_taps
+from attnfd_jax.teachers.class_order import Reordered
+from attnfd_jax.teachers.teacher import FrozenNetwork, with_taps
 from attnfd_jax.training import stage as stages
 
 DIVISORS = (8, 4, 2, 1, 1, 16)
