@@ -303,10 +303,12 @@ def leaves(config):
 
 def _check(config):
   """What belongs to no single room; the rest is checked where it is used."""
-  values = leaves(config)
+  values, defaults = leaves(config), leaves(default_config())
   for key, value in values.items():
     if value is None and key != 'optim.clip_norm':
       raise InputError(f'config.{key}=None; leave it out for its default.')
+    if isinstance(value, bool) and not isinstance(defaults.get(key), bool):
+      raise InputError(f'config.{key}={value} must not be True or False.')
     if isinstance(value, (int, float)):
       # What devices cannot count: JAX's integers have 32 bits.
       most = 2**31 - 1 if isinstance(value, int) else 1e30

@@ -240,6 +240,15 @@ def test_overrides_win(key, value):
   assert changed[key] == value
 
 
+@pytest.mark.parametrize('key', ['mesh.spatial', 'optim.lr', 'data.limit'])
+def test_a_bool_is_no_number(key):
+  config = default_config()
+  with config.ignore_type():
+    config.update_from_flattened_dict({key: True})
+  with pytest.raises(InputError, match=f'config.{key}=True must not be True'):
+    resolve(config)
+
+
 @pytest.mark.parametrize(
   ('name', 'pad'),
   [
