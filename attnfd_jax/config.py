@@ -307,7 +307,7 @@ def _check(config):
   for key, value in values.items():
     if value is None and key != 'optim.clip_norm':
       raise InputError(f'config.{key}=None; leave it out for its default.')
-    if isinstance(value, bool) and not isinstance(defaults.get(key), bool):
+    if isinstance(value, bool) and type(defaults.get(key)) in (int, float):
       raise InputError(f'config.{key}={value} must not be True or False.')
     if isinstance(value, (int, float)):
       # What devices cannot count: JAX's integers have 32 bits.
