@@ -240,7 +240,7 @@ def test_overrides_win(key, value):
   assert changed[key] == value
 
 
-@pytest.mark.parametrize('key', ['mesh.spatial', 'optim.lr', 'data.limit'])
+@pytest.mark.parametrize('key', ['mesh.spatial', 'batch_size', 'data.limit'])
 def test_a_bool_is_no_number(key):
   config = default_config()
   with config.ignore_type():
