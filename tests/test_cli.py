@@ -43,7 +43,7 @@ BAD = {
   'path': (('--config=configs/camvidd.py',), ('camvidd.py', '(--config)')),
   'variant': (
     (f'{CONFIG}:degub',),
-    ("Unknown variant 'degub'; use debug, cpu or nothing.",),
+    ("Unknown variant 'degub'; use debug, imagenet, cpu_imagenet, cpu or ",),
   ),
   'value': ((CONFIG, '--config.optim.lr=fast'), ('optim.lr', 'fast')),
   'flag': ((CONFIG, '--workdr=x'), ("'workdr'", 'Did you mean: workdir')),

@@ -388,6 +388,9 @@ class Shown:
   def weight(self, name, step):
     return self._distiller.weight(name, step)
 
+  def task_weight(self, step):
+    return self._distiller.task_weight(step)
+
 
 @functools.cache
 def run_step(backbone):

@@ -445,6 +445,9 @@ class Difference:
   def weight(self, name, step):
     return 1.0
 
+  def task_weight(self, step):
+    return 1.0
+
 
 def test_student_and_teacher_drop_apart(distilled):
   noise = Noise()
@@ -494,12 +497,14 @@ def test_switches():
     'data.label_pad': 'dataset',
     'distill.aspp_dropout': 0.0,
     'distill.ce_batch_division': True,
+    'distill.aicsd.reduction': 'batchmean',
     'distill.attnfd.connector_schedule': 'first_epoch',
     'distill.attnfd.norm_scope': 'batch',
     'distill.attnfd.reduction': 'batchmean',
     'distill.attnfd.student_attention': 'mlp_frozen',
     'distill.attnfd.teacher_attention': 'checkpoint',
     'distill.attnfd.teacher_bn': 'batch',
+    'distill.lad.reduction': 'batchmean',
     'distill.teacher_bn': 'batch',
     'distill.teacher_dropout': True,
     'distill.update_norms_twice': True,

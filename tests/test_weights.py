@@ -322,8 +322,10 @@ def test_a_wrong_file_in_the_folder_is_named(find, server, folder):
 
 # Arguments: address, path, digest.
 PROGRAM = """
-import pathlib, sys
+import pathlib, signal, sys
 from attnfd_jax.pytorch.download import download
+# A job in the background inherits that it is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 download(sys.argv[1], pathlib.Path(sys.argv[2]), sha256=sys.argv[3])
 """
 

@@ -126,6 +126,7 @@ def export_student(
       fields = () if is_program else dataclasses.fields(network)
       # Those that every Flax module has are None.
       options = {x.name: getattr(network, x.name) for x in fields}
+      options.pop('extra_taps', None)  # Of training; JSON knows no tuples.
       found, theirs = agreement.run_fresh(kind, new, batches, options)
     else:
       where = 'Read back array by array, no other process having its code'

@@ -27,7 +27,7 @@ from attnfd_jax.benchmarks import data as benchmark
 from attnfd_jax.config import resolve
 from attnfd_jax.data import masks, pipeline, transforms
 from attnfd_jax.data.sources import load_dataset
-from attnfd_jax.models import deeplab
+from attnfd_jax.models import layers
 
 
 class PilSource:
@@ -91,8 +91,8 @@ class PilAugment(grain.transforms.RandomMap):
     if rng.random() < options.blur:
       image = image.filter(ImageFilter.GaussianBlur(rng.random()))
     image = np.array(image).astype(np.float32) / np.float32(255)
-    image -= np.array(deeplab.IMAGE_MEAN, np.float32)
-    image /= np.array(deeplab.IMAGE_STD, np.float32)
+    image -= np.array(layers.IMAGE_MEAN, np.float32)
+    image /= np.array(layers.IMAGE_STD, np.float32)
     return {'image': image, 'label': np.array(label)}
 
 

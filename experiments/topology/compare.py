@@ -37,7 +37,7 @@ import numpy as np
 from attnfd_jax.config import default_config, resolve
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import processes, sharding
-from attnfd_jax.models.deeplab import IMAGE_MEAN, IMAGE_STD
+from attnfd_jax.models.layers import IMAGE_MEAN, IMAGE_STD
 from attnfd_jax.runs import logs
 from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.training import stage as stages
