@@ -16,12 +16,10 @@ import jax
 from ml_collections import config_flags
 
 from attnfd_jax import user_cache
-from attnfd_jax.config import resolve
 from attnfd_jax.data import masks
-from attnfd_jax.devices import diagnosis, sharding
+from attnfd_jax.devices import diagnosis
 from attnfd_jax.errors import InputError
 from attnfd_jax.progress import write
-from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.training.stopping import Stopped
 
 DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of bad input.')
@@ -129,24 +127,6 @@ def own_flags():
   own = flags.FLAGS.get_flags_for_module('__main__')
   names = (flag.name for flag in own if not flag.name.startswith('config'))
   return {name: flags.FLAGS[name].value for name in names}
-
-
-# What --config says itself.
-_OF_CHECKPOINTS = ('step', 'allow_code', 'data_root')
-
-
-def network_source():
-  """The folder of --checkpoint, or the teacher that --config gives, loaded."""
-  given = flags.FLAGS
-  if given.config is None:
-    return given.checkpoint
-  if given.checkpoint:
-    raise InputError('--checkpoint and --config: name one network, not two.')
-  for name in _OF_CHECKPOINTS:
-    if name in given and given[name].present:
-      what = 'goes with --checkpoint; --config names its own data and code'
-      raise InputError(f'--{name} {what}.')
-  return teachers.load_given(resolve(given.config), sharding.make_mesh())
 
 
 def output_file(flag, ending=''):

@@ -268,7 +268,8 @@ def resolve(config):
     InputError: for a value outside its choices or its range.
   """
   config = config.copy_and_resolve_references()
-  if absent := leaves(default_config()).keys() - leaves(config).keys():
+  defaults = leaves(default_config())
+  if absent := defaults.keys() - leaves(config).keys():
     text = f'config.{min(absent)} is absent; set single keys of a group, as in'
     raise InputError(f'{text} --config.data.root=PATH.')
   texts = {k: v for k, v in leaves(config).items() if isinstance(v, str)}
@@ -291,7 +292,7 @@ def resolve(config):
     # pascal.py:87 and coco.py:100 pad with background, Cityscapes with 255.
     background = config.data.name in ('pascal_voc', 'coco')
     config.data.label_pad = 'background' if background else 'ignore'
-  _check(config)
+  _check(config, defaults)
   return config.lock()
 
 
@@ -301,9 +302,9 @@ def leaves(config):
   return flatten_dict(nested, sep='.')
 
 
-def _check(config):
+def _check(config, defaults):
   """What belongs to no single room; the rest is checked where it is used."""
-  values, defaults = leaves(config), leaves(default_config())
+  values = leaves(config)
   for key, value in values.items():
     if value is None and key != 'optim.clip_norm':
       raise InputError(f'config.{key}=None; leave it out for its default.')

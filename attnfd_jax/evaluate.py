@@ -15,15 +15,19 @@ contours, --submission writes what the Cityscapes server takes.
 from absl import flags
 
 from attnfd_jax import cli
+from attnfd_jax.config import resolve
 from attnfd_jax.inference import options, scoring
 from attnfd_jax.runs import logs
+from attnfd_jax.teachers.sources import load_given
 
 
 def main():
   given = cli.own_flags() | options.read(flags.FLAGS)
-  given['checkpoint'] = cli.network_source()
   del given['output']
   output = cli.output_file('output')
+  given['checkpoint'] = options.checkpoint(flags.FLAGS) or load_given(
+    resolve(flags.FLAGS.config)
+  )
   counts, result = scoring.evaluate_checkpoint(**given)
   print(scoring.as_text(counts, result))
   if output:

@@ -22,13 +22,17 @@ order of the numbers in their names.
 from absl import flags
 
 from attnfd_jax import cli
+from attnfd_jax.config import resolve
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import image_files, options
+from attnfd_jax.teachers.sources import load_given
 
 
 def main():
   given = cli.own_flags() | options.read(flags.FLAGS)
-  given['checkpoint'] = cli.network_source()
+  given['checkpoint'] = options.checkpoint(flags.FLAGS) or load_given(
+    resolve(flags.FLAGS.config)
+  )
   if given['fps'] is None:
     given['fps'] = 25.0
   elif not given['video']:

@@ -25,7 +25,7 @@ COMMANDS = {
   *('check_data', 'prepare_data', 'benchmark', 'doctor'),
 }
 # Where a config may be read; functions below take plain arguments.
-EDGES = {'benchmarks', 'training', 'cli', *COMMANDS}
+EDGES = {'benchmarks', 'training', *COMMANDS}
 
 
 def name_of(path):

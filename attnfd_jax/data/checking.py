@@ -114,22 +114,28 @@ def _unlabeled(splits):
     yield 'test: no pixel is labeled; it will not be scored'
 
 
-def _too_few_classes(dataset, split, found):
-  """The DataError of a split whose labels show only the classes `found`, train
-  ids; None if these are enough.
+def _judge_classes(dataset, split, found):
+  """What is to be said of a split whose labels show the classes `found`, train
+  ids: a DataError where they are too few, None where they are enough, and a
+  text where a few images may well show a single class of so many, with fewer
+  than one for ten classes. Masks of a few classes are never excused.
   """
-  if len(found) > 1 or _is_sample(dataset, split, found):
+  if len(found) > 1:
     return None
+  source, k = dataset.splits[split], dataset.num_classes
   what = f'no pixel of {split} is labeled'
   if found:
-    what = _only(dataset, split, found)
+    (only,) = found
+    what = f'labels of {split} show only {dataset.class_names[only]!r}'
+    if 10 * len(source) < k:
+      images = _count(len(source), 'image')
+      return f'{what}, one of {k} classes: {images} cannot tell'
   what = f'{what}; train and val need labels of two classes'
   with contextlib.suppress(AttributeError, DataError):  # Of masks in files.
-    mask = dataset.splits[split].pairs[0].mask
+    mask = source.pairs[0].mask
     values = np.unique(masks.read_mask(mask)).tolist()
     values = ', '.join(map(str, values[:8])) + ', ...' * (len(values) > 8)
     what = f'{what}; {mask} has the values {values}'
-  source = dataset.splits[split]
   if (left := len(getattr(source, 'pairs', ())) - len(source)) > 0:
     what = f'{what}; config.data.limit={len(source)} leaves {left} pairs unread'
   if dataset.name == 'folder':
@@ -137,24 +143,6 @@ def _too_few_classes(dataset, split, found):
     what = f'{what}: name other ids by it, as "(0, 255)"'
     what = f'{what}, and colors by --config.data.palette'
   return DataError(f'{dataset.name}: {what}.', 'classes', split)
-
-
-def _only(dataset, split, found):
-  (only,) = found
-  return f'labels of {split} show only {dataset.class_names[only]!r}'
-
-
-def _is_sample(dataset, split, found):
-  """Whether so few images may well show a single class of so many: one image
-  for more than ten classes. Masks of a few classes are never excused.
-  """
-  images = len(dataset.splits[split])
-  return len(found) == 1 and 10 * images < dataset.num_classes
-
-
-def _sample_note(dataset, split, found):
-  text = f'{_only(dataset, split, found)}, one of {dataset.num_classes} classes'
-  return f'{text}: {_count(len(dataset.splits[split]), "image")} cannot tell'
 
 
 def require_classes(dataset, splits, threads):
@@ -167,10 +155,10 @@ def require_classes(dataset, splits, threads):
   for split in splits:
     source, k = dataset.splits[split], dataset.num_classes
     found = frequencies.first_classes(source, k, threads)
-    if error := _too_few_classes(dataset, split, found):
-      raise error
-    if _is_sample(dataset, split, found):
-      notes.append(_sample_note(dataset, split, found))
+    problem = _judge_classes(dataset, split, found)
+    if isinstance(problem, DataError):
+      raise problem
+    notes += filter(None, [problem])
   return notes
 
 
@@ -199,10 +187,11 @@ def check(dataset, threads, *, required=('train', 'val')):
   for name in () if listed else [x for x in required if x != 'test']:
     counts = splits[name]['pixels'].values()
     found = {i for i, pixels in enumerate(counts) if pixels}
-    if error := _too_few_classes(dataset, name, found):
-      listed.append((name, error))
-    elif _is_sample(dataset, name, found):
-      samples.append(_sample_note(dataset, name, found))
+    problem = _judge_classes(dataset, name, found)
+    if isinstance(problem, DataError):
+      listed.append((name, problem))
+    else:
+      samples += filter(None, [problem])
   duplicates, unseen = _duplicates(dataset.splits, digests), _unseen(splits)
   warnings = {'duplicate': [*duplicates], 'unseen': [*unseen]}
   warnings['note'] = [*dataset.notes, *samples, *_unlabeled(splits)]

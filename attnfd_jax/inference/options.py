@@ -9,6 +9,7 @@ from absl import flags
 from attnfd_jax.errors import InputError
 
 flags.disclaim_key_flags()  # They are of the command: its --help has them.
+_OF_CHECKPOINTS = ('step', 'allow_code', 'data_root')  # --config has its own.
 
 
 def define():
@@ -20,6 +21,19 @@ def define():
   flags.DEFINE_bool('flip', False, 'Mean with the mirror image.')
   flags.DEFINE_string('tile', None, 'HEIGHTxWIDTH seen at a time.')
   flags.DEFINE_float('overlap', None, 'Share of a tile; 0.25 by default.')
+
+
+def checkpoint(values):
+  """The folder of --checkpoint, or None for the teacher of --config."""
+  if values.config is None:
+    return values.checkpoint
+  if values.checkpoint:
+    raise InputError('--checkpoint and --config: name one network, not two.')
+  for name in _OF_CHECKPOINTS:
+    if name in values and values[name].present:
+      what = 'goes with --checkpoint; --config names its own data and code'
+      raise InputError(f'--{name} {what}.')
+  return None
 
 
 def read(values):

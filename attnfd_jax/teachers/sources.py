@@ -118,7 +118,7 @@ class Alone(NamedTuple):
   info: dict
 
 
-def load_given(config, mesh):
+def load_given(config):
   """The teacher that a resolved config gives, as `loading.load_network` returns
   a stage: to be scored on the config's data, and to predict.
 
@@ -131,9 +131,8 @@ def load_given(config, mesh):
     )
   dataset = load_dataset(config.data, splits=('val',))
   names = dataset.class_names
-  teacher = from_config(config, None, names, mesh)
-  size = dataset.splits['val'][0]['label'].shape
-  size = predictor.seen_size(size, config.eval)
+  teacher = from_config(config, None, names, sharding.make_mesh())
+  size = predictor.seen_size(dataset.splits['val'].size(0), config.eval)
   inputs = {'variables': teacher.variables, 'rng': None}
   networks.checked_outputs(teacher, len(names), size, **inputs)
   info = json.loads(config.to_json_best_effort()) | {

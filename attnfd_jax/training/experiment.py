@@ -171,9 +171,9 @@ def check(config, dataset, mesh, workdir):
       stage = with_teacher(stage, teacher)
     stage.make_optimizer()
   if stage.teacher and given:  # Last, for it computes.
-    _check_given(teacher, config, dataset)
+    _check_given(stage)
     write(f'scoring the teacher {given} on val ...')
-    scores = _score(stage, teacher)
+    scores = _score(stage)
     _require_score(config, scores['miou'])
     return scores
   if 'distill' in config.stages and not given:
@@ -181,8 +181,9 @@ def check(config, dataset, mesh, workdir):
   return None
 
 
-def _score(stage, teacher):
-  """Of the teacher on val."""
+def _score(stage):
+  """Of its teacher on val."""
+  teacher = stage.teacher
   # Where one has a module, that is scored: programs are shared by it.
   network = getattr(teacher, 'network', None) or Scored(teacher)
   return stage.evaluate(teacher.variables, network=network)
@@ -197,22 +198,25 @@ def _require_score(config, score):
     )
 
 
-def _check_given(teacher, config, dataset):
+def _check_given(stage):
   """Tries a teacher from elsewhere on images of the size that is scored, and
   one whose results can be compared on some that are real.
   """
-  val = dataset.splits['val']
-  count = len(teacher.class_names)
-  images = [val[i]['image'] for i in range(min(len(val), 2))]
-  seen = predictor.seen_size(images[0].shape[:2], config.eval)
+  teacher, config, val = (
+    stage.teacher,
+    stage.config,
+    stage.dataset.splits['val'],
+  )
+  seen = predictor.seen_size(val.size(0), config.eval)
   inputs = {'variables': teacher.variables, 'rng': None}
-  networks.checked_outputs(teacher, count, seen, **inputs)
+  networks.checked_outputs(teacher, len(teacher.class_names), seen, **inputs)
   if not hasattr(teacher, 'compare'):
     return
   size = tuple(config.data.crop_size)
+  images = [val[i]['image'] for i in range(min(len(val), 2))]
   batch = np.stack([transforms.resize(x, size) for x in images])
   found = teacher.compare(np.asarray(normalise(batch)))
-  out = networks.checked_outputs(teacher, count, size, **inputs)
+  _, out = stage.output_shapes
   maps = {'logits': out['logits'], **out['features']}
   lines = (
     f'{key} ({"x".join(map(str, maps[key].shape[1:]))}) {difference:.1e}'
@@ -342,7 +346,7 @@ def _with_scored_teacher(stage, log, scores, *, resumed):
     score = log.last('teacher', 'miou', default=score)
   elif scores or _given_teacher(stage.config) or score is None:
     # That of this run was scored on the same images, by the same protocol.
-    scores = scores or _score(stage, teacher)
+    scores = scores or _score(stage)
     log.metrics('teacher', 0, scores)
     score = scores['miou']
   log.line(f'teacher val mIoU {logs.percent(score)}')
