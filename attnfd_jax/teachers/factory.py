@@ -7,7 +7,7 @@ import dataclasses
 from attnfd_jax import user_code
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import explained, InputError, known
-from attnfd_jax.teachers import class_order, torch_module
+from attnfd_jax.teachers import class_order, torch_module, torch_tracing
 
 # What a factory may say about its module, beside taps and dtype.
 _FACTS = ('name', 'class_names', 'mean', 'std', 'size_multiple')
@@ -35,7 +35,7 @@ def from_factory(config, class_names, everywhere):
     ) from error
   pair = isinstance(made, tuple) and len(made) == 2
   module, facts = made if pair else (made, {})
-  if torch_module.is_module(module):
+  if torch_tracing.is_module(module):
     return _of_module(config, module, facts, class_names, everywhere)
   names = ('name', 'class_names', 'variables', 'apply')
   if missing := [name for name in names if not hasattr(made, name)]:

@@ -5,13 +5,9 @@ Needs the extra `torch`. Nothing here imports torch before a module is given.
 """
 
 from collections.abc import Mapping
-import contextlib
 import dataclasses
 import difflib
-import functools
 import hashlib
-import importlib.metadata
-import sys
 from typing import Any
 import warnings
 
@@ -19,8 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnfd_jax.data import transforms
 from attnfd_jax.errors import first_line, InputError, one_of, within
+from attnfd_jax.models import layers
 from attnfd_jax.models.layers import IMAGE_MEAN, IMAGE_STD
+from attnfd_jax.teachers import torch_tracing
 
 # Largest difference of PyTorch and JAX, relative to the largest value of a map.
 TOLERANCE = 1e-4
@@ -28,56 +27,6 @@ TOLERANCE = 1e-4
 _MULTIPLES = (8, 14, 16, 32, 64)
 # Before those of patches: a class, one for distillation, or four registers.
 _PREFIX_TOKENS = (1, 2, 5)
-# Pairs that work together on Python 3.11 and newer.
-INSTALL = (
-  "pip install 'torch>=2.13' 'torchax>=0.0.14.dev20261026' (the extra "
-  "attnfd_jax[torch]), or 'torch==2.12.1' 'torchax==0.0.13'"
-)
-
-
-def is_module(value):
-  """Whether `value` is a torch.nn.Module; torch need not be installed."""
-  torch = sys.modules.get('torch')
-  return torch is not None and isinstance(value, torch.nn.Module)
-
-
-def _version(package):
-  try:
-    return f'{package} {importlib.metadata.version(package)}'
-  except importlib.metadata.PackageNotFoundError:
-    return f'no {package}'
-
-
-def _import_torchax():
-  try:
-    import torch
-    import torchax
-  except Exception as error:  # Whatever two versions that do not fit raise.
-    found = f'{_version("torch")} and {_version("torchax")}'
-    raise InputError(
-      f'A PyTorch teacher needs torch and torchax; here are {found} '
-      f'({first_line(error)}): {INSTALL}.'
-    ) from error
-  return torch, torchax
-
-
-@functools.cache
-def _mend_resizing():
-  """torchax calls its antialiased resizes with arguments that do not fit."""
-  torch, torchax = _import_torchax()
-  env, view = torchax.default_env(), torchax.interop.torch_view
-
-  def resized(method, x, size, align_corners, *scales):
-    del scales
-    if align_corners:
-      raise NotImplementedError('antialiased with aligned corners')
-    return jax.image.resize(x, (*x.shape[:2], *size), method, antialias=True)
-
-  for name, method in (('bicubic', 'cubic'), ('bilinear', 'linear')):
-    operation = getattr(torch.ops.aten, f'_upsample_{name}2d_aa')
-    function = view(functools.partial(resized, method))
-    for key in (operation, operation.default):
-      env.override_op_definition(key, function)
 
 
 def from_torch(
@@ -115,8 +64,8 @@ def from_torch(
     InputError: if torch or torchax is missing or does not fit, a tap does not
       exist, weights hold NaN, or, when it is traced, the module fails.
   """
-  torch, torchax = _import_torchax()
-  if not is_module(module):
+  torch_tracing.import_torchax()
+  if not torch_tracing.is_module(module):
     kind = type(module).__name__
     raise InputError(f'from_torch needs a torch.nn.Module, not {kind}.')
   taps = dict(taps or {})
@@ -128,11 +77,9 @@ def from_torch(
     if not numbers or (key == 'std' and min(values) <= 0):
       positive = ' above 0' * (key == 'std')
       raise InputError(f'{key}={values} must be three numbers{positive}.')
-  _mend_resizing()
   module = module.cpu().eval()
-  wrapped = _with_taps(torch.nn.Module)(module, taps)
-  with _quiet():
-    variables, function = torchax.extract_jax(wrapped)
+  wrapped = torch_tracing.with_taps(module, taps)
+  variables, function = torch_tracing.extract(wrapped)
   parameters = {f'module.{key}' for key, _ in module.named_parameters()}
   broken = [
     key.removeprefix('module.')
@@ -191,132 +138,6 @@ def _cast(variables, dtype):
   return jax.tree.map(cast, variables)
 
 
-@contextlib.contextmanager
-def _quiet():
-  """torchax promotes types, and asks for 64 bits that JAX does not have."""
-  with (
-    warnings.catch_warnings(),
-    jax.numpy_dtype_promotion('standard'),
-    jax.numpy_rank_promotion('allow'),
-  ):
-    warnings.filterwarnings('ignore', '.*requested dtype (int|float)64')
-    warnings.filterwarnings('ignore', category=DeprecationWarning)
-    warnings.filterwarnings('ignore', category=FutureWarning)
-    yield
-
-
-def _first_tensor(value):
-  """The tensor that a submodule returns, or that is first in a tuple of it."""
-  while isinstance(value, (tuple, list)) and value:
-    value = value[0]
-  return value if hasattr(value, 'shape') else None
-
-
-def _find_logits(value):
-  """Logits in what a module returns, or None."""
-  for key in ('logits', 'out'):
-    if isinstance(value, Mapping) and key in value:
-      return _find_logits(value[key])
-    if hasattr(value, key) and hasattr(getattr(value, key), 'shape'):
-      return _find_logits(getattr(value, key))
-  found = None if isinstance(value, Mapping) else _first_tensor(value)
-  return found if found is not None and len(found.shape) == 4 else None
-
-
-@functools.cache
-def _on_jax():
-  """A mode of torch in which tensors that a module makes, or holds outside its
-  buffers, are JAX's and of the type that the image has; torchax takes them for
-  PyTorch's.
-  """
-  torch, torchax = _import_torchax()
-  from torch.utils import _pytree as pytree
-
-  ours = (torchax.tensor.Tensor, torchax.tensor.View)
-  on_cpu = (None, 'cpu', torch.device('cpu'))
-  # What they make is of the default type, unless they are told another.
-  floats = (torch.ones, torch.zeros, torch.empty, torch.linspace, torch.eye)
-
-  class OnJax(torch.overrides.TorchFunctionMode):
-    def __init__(self, dtype):
-      super().__init__()
-      self._dtype = dtype
-
-    def _move(self, x):
-      if isinstance(x, ours):
-        return x
-      x = x.to(self._dtype) if x.is_floating_point() else x
-      return torchax.default_env().to_xla(x)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-      kwargs = dict(kwargs or {})
-      if function in torchax.tensor.TENSOR_CONSTRUCTORS:
-        device = kwargs.get('device')
-        kwargs['device'] = 'jax' if device in on_cpu else device
-        if function in floats:
-          kwargs.setdefault('dtype', self._dtype)
-      elif any(isinstance(x, ours) for x in pytree.tree_leaves((args, kwargs))):
-        both = args, kwargs
-        args, kwargs = pytree.tree_map_only(torch.Tensor, self._move, both)
-      return function(*args, **kwargs)
-
-  return OnJax
-
-
-@functools.cache
-def _with_taps(base):
-  """A class, for torch is not there when this file is read."""
-
-  class WithTaps(base):
-    """Returns a dict of tensors: 'logits' if there are any, and the taps."""
-
-    def __init__(self, module, taps):
-      super().__init__()
-      self.module, self.taps = module, taps
-
-    def forward(self, image):
-      seen, hooks = {}, []
-
-      def keep(tap):
-        def hook(module, args, output):
-          seen[tap] = output
-
-        return hook
-
-      for tap, name in self.taps.items():
-        submodule = self.module.get_submodule(name)
-        hooks.append(submodule.register_forward_hook(keep(tap)))
-      traced = type(image).__module__.startswith('torchax')
-      try:
-        with _on_jax()(image.dtype) if traced else contextlib.nullcontext():
-          output = self.module(image)
-      finally:
-        for hook in hooks:
-          hook.remove()
-      found = {}
-      for tap, name in self.taps.items():
-        x = _first_tensor(seen.get(tap))
-        if x is None or len(x.shape) not in (3, 4):
-          what = 'was not called' if tap not in seen else 'returned no map'
-          raise InputError(
-            f'taps: {tap}={name!r} {what}; name a submodule that returns '
-            '[b, c, h, w] or [b, n, c].'
-          )
-        found[f'tap {tap}'] = x
-      logits = _find_logits(output)
-      if logits is not None:
-        found['logits'] = logits
-      elif not found:
-        raise InputError(
-          f'{type(self.module).__name__} returns {type(output).__name__} '
-          "without logits [b, k, h, w], as 'logits', as 'out', first in a "
-          'tuple or alone; wrap it in a module that does.'
-        )
-      return found
-
-  return WithTaps
-
-
 def _as_map(tokens, size):
   """[b, n, c] of patches of an image of `size` as [b, h, w, c].
 
@@ -373,7 +194,7 @@ class TorchTeacher:
     size = tuple(image.shape[1:3])
     x = self._enter(image).astype(self.dtype)
     try:
-      with _quiet():
+      with torch_tracing.quiet():
         found = self.function(variables, (x,))
     except Exception as error:
       raise self._explained(error, size) from error
@@ -381,25 +202,30 @@ class TorchTeacher:
 
   def _enter(self, image):
     """[b, H, W, 3] as we normalize it to float32 [b, 3, H', W'] as it does."""
-    b, h, w, _ = image.shape
     x = image.astype(jnp.float32)
-    if (self.mean, self.std) != (IMAGE_MEAN, IMAGE_STD):
-      ours, theirs = np.float32([IMAGE_MEAN, IMAGE_STD]), (self.mean, self.std)
-      mean, std = (np.float32(y).reshape(1, 1, 1, 3) for y in theirs)
-      x = (x * ours[1].reshape(mean.shape) + ours[0].reshape(mean.shape)) - mean
-      x = x / std
-    size = [-(-n // self.size_multiple) * self.size_multiple for n in (h, w)]
-    if size != [h, w]:
-      x = _resize(x, size)
+    numbers = (IMAGE_MEAN, IMAGE_STD), (self.mean, self.std)
+    if numbers[0] != numbers[1]:
+      (mean, std), (their_mean, their_std) = (
+        [layers.per_channel(np.float32(y), x) for y in pair] for pair in numbers
+      )
+      x = (x * std + mean - their_mean) / their_std
+    x = _resize(x, self._seen(image.shape[1:3]))
     return jnp.transpose(x, (0, 3, 1, 2))
+
+  def _seen(self, size):
+    """(height, width) of what the module is given for an image of `size`."""
+    return transforms.next_multiple(size, self.size_multiple)
 
   def _leave(self, found, size):
     """Outputs of what the module returned for an image of `size`."""
-    seen = [-(-n // self.size_multiple) * self.size_multiple for n in size]
     features = {}
     for key, x in found.items():
       if key != 'logits':
-        x = _as_map(x, seen) if x.ndim == 3 else jnp.moveaxis(x, 1, -1)
+        x = (
+          _as_map(x, self._seen(size))
+          if x.ndim == 3
+          else jnp.moveaxis(x, 1, -1)
+        )
         features[key.removeprefix('tap ')] = x
     outputs = {'features': features}
     if 'logits' in found:
@@ -412,14 +238,12 @@ class TorchTeacher:
     if isinstance(error, InputError):
       return error
     text = f'{self.name} fails on images {size}: {first_line(error)}'
-    _, torchax = _import_torchax()
-    if isinstance(error, torchax.tensor.OperatorNotFound):
-      versions = f'{_version("torch")}, {_version("torchax")}'
-      return InputError(
-        f'{text}; torchax lacks it here ({versions}): {INSTALL}'
-      )
+    if type(error).__name__ == 'OperatorNotFound':  # Of torchax.
+      versions = ', '.join(map(torch_tracing.version, ('torch', 'torchax')))
+      what = f'torchax has no such operation here ({versions})'
+      return InputError(f'{text}; {what}: {torch_tracing.INSTALL}')
     for multiple in _MULTIPLES:
-      near = tuple(-(-n // multiple) * multiple for n in size)
+      near = transforms.next_multiple(size, multiple)
       if near != size and self.accepts(near):
         return InputError(
           f'{text}; it takes {near}: size_multiple={multiple} resizes images '
@@ -431,7 +255,7 @@ class TorchTeacher:
     """Whether the module can be traced for an image of (height, width)."""
     x = jax.ShapeDtypeStruct((1, 3, *size), self.dtype)
     try:
-      with _quiet():
+      with torch_tracing.quiet():
         jax.eval_shape(lambda v, x: self.function(v, (x,)), self.variables, x)
     except Exception:
       return False
@@ -447,9 +271,8 @@ class TorchTeacher:
     Raises:
       InputError: if one is above TOLERANCE, or is not finite.
     """
-    torch, torchax = _import_torchax()
-    with _quiet():
-      variables, _ = torchax.extract_jax(self.module)
+    torch, _ = torch_tracing.import_torchax()
+    variables, _ = torch_tracing.extract(self.module)
     exact = dataclasses.replace(
       self, variables=_cast(variables, 'float32'), dtype='float32'
     )

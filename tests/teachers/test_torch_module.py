@@ -331,15 +331,20 @@ def test_any_size_is_resized_at_the_door(made):
 
 @pytest.mark.torch
 @pytest.mark.parametrize('mode', ['bilinear', 'bicubic'])
-@pytest.mark.parametrize('size', [(12, 20), (40, 60)], ids=['down', 'up'])
-def test_antialiased_resizes(made, mode, size):
+@pytest.mark.parametrize('align', [False, True], ids=['half', 'corners'])
+@pytest.mark.parametrize(
+  'to',
+  [{'size': (12, 20)}, {'size': (40, 60)}, {'scale_factor': (0.51, 2.03)}],
+  ids=['down', 'up', 'factor'],
+)
+def test_antialiased_resizes(made, mode, to, align):
   """As of the positions of timm's and DINO's transformers."""
   torch = sys.modules['torch']
 
   class Resized(torch.nn.Module):
     def forward(self, x):
       resize = torch.nn.functional.interpolate
-      return resize(x, size, mode=mode, antialias=True)
+      return resize(x, **to, mode=mode, antialias=True, align_corners=align)
 
   teacher = attnfd_jax.from_torch(Resized())
   assert teacher.compare(images((24, 28)))['logits'] < 1e-5
@@ -502,6 +507,20 @@ def test_what_differs_between_pytorch_and_jax_is_named(made, file):
   other = dataclasses.replace(teacher, function=wrong)
   with pytest.raises(InputError, match='Net: backbone differs by 1.0e-02'):
     other.compare(images())
+
+
+@pytest.mark.torch
+def test_an_operation_without_a_form_in_jax_names_the_versions(made):
+  torchax = sys.modules['torchax']
+  teacher = attnfd_jax.from_torch(made['make']())
+
+  def missing(variables, args):
+    raise torchax.tensor.OperatorNotFound('aten.some_operation')
+
+  other = dataclasses.replace(teacher, function=missing)
+  message = r'some_operation; torchax has no such operation here \(torch \d'
+  with pytest.raises(InputError, match=message):
+    other.apply(other.variables, images())
 
 
 @pytest.mark.torch
