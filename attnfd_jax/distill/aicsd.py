@@ -58,17 +58,12 @@ def similarity_distance(student, teacher, **options):
   """Mean over images of the squared distance of two `class_divergences`, with
   rows of length 1; the teacher's are constants.
   """
-  if student.shape != teacher.shape:
-    raise ValueError(
-      f'Logits differ: student {student.shape}, teacher {teacher.shape}; both '
-      'networks need the same classes and output size.'
-    )
+  taps.check_logits(student, teacher)
   teacher = jax.lax.stop_gradient(teacher)
   ours, theirs = (
     unit(class_divergences(x, **options), (-1,)) for x in (student, teacher)
   )
-  distances = jnp.mean(jnp.square(ours - theirs), (1, 2))
-  return Mean(jnp.sum(distances), jnp.asarray(distances.size, distances.dtype))
+  return Mean.of(jnp.mean(jnp.square(ours - theirs), (1, 2)))
 
 
 class AICSD(nn.Module):

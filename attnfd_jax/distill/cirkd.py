@@ -14,8 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attnfd_jax.distill import labels as label_maps
 from attnfd_jax.distill import memory, taps
-from attnfd_jax.distill.attnfd import unit
+from attnfd_jax.distill.pooling import average_pool
+from attnfd_jax.distill.vectors import unit
 from attnfd_jax.errors import one_of, within
 from attnfd_jax.models import layers
 
@@ -86,15 +88,6 @@ def memory_distance(student, teacher, keys, valid, *, temperature=0.1):
   zero = jnp.zeros((), student.dtype)
   total = jax.lax.scan(add_part, zero, rows)[0]
   return total / jnp.maximum(jnp.sum(valid, dtype=student.dtype), 1)
-
-
-def pooled(x, size):
-  """Means of size x size pixels; at the border of those that are there."""
-  if size == 1:
-    return x
-  padding = [(0, -n % size) for n in x.shape[1:3]]
-  window = (size, size)
-  return nn.avg_pool(x, window, window, padding, count_include_pad=False)
 
 
 class Projection(nn.Module):
@@ -188,17 +181,14 @@ class CIRKD(nn.Module):
         f'{theirs.shape}. CIRKD compares pixel by pixel: use networks of one '
         'output_stride, or another tap.'
       )
-    ours, theirs = (
-      x.astype(layers.at_least_float32(x.dtype))
-      for x in (ours, jax.lax.stop_gradient(theirs))
-    )
+    ours, theirs = taps.in_float32(ours, theirs)
     terms, weights = {}, {}
     if self.batch_weight:
-      pair = [_rows(pooled(x, self.pool)) for x in (ours, theirs)]
+      pair = [_rows(average_pool(x, self.pool)) for x in (ours, theirs)]
       terms['batch'] = batch_distance(*pair, temperature=self.temperature)
       weights['batch'] = self.batch_weight
     if self.pixel_weight or self.region_weight:
-      labels = memory.nearest_labels(labels, *theirs.shape[1:3])
+      labels = label_maps.nearest(labels, *theirs.shape[1:3])
       labels = labels.reshape(labels.shape[0], -1)
       num_classes = student['logits'].shape[-1]
       valid, target = labels < num_classes, _rows(theirs)

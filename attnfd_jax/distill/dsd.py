@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from attnfd_jax.distill import taps as matching
+from attnfd_jax.distill.pooling import average_pool
 from attnfd_jax.distill.vectors import scaled, unit
 from attnfd_jax.errors import InputError, within
 from attnfd_jax.losses import Mean
@@ -60,23 +61,6 @@ def pixel_distance(students, teachers):
     for a, b in zip(ours, theirs, strict=True)
   ]
   return sum(distances) / len(distances)
-
-
-def average_pool(x, size):
-  """Means of windows of size x size, [b, h, w, c]; the last may be smaller."""
-  if size == 1:
-    return x
-  b, h, w, c = x.shape
-  pads = [-n % size for n in (h, w)]
-  x = jnp.pad(x, ((0, 0), *((0, pad) for pad in pads), (0, 0)))
-  rows, columns = (h + pads[0]) // size, (w + pads[1]) // size
-  sums = jnp.sum(x.reshape(b, rows, size, columns, size, c), (2, 4))
-  seen = [
-    jnp.minimum(size, n - size * jnp.arange(count))
-    for n, count in ((h, rows), (w, columns))
-  ]
-  counts = (seen[0][:, None] * seen[1][None]).astype(x.dtype)
-  return sums / counts[None, :, :, None]
 
 
 def category_similarity(logits, *, temperature, pool):

@@ -4,18 +4,10 @@
 import jax
 import jax.numpy as jnp
 
-from attnfd_jax.distill.attnfd import unit
+from attnfd_jax.distill.vectors import unit
 
 OVERFLOWS = ('wrap', 'reset')
 POSITIONS = ('class', 'image')
-
-
-def nearest_labels(labels, height, width):
-  """[b, H, W] -> [b, height, width], as PyTorch's nearest interpolation."""
-  for axis, size in ((1, height), (2, width)):
-    chosen = jnp.arange(size) * labels.shape[axis] // size
-    labels = jnp.take(labels, chosen, axis=axis)
-  return labels
 
 
 def random_units(key, *shape):

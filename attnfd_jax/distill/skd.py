@@ -9,43 +9,18 @@ deceive it. Their pixel-wise term is KD: 'kd+skd'.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from attnfd_jax.distill import adversarial
 from attnfd_jax.distill import taps as matching
 from attnfd_jax.distill.discriminator import Discriminator
+from attnfd_jax.distill.pooling import max_pool
 from attnfd_jax.distill.vectors import unit
 from attnfd_jax.errors import InputError, one_of, within
 from attnfd_jax.losses import Mean
 from attnfd_jax.models import layers
 
 OPTIMIZERS = ('adam', 'sgd')
-
-
-def _largest(x, axis):
-  """Maximum along an axis, by halves, which overlap where it is odd.
-
-  The gradient of jnp.max compares x with the maximum. Where XLA computes x
-  again for that, rounded in another way, none is equal, and 0 / 0 is NaN.
-  """
-  while (n := x.shape[axis]) > 1:
-    half = (n + 1) // 2
-    first = jax.lax.slice_in_dim(x, 0, half, axis=axis)
-    last = jax.lax.slice_in_dim(x, n - half, n, axis=axis)
-    x = jnp.where(first >= last, first, last)
-  return jnp.squeeze(x, axis)
-
-
-def max_pool(x, height, width):
-  """Maxima of windows side by side, [b, h, w, c]; the last may be smaller."""
-  b, h, w, c = x.shape
-  pads = -h % height, -w % width
-  padding = ((0, 0), *((0, pad) for pad in pads), (0, 0))
-  x = jnp.pad(x, padding, constant_values=-np.inf)
-  rows, columns = (h + pads[0]) // height, (w + pads[1]) // width
-  x = x.reshape(b, rows, height, columns, width, c)
-  return _largest(_largest(x, 4), 2)
 
 
 def place_cosines(x, kernel, *, detach_norm=False):

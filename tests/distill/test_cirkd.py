@@ -12,7 +12,8 @@ import small_run
 
 from attnfd_jax import distill
 from attnfd_jax.devices import sharding
-from attnfd_jax.distill import cirkd, memory
+from attnfd_jax.distill import cirkd, memory, pooling
+from attnfd_jax.distill import labels as label_maps
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import evaluation
 from attnfd_jax.training import experiment
@@ -109,14 +110,14 @@ def test_batch_of_zeros_is_finite():
 
 def test_pools_average_what_is_there():
   x = normal(0, 2, 5, 6, 3)
-  found = cirkd.pooled(x, 4)
+  found = pooling.average_pool(x, 4)
   expected = [
     [np.mean(x[:, i : i + 4, j : j + 4], (1, 2)) for j in (0, 4)]
     for i in (0, 4)
   ]
   expected = np.moveaxis(np.array(expected), 2, 0)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-  assert cirkd.pooled(x, 1) is x
+  assert pooling.average_pool(x, 1) is x
 
 
 # What is remembered.
@@ -124,7 +125,7 @@ def test_pools_average_what_is_there():
 
 def test_labels_are_of_the_nearest_pixel():
   labels = np.arange(7 * 9).reshape(1, 7, 9)
-  found = memory.nearest_labels(labels, 3, 4)
+  found = label_maps.nearest(labels, 3, 4)
   # floor(i * 7 / 3), floor(j * 9 / 4), as PyTorch's interpolate.
   np.testing.assert_array_equal(found[0], labels[0][[0, 2, 4]][:, [0, 2, 4, 6]])
 

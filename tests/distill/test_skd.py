@@ -13,7 +13,7 @@ import small_run
 
 from attnfd_jax import distill
 from attnfd_jax.devices import sharding
-from attnfd_jax.distill import adversarial, skd
+from attnfd_jax.distill import adversarial, pooling, skd
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import evaluation
 from attnfd_jax.training import experiment, optim
@@ -88,7 +88,7 @@ def test_places(size, options, places, monkeypatch):
 def test_the_gradient_of_a_maximum():
   """That of one largest value, also where several are."""
   x = normal(0, 1, 5, 7, 2).round().astype(np.float32)
-  y, grads = jax.value_and_grad(lambda x: jnp.sum(skd.max_pool(x, 3, 4)))(x)
+  y, grads = jax.value_and_grad(lambda x: jnp.sum(pooling.max_pool(x, 3, 4)))(x)
   windows = [x[:, i : i + 3, j : j + 4] for i in (0, 3) for j in (0, 4)]
   np.testing.assert_allclose(y, sum(w.max((1, 2)).sum() for w in windows))
   for i in (0, 3):
