@@ -46,6 +46,19 @@ class Small(DeepLabV3Plus):
 networks.NETWORKS['small'] = Small
 
 
+def interrupting(function, call):
+  """`function`, in whose `call`-th call, from 1, somebody presses Ctrl-C."""
+  calls = []
+
+  def interrupt(*arguments, **options):
+    calls.append(arguments)
+    if len(calls) == call:
+      raise KeyboardInterrupt
+    return function(*arguments, **options)
+
+  return interrupt
+
+
 @contextlib.contextmanager
 def kept_programs(cache):
   """Programs are kept in the folder `cache`, however fast they compile."""

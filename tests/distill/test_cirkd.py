@@ -394,14 +394,8 @@ def test_four_devices_equal_one():
 
 def test_memories_survive_an_interruption(tmp_path, monkeypatch):
   """Bit for bit: 4 steps equal 2, a checkpoint, and 2."""
-  evaluate, calls = evaluation.evaluate, []
-
-  def interrupt(*arguments, **options):
-    calls.append(arguments)
-    # A stage scores twice, and once more at its end.
-    if len(calls) == 5:
-      raise KeyboardInterrupt
-    return evaluate(*arguments, **options)
+  # A stage scores twice, and once more at its end.
+  interrupt = small_run.interrupting(evaluation.evaluate, 5)
 
   def config():
     config = small_run.make_config()

@@ -571,15 +571,8 @@ def test_an_interrupted_game_ends_as_the_whole_one(
   finished, tmp_path, monkeypatch
 ):
   """Bit for bit, with singular vectors, statistics and Adam's moments."""
-  evaluate, calls = evaluation.evaluate, []
-
-  def interrupt(*arguments, **options):
-    calls.append(arguments)
-    # The teacher is scored three times, the student after two steps and four.
-    if len(calls) == 5:
-      raise KeyboardInterrupt
-    return evaluate(*arguments, **options)
-
+  # The teacher is scored three times, the student after two steps and four.
+  interrupt = small_run.interrupting(evaluation.evaluate, 5)
   monkeypatch.setattr(evaluation, 'evaluate', interrupt)
   workdir = tmp_path / 'run'
   with pytest.raises(KeyboardInterrupt):

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import pathlib
 
+from dilated import take_strides
 import drawn
 from efficientnet_lite_pytorch import EfficientNet
 import numpy as np
@@ -41,19 +42,6 @@ def draw_image(size):
   image = drawn.image(f'image {size}', (2, 3, *size))
   mean, std = (np.reshape(x, (3, 1, 1)) for x in (MEAN, STD))
   return image, torch.from_numpy(((image * std + mean) * 255 - 127) / 128)
-
-
-def take_strides(network, output_stride):
-  """Makes dilation of the strides beyond, in all that follows them."""
-  stride, dilation = 2, 1
-  for block in network._blocks:
-    layer = block._depthwise_conv
-    layer.dilation = (dilation, dilation)
-    if layer.stride[0] == 2 and stride == output_stride:
-      layer.stride, dilation = (1, 1), 2 * dilation
-    elif layer.stride[0] == 2:
-      stride *= 2
-  return network
 
 
 def run_blocks(network, image):

@@ -12,7 +12,7 @@ import json
 import pathlib
 
 import flax.linen as nn
-from golden import drawn
+from golden import dilated, drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -315,15 +315,7 @@ def peer(variant, output_stride):
   (path,) = folder.glob('models/*.pth')
   module = EfficientNet.from_name(f'efficientnet-{variant}', image_size=None)
   module.load_state_dict(torch.load(path, weights_only=True))
-  stride, dilation = 2, 1
-  for block in module._blocks:
-    layer = block._depthwise_conv
-    layer.dilation = (dilation, dilation)
-    if layer.stride[0] == 2 and stride == output_stride:
-      layer.stride, dilation = (1, 1), 2 * dilation
-    elif layer.stride[0] == 2:
-      stride *= 2
-  return module.eval(), path
+  return dilated.take_strides(module, output_stride).eval(), path
 
 
 @pytest.mark.torch

@@ -155,15 +155,8 @@ def test_an_interrupted_run_ends_as_the_whole_one(
   stages before show that one seed gives one result, bit for bit.
   """
   workdir = tmp_path / 'interrupted'
-  evaluate, calls = evaluation.evaluate, []
-
-  def interrupt(*arguments, **options):
-    calls.append(arguments)
-    # Each stage scores twice, and once more at its end.
-    if len(calls) == 8:
-      raise KeyboardInterrupt
-    return evaluate(*arguments, **options)
-
+  # Each stage scores twice, and once more at its end.
+  interrupt = small_run.interrupting(evaluation.evaluate, 8)
   monkeypatch.setattr(evaluation, 'evaluate', interrupt)
   with pytest.raises(KeyboardInterrupt):
     experiment.train(small_run.make_config(), workdir)
