@@ -202,11 +202,8 @@ def _check_given(stage):
   """Tries a teacher from elsewhere on images of the size that is scored, and
   one whose results can be compared on some that are real.
   """
-  teacher, config, val = (
-    stage.teacher,
-    stage.config,
-    stage.dataset.splits['val'],
-  )
+  teacher, config = stage.teacher, stage.config
+  val = stage.dataset.splits['val']
   seen = predictor.seen_size(val.size(0), config.eval)
   inputs = {'variables': teacher.variables, 'rng': None}
   networks.checked_outputs(teacher, len(teacher.class_names), seen, **inputs)
