@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from attnfd_jax import user_cache
 from attnfd_jax.data import masks
-from attnfd_jax.devices import diagnosis
+from attnfd_jax.devices import diagnosis, processes
 from attnfd_jax.errors import InputError
 from attnfd_jax.progress import write
 from attnfd_jax.training.stopping import Stopped
@@ -120,6 +120,27 @@ def define_config():
     config_flags.register_flag_parser_for_type(kind, _OrNone(parser))
   text, values = 'configs/NAME.py[:VARIANT]', flags.FLAGS
   config_flags.DEFINE_config_file('config', None, text, flag_values=values)
+
+
+def define_processes():
+  """Defines the flags of `join_processes`, of commands that train."""
+  text = 'GPUs repeat their bits; slower.'
+  flags.DEFINE_bool('deterministic', False, text)
+  text = 'HOST:PORT of process 0 of several.'
+  flags.DEFINE_string('coordinator', None, text)
+  flags.DEFINE_integer('num_processes', None, 'Of the job; 1 is always alone.')
+  flags.DEFINE_integer('process_id', None, 'Of this process, from 0.')
+
+
+def join_processes():
+  """Makes this process a part of its job; only the first one prints."""
+  if flags.FLAGS.deterministic:  # XLA reads it when JAX is first used.
+    given = os.environ.get('XLA_FLAGS', '')
+    os.environ['XLA_FLAGS'] = f'{given} --xla_gpu_deterministic_ops=true'
+  place = ('coordinator', 'num_processes', 'process_id')
+  processes.initialise(**{name: flags.FLAGS[name].value for name in place})
+  if not processes.is_first():
+    sys.stdout = open(os.devnull, 'w')
 
 
 def own_flags():

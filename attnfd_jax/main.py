@@ -9,34 +9,22 @@ last step first; the exit codes are then 143 and 130, see docs/resuming.md. For
 several machines see docs/scaling.md.
 """
 
-import os
 import pathlib
-import sys
 
 from absl import flags
 
 from attnfd_jax import cli
-from attnfd_jax.devices import processes
 from attnfd_jax.training import experiment
 from attnfd_jax.training.stopping import Stop
 
 cli.define_config()
 flags.DEFINE_string('workdir', None, 'Folder or gs://...; else runs/NAME.')
-flags.DEFINE_bool('deterministic', False, 'GPUs repeat their bits; slower.')
-flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0 of several.')
-flags.DEFINE_integer('num_processes', None, 'Of the job; 1 is always alone.')
-flags.DEFINE_integer('process_id', None, 'Of this process, from 0.')
+cli.define_processes()
 
 
 def main():
   options = flags.FLAGS
-  if options.deterministic:  # XLA reads it when JAX is first used.
-    given = os.environ.get('XLA_FLAGS', '')
-    os.environ['XLA_FLAGS'] = f'{given} --xla_gpu_deterministic_ops=true'
-  place = ('coordinator', 'num_processes', 'process_id')
-  processes.initialise(**{name: options[name].value for name in place})
-  if not processes.is_first():
-    sys.stdout = open(os.devnull, 'w')
+  cli.join_processes()
   path, _, variant = options['config'].config_filename.partition(':')
   name = pathlib.Path(path).stem + (f'_{variant}' if variant else '')
   workdir = options.workdir or f'runs/{name}'

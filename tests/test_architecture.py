@@ -19,13 +19,14 @@ LEVELS = (
   {'exporting'},
   {'training'},
   {'benchmarks'},
+  {'comparison'},
 )
 COMMANDS = {
   *('main', 'evaluate', 'predict', 'report', 'convert', 'export'),
-  *('check_data', 'prepare_data', 'benchmark', 'doctor'),
+  *('check_data', 'prepare_data', 'benchmark', 'doctor', 'compare'),
 }
 # Where a config may be read; functions below take plain arguments.
-EDGES = {'benchmarks', 'training', *COMMANDS}
+EDGES = {'benchmarks', 'comparison', 'training', *COMMANDS}
 
 
 def name_of(path):

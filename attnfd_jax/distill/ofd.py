@@ -114,8 +114,7 @@ def _maps(student, teacher, tap):
       raise ValueError(
         f'The {role} has no map {tap!r}, only '
         f'{", ".join(side["features"]) or "none"}. OFD compares maps before a '
-        'ReLU: use network=deeplabv3plus with a ResNet or MobileNetV2, or '
-        'another method.'
+        'ReLU: use network=deeplabv3plus, or another method.'
       )
   if tap not in teacher.get('norms', {}):
     raise ValueError(

@@ -6,7 +6,7 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 
-from attnfd_jax.errors import InputError, known, within
+from attnfd_jax.errors import known, within
 from attnfd_jax.models import layers, resizing
 from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.efficientnet_lite import EfficientNetLite
@@ -118,8 +118,8 @@ class DeepLabV3Plus(nn.Module):
       has no ASPP dropout while distilling (aspp.py:86 against :111).
     update_norms_twice: MobileNetV2 only, see mobilenet_v2.py.
     dtype: compute type; parameters and statistics stay float32.
-    extra_taps: names of RAW_TAPS that are returned, too, see `__call__`. Of a
-      ResNet or MobileNetV2; parameters and other results stay the same.
+    extra_taps: names of RAW_TAPS that are returned, too, see `__call__`;
+      parameters and other results stay the same.
   """
 
   backbone: str
@@ -168,8 +168,8 @@ class DeepLabV3Plus(nn.Module):
         strides output_stride, output_stride and 4. The backbone map of a
         ResNet is tapped before its ReLU, the others after theirs.
       With `extra_taps` also, before its ReLU or ReLU6, 'layer1_raw' to
-      'layer4_raw', the raw sum of each stage of a ResNet, of MobileNetV2 the
-      expansions of blocks 4, 7 and 14 and the last map; 'aspp_raw' and
+      'layer4_raw', the raw sum of each stage of a ResNet, of MobileNetV2 and
+      EfficientNet-Lite three expansions and the last map; 'aspp_raw' and
       'decoder_raw'; and 'norms': {tap: {'scale', 'bias'}} of the last
       normalization before each.
     """
@@ -206,11 +206,6 @@ class DeepLabV3Plus(nn.Module):
       names.append('update_norms_twice')
     options = {name: getattr(self, name) for name in names}
     backbone = BACKBONES[self.backbone](**options, name='backbone')
-    if self.extra_taps and not getattr(backbone, 'has_raw_taps', False):
-      raise InputError(
-        f'{self.backbone} has no maps of extra_taps={self.extra_taps}; use a '
-        'ResNet or mobilenet_v2.'
-      )
     low_level, x = backbone(image, train=train, **keeping('backbone'))
     x = tapped('backbone', x)
     if backbone.relu_after_tap:

@@ -26,6 +26,9 @@ STAGES = (
   (6, 5, 192, 4, 2),
   (6, 3, 320, 1, 1),
 )
+# Stages whose first expansion OFD takes for a stage of a ResNet, at the stride
+# of the stage before, as in MobileNetV2.
+RAW_LAYERS = {3: 'layer1', 4: 'layer2', 6: 'layer3'}
 EPSILON = 1e-3  # Of the norms; PyTorch's default is 1e-5.
 # The weights expect (byte - 127) / 128, which also is what zeros of a border
 # are; images arrive by ImageNet's mean and deviation.
@@ -93,11 +96,14 @@ class Block(nn.Module):
   dtype: jnp.dtype | None = None
 
   @nn.compact
-  def __call__(self, x, *, train):
+  def __call__(self, x, *, train, keep=None):
     conv_norm = functools.partial(_conv_norm, train=train, dtype=self.dtype)
     hidden, y = self.expansion * x.shape[-1], x
     if self.expansion != 1:
-      y = nn.relu6(conv_norm(y, hidden, 1, name='expand'))
+      y = conv_norm(y, hidden, 1, name='expand')
+      if keep:
+        keep(y)
+      y = nn.relu6(y)
     form = {'dilation': self.dilation, 'depthwise': True, 'name': 'depthwise'}
     y = nn.relu6(conv_norm(y, hidden, self.size, self.strides, **form))
     y = conv_norm(y, self.features, 1, name='project')
@@ -126,8 +132,11 @@ class EfficientNetLite(nn.Module):
   epsilon = EPSILON
 
   @nn.compact
-  def __call__(self, x, *, train):
-    """[b, h, w, 3] -> low level [b, h/4, w/4, c], last map [b, h/s, w/s, c]."""
+  def __call__(self, x, *, train, keep=None):
+    """[b, h, w, 3] -> low level [b, h/4, w/4, c], last map [b, h/s, w/s, c].
+
+    `keep(name, map, norm)` is called as that of MobileNetV2.
+    """
     scale, shift = (
       layers.per_channel(np.array(values, x.dtype), x)
       for values in (IMAGE_SCALE, IMAGE_SHIFT)
@@ -135,13 +144,17 @@ class EfficientNetLite(nn.Module):
     stem = scaled(32, self.width_multiplier)
     form = {'train': train, 'dtype': self.dtype, 'name': 'stem'}
     x = nn.relu6(_conv_norm(x * scale + shift, stem, 3, 2, **form))
-    rows = block_table(self.depth, self.output_stride)
+    rows, before = block_table(self.depth, self.output_stride), None
     for index, (stage, expansion, size, channels, *form) in enumerate(rows):
       features = scaled(channels, self.width * self.width_multiplier)
-      block = Block(
-        expansion, size, features, *form, self.dtype, name=f'block{index}'
-      )
-      x = block(x, train=train)
+      name, kept = f'block{index}', {}
+      if keep and stage != before and stage in RAW_LAYERS:
+        norm = name, 'expand', 'bn'
+        kept['keep'] = functools.partial(keep, RAW_LAYERS[stage], norm=norm)
+      block = Block(expansion, size, features, *form, self.dtype, name=name)
+      x, before = block(x, train=train, **kept), stage
       if stage == 2:
         low_level = x
+    if keep:
+      keep('layer4', x, norm=(name, 'project', 'bn'))
     return low_level, x

@@ -85,7 +85,6 @@ class MobileNetV2(nn.Module):
   dtype: jnp.dtype | None = None
 
   relu_after_tap = False
-  has_raw_taps = True  # It can be called with `keep`.
 
   @nn.compact
   def __call__(self, x, *, train, keep=None):

@@ -68,7 +68,6 @@ class ResNet(nn.Module):
   dtype: jnp.dtype | None = None
 
   relu_after_tap = True  # In the network that follows.
-  has_raw_taps = True  # It can be called with `keep`.
 
   @nn.compact
   def __call__(self, x, *, train, keep=None):

@@ -22,6 +22,10 @@ ROLES = {
   'student': Role('Student', '#E69F00', 'o'),
   'distill': Role('Distilled', '#009E73', 'D'),
 }
+# Of methods that are compared, beside the baseline; then the same, dashed.
+_METHOD_COLORS = ('#009E73', '#0072B2', '#D55E00', '#CC79A7', '#56B4E9')
+_METHOD_COLORS += ('#8C8C8C', '#8C564B')
+_DASHES = ('-', '--', ':')
 _LONGEST = 400  # Pixels of a side; the page enlarges smaller pictures.
 
 
@@ -44,14 +48,32 @@ def loss_chart(curves, role):
   return _line_chart(lines, ylabel='loss')
 
 
+def methods_chart(curves, xlabel):
+  """SVG text of title -> [2, n], steps or seconds, and mIoU as fractions; the
+  first is the baseline.
+  """
+  lines, colors = {}, [*_METHOD_COLORS]
+  for number, (title, (x, values)) in enumerate(curves.items()):
+    style_of = {'color': ROLES['student'].color, 'linewidth': 3}
+    if number:
+      dash = _DASHES[(number - 1) // len(colors) % len(_DASHES)]
+      style_of = {'color': colors[(number - 1) % len(colors)]}
+      style_of |= {'linestyle': dash, 'linewidth': 1.5}
+    lines[title] = (x, 100 * values, {'linestyle': '-'} | style_of)
+  return _line_chart(lines, ylabel='mIoU val, %', xlabel=xlabel)
+
+
 def _line(role, **options):
   return {'color': ROLES[role].color, 'linestyle': '-', **options}
 
 
 @style.context(pathlib.Path(__file__).with_name('charts.mplstyle'))
-def _line_chart(lines, *, ylabel):
+def _line_chart(lines, *, ylabel, xlabel='step'):
   """Inline SVG; `lines` has name -> (steps, values, options of Axes.plot)."""
-  axes = Figure(figsize=(5.2, 3.4)).subplots()
+  # Few long names fit side by side; a legend of many rows needs its height.
+  columns = max(1, min(3, 60 // max(map(len, lines))))
+  rows = -(-len(lines) // columns)
+  axes = Figure(figsize=(5.2, 3.2 + 0.2 * rows)).subplots()
   for name, (steps, values, options) in lines.items():
     axes.plot(_thin(steps), _thin(values), label=name, **options)
   values = np.concatenate([values for _, values, _ in lines.values()])
@@ -66,8 +88,8 @@ def _line_chart(lines, *, ylabel):
     axes.yaxis.set_minor_locator(ticker.NullLocator())
   axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
   axes.xaxis.set_major_formatter('{x:,.0f}')
-  axes.set(xlabel='step', ylabel=ylabel)
-  axes.legend(loc='lower left', bbox_to_anchor=(-0.02, 1), ncols=3)
+  axes.set(xlabel=xlabel, ylabel=ylabel)
+  axes.legend(loc='lower left', bbox_to_anchor=(-0.02, 1), ncols=columns)
   stream = io.StringIO()
   nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
   with warnings.catch_warnings():

@@ -18,7 +18,7 @@ _SCENES = 4  # Pictures are most of the bytes: fewer of each run of several.
 
 
 def write_report(workdirs, output):
-  """Writes one HTML page about run folders, in a folder that is made if needed.
+  """Writes one HTML page about run folders.
 
   An older page stays until it is whole. A run folder without a results.json is
   an InputError.
@@ -26,6 +26,22 @@ def write_report(workdirs, output):
   runs = [Run(workdir) for workdir in workdirs]
   _set_differences(runs)
   tested = any(r.get('test') for run in runs for r in run.results.values())
+  render(
+    'page.html',
+    output,
+    runs=runs,
+    groups=_groups(runs),
+    mean_results=_mean_results(runs),
+    splits=['val', 'test'] if tested else ['val'],
+    num_scenes=max(1, _SCENES // len(runs)),
+    to_json=json.dumps,
+  )
+
+
+def render(template, output, **values):
+  """Writes an HTML file of this folder's template, in a folder that is made if
+  needed.
+  """
   loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
   options = dict.fromkeys(('autoescape', 'trim_blocks', 'lstrip_blocks'), True)
   strict = jinja2.StrictUndefined
@@ -33,15 +49,8 @@ def write_report(workdirs, output):
   filters = (miou, gain, number, percent, pretrained)
   filters += (share_right, signed, spread)
   environment.filters |= {f.__name__: f for f in (*filters, logs.duration)}
-  text = environment.get_template('page.html').render(
-    runs=runs,
-    groups=_groups(runs),
-    mean_results=_mean_results(runs),
-    splits=['val', 'test'] if tested else ['val'],
-    num_scenes=max(1, _SCENES // len(runs)),
-    figures=figures,
-    signed=signed,
-    to_json=json.dumps,
+  text = environment.get_template(template).render(
+    figures=figures, signed=signed, **values
   )
   output = paths.as_path(output)
   output.parent.mkdir(parents=True, exist_ok=True)

@@ -38,8 +38,8 @@ class Run:
     self.difference = ''  # From the other runs of a page, which knows them.
     self.curves, pictures, self.class_names, command = {}, {}, [], []
     for stage in self.results:
-      self.curves[stage] = _read_curves(folder / stage / 'metrics.jsonl')
-      pictures[stage] = _read_pictures(folder / stage / 'pictures.npz')
+      self.curves[stage] = read_curves(folder / stage / 'metrics.jsonl')
+      pictures[stage] = read_pictures(folder / stage / 'pictures.npz')
       # JSON objects of results are sorted by name: their order says nothing.
       own = _read_json(folder / stage / 'config.json')
       self.class_names = own.get('class_names') or self.class_names
@@ -116,8 +116,10 @@ def _read_json(path):
     raise InputError(f'{path}: not JSON ({error}); restore the file.') from None
 
 
-def _read_curves(path):
-  """See Run.curves; a later line replaces its step."""
+def read_curves(path):
+  """kind -> name -> [2, n] of steps and values in a metrics.jsonl; a later line
+  replaces its step.
+  """
   curves = {}
   text = path.read_text(encoding='utf-8') if path.is_file() else ''
   for line in text.splitlines():
@@ -135,7 +137,8 @@ def _read_curves(path):
   }
 
 
-def _read_pictures(path):
+def read_pictures(path):
+  """The arrays of a stage's pictures.npz; {} if there is none, or damaged."""
   try:
     with np.load(io.BytesIO(path.read_bytes())) as arrays:
       return dict(arrays)

@@ -15,12 +15,16 @@ from attnfd_jax.errors import InputError
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+class InUse(InputError):
+  """Another process writes there."""
+
+
 @contextlib.contextmanager
 def locked(workdir):
   """Holds `workdir` for this process; the kernel lets go when it ends.
 
   The file stays: removing it would let two processes hold two files of one
-  name. At gs:// there are no locks. InputError if another process holds it.
+  name. At gs:// there are no locks. InUse if another process holds it.
   """
   if paths.is_remote(workdir):
     yield
@@ -29,7 +33,7 @@ def locked(workdir):
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise InputError(
+      raise InUse(
         f'{workdir} is in use by {_owner(file)}; wait, or change --workdir.'
       ) from None
     except OSError as error:

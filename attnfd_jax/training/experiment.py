@@ -40,7 +40,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def train(config, workdir, *, stop=None):
+def train(config, workdir, *, stop=None, teacher_scores=None):
   """Trains what is missing in a run, and writes its report.
 
   What `python -m attnfd_jax.main` does; finished stages are skipped.
@@ -49,6 +49,8 @@ def train(config, workdir, *, stop=None):
     config: as of config.default_config.
     workdir: folder of the run, or an address such as gs://bucket/run.
     stop: stopping.Stop of a command that listens to signals.
+    teacher_scores: of a given teacher on val, as of metrics.summarise, where
+      they are known: it is not scored again.
 
   Returns:
     {stage: its result.json}.
@@ -62,7 +64,7 @@ def train(config, workdir, *, stop=None):
   # So that scoring reads other files as training read these.
   config.data.update(dataset.settled)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
-  scores = check(config, dataset, mesh, workdir)
+  scores = check(config, dataset, mesh, workdir, teacher_scores)
   loggers.check(config.loggers)
   table, stop = {}, stop or Stop()
   with contextlib.ExitStack() as stack:
@@ -70,7 +72,7 @@ def train(config, workdir, *, stop=None):
     workdir.mkdir(parents=True, exist_ok=True)
     if processes.is_first():
       stack.enter_context(lock.locked(workdir))
-    _claim(workdir / 'config.json', config)
+    claim(workdir / 'config.json', config)
     sizes = ', '.join(f'{k} {len(v)}' for k, v in dataset.splits.items())
     line = f'{dataset.name}: {dataset.num_classes} classes, {sizes} images'
     place = f'{logs.device_name()}; writing to {workdir.name}/'
@@ -121,10 +123,11 @@ def _disk_errors(workdir):
     ) from error
 
 
-def check(config, dataset, mesh, workdir):
+def check(config, dataset, mesh, workdir, scores=None):
   """Refuses what is wrong with any stage before the first one begins.
 
-  Returns the scores on val of a given teacher, if distillation begins, or None.
+  Returns the scores on val of a given teacher, if distillation begins, or None;
+  `scores`, where they are known.
   """
   devices, parts = mesh.shape['data'], config.optim.accumulate
   if config.batch_size % (devices * parts):
@@ -172,8 +175,9 @@ def check(config, dataset, mesh, workdir):
     stage.make_optimizer()
   if stage.teacher and given:  # Last, for it computes.
     _check_given(stage)
-    write(f'scoring the teacher {given} on val ...')
-    scores = _score(stage)
+    if scores is None:
+      write(f'scoring the teacher {given} on val ...')
+      scores = _score(stage)
     _require_score(config, scores['miou'])
     return scores
   if 'distill' in config.stages and not given:
@@ -242,8 +246,10 @@ def _check_own_teacher(config, workdir):
     )
 
 
-def _claim(path, config):
-  """Writes the config, or refuses a folder that was begun with another."""
+def claim(path, config, *, harmless=HARMLESS):
+  """Writes the config, or refuses a folder that was begun with another; keys
+  that are `harmless` may differ.
+  """
   ours = json.loads(config.to_json_best_effort())
   new = dict(leaves(ours))
   try:
@@ -256,7 +262,7 @@ def _claim(path, config):
   changed = [
     f'{key}: {old.get(key)} -> {new.get(key)}'
     for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key) and key not in HARMLESS
+    if old.get(key) != new.get(key) and key not in harmless
   ]
   if changed:
     raise InputError(

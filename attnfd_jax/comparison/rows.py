@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a comparison: a method, and what differs from the config."""
+
+import ast
+import dataclasses
+import hashlib
+import itertools
+import re
+
+from ml_collections import ConfigDict
+
+from attnfd_jax import distill, user_code
+from attnfd_jax.config import leaves, resolve
+from attnfd_jax.errors import InputError
+
+BASELINE = ''  # As a method: labels alone.
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A method with settings, ((key of the config, value), ...)."""
+
+  method: str
+  settings: tuple = ()
+
+  @property
+  def name(self):
+    """'attnfd,weight=0.3'; 'student' without a method."""
+    return ','.join([self.method or 'student', *self._shortened()])
+
+  @property
+  def title(self):
+    """'AttnFD (weight=0.3)', as people read it."""
+    if not self.method:
+      return 'Baseline'
+    settings = ', '.join(self._shortened())
+    title = distill.title(self.method)
+    return f'{title} ({settings})' if settings else title
+
+  def _shortened(self):
+    """'weight=0.3' of 'distill.attnfd.weight', whose method is known; of a sum
+    'attnfd.weight=0.3'.
+    """
+    parts = 2 if '+' in self.method else 1
+    for key, value in self.settings:
+      yield f'{".".join(key.split(".")[1:][-parts:])}={value}'
+
+  @property
+  def folder(self):
+    """Its name, as a file system can hold it."""
+    safe = re.sub(r'[^\w.,=+-]', '_', self.name)[:80]
+    if safe == self.name:
+      return safe
+    return f'{safe}-{hashlib.sha256(self.name.encode()).hexdigest()[:6]}'
+
+  @property
+  def stage(self):
+    """Of a run, the stage that trains this row's student."""
+    return 'distill' if self.method else 'student'
+
+  def configured(self, config, *, teacher='', **others):
+    """A resolved copy of `config` for this row's stage alone.
+
+    `teacher` is the folder of a stage, if the config gives none; `others` are
+    further keys.
+    """
+    config = config.copy_and_resolve_references()
+    if not user_code.is_code(self.method):
+      config.distill.options = ConfigDict()  # Those of another row's class.
+    changes = {'stages': (self.stage,), **others}
+    if self.method:
+      changes |= {'distill.method': self.method, **dict(self.settings)}
+      if teacher:
+        changes['teacher.checkpoint'] = teacher
+        # What this comparison trained is the code of its config.
+        if user_code.is_code(config.teacher.network):
+          changes['teacher.allow_code'] = True
+    return resolve(_updated(config, changes))
+
+  def flags(self, **others):
+    """Of `main`, to repeat the row beside the flags of the config."""
+    values = {'stages': repr((self.stage,)), **others}
+    if self.method:
+      values |= {'distill.method': self.method, **dict(self.settings)}
+    return [f'--config.{key}={value}' for key, value in values.items()]
+
+
+def _updated(config, changes):
+  for key, value in changes.items():
+    try:
+      config.update_from_flattened_dict({key: value})
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+      text = str(error).splitlines()[0]
+      raise InputError(f'config.{key}={value!r}: {text}') from error
+  return config
+
+
+def parse_settings(flag, texts):
+  """{key: values} of 'distill.attnfd.weight:0.3,1,3' and others of a flag."""
+  found = {}
+  for text in texts:
+    key, colon, values = text.partition(':')
+    if not colon or not values or not key.startswith('distill.'):
+      raise InputError(
+        f'--{flag}={text}: expected distill.KEY:VALUE,VALUE, such as '
+        'distill.attnfd.weight:0.3,1,3.'
+      )
+    try:
+      parsed = list(ast.literal_eval(f'[{values}]'))
+    except (ValueError, SyntaxError):
+      parsed = values.split(',')
+    if key in found:
+      raise InputError(f'--{flag}: {key} is given twice; join its values.')
+    found[key] = parsed
+  return found
+
+
+def _concerns(key, method):
+  """Whether a key is of one of the methods, or of all of them."""
+  group = key.split('.')[1]
+  if group == 'options':
+    return user_code.is_code(method)
+  return group not in distill.METHODS or group in method.split('+')
+
+
+def make_rows(method, settings):
+  """A Row for each combination of those `settings` that concern the method."""
+  own = {k: values for k, values in settings.items() if _concerns(k, method)}
+  combinations = itertools.product(*own.values())
+  return [Row(method, tuple(zip(own, x, strict=True))) for x in combinations]
+
+
+def check(config, methods, settings):
+  """InputError for unknown methods, settings of none of them, wrong values."""
+  repeated = {x for x in methods if methods.count(x) > 1}
+  if repeated or not methods:
+    what = f'{min(repeated)} twice' if repeated else 'nothing'
+    raise InputError(f'--methods names {what}; give names such as attnfd,kd.')
+  known = leaves(config)
+  for flag, found in settings.items():
+    for key in found:
+      if key not in known:
+        raise InputError(f'--{flag}: the config has no key {key}.')
+      if not any(_concerns(key, method) for method in methods):
+        raise InputError(f'--{flag}: {key} is of none of --methods.')
+  if both := set(settings['tune']) & set(settings['vary']):
+    raise InputError(f'{min(both)} is in --tune and in --vary; choose one.')
+  every = {k: v for found in settings.values() for k, v in found.items()}
+  for method in methods:
+    for row in make_rows(method, every):
+      options = row.configured(config).distill
+      distill.make_distiller(method, options, options=options.options)
