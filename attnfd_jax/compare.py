@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""One student under several methods, from one teacher: which one pays?
 
-  python -m attnfd_jax.compare --config=configs/camvid.py:cpu_imagenet \
+  python -m attnfd_jax.compare --config=configs/camvid.py \
     --methods=attnfd,kd,cwd --seeds=0,1,2 --workdir=runs/compare \
     [--equal=steps|seconds] [--tune=distill.attnfd.weight:0.3,1,3] \
     [--vary=distill.attnfd.norm_scope:batch,pixel]
@@ -26,17 +26,6 @@ from attnfd_jax.devices import processes
 from attnfd_jax.errors import InputError
 from attnfd_jax.reporting import comparison_page
 from attnfd_jax.training.stopping import Stop
-
-cli.define_config()
-flags.DEFINE_string('workdir', None, 'Folder of the comparison.')
-flags.DEFINE_list('methods', None, 'Names or sums, such as attnfd,kd,kd+cwd.')
-flags.DEFINE_list('seeds', ['0'], 'Of the students, such as 0,1,2.')
-flags.DEFINE_string('equal', 'steps', 'steps or seconds.')
-flags.DEFINE_float('seconds_factor', 1.0, "Times the baseline's seconds.")
-flags.DEFINE_multi_string('tune', [], 'distill.KEY:VALUE,VALUE; best on val.')
-flags.DEFINE_multi_string('vary', [], 'distill.KEY:VALUE,VALUE; a row each.')
-flags.DEFINE_integer('tune_seed', 1000, 'Of --tune; none of --seeds.')
-cli.define_processes()
 
 
 def main():
@@ -75,4 +64,14 @@ def _main_command(argv):
 
 
 if __name__ == '__main__':
+  cli.define_config()
+  flags.DEFINE_string('workdir', None, 'Folder of the comparison.')
+  flags.DEFINE_list('methods', None, 'Names or sums, such as attnfd,kd,kd+cwd.')
+  flags.DEFINE_list('seeds', ['0'], 'Of the students, such as 0,1,2.')
+  flags.DEFINE_string('equal', 'steps', 'steps or seconds.')
+  flags.DEFINE_float('seconds_factor', 1.0, "Times the baseline's seconds.")
+  flags.DEFINE_multi_string('tune', [], 'distill.KEY:VALUE,VALUE; best on val.')
+  flags.DEFINE_multi_string('vary', [], 'distill.KEY:VALUE,VALUE; a row each.')
+  flags.DEFINE_integer('tune_seed', 1000, 'Of --tune; none of --seeds.')
+  cli.define_processes()
   cli.run(main, required=['config', 'methods', 'workdir'])

@@ -159,10 +159,12 @@ def adapted(command):
   verb, *arguments = shlex.split(command.removeprefix(OURS))
   given = {argument.split('=')[0] for argument in arguments}
   small = list(SMALL.get(verb, ()))
-  if verb == 'main':
+  if verb in ('main', 'compare'):
     small += TINY
     config = next(x for x in arguments if x.startswith('--config='))
-    if '--config.stages' not in given:
+    if verb == 'compare':
+      small += ['--seeds=0', '--config.teacher.checkpoint=runs/a/teacher']
+    elif '--config.stages' not in given:
       # Of classes that the teacher in `reader` knows; else one stage will do.
       stage = 'distill' if 'camvid' in config else 'student'
       small.append(f'--config.stages=({stage!r},)')
