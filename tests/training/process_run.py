@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Config of a tiny run, and `main` with small networks, for test_processes."""
 
+import runpy
+
 import flax.linen as nn
 import tiny_run
 
-from attnfd_jax import cli, main
 from attnfd_jax.models import layers, resizing
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import DeepLabV3Plus
@@ -53,4 +54,4 @@ def get_config(arg=None):
 
 
 if __name__ == '__main__':
-  cli.run(main.main)
+  runpy.run_module('attnfd_jax.main', run_name='__main__')
