@@ -16,6 +16,8 @@ of training. --tune chooses on val, with --tune_seed, which no row uses; --vary
 makes a row of each value. See docs/comparing.md.
 """
 
+import itertools
+import re
 import sys
 
 from absl import flags
@@ -59,8 +61,13 @@ def _numbers(texts):
 
 
 def _main_command(argv):
-  given = [x for x in argv[1:] if x.lstrip('-').startswith('config')]
-  return ['python', '-m', 'attnfd_jax.main', *given]
+  found = ['python', '-m', 'attnfd_jax.main']
+  for argument, following in itertools.pairwise([*argv[1:], '']):
+    if re.match('--?config', argument):
+      found.append(argument)
+      if '=' not in argument and not following.startswith('-'):
+        found.append(following)  # --config FILE
+  return found
 
 
 if __name__ == '__main__':

@@ -8,58 +8,107 @@ import jax
 import optax
 
 from attnfd_jax.benchmarks.train import program_memory
-from attnfd_jax.devices import processes
+from attnfd_jax.devices import memory, processes
+from attnfd_jax.errors import InputError
+from attnfd_jax.runs import logs
 
 _STEPS = 10  # The first two are warm-up.
 
 
-def measure(stage, baseline, *, steps=_STEPS):
+def measure(stage, baseline):
   """Seconds of a step, also of the baseline at the same time; memory; size.
 
-  Both stages train on the same batches, as they come from the pipeline, one
-  step after the other: what else the machine does slows both. Returns
-  {'step_seconds', 'baseline_step_seconds', 'memory_bytes', 'method_params'},
-  in all processes of a job what the first one measured. `stage` may be the
-  baseline itself.
+  Both stages train on one batch, a step of one after a step of the other: what
+  else the machine does slows both. What the pipeline takes for a batch is added
+  on a CPU, whose cores it shares; elsewhere the slower of the two counts.
+
+  Returns {'step_seconds', 'baseline_step_seconds', 'data_seconds',
+  'memory_bytes', 'method_params', 'device'}, in all processes of a job what the
+  first one measured. `stage` may be the baseline itself.
   """
-  batches = iter(baseline.make_batches(0))
-  alone = stage is baseline
-  trainers = [_Trainer(x) for x in ([stage] if alone else [stage, baseline])]
-  for _ in range(steps):
-    for trainer in trainers:
-      trainer.step(batches)
-  seconds = [statistics.median(x.times[2:]) for x in trainers]
+  data_seconds = _data_seconds(baseline)
+  stages = [stage] if stage is baseline else [stage, baseline]
+  config = stage.config
+  parts = {'devices': stage.mesh.shape['data']}
+  parts['accumulate'] = config.optim.accumulate
+  with memory.explained(config.batch_size, **parts):
+    try:
+      trainers = _in_turn(stages)
+    except jax.errors.JaxRuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error) or len(stages) == 1:
+        raise
+      trainers = [_in_turn([x])[0] for x in stages]  # One fits, not both.
+  on_cpu = stage.mesh.devices.flat[0].platform == 'cpu'
+  seconds = [
+    x.seconds + data_seconds if on_cpu else max(x.seconds, data_seconds)
+    for x in trainers
+  ]
   return processes.from_first(
     {
       'step_seconds': seconds[0],
       'baseline_step_seconds': seconds[-1],
+      'data_seconds': data_seconds,
       'memory_bytes': trainers[0].memory,
       'method_params': trainers[0].method_params,
+      'device': logs.device_name(),
     }
   )
 
 
+def _data_seconds(stage, batches=8):
+  """Seconds of a batch from the pipeline, once nothing is read ahead."""
+  options = stage.config.data
+  # What the pipeline holds, and fills while nobody asks; see data/pipeline.py.
+  ahead = max(options.threads, 2) + 2 * options.workers + 4
+  for _ in range(2):  # The first time fills caches, as a run's first epoch.
+    source = iter(stage.make_batches(0))
+    for _ in range(ahead):
+      next(source)
+    start = time.perf_counter()
+    for _ in range(batches):
+      next(source)
+    seconds = (time.perf_counter() - start) / batches
+  return seconds
+
+
+def _in_turn(stages):
+  batch = next(iter(stages[-1].make_batches(0)))
+  trainers = [_Trainer(stage, batch) for stage in stages]
+  for _ in range(_STEPS):
+    for trainer in trainers:
+      trainer.step()
+  for trainer in trainers:
+    trainer.release()
+  return trainers
+
+
 class _Trainer:
-  """A stage that trains from its start, and the seconds of its steps."""
+  """A stage that trains on one batch from its start, with a stopwatch."""
 
-  def __init__(self, stage):
+  def __init__(self, stage, batch):
     self._state = stage.init_state(log=lambda line: None)
-    self.method_params = optax.tree.size(
-      self._state.params.get('distiller', {})
-    )
-    self._fixed = stage.teacher.variables if stage.teacher else {}
-    self._rng, self._train_step = stage.rng, stage.make_train_step()
-    self._compiled, self.memory, self.times = None, None, []
+    own = self._state.params.get('distiller', {})
+    self.method_params = optax.tree.size(own)
+    variables = stage.teacher.variables if stage.teacher else {}
+    self._fixed = variables, batch, stage.rng
+    train_step = stage.make_train_step()
+    self._step = train_step.lower(self._state, *self._fixed).compile()
+    self.memory, self._times = program_memory(self._step), []
 
-  def step(self, batches):
+  def step(self):
     start = time.perf_counter()
-    batch = next(batches)
-    waited = time.perf_counter() - start
-    inputs = self._state, self._fixed, batch, self._rng
-    if self._compiled is None:
-      self._compiled = self._train_step.lower(*inputs).compile()
-      self.memory = program_memory(self._compiled)
-    start = time.perf_counter()
-    self._state, metrics = self._compiled(*inputs)
+    self._state, metrics = self._step(self._state, *self._fixed)
     jax.block_until_ready((self._state, metrics))
-    self.times.append(waited + time.perf_counter() - start)
+    self._times.append(time.perf_counter() - start)
+    if not jax.numpy.isfinite(metrics['loss']):
+      raise InputError(
+        f'The loss is not finite after {len(self._times)} steps of one batch.'
+      )
+
+  @property
+  def seconds(self):
+    return statistics.median(self._times[2:])
+
+  def release(self):
+    """Lets go of what is on the devices."""
+    self._state = self._step = self._fixed = None

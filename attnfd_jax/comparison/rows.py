@@ -14,6 +14,8 @@ from attnfd_jax.config import leaves, resolve
 from attnfd_jax.errors import InputError
 
 BASELINE = ''  # As a method: labels alone.
+# Keys of the group distill that the baseline would need, too.
+_OF_ALL_ROWS = ('distill.method', 'distill.ce_batch_division')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,46 +60,48 @@ class Row:
     """Of a run, the stage that trains this row's student."""
     return 'distill' if self.method else 'student'
 
-  def configured(self, config, *, teacher='', **others):
+  def configured(self, config, *, teacher='', changes=None):
     """A resolved copy of `config` for this row's stage alone.
 
-    `teacher` is the folder of a stage, if the config gives none; `others` are
+    `teacher` is the folder of a stage, if the config gives none; `changes` are
     further keys.
     """
     config = config.copy_and_resolve_references()
     if not user_code.is_code(self.method):
       config.distill.options = ConfigDict()  # Those of another row's class.
-    changes = {'stages': (self.stage,), **others}
+    own = {'stages': (self.stage,)}
     if self.method:
-      changes |= {'distill.method': self.method, **dict(self.settings)}
-      if teacher:
-        changes['teacher.checkpoint'] = teacher
-        # What this comparison trained is the code of its config.
-        if user_code.is_code(config.teacher.network):
-          changes['teacher.allow_code'] = True
-    return resolve(_updated(config, changes))
+      own |= {'distill.method': self.method, **dict(self.settings)}
+    if self.method and teacher:
+      own['teacher.checkpoint'] = teacher
+      # What this comparison trained is the code of its config.
+      if user_code.is_code(config.teacher.network):
+        own['teacher.allow_code'] = True
+    for key, value in (own | (changes or {})).items():
+      _set(config, key, value)
+    return resolve(config)
 
-  def flags(self, **others):
+  def flags(self, changes):
     """Of `main`, to repeat the row beside the flags of the config."""
-    values = {'stages': repr((self.stage,)), **others}
+    values = {'stages': repr((self.stage,)), **changes}
     if self.method:
       values |= {'distill.method': self.method, **dict(self.settings)}
     return [f'--config.{key}={value}' for key, value in values.items()]
 
 
-def _updated(config, changes):
-  for key, value in changes.items():
-    try:
-      config.update_from_flattened_dict({key: value})
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-      text = str(error).splitlines()[0]
-      raise InputError(f'config.{key}={value!r}: {text}') from error
-  return config
+def _set(config, key, value):
+  """Sets a key, and returns the value as the config's type has it."""
+  try:
+    config.update_from_flattened_dict({key: value})
+  except (TypeError, ValueError, KeyError, AttributeError) as error:
+    text = str(error).splitlines()[0]
+    raise InputError(f'config.{key}={value!r}: {text}') from error
+  return leaves(config)[key]
 
 
-def parse_settings(flag, texts):
+def parse_settings(flag, texts, config):
   """{key: values} of 'distill.attnfd.weight:0.3,1,3' and others of a flag."""
-  found = {}
+  found, known = {}, leaves(config)
   for text in texts:
     key, colon, values = text.partition(':')
     if not colon or not values or not key.startswith('distill.'):
@@ -105,13 +109,24 @@ def parse_settings(flag, texts):
         f'--{flag}={text}: expected distill.KEY:VALUE,VALUE, such as '
         'distill.attnfd.weight:0.3,1,3.'
       )
-    try:
-      parsed = list(ast.literal_eval(f'[{values}]'))
-    except (ValueError, SyntaxError):
-      parsed = values.split(',')
     if key in found:
       raise InputError(f'--{flag}: {key} is given twice; join its values.')
-    found[key] = parsed
+    if key not in known:
+      raise InputError(f'--{flag}: the config has no key {key}.')
+    if key in _OF_ALL_ROWS:
+      raise InputError(
+        f'--{flag}: {key} is not a setting of a method; set it for all rows.'
+      )
+    try:
+      parsed = ast.literal_eval(f'[{values}]')
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+      parsed = values.split(',')
+    parsed = [tuple(x) if isinstance(x, list) else x for x in parsed]
+    copy = config.copy_and_resolve_references()
+    # 1 and 1.0 are one value, in whatever way they are written.
+    found[key] = [_set(copy, key, x) for x in parsed]
+    if len({*map(repr, found[key])}) < len(found[key]):
+      raise InputError(f'--{flag}={text}: one of the values is there twice.')
   return found
 
 
@@ -136,11 +151,8 @@ def check(config, methods, settings):
   if repeated or not methods:
     what = f'{min(repeated)} twice' if repeated else 'nothing'
     raise InputError(f'--methods names {what}; give names such as attnfd,kd.')
-  known = leaves(config)
   for flag, found in settings.items():
     for key in found:
-      if key not in known:
-        raise InputError(f'--{flag}: the config has no key {key}.')
       if not any(_concerns(key, method) for method in methods):
         raise InputError(f'--{flag}: {key} is of none of --methods.')
   if both := set(settings['tune']) & set(settings['vary']):

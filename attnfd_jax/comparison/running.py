@@ -6,32 +6,38 @@
     teacher/              a run with the stage `teacher`, if none is given
     student/seed0/        the baseline
     steps/attnfd/seed0/   a row's run; seconds/ with --equal=seconds
-    tuning/steps/...      candidates of --tune
+    tuning/steps/...      candidates of --tune, and what was chosen
 
 Each is a run's folder as of `main`, beside a row.json with the row's cost. What
 is finished is skipped, so that a comparison resumes, grows by methods and
 seeds, and is shared by several commands.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import time
 import traceback
 
-from attnfd_jax import paths
+import jax
+
+from attnfd_jax import paths, user_code
 from attnfd_jax.comparison import cost, rows, table
 from attnfd_jax.comparison.rows import BASELINE, Row
 from attnfd_jax.config import resolve
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import processes, sharding
-from attnfd_jax.errors import first_line, InputError, one_of, within
+from attnfd_jax.errors import DataError, first_line, InputError, one_of, within
 from attnfd_jax.runs import lock, logs
 from attnfd_jax.training import experiment
 from attnfd_jax.training.stage import make_stage
 from attnfd_jax.training.stopping import Stop
 
 _POLL_SECONDS = 5
+# Of a single run: the folder may have moved, with its teacher; the method is
+# that of the row, whatever the config says.
+_HARMLESS = (*experiment.HARMLESS, 'distill.method', 'teacher.checkpoint')
 
 
 def compare(
@@ -71,8 +77,8 @@ def compare(
   within('--seconds_factor', seconds_factor, 1e-3, 1e3)
   config, workdir = resolve(config), paths.as_path(workdir)
   settings = {
-    'tune': rows.parse_settings('tune', tune),
-    'vary': rows.parse_settings('vary', vary),
+    'tune': rows.parse_settings('tune', tune, config),
+    'vary': rows.parse_settings('vary', vary, config),
   }
   rows.check(config, methods, settings)
   _check_seeds(seeds, tune_seed, tuned=bool(tune))
@@ -83,8 +89,9 @@ def compare(
 def _check_seeds(seeds, tune_seed, *, tuned):
   if not seeds or len({*seeds}) < len(seeds):
     raise InputError(f'--seeds={seeds}: give different numbers, as 0,1,2.')
-  for seed in (*seeds, tune_seed):
+  for seed in seeds:
     within('--seeds', seed, 0, 2**31 - 1)
+  within('--tune_seed', tune_seed, 0, 2**31 - 1)
   if tuned and tune_seed in seeds:
     raise InputError(
       f'--tune_seed={tune_seed} is one of --seeds, and would score what it '
@@ -120,40 +127,36 @@ class _Runner:
     self.config, self.workdir, self.equal = config, workdir, equal
     self.factor, self.command, self.stop = factor, command, stop or Stop()
     self.given = config.teacher.checkpoint or config.teacher.factory
-    self.jobs, self.pace = [], 1.0
-    self.failed = {}  # Folders of rows to their facts; a restart tries again.
+    self.failed = {}  # Rows' folders and runs to facts; a restart tries again.
+    self.pace = 1.0  # Of whole runs, over that of their steps.
 
   def run(self, methods, seeds, settings, tune_seed):
-    self.workdir.mkdir(parents=True, exist_ok=True)
-    harmless = (*experiment.HARMLESS, 'distill.method')
-    experiment.claim(
-      self.workdir / 'config.json', self.config, harmless=harmless
-    )
-    self._train_teacher()
+    groups = [g for m in methods for g in self._groups(m, settings)]
+    self._begin([row for group in groups for row in group])
     folder = self.workdir / 'student'
     baselines = [_Job(Row(BASELINE), seed, folder) for seed in seeds]
     candidates = [
       self._job(row, tune_seed, tuning=True)
-      for method in methods
-      for group in self._groups(method, settings)
+      for group in groups
       for row in (group if len(group) > 1 else ())
     ]
-    groups = [g for m in methods for g in self._groups(m, settings)]
     count = len(baselines) + len(candidates) + len(groups) * len(seeds)
+    first = 'the teacher, then ' if not self.given else ''
     self._say(
-      f'{len(methods)} methods, {len(groups)} rows, seeds '
-      f'{", ".join(map(str, seeds))}: {count} runs beside the teacher'
+      f'{first}{count} runs: baseline and {len(groups)} rows, seeds '
+      f'{", ".join(map(str, seeds))}'
     )
+    self._train_teacher()
+    self._measure([*baselines[:1], *candidates])
     # As far as it is known: the rows after tuning are as long as others.
-    self.jobs = [*baselines, *candidates]
-    self.jobs += [self._job(g[0], s) for s in seeds for g in groups]
-    self._work(baselines)
-    self._work(candidates)
+    planned = [self._job(g[0], seed) for seed in seeds for g in groups]
+    if candidates:
+      self._work([*baselines, *candidates], planned)
     chosen = [self._best(group, tune_seed) for group in groups]
     # A seed of all rows before the next seed: a table is there early.
-    final = [self._job(row, seed) for seed in seeds for row in chosen]
-    self.jobs = [*baselines, *candidates, *final]
-    self._work(final)
+    final = [self._job(row, seed) for seed in seeds for row in chosen if row]
+    self._measure(final)
+    self._work([*baselines, *final])
     found = self._write()
     if not any(job.result.exists() for job in final):
       raise InputError(f'No method finished; see {self.workdir}/compare.md.')
@@ -171,16 +174,71 @@ class _Runner:
     changes = (('eval.test_split', ''),) if tuning else ()
     return _Job(row, seed, place / self.equal / row.folder, changes)
 
+  def _begin(self, every_row):
+    """Claims the folder; refuses one that was begun with something else."""
+    self.workdir.mkdir(parents=True, exist_ok=True)
+    with self._holding(self.workdir, wait=True):
+      harmless = (*experiment.HARMLESS, 'distill.method')
+      path = self.workdir / 'config.json'
+      experiment.claim(path, self.config, harmless=harmless)
+      for path in self.workdir.glob('seconds/*/row.json'):
+        factor = json.loads(path.read_text()).get('seconds_factor')
+        if factor and self.equal == 'seconds' and factor != self.factor:
+          raise InputError(
+            f'{path.parent} was begun with --seconds_factor={factor:g}; use '
+            'that, or another --workdir.'
+          )
+      # Rows of one table use the same files of the user's.
+      path = self.workdir / 'code.json'
+      known = json.loads(path.read_text()) if path.exists() else {}
+      for row in every_row:
+        code = row.configured(self.config)
+        if user_code.specs(code) and processes.is_first():
+          known |= user_code.store(self.workdir, code, known)
+          logs.write_json(path, known)
+
+  @contextlib.contextmanager
+  def _holding(self, folder, *, name='.lock', wait=False):
+    """The lock of a folder, for all processes of a job or, InUse, for none."""
+    with contextlib.ExitStack() as stack:
+      reason = ''
+      if processes.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+          stack.enter_context(lock.locked(folder, name=name, wait=wait))
+        except lock.InUse as error:
+          reason = str(error)
+      if reason := processes.from_first(reason):
+        raise lock.InUse(reason)
+      yield
+
   def _best(self, group, seed):
-    """The row of a group with the highest mIoU on val, the first of equals."""
+    """The row of a group with the highest mIoU on val, the first of equals; or
+    None if none has one. It is chosen once, and written down.
+    """
     if len(group) == 1:
       return group[0]
-    scores = {}
-    for row in group:
-      result = self._job(row, seed, tuning=True).result
-      if result.exists():
-        scores[row] = json.loads(result.read_text())['miou'] or 0.0
-    best = max(scores, key=scores.get, default=group[0])
+    jobs = [self._job(row, seed, tuning=True) for row in group]
+    key = Row(group[0].method, group[0].settings).folder
+    path = self.workdir / 'tuning' / self.equal / f'{key}-seed{seed}.json'
+    names = [row.name for row in group]
+    with self._holding(self.workdir, wait=True):
+      found = json.loads(path.read_text()) if path.exists() else {}
+      if found.get('candidates') != names:
+        scores = {
+          job.row.name: json.loads(job.result.read_text())['miou'] or 0.0
+          for job in jobs
+          if job.result.exists()
+        }
+        best = max(scores, key=scores.get, default=None)
+        found = {'candidates': names, 'scores': scores, 'chosen': best}
+        if best:
+          logs.write_json(path, found)
+      found = processes.from_first(found)
+    if not found['chosen']:
+      self._say(f'no candidate of {group[0].title} finished')
+      return None
+    best = group[names.index(found['chosen'])]
     self._say(f'chosen on val with seed {seed}: {best.title}')
     return best
 
@@ -197,134 +255,166 @@ class _Runner:
       return
     config = self.config.copy_and_resolve_references()
     config.stages = ('teacher',)
+
+    def attempt():
+      with self._holding(self.workdir / 'teacher', name='.compare'):
+        experiment.train(
+          config, self.workdir / 'teacher', stop=self.stop, harmless=_HARMLESS
+        )
+
+    self._until_done([attempt], 'another command trains the teacher')
+
+  def _until_done(self, attempts, text):
+    """Calls each until it is not InUse; the others go first."""
     waiting = False
-    while True:
-      try:
-        experiment.train(config, self.workdir / 'teacher', stop=self.stop)
-        return
-      except lock.InUse as error:
-        waiting = self._wait(error, waiting)
+    while attempts:
+      busy = []
+      for attempt in attempts:
+        try:
+          attempt()
+        except lock.InUse:
+          busy.append(attempt)
+      if len(busy) == len(attempts):
+        if not waiting:
+          self._say(f'waiting: {text}')
+        waiting = True
+        time.sleep(_POLL_SECONDS)
+      attempts = busy
 
-  def _wait(self, reason, waiting):
-    if not waiting:
-      self._say(f'waiting: {reason}')
-    time.sleep(_POLL_SECONDS)
-    return True
+  def _measure(self, jobs):
+    """Writes the row.json of each row: the plan is known before the runs."""
+    unique = {job.folder: job for job in jobs}.values()
+    self._until_done(
+      [functools.partial(self._facts, job) for job in unique],
+      'another command measures the rows',
+    )
 
-  def _work(self, jobs):
+  def _work(self, jobs, later=()):
     """Returns when all jobs are done, here or by another command."""
-    waiting = False
-    while jobs:
-      busy = [job for job in jobs if not self._attempt(job)]
-      if len(busy) == len(jobs):
-        what = ', '.join(map(str, busy))
-        waiting = self._wait(f'another command trains {what}', waiting)
-      jobs = busy
+    every = [*jobs, *later]
+    self._until_done(
+      [functools.partial(self._do, job, every) for job in jobs],
+      'another command trains the rest',
+    )
 
-  def _attempt(self, job):
-    """Whether a job is done, also if it failed; not so if it is another's."""
-    if processes.from_first(job.result.exists()):
-      return True
-    try:
+  def _done(self, job):
+    failed = job.folder in self.failed or job.directory in self.failed
+    return failed or processes.from_first(job.result.exists())
+
+  def _do(self, job, every):
+    """Trains a job; InUse if another command does."""
+    if self._done(job):
+      return
+    with self._holding(job.folder, name=f'.seed{job.seed}'):
+      if self._done(job):
+        return
       facts = self._facts(job)
       if 'failed' in facts:
-        return True
-      unfinished = sum(not x.result.exists() for x in self.jobs)
-      number = len(self.jobs) - unfinished + 1
-      left = f'about {logs.duration(self._seconds_left())} left'
-      self._say(f'run {number} of {len(self.jobs)}: {job}; {left}')
-      start = time.monotonic()
+        return
+      left = [x for x in every if not self._done(x)]
+      self._say(
+        f'run {len(every) - len(left) + 1} of {len(every)}: {job}; about '
+        f'{logs.duration(self._seconds(left))} left'
+      )
+      fresh, start = not job.directory.exists(), time.monotonic()
       self._train(job, facts)
-      passed = time.monotonic() - start
-      self.pace = passed / (facts['num_steps'] * facts['step_seconds'])
-    except lock.InUse:
-      return False
+      if fresh and job.result.exists():
+        steps = facts['num_steps'] * facts['step_seconds']
+        self.pace = (time.monotonic() - start) / steps
     self._write()
-    return True
 
   def _train(self, job, facts):
-    config = self._configured(job.row, seed=job.seed)
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(dict(job.changes))
-    config.student.num_epochs = facts['num_epochs']
+    changes = {'seed': job.seed, **facts['changes'], **dict(job.changes)}
+    config = job.row.configured(
+      self.config, teacher=self._teacher_folder, changes=changes
+    )
     scores = self._teacher_scores() if job.row.method else None
-    failed = job.directory / 'failed.json'
+    path = job.directory / 'failed.json'
     try:
       experiment.train(
-        config, job.directory, stop=self.stop, teacher_scores=scores
+        config,
+        job.directory,
+        stop=self.stop,
+        teacher_scores=scores,
+        harmless=_HARMLESS,
       )
-      failed.unlink(missing_ok=True)
-    except lock.InUse:
-      raise
+      path.unlink(missing_ok=True)
     except Exception as error:
-      if not job.row.method:
+      in_use = isinstance(error, lock.InUse)  # By a `main` that was typed.
+      if in_use or not job.row.method or not _of_a_method(error):
         raise
-      self._note_failure(failed, job, error)
+      self.failed[job.directory] = self._note_failure(path, job, error)
 
   def _note_failure(self, path, what, error):
     """Writes down that a row, or one of its runs, failed; returns that."""
-    text = first_line(error)
+    # What was saved by then depends on the clock.
+    text = first_line(error).split(' Last good checkpoint')[0]
     self._say(f'{what} failed: {text}')
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {'failed': text, 'traceback': traceback.format_exc()}
     logs.write_json(path, facts)
     return facts
 
-  def _configured(self, row, **others):
-    return row.configured(self.config, teacher=self._teacher_folder, **others)
-
   def _facts(self, job):
-    """What row.json says of a row; what it costs is measured once."""
-    path = job.folder / 'row.json'
+    """What row.json says of a row; what it costs is measured once. InUse if
+    another command is at it.
+    """
     if job.folder in self.failed:
       return self.failed[job.folder]
-    found = json.loads(path.read_text()) if path.exists() else {}
-    found = processes.from_first(found)
-    if 'step_seconds' in found:
-      return found
-    job.folder.mkdir(parents=True, exist_ok=True)
+    path = job.folder / 'row.json'
+    if not processes.from_first(_measured(path)):
+      with self._holding(job.folder):
+        # Another command may have been faster.
+        if not processes.from_first(_measured(path)):
+          self._measure_row(job, path)
+    if job.folder in self.failed:
+      return self.failed[job.folder]
+    return processes.from_first(json.loads(path.read_text()))
+
+  def _measure_row(self, job, path):
     row = job.row
     facts = {
+      'name': row.name,
       'method': row.method,
       'title': row.title,
       'settings': dict(row.settings),
       'equal': self.equal,
     }
-    if processes.is_first():
-      with lock.locked(job.folder):
-        return self._measured(job, facts, path)
-    return self._measured(job, facts, path)
-
-  def _measured(self, job, facts, path):
-    row = job.row
     self._say(f'measuring the step of {row.title} ...')
     try:
       stage = self._stage(row)
       baseline = self._stage(Row(BASELINE)) if row.method else stage
       facts |= cost.measure(stage, baseline)
     except Exception as error:
-      if not row.method:
+      if not row.method or not _of_a_method(error):
         raise
       failure = self._note_failure(path, row.title, error)
-      logs.write_json(path, facts | failure)
       self.failed[job.folder] = failure
-      return failure
-    epochs = self.config.student.num_epochs
+      logs.write_json(path, facts | failure)
+      return
+    changes = {}
     if row.method and self.equal == 'seconds':
       ratio = facts['baseline_step_seconds'] / facts['step_seconds']
       facts['seconds_factor'] = self.factor
-      epochs = float(f'{epochs * self.factor * ratio:.4g}')
-    per_epoch = len(self._dataset.splits['train']) / self.config.batch_size
+      # As many evaluations to choose from, and the same share of warm-up.
+      for key in ('eval.every_epochs', 'optim.warmup_epochs'):
+        group, name = key.split('.')
+        changes[key] = _scaled(self.config[group][name], self.factor * ratio)
+      epochs = self.config.student.num_epochs
+      changes['student.num_epochs'] = _scaled(epochs, self.factor * ratio)
+    planned = self._stage(row, changes=changes)
     facts |= {
-      'num_epochs': epochs,
-      'num_steps': max(round(epochs * per_epoch), 1),
-      'flags': row.flags(**{'student.num_epochs': epochs}),
+      'changes': changes,
+      'num_epochs': planned.options.num_epochs,
+      'num_steps': planned.num_steps,
+      'flags': row.flags(changes),
     }
     logs.write_json(path, facts)
-    return facts
 
-  def _stage(self, row):
-    config = self._configured(row)
+  def _stage(self, row, changes=None):
+    config = row.configured(
+      self.config, teacher=self._teacher_folder, changes=changes
+    )
     config.data.update(self._dataset.settled)
     return make_stage(
       row.stage, config, self._dataset, self._mesh, self.workdir
@@ -345,21 +435,45 @@ class _Runner:
       return table.scores_of(json.loads(path.read_text()))
     return processes.from_first(table.teacher_record(self.workdir))
 
-  def _seconds_left(self):
-    costs = {}
-    for job in self.jobs:
-      path = job.folder / 'row.json'
-      if path.exists() and 'step_seconds' in (
-        facts := json.loads(path.read_text())
-      ):
-        costs[job.folder] = facts['num_steps'] * facts['step_seconds']
-    usual = sum(costs.values()) / max(len(costs), 1)
-    left = [x for x in self.jobs if not x.result.exists()]
-    return self.pace * sum(costs.get(x.folder, usual) for x in left)
+  def _seconds(self, jobs):
+    """How long jobs will take, where their rows were measured."""
+    known = {}
+    for job in jobs:
+      if _measured(job.folder / 'row.json'):
+        facts = json.loads((job.folder / 'row.json').read_text())
+        known[job.folder] = facts['num_steps'] * facts['step_seconds']
+    usual = sum(known.values()) / max(len(known), 1)
+    return self.pace * sum(known.get(job.folder, usual) for job in jobs)
 
   def _write(self):
     """The table as far as it is known."""
-    found = table.collect(self.workdir, command=self.command)
-    if processes.is_first():
-      table.write(found, self.workdir)
-    return found
+    with self._holding(self.workdir, wait=True):
+      teacher = self._teacher_folder
+      command = [*self.command]
+      if teacher:
+        command += [f'--config.teacher.checkpoint={teacher}']
+        if user_code.is_code(self.config.teacher.network):
+          command += ['--config.teacher.allow_code']
+      found = table.collect(self.workdir, command=command)
+      if processes.is_first():
+        table.write(found, self.workdir)
+      return found
+
+
+def _measured(path):
+  """Whether a row.json has what was measured."""
+  return path.exists() and 'num_steps' in json.loads(path.read_text())
+
+
+def _scaled(value, factor):
+  return float(f'{value * factor:.4g}')
+
+
+def _of_a_method(error):
+  """Whether an error is that of one row, after which the others can go on."""
+  if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+    return False  # A full disk is no fault of a method.
+  if jax.process_count() > 1:
+    # Only what all processes find; after the rest they would wait for another.
+    return isinstance(error, InputError) and not isinstance(error, DataError)
+  return True

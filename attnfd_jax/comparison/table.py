@@ -7,17 +7,20 @@ import json
 import shlex
 import statistics
 
+import numpy as np
+
 from attnfd_jax import paths
 from attnfd_jax.reporting import comparison_page
+from attnfd_jax.reporting.run_folder import read_curves
 from attnfd_jax.runs import logs
 
 KINDS = ('steps', 'seconds')  # In which rows can be equal to the baseline.
 _SCORES = ('miou', 'pixel_accuracy', 'class_accuracy', 'fw_iou')
 _SCORES += ('iou_per_class', 'accuracy_per_class')
 # Of row.json; the rest of a row comes from its runs.
-_FACTS = ('title', 'method', 'settings', 'num_epochs', 'num_steps', 'flags')
-_FACTS += ('step_seconds', 'baseline_step_seconds', 'memory_bytes')
-_FACTS += ('method_params', 'seconds_factor', 'failed')
+_FACTS = ('name', 'title', 'method', 'settings', 'num_epochs', 'num_steps')
+_FACTS += ('flags', 'memory_bytes', 'method_params', 'seconds_factor', 'failed')
+_MEASURED = ('step_seconds', 'baseline_step_seconds', 'data_seconds', 'device')
 
 
 def scores_of(result):
@@ -32,10 +35,12 @@ def _read(path):
 def teacher_record(workdir):
   """Scores on val of a given teacher, as the first run has them; or None."""
   for path in _of_runs(workdir, 'metrics.jsonl'):
-    for line in path.read_text().splitlines()[:1]:
-      record = json.loads(line)
-      if record['kind'] == 'teacher':
-        return {k: v for k, v in record.items() if k not in ('kind', 'step')}
+    first = path.read_text().partition('\n')
+    if not first[1]:  # Another command is writing it.
+      continue
+    record = json.loads(first[0])
+    if record['kind'] == 'teacher':
+      return {k: v for k, v in record.items() if k not in ('kind', 'step')}
   return None
 
 
@@ -49,6 +54,7 @@ def collect(workdir, *, command=()):
   """What compare.json holds, of all rows and seeds that are there."""
   workdir = paths.as_path(workdir)
   baseline = _row(workdir / 'student', 'student')
+  _set_seconds(baseline, baseline)
   found = {
     'command': shlex.join(command),
     'device': logs.device_name(),
@@ -66,6 +72,7 @@ def collect(workdir, *, command=()):
   for kind in KINDS:
     for folder in _row_folders(workdir / kind):
       row = {'equal': kind} | _row(folder, 'distill')
+      _set_seconds(row, baseline)
       row['difference'] = _differences(row, baseline)
       found['rows'].append(row)
   return found
@@ -79,11 +86,25 @@ def _row(folder, stage):
   """A row of its runs' results; {} where there is none."""
   facts = _read(folder / 'row.json')
   row = {key: facts[key] for key in _FACTS if key in facts}
-  runs = [_run(path, stage) for path in sorted(folder.glob('seed*'), key=_seed)]
+  if 'step_seconds' in facts:
+    row['measured'] = {key: facts[key] for key in _MEASURED}
+  folders = [x for x in folder.glob('seed*') if x.name[4:].isdigit()]
+  runs = [_run(path, stage) for path in sorted(folders, key=_seed)]
   row['runs'] = [run for run in runs if len(run) > 2]
   for split in ('val', 'test'):
     row[split] = _spread([run.get(split) for run in row['runs']])
   return row
+
+
+def _set_seconds(row, baseline):
+  """Seconds that can be compared: those of the baseline times the ratio that
+  was measured in turn, whatever the machine did at that time.
+  """
+  if 'measured' in row and 'measured' in baseline:
+    measured = row['measured']
+    ratio = measured['step_seconds'] / measured['baseline_step_seconds']
+    row['step_seconds'] = baseline['measured']['step_seconds'] * ratio
+    row['seconds'] = row['num_steps'] * row['step_seconds']
 
 
 def _seed(path):
@@ -102,12 +123,19 @@ def _run(directory, stage):
       'step': result['step'],
       'train_seconds': result['train_seconds'],
       'iou_per_class': result['iou_per_class'],
+      'curve': _curve(directory / stage / 'metrics.jsonl'),
     }
     if stage == 'distill':
       run['options'] = result['method']['options']
   elif failed := _read(directory / 'failed.json'):
     run['failed'] = failed['failed']
   return run
+
+
+def _curve(path):
+  """[step, mIoU on val] of each evaluation."""
+  found = read_curves(path).get('eval', {}).get('miou', np.zeros((2, 0)))
+  return [[int(step), float(value)] for step, value in found.T]
 
 
 def _spread(values):
@@ -149,17 +177,15 @@ def _tuning(folder):
   """The candidates of --tune, with their mIoU on val."""
   found = []
   for kind in KINDS:
+    choices = [_read(path) for path in (folder / kind).glob('*-seed*.json')]
+    chosen = {choice['chosen'] for choice in choices}
     for path in _row_folders(folder / kind):
       row = _row(path, 'distill')
-      found += [
-        {
-          'method': row['method'],
-          'settings': row['settings'],
-          'equal': kind,
-          **{key: run.get(key) for key in ('seed', 'val', 'failed')},
-        }
-        for run in row['runs']
-      ]
+      entry = {key: row[key] for key in ('method', 'settings', 'title')}
+      entry |= {'equal': kind, 'chosen': row['name'] in chosen}
+      for run in row['runs'] or [{'failed': row.get('failed')}]:
+        values = {key: run.get(key) for key in ('seed', 'val', 'failed')}
+        found.append(entry | values)
   return found
 
 

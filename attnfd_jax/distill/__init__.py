@@ -132,7 +132,12 @@ def make_distiller(
       f'those of {method} are keys of config.distill.{method.split("+")[0]}.'
     )
   else:
-    chosen = {x: (_find(x), x, groups[x]) for x in method.split('+')}
+    names = method.split('+')
+    if twice := [x for x in names if names.count(x) > 1]:
+      raise InputError(
+        f'config.distill.method={method} names {twice[0]} twice.'
+      )
+    chosen = {x: (_find(x), x, groups[x]) for x in names}
   methods, weights, schedules = {}, {}, {}
   for name, (method_class, key, fields) in chosen.items():
     group, fields = f'config.distill.{key}', dict(fields)

@@ -36,8 +36,9 @@ class Method(Protocol):
     parameter_groups() -> ((regex, group), ...): of paths of its parameters, the
       first full match wins: 'head' (as those that match nothing), 'backbone'
       (no tenfold rate), 'connectors' (see connector_schedule), 'frozen', or a
-      key of optimizers().
-    optimizers() -> {group: optax.GradientTransformation}: of its own.
+      key of optimizers(...).
+    optimizers(num_steps) -> {group: optax.GradientTransformation}: of its own,
+      for a stage of so many steps.
     connector_schedule: one of CONNECTOR_SCHEDULES, see training/optim.py.
     divides_by_batch: whether the loss is divided by the number of images of the
       whole batch, though it is no sum over images.

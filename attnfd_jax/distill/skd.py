@@ -82,8 +82,8 @@ class SKD(nn.Module):
     discriminator_optimizer: 'adam' with decays 0.9 and 0.99, as in IFVD and
       CIRKD, or 'sgd' with momentum 0.9 and weight decay 5e-4, as SKD's script.
     discriminator_lr: its learning rate.
-    discriminator_steps: the rate falls by poly 0.9 to 0 at this step, as in
-      SKD and IFVD; 0 keeps it, as in CIRKD.
+    discriminator_schedule: 'poly', the rate falls by poly 0.9 to 0 at the end,
+      as in SKD and IFVD; or 'constant', as in CIRKD.
   """
 
   taps: tuple[str, ...] = ('aspp',)
@@ -100,7 +100,7 @@ class SKD(nn.Module):
   discriminator_channels: int = 64
   discriminator_optimizer: str = 'adam'
   discriminator_lr: float = 4e-4
-  discriminator_steps: int = 0
+  discriminator_schedule: str = 'poly'
 
   def __post_init__(self):
     matching.check(self.taps, self.match_size)
@@ -112,21 +112,22 @@ class SKD(nn.Module):
     within('pool_scale', self.pool_scale, 0, 1)
     within('pool_size', self.pool_size, 0)
     within('discriminator_channels', self.discriminator_channels, 1, 2**16)
-    within('discriminator_steps', self.discriminator_steps, 0)
     one_of('game', self.game, adversarial.GAMES)
     optimizer = self.discriminator_optimizer
     one_of('discriminator_optimizer', optimizer, OPTIMIZERS)
+    schedule = self.discriminator_schedule
+    one_of('discriminator_schedule', schedule, ('poly', 'constant'))
     super().__post_init__()
 
   def parameter_groups(self):
     """The student's optimizer, and its weight decay, leave it alone."""
     return ((r'discriminator/.*', 'discriminator'),)
 
-  def optimizers(self):
+  def optimizers(self, num_steps):
     """That of the discriminator."""
     rate = self.discriminator_lr
-    if self.discriminator_steps:
-      rate = optax.polynomial_schedule(rate, 0.0, 0.9, self.discriminator_steps)
+    if self.discriminator_schedule == 'poly':
+      rate = optax.polynomial_schedule(rate, 0.0, 0.9, num_steps)
     if self.discriminator_optimizer == 'adam':
       return {'discriminator': optax.adam(rate, 0.9, 0.99)}
     sgd = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(rate, 0.9))

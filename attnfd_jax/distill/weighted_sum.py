@@ -126,7 +126,7 @@ class WeightedSum(nn.Module):
     return {
       f'{name}_{group}': tx
       for name, optimizers in self._having('optimizers')
-      for group, tx in optimizers().items()
+      for group, tx in optimizers(self.num_steps).items()
     }
 
   @nn.nowrap

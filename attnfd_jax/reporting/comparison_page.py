@@ -2,12 +2,13 @@
 """The page and the Markdown table of a comparison, from its compare.json."""
 
 import json
+import shlex
 
 import numpy as np
 
 from attnfd_jax import paths
 from attnfd_jax.reporting import page
-from attnfd_jax.reporting.run_folder import read_curves, read_pictures
+from attnfd_jax.reporting.run_folder import read_pictures
 from attnfd_jax.runs import logs
 
 _SCENES = 3
@@ -25,18 +26,19 @@ def write(found, workdir):
   with paths.replacing(workdir / 'compare.md') as file:
     file.write(markdown(found).encode())
   palette, class_names = _classes(workdir, found)
-  tables = [_Table(found, kind, workdir) for kind in _TITLES]
+  kinds = {row['equal'] for row in found['rows']} or {'steps'}
+  tables = [_Table(found, kind, workdir) for kind in _TITLES if kind in kinds]
   page.render(
     'comparison.html',
     workdir / 'compare.html',
     found=found,
-    tables=[table for table in tables if table.rows],
+    tables=tables,
     splits=_splits(found),
     palette=palette,
     class_names=class_names,
     score=score,
     difference=difference,
-    flags=' '.join,
+    flags=shlex.join,
     to_json=json.dumps,
   )
 
@@ -67,9 +69,10 @@ def markdown(found):
   titles = [f'mIoU {split} | difference' for split in splits]
   head = ['method', 'seeds', *titles, 'steps', 's a step', 'training', 'GB']
   lines = []
+  kinds = {row['equal'] for row in found['rows']} or {'steps'}
   for kind, title in _TITLES.items():
     rows = [row for row in found['rows'] if row['equal'] == kind]
-    if not rows:
+    if kind not in kinds:
       continue
     lines += [f'## {title}', '', f'| {" | ".join(head)} | parameters |']
     lines += [f'|{" --- |" * (len(head) + len(splits) + 1)}']
@@ -89,9 +92,10 @@ def markdown(found):
 
 
 def _markdown_row(row, splits):
+  title = _cell(row['title'])
   if 'failed' in row:
-    return f'| {row["title"]} | failed: {row["failed"]} |'
-  cells = [row['title'], seeds(row)]
+    return f'| {title} | failed: {_cell(row["failed"])} |'
+  cells = [title, _cell(seeds(row))]
   for split in splits:
     cells += [
       score(row[split]),
@@ -100,15 +104,19 @@ def _markdown_row(row, splits):
   cells += [
     f'{row["num_steps"]:,}',
     f'{row["step_seconds"]:.3g}',
-    logs.duration(row['num_steps'] * row['step_seconds']),
+    logs.duration(row['seconds']),
     page.number(row['memory_bytes'], 1e-9),
     f'{row["method_params"]:,}',
   ]
   return f'| {" | ".join(cells)} |'
 
 
+def _cell(text):
+  return text.replace('|', '\\|')
+
+
 def seeds(row):
-  """'0, 1, 2 (2 failed: Loss is not finite ...)'."""
+  """'0, 1, 2 failed: Loss is not finite at step 3.'"""
   done = [str(run['seed']) for run in row['runs'] if 'val' in run]
   failed = [run for run in row['runs'] if 'failed' in run]
   texts = [f'{run["seed"]} failed: {run["failed"]}' for run in failed]
@@ -119,8 +127,9 @@ def in_order(rows):
   """The best on val first; what failed last."""
 
   def key(row):
-    value = row['difference']['val'] or row['val']
-    return value is None, -(value['mean'] if value else 0)
+    paired, value = row['difference']['val'], row['val']
+    best = (paired or value or {'mean': 0})['mean']
+    return value is None, paired is None, -best
 
   return sorted(rows, key=key)
 
@@ -136,7 +145,7 @@ class _Table:
     baseline = found['baseline']
     self._workdir = workdir
     shown = [row for row in (baseline, *self.done) if row['val'] is not None]
-    curves = {row['title']: (row, self._curve(row)) for row in shown}
+    curves = {self._label(row): (row, _mean_curve(row)) for row in shown}
     curves = {k: (row, x) for k, (row, x) in curves.items() if x is not None}
     self.over_steps = {title: curve for title, (_, curve) in curves.items()}
     self.over_seconds = {
@@ -144,27 +153,24 @@ class _Table:
       for title, (row, curve) in curves.items()
     }
     self.classes = [
-      (row['title'], _class_differences(row, baseline)) for row in self.done
+      (self._label(row), _class_differences(row, baseline)) for row in self.done
     ]
     self.pictures = [
-      (row['title'], arrays) for row in shown if (arrays := self._pictures(row))
+      (self._label(row), arrays)
+      for row in shown
+      if (arrays := self._pictures(row))
     ]
+
+  def _label(self, row):
+    """Its title, or its name where two have the same title."""
+    titles = [other['title'] for other in self.rows]
+    return row['title'] if titles.count(row['title']) < 2 else row['name']
 
   def _folders(self, row):
     stage = 'distill' if row['method'] else 'student'
     for run in row['runs']:
       if 'val' in run:
         yield self._workdir / run['folder'] / stage
-
-  def _curve(self, row):
-    """[2, n]: steps, and the mean over seeds of the mIoU."""
-    curves = []
-    for folder in self._folders(row):
-      kinds = read_curves(folder / 'metrics.jsonl')
-      if 'miou' in kinds.get('eval', {}):
-        curves.append(kinds['eval']['miou'])
-    same = [x for x in curves if np.array_equal(x[0], curves[0][0])]
-    return np.mean(same, axis=0) if same else None
 
   def _pictures(self, row):
     """Of the first seed."""
@@ -191,6 +197,14 @@ class _Table:
       )
       for i in range(min(len(first['image']), _SCENES))
     ]
+
+
+def _mean_curve(row):
+  """[2, n]: steps, and the mean over seeds of the mIoU on val; or None."""
+  curves = [np.array(run['curve']).T for run in row['runs'] if 'val' in run]
+  curves = [x for x in curves if x.size]
+  same = [x for x in curves if np.array_equal(x[0], curves[0][0])]
+  return np.mean(same, axis=0) if same else None
 
 
 def _class_differences(row, baseline):

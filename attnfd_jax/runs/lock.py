@@ -20,18 +20,19 @@ class InUse(InputError):
 
 
 @contextlib.contextmanager
-def locked(workdir):
+def locked(workdir, *, name='.lock', wait=False):
   """Holds `workdir` for this process; the kernel lets go when it ends.
 
   The file stays: removing it would let two processes hold two files of one
-  name. At gs:// there are no locks. InUse if another process holds it.
+  name. At gs:// there are no locks. InUse if another process holds it, unless
+  this is to `wait`. Each `name` of a file is a lock of its own.
   """
   if paths.is_remote(workdir):
     yield
     return
-  with open(workdir / '.lock', 'a+') as file:
+  with open(workdir / name, 'a+') as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
       raise InUse(
         f'{workdir} is in use by {_owner(file)}; wait, or change --workdir.'

@@ -40,7 +40,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def train(config, workdir, *, stop=None, teacher_scores=None):
+def train(
+  config, workdir, *, stop=None, teacher_scores=None, harmless=HARMLESS
+):
   """Trains what is missing in a run, and writes its report.
 
   What `python -m attnfd_jax.main` does; finished stages are skipped.
@@ -51,6 +53,7 @@ def train(config, workdir, *, stop=None, teacher_scores=None):
     stop: stopping.Stop of a command that listens to signals.
     teacher_scores: of a given teacher on val, as of metrics.summarise, where
       they are known: it is not scored again.
+    harmless: keys of the config in which a run may differ from its beginning.
 
   Returns:
     {stage: its result.json}.
@@ -72,7 +75,7 @@ def train(config, workdir, *, stop=None, teacher_scores=None):
     workdir.mkdir(parents=True, exist_ok=True)
     if processes.is_first():
       stack.enter_context(lock.locked(workdir))
-    claim(workdir / 'config.json', config)
+    claim(workdir / 'config.json', config, harmless=harmless)
     sizes = ', '.join(f'{k} {len(v)}' for k, v in dataset.splits.items())
     line = f'{dataset.name}: {dataset.num_classes} classes, {sizes} images'
     place = f'{logs.device_name()}; writing to {workdir.name}/'
@@ -179,10 +182,9 @@ def check(config, dataset, mesh, workdir, scores=None):
       write(f'scoring the teacher {given} on val ...')
       scores = _score(stage)
     _require_score(config, scores['miou'])
-    return scores
   if 'distill' in config.stages and not given:
     _check_own_teacher(config, workdir)
-  return None
+  return scores
 
 
 def _score(stage):

@@ -458,7 +458,8 @@ def test_wrong_outputs():
 
 
 def make_tx(**options):
-  method = distill.WeightedSum({'skd': skd.SKD(**SMALL, **options)}, {'skd': 1})
+  methods = {'skd': skd.SKD(**SMALL, **options)}
+  method = distill.WeightedSum(methods, {'skd': 1}, num_steps=10)
   return optim.make_optimizer(
     lambda step: 0.5,
     momentum=0.0,
@@ -493,11 +494,12 @@ def test_the_optimizer_of_the_discriminator():
   np.testing.assert_allclose(student, -5 * (1 + 0.1 * 3), rtol=1e-6)
   # Adam's first step is the rate; no decay, no tenfold rate.
   np.testing.assert_allclose(own, -4e-4, rtol=1e-5)
-  _, own = moved_by(make_tx(), steps=5)
+  _, own = moved_by(make_tx(discriminator_schedule='constant'), steps=5)
   np.testing.assert_allclose(own, -4e-4, rtol=1e-5)
-  _, own = moved_by(make_tx(discriminator_steps=10), steps=6)
+  _, own = moved_by(make_tx(), steps=6)
   np.testing.assert_allclose(own, -4e-4 * 0.5**0.9, rtol=1e-5)
-  sgd = make_tx(discriminator_optimizer='sgd', discriminator_lr=0.1)
+  constant = {'discriminator_schedule': 'constant', 'discriminator_lr': 0.1}
+  sgd = make_tx(discriminator_optimizer='sgd', **constant)
   _, own = moved_by(sgd, steps=2)
   gradient = 1 + 5e-4 * 3
   np.testing.assert_allclose(own, -0.1 * 1.9 * gradient, rtol=1e-5)
@@ -519,7 +521,6 @@ def make_config():
   config.distill.method = 'kd+skd'
   config.distill.skd.taps = ('decoder',)
   config.distill.skd.discriminator_channels = 2
-  config.distill.skd.discriminator_steps = 4
   return config
 
 

@@ -89,7 +89,7 @@ def test_a_method_brings_its_own_optimizer():
     def parameter_groups(self):
       return ((r'discriminator/.*', 'adversary'),)
 
-    def optimizers(self):
+    def optimizers(self, num_steps):
       return {'adversary': optax.sgd(-1.0)}
 
   distiller = distill.WeightedSum({'game': Game()}, {'game': 1.0})
