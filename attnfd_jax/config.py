@@ -165,6 +165,9 @@ def default_config():
   # Of the task loss, as weight_schedule of the methods: 'constant',
   # 'linear_to_zero' or 'linear_from_zero'.
   config.distill.task_weight_schedule = 'constant'
+  # Whether the gradients of task and distillation agree: one more backward
+  # pass, and 'cosine', 'task_norm', 'distill_norm' in the log.
+  config.distill.log_gradients = False
   for name, method in distill.METHODS.items():
     shared = {'weight': distill.WEIGHTS[name], 'weight_schedule': 'constant'}
     config.distill[name] = ConfigDict(shared | distill.option_defaults(method))

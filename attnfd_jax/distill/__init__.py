@@ -34,6 +34,7 @@ WEIGHTS = {}  # Name -> default weight.
 TITLES = {}  # Name -> as people write it.
 # Of other terms in the log of a step.
 _TAKEN = ('loss', 'ce', 'ohem', 'focal', 'dice', 'grad_norm', 'learning_rate')
+_TAKEN += ('cosine', 'task_norm', 'distill_norm')
 # {field: default} of a Method's class: what its config has.
 option_defaults = layers.options_of
 

@@ -17,6 +17,7 @@ from attnfd_jax.reporting.figures import ROLES
 # Every other number of a train line is the loss or one of its terms.
 _NOT_LOSS = {'step', 'learning_rate', 'grad_norm', 'data_wait'}
 _NOT_LOSS |= {'step_seconds', 'images_per_second'}
+_NOT_LOSS |= {'cosine', 'task_norm', 'distill_norm'}
 
 
 class Run:

@@ -192,6 +192,7 @@ class Stage:
       mesh=self.mesh,
       state_sharding=self.state_sharding,
       ce_batch_division=self.config.distill.ce_batch_division,
+      log_gradients=self.config.distill.log_gradients,
       **{key: options[key] for key in ('accumulate', 'remat', 'ema_decay')},
     )
 

@@ -59,6 +59,28 @@ def make_state(variables, tx, *, ema):
   )
 
 
+def _with_second(first, second):
+  """Both gradients, and what the first one has beside them."""
+
+  def both(*arguments):
+    grads, rest = first(*arguments)
+    return (grads, second(*arguments)[0]), rest
+
+  return both
+
+
+def _compare_gradients(total, task):
+  """See `log_gradients` of make_train_step."""
+  distill = jax.tree.map(jnp.subtract, total, task)
+  norms = optax.tree.norm(task), optax.tree.norm(distill)
+  product = optax.tree.vdot(task, distill)
+  return {
+    'cosine': product / jnp.maximum(norms[0] * norms[1], 1e-30),
+    'task_norm': norms[0],
+    'distill_norm': norms[1],
+  }
+
+
 def make_train_step(
   student,
   tx,
@@ -71,6 +93,7 @@ def make_train_step(
   state_sharding=None,
   plain_cross_entropy=False,
   ce_batch_division=False,
+  log_gradients=False,
   accumulate=1,
   remat=False,
   ema_decay=0.0,
@@ -88,6 +111,9 @@ def make_train_step(
     plain_cross_entropy: task_loss is the cross-entropy: large logits that are
       the resize of coarse ones need never exist as a whole.
     ce_batch_division: as the authors divide the task loss (utils/loss.py).
+    log_gradients: adds to the metrics, of the gradients of the student's
+      weights, 'cosine' between that of the task and that of the distillation,
+      and both norms, 'task_norm' and 'distill_norm'; by a second backward pass.
     accumulate: parts of the batch, one after the other, in less memory. What is
       a Mean is divided once, by what the whole batch counts; batch statistics,
       norms and other losses are over a part, and their mean is taken.
@@ -95,6 +121,7 @@ def make_train_step(
     ema_decay: of the averaged parameters; 0 keeps none.
   """
   everywhere = sharding.replicated(mesh)
+  split_gradients = log_gradients and distiller is not None
 
   def forward(variables, image, rng):
     mutable = [name for name in variables if name != 'params']
@@ -152,7 +179,9 @@ def make_train_step(
     collections['distiller'] = {**state, **updated}
     return task, distances, collections, terms
 
-  def loss_fn(params, collections, batch, rng, counts, **fixed):
+  def loss_fn(
+    params, collections, batch, rng, counts, *, task_only=False, **fixed
+  ):
     """The loss of a batch, or its share of it; counts are the whole batch's."""
     found = compute_losses(params, collections, batch, rng, **fixed)
     task, distances, collections, terms = found
@@ -164,7 +193,9 @@ def make_train_step(
     if ce_batch_division:
       loss = loss / (accumulate * batch['image'].shape[0])
     if distances:
-      loss = loss * distiller.task_weight(fixed['step']) + sum(
+      loss = loss * distiller.task_weight(fixed['step'])
+    if distances and not task_only:
+      loss = loss + sum(
         distiller.weight(name, fixed['step']) * values[name]
         for name in distances
       )
@@ -173,6 +204,9 @@ def make_train_step(
 
   def gradients(state, batch, rng, **fixed):
     grad_fn = jax.grad(functools.partial(loss_fn, **fixed), has_aux=True)
+    if split_gradients:
+      of_task = functools.partial(loss_fn, task_only=True, **fixed)
+      grad_fn = _with_second(grad_fn, jax.grad(of_task, has_aux=True))
     start = state.params, state.collections
     if accumulate == 1:
       return grad_fn(*start, batch, rng, {})
@@ -200,7 +234,9 @@ def make_train_step(
 
     parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
     counts = jax.tree.map(jnp.sum, jax.lax.map(count, parts))
-    carry = (state.collections, jax.tree.map(jnp.zeros_like, state.params))
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    zeros = (zeros, zeros) if split_gradients else zeros
+    carry = (state.collections, zeros)
     (collections, grads), terms = cpu_forms.scan(
       add, carry, parts, platform=mesh.devices.flat[0].platform
     )
@@ -215,6 +251,9 @@ def make_train_step(
     rng = jax.random.fold_in(rng, state.step)
     fixed = {'teacher_variables': teacher_variables, 'step': state.step}
     grads, (collections, metrics) = gradients(whole, batch, rng, **fixed)
+    if split_gradients:
+      grads, of_task = grads
+      metrics |= _compare_gradients(grads['student'], of_task['student'])
     if state_sharding is not None:
       grads = constrain(grads, state_sharding.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

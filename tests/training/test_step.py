@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from attnfd_jax.devices import sharding
-from attnfd_jax.distill import init_distiller, make_distiller
+from attnfd_jax.distill import init_distiller, make_distiller, METHODS
 from attnfd_jax.inference import evaluation
 from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.models import layers, resizing
@@ -105,6 +105,7 @@ class Setting:
     *,
     student=None,
     distill=None,
+    method='attnfd',
     teacher_options=None,
     devices=1,
     task_loss=cross_entropy,
@@ -125,7 +126,7 @@ class Setting:
         class_names=('a', 'b', 'c'),
         **(teacher_options or {}),
       )
-      distiller = make_distiller('attnfd', {'attnfd': distill})
+      distiller = make_distiller(method, {method: distill})
       outputs = [
         networks.abstract_outputs(x, (16, 12)) for x in (student, network)
       ]
@@ -480,3 +481,34 @@ def test_eval_step_counts_pixels():
   assert counts.sum() == valid.sum()
   # Ties may round to either side.
   assert np.abs(counts - expected).sum() <= 4
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+@pytest.mark.parametrize(('sign', 'cosine'), [(2.0, 1.0), (-1.0, -1.0)])
+def test_gradients_are_compared(monkeypatch, sign, cosine, accumulate):
+  """A method that is the loss of the task, or against it."""
+
+  def distance(self, student, teacher, labels, *, train, step):
+    loss = softmax_cross_entropy(student['logits'], labels)
+    return loss._replace(total=sign * loss.total), {}
+
+  monkeypatch.setattr(METHODS['kd'], '__call__', nn.compact(distance))
+  options = {'distill': {'weight': 0.5}, 'method': 'kd'}
+  options |= {'student': Small(norm=False, dropout_rate=0.0)}
+  options['accumulate'] = accumulate
+  (plain,) = Setting(**options).run(make_batch())
+  ((state, metrics),) = Setting(log_gradients=True, **options).run(make_batch())
+  np.testing.assert_allclose(metrics['cosine'], cosine, rtol=1e-5)
+  ratio = metrics['distill_norm'] / metrics['task_norm']
+  np.testing.assert_allclose(ratio, 0.5 * abs(sign), rtol=1e-5)
+  whole = metrics['task_norm'] * (1 + 0.5 * sign)
+  np.testing.assert_allclose(metrics['grad_norm'], whole, rtol=1e-5)
+  # It only looks.
+  assert_close(state.params, plain[0].params, rtol=1e-6, atol=1e-7)
+  assert not {'cosine', 'task_norm', 'distill_norm'} & set(plain[1])
+
+
+def test_gradients_of_one_loss_are_not_compared():
+  setting = Setting(log_gradients=True)
+  ((_, metrics),) = setting.run(make_batch())
+  assert 'cosine' not in metrics
