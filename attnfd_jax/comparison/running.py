@@ -182,7 +182,7 @@ class _Runner:
       path = self.workdir / 'config.json'
       experiment.claim(path, self.config, harmless=harmless)
       for path in self.workdir.glob('seconds/*/row.json'):
-        factor = json.loads(path.read_text()).get('seconds_factor')
+        factor = _read(path).get('seconds_factor')
         if factor and self.equal == 'seconds' and factor != self.factor:
           raise InputError(
             f'{path.parent} was begun with --seconds_factor={factor:g}; use '
@@ -190,7 +190,7 @@ class _Runner:
           )
       # Rows of one table use the same files of the user's.
       path = self.workdir / 'code.json'
-      known = json.loads(path.read_text()) if path.exists() else {}
+      known = _shared(path)
       for row in every_row:
         code = row.configured(self.config)
         if user_code.specs(code) and processes.is_first():
@@ -223,7 +223,7 @@ class _Runner:
     path = self.workdir / 'tuning' / self.equal / f'{key}-seed{seed}.json'
     names = [row.name for row in group]
     with self._holding(self.workdir, wait=True):
-      found = json.loads(path.read_text()) if path.exists() else {}
+      found = _shared(path)
       if found.get('candidates') != names:
         scores = {
           job.row.name: json.loads(job.result.read_text())['miou'] or 0.0
@@ -362,14 +362,12 @@ class _Runner:
     if job.folder in self.failed:
       return self.failed[job.folder]
     path = job.folder / 'row.json'
-    if not processes.from_first(_measured(path)):
+    if not _is_measured(found := _shared(path)):
       with self._holding(job.folder):
         # Another command may have been faster.
-        if not processes.from_first(_measured(path)):
-          self._measure_row(job, path)
-    if job.folder in self.failed:
-      return self.failed[job.folder]
-    return processes.from_first(json.loads(path.read_text()))
+        if not _is_measured(found := _shared(path)):
+          found = self._measure_row(job, path)
+    return found
 
   def _measure_row(self, job, path):
     row = job.row
@@ -391,7 +389,7 @@ class _Runner:
       failure = self._note_failure(path, row.title, error)
       self.failed[job.folder] = failure
       logs.write_json(path, facts | failure)
-      return
+      return failure
     changes = {}
     if row.method and self.equal == 'seconds':
       ratio = facts['baseline_step_seconds'] / facts['step_seconds']
@@ -410,6 +408,7 @@ class _Runner:
       'flags': row.flags(changes),
     }
     logs.write_json(path, facts)
+    return facts
 
   def _stage(self, row, changes=None):
     config = row.configured(
@@ -439,8 +438,8 @@ class _Runner:
     """How long jobs will take, where their rows were measured."""
     known = {}
     for job in jobs:
-      if _measured(job.folder / 'row.json'):
-        facts = json.loads((job.folder / 'row.json').read_text())
+      facts = _read(job.folder / 'row.json')
+      if _is_measured(facts):
         known[job.folder] = facts['num_steps'] * facts['step_seconds']
     usual = sum(known.values()) / max(len(known), 1)
     return self.pace * sum(known.get(job.folder, usual) for job in jobs)
@@ -460,9 +459,19 @@ class _Runner:
       return found
 
 
-def _measured(path):
-  """Whether a row.json has what was measured."""
-  return path.exists() and 'num_steps' in json.loads(path.read_text())
+def _read(path):
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _shared(path):
+  """What is in a file of JSON, in all processes what the first one reads: it
+  writes, and the others may be early.
+  """
+  return processes.from_first(_read(path) if processes.is_first() else {})
+
+
+def _is_measured(facts):
+  return 'num_steps' in facts
 
 
 def _scaled(value, factor):

@@ -2,18 +2,13 @@
 """Two processes of two devices are one process of four; flags and clusters."""
 
 import json
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
+import job
 import numpy as np
 import process_run
 import pytest
-import tiny_run
-import xla_flags
 
 from attnfd_jax.devices import processes
 from attnfd_jax.errors import InputError
@@ -25,45 +20,13 @@ SCRIPT = pathlib.Path(process_run.__file__)
 TIMES = ('step_seconds', 'images_per_second', 'data_wait', 'train_seconds')
 
 
-def start(workdir, process):
-  """One of two processes, with two devices, as a user starts it."""
-  environment = os.environ | {
-    'XLA_FLAGS': xla_flags.quick(2),
-    'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',  # Not always the default.
-    'PYTHONPATH': os.pathsep.join(map(str, (tiny_run.ROOT, SCRIPT.parents[1]))),
-  }
-  return subprocess.Popen(
-    [
-      sys.executable,
-      SCRIPT,
-      f'--config={SCRIPT}',
-      f'--workdir={workdir}',
-      f'--process_id={process}',
-      '--num_processes=2',
-      f'--coordinator=127.0.0.1:{start.port}',
-    ],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    env=environment,
-  )
-
-
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
   """(of two processes, of one, what each of the two printed)."""
   base = tmp_path_factory.mktemp('processes')
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    start.port = free.getsockname()[1]
-  workers = [start(base / 'two', process) for process in (0, 1)]
-  try:
-    experiment.train(process_run.get_config(), base / 'one')
-    printed = [worker.communicate(timeout=200)[0] for worker in workers]
-  finally:
-    for worker in workers:
-      worker.kill()
-  assert [worker.returncode for worker in workers] == [0, 0], printed
+  workers = job.start(SCRIPT, f'--workdir={base / "two"}')
+  experiment.train(process_run.get_config(), base / 'one')
+  printed = job.output_of(workers)
   return base / 'two', base / 'one', printed
 
 
