@@ -12,7 +12,7 @@ from attnfd_jax.devices import memory, processes
 from attnfd_jax.errors import InputError
 from attnfd_jax.runs import logs
 
-_STEPS = 10  # The first two are warm-up.
+_STEPS, _MOST, _SECONDS = 10, 50, 6.0  # The first two steps are warm-up.
 
 
 def measure(stage, baseline):
@@ -74,7 +74,11 @@ def _data_seconds(stage, batches=8):
 def _in_turn(stages):
   batch = next(iter(stages[-1].make_batches(0)))
   trainers = [_Trainer(stage, batch) for stage in stages]
-  for _ in range(_STEPS):
+  start = time.monotonic()
+  for number in range(_MOST):
+    # Few steps of a busy machine say little.
+    if number >= _STEPS and time.monotonic() - start > _SECONDS:
+      break
     for trainer in trainers:
       trainer.step()
   for trainer in trainers:

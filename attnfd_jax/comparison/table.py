@@ -54,7 +54,6 @@ def collect(workdir, *, command=()):
   """What compare.json holds, of all rows and seeds that are there."""
   workdir = paths.as_path(workdir)
   baseline = _row(workdir / 'student', 'student')
-  _set_seconds(baseline, baseline)
   found = {
     'command': shlex.join(command),
     'device': logs.device_name(),
@@ -71,11 +70,23 @@ def collect(workdir, *, command=()):
       found['student'] = {key: result[key] for key in keys}
   for kind in KINDS:
     for folder in _row_folders(workdir / kind):
-      row = {'equal': kind} | _row(folder, 'distill')
-      _set_seconds(row, baseline)
-      row['difference'] = _differences(row, baseline)
-      found['rows'].append(row)
+      found['rows'].append({'equal': kind} | _row(folder, 'distill'))
+  set_statistics(found)
   return found
+
+
+def set_statistics(found):
+  """Sets what follows from the runs of the rows: spreads, differences, seconds.
+
+  `found` is a compare.json, perhaps with runs of several.
+  """
+  baseline = found['baseline']
+  for row in (baseline, *found['rows']):
+    for split in ('val', 'test'):
+      row[split] = _spread([run.get(split) for run in row['runs']])
+    if row is not baseline:
+      row['difference'] = _differences(row, baseline)
+    _set_seconds(row, baseline)
 
 
 def _row_folders(folder):
@@ -91,8 +102,6 @@ def _row(folder, stage):
   folders = [x for x in folder.glob('seed*') if x.name[4:].isdigit()]
   runs = [_run(path, stage) for path in sorted(folders, key=_seed)]
   row['runs'] = [run for run in runs if len(run) > 2]
-  for split in ('val', 'test'):
-    row[split] = _spread([run.get(split) for run in row['runs']])
   return row
 
 

@@ -63,8 +63,8 @@ def _splits(found):
   return ('val', 'test') if tested else ('val',)
 
 
-def markdown(found):
-  """The tables of a compare.json as text."""
+def markdown(found, level=2):
+  """The tables of a compare.json as text, under headings of this level."""
   splits = _splits(found)
   titles = [f'mIoU {split} | difference' for split in splits]
   head = ['method', 'seeds', *titles, 'steps', 's a step', 'training', 'GB']
@@ -74,7 +74,11 @@ def markdown(found):
     rows = [row for row in found['rows'] if row['equal'] == kind]
     if kind not in kinds:
       continue
-    lines += [f'## {title}', '', f'| {" | ".join(head)} | parameters |']
+    lines += [
+      f'{"#" * level} {title}',
+      '',
+      f'| {" | ".join(head)} | parameters |',
+    ]
     lines += [f'|{" --- |" * (len(head) + len(splits) + 1)}']
     for row in (found['baseline'], *in_order(rows)):
       lines += [_markdown_row(row, splits)]

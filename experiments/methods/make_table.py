@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the tables of results/ into README.md here, and the first of them into
+that of the project.
+
+  python experiments/methods/make_table.py [--check]
+
+Each folder of results/ is one setting; its files are compare.json of one or
+several comparisons, whose rows and seeds are put together.
+"""
+
+import json
+import pathlib
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import fill_page  # noqa: E402
+
+from attnfd_jax.comparison import table  # noqa: E402
+from attnfd_jax.reporting import comparison_page  # noqa: E402
+
+
+def merged(tables):
+  """One compare.json of several with one teacher and one student."""
+  found, *others = tables
+  rows = {(row['equal'], row['name']): row for row in found['rows']}
+  for other in others:
+    _add_runs(found['baseline'], other['baseline'])
+    for row in other['rows']:
+      key = row['equal'], row['name']
+      if key in rows:
+        _add_runs(rows[key], row)
+      else:
+        rows[key] = row
+    found['tuning'] += other['tuning']
+  found['rows'] = [*rows.values()]
+  table.set_statistics(found)
+  return found
+
+
+def _add_runs(row, other):
+  seeds = {run['seed'] for run in row['runs']}
+  row['runs'] += [run for run in other['runs'] if run['seed'] not in seeds]
+
+
+def read_setting(folder):
+  files = sorted(folder.glob('*.json'))
+  return merged([json.loads(path.read_text()) for path in files])
+
+
+def tuning_table(found):
+  lines = ['| row | val | |', '| --- | --- | --- |']
+  for entry in found['tuning']:
+    score = entry['failed'] or f'{100 * entry["val"]:.2f}'
+    chosen = 'chosen' if entry['chosen'] else ''
+    lines.append(f'| {entry["title"]} | {score} | {chosen} |')
+  return '\n'.join(lines)
+
+
+def main():
+  titles = json.loads((HERE / 'settings.json').read_text())
+  parts = []
+  for name, title in titles.items():
+    found = read_setting(HERE / 'results' / name)
+    text = f'### {title}\n\n{comparison_page.markdown(found, level=4)}'
+    if found['tuning']:
+      text += f'\nWeights that were tried:\n\n{tuning_table(found)}\n'
+    parts.append(text)
+  fill_page.main(
+    HERE / 'README.md', 'tables', '\n'.join(parts), description=__doc__
+  )
+
+
+if __name__ == '__main__':
+  main()
