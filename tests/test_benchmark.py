@@ -20,10 +20,11 @@ import pytest
 import xla_flags
 
 from attnfd_jax.benchmarks import data, predict, train
-from attnfd_jax.config import default_config
+from attnfd_jax.config import default_config, resolve
 from attnfd_jax.data import pipeline
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.data.transforms import Augment
+from attnfd_jax.distill import METHODS
 from attnfd_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -183,6 +184,22 @@ def test_train_measures_a_step(tmp_path):
   assert found['peak_memory_bytes'] > 1e6
   assert 0 < found['compile_seconds'] < found['seconds_to_first_step']
   assert list(tmp_path.rglob('*.xplane.pb'))
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method_is_counted(method):
+  """Also those that draw at random, as CIRKD from its memories."""
+  config = options().config
+  config.distill.method = method
+  config.data.crop_size = (64, 64)
+  config.distill.cirkd.pixel_memory = config.distill.cirkd.region_memory = 20
+  for network in (config.teacher, config.student):
+    network.backbone, network.width_multiplier = 'resnet18', 0.125
+    network.aspp_channels = network.decoder_channels = 8
+  flops = train.model_flops(train.make_stage(resolve(config), 3))
+  config.distill.method = 'none'
+  alone = train.model_flops(train.make_stage(resolve(config), 3))
+  assert flops > alone > 0
 
 
 @pytest.mark.parametrize(

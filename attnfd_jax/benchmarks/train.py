@@ -146,7 +146,9 @@ def model_flops(stage):
     shapes = stage.output_shapes  # Of two images.
     variables = distill.abstract_variables(stage.distiller, *shapes)
     labels = jax.ShapeDtypeStruct(shapes[0]['logits'].shape[:-1], jnp.uint8)
-    apply = functools.partial(stage.distiller.apply, train=False, step=0)
+    rngs = {'distill': jax.random.key(0)}
+    options = {'train': False, 'step': 0, 'rngs': rngs}
+    apply = functools.partial(stage.distiller.apply, **options)
     counted = networks.count_flops(apply, variables, *shapes, labels)
     total += 3 * counted * batch // 2
   return total
@@ -179,6 +181,8 @@ def configure(options):
   config.batch_size = options.batch or config.batch_size
   height, width = config.data.crop_size
   config.data.crop_size = (options.height or height, options.width or width)
+  # Steps take as long, and no method diverges under a random teacher.
+  config.student.lr = 1e-9
   return resolve(config)
 
 
