@@ -51,12 +51,13 @@ register('at', AttentionTransfer, weight=10_000.0)  # CIRKD.
 register('cwd', ChannelWise)  # Weights of its parts are options.
 register('dist', Dist)
 register('fitnet', FitNet, weight=10.0, title='FitNet')  # CIRKD.
-register('ickd', ClassCorrelation)  # Nobody published a weight.
-# Chosen on val (experiments/methods); the paper's 3000 is for CIFAR-10.
+# Weights of sp, pad, cad and ickd are chosen on val (experiments/methods);
+# none is published for segmentation.
+register('ickd', ClassCorrelation)
 register('sp', SimilarityPreserving, weight=10.0)
 register('lad', LAD, weight=10.0)
-register('pad', PAD, weight=0.1)  # As that of `sp`.
-register('cad', CAD)  # Neither.
+register('pad', PAD, weight=0.1)
+register('cad', CAD)
 register('aicsd', AICSD, weight=9500.0)  # README of the authors.
 register('cirkd', CIRKD)  # With weights of its terms as options.
 register('ofd', OFD, weight=1e-5)
