@@ -83,7 +83,7 @@ class Row:
 
   def flags(self, changes):
     """Of `main`, to repeat the row beside the flags of the config."""
-    values = {'stages': repr((self.stage,)), **changes}
+    values = {'stages': self.stage, **changes}
     if self.method:
       values |= {'distill.method': self.method, **dict(self.settings)}
     return [f'--config.{key}={value}' for key, value in values.items()]

@@ -33,7 +33,8 @@ def merged(tables):
       else:
         rows[key] = row
     found['tuning'] += other['tuning']
-  found['rows'] = [*rows.values()]
+  started = [row for row in rows.values() if row['runs'] or 'failed' in row]
+  found['rows'] = started
   table.set_statistics(found)
   return found
 

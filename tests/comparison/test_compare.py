@@ -172,7 +172,7 @@ def test_a_row_is_repeated_by_main(finished, tmp_path):
   given = [*shlex.split(found['command']), *of_method(found, 'kd')['flags']]
   flags = dict(flag.removeprefix('--config.').split('=') for flag in given)
   assert flags.pop('teacher.checkpoint') == str(workdir / 'teacher/teacher')
-  assert flags == {'stages': "('distill',)", 'distill.method': 'kd'}
+  assert flags == {'stages': 'distill', 'distill.method': 'kd'}
   config = make_config()
   config.stages, config.seed = ('distill',), 1
   config.distill.method = 'kd'
