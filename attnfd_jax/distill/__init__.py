@@ -53,11 +53,11 @@ register('dist', Dist)
 register('fitnet', FitNet, weight=10.0, title='FitNet')  # CIRKD.
 # Weights of sp, pad, cad and ickd are chosen on val (experiments/methods);
 # none is published for segmentation.
-register('ickd', ClassCorrelation)
+register('ickd', ClassCorrelation, weight=0.1)
 register('sp', SimilarityPreserving, weight=10.0)
 register('lad', LAD, weight=10.0)
 register('pad', PAD, weight=0.1)
-register('cad', CAD)
+register('cad', CAD, weight=0.1)
 register('aicsd', AICSD, weight=9500.0)  # README of the authors.
 register('cirkd', CIRKD)  # With weights of its terms as options.
 register('ofd', OFD, weight=1e-5)
