@@ -53,5 +53,6 @@ def output_of(workers):
   finally:
     for worker in workers:
       worker.kill()
+      worker.wait()
   assert [worker.returncode for worker in workers] == [0, 0], printed
   return printed

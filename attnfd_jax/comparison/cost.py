@@ -11,7 +11,8 @@ from attnfd_jax.benchmarks.train import program_memory
 from attnfd_jax.devices import memory, processes
 from attnfd_jax.runs import logs
 
-_STEPS, _MOST, _SECONDS = 10, 50, 6.0  # The first two steps are warm-up.
+# Steps at least, the first two being warm-up; further ones at most; seconds.
+_STEPS, _MOST, _SECONDS = 10, 40, 5.0
 
 
 def measure(stage, baseline):
@@ -73,13 +74,17 @@ def _data_seconds(stage, batches=8):
 def _in_turn(stages):
   batch = next(iter(stages[-1].make_batches(0)))
   trainers = [_Trainer(stage, batch) for stage in stages]
-  start = time.monotonic()
-  for number in range(_MOST):
-    # Few steps of a busy machine say little.
-    if number >= _STEPS and time.monotonic() - start > _SECONDS:
-      break
-    for trainer in trainers:
-      trainer.step()
+
+  def run(count):
+    start = time.perf_counter()
+    for _ in range(count):
+      for trainer in trainers:
+        trainer.step()
+    return time.perf_counter() - start
+
+  # Few steps of a busy machine say little; all processes take as many.
+  fitting = int(_STEPS * _SECONDS / run(_STEPS))
+  run(processes.from_first(min(fitting, _MOST)))
   for trainer in trainers:
     trainer.release()
   return trainers
