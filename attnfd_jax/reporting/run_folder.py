@@ -13,6 +13,7 @@ import numpy as np
 from attnfd_jax import paths
 from attnfd_jax.errors import InputError
 from attnfd_jax.reporting.figures import ROLES
+from attnfd_jax.runs import logs
 
 # Every other number of a train line is the loss or one of its terms.
 _NOT_LOSS = {'step', 'learning_rate', 'grad_norm', 'data_wait'}
@@ -31,8 +32,8 @@ class Run:
     if not (folder / 'results.json').is_file():
       problem = f'{path}: no results.json there; give the --workdir of a run'
       raise InputError(f'{problem} that finished a stage.')
-    found = _read_json(folder / 'results.json')
-    self.config = _read_json(folder / 'config.json')
+    found = logs.read_json(folder / 'results.json')
+    self.config = logs.read_json(folder / 'config.json')
     # stage -> result, stage -> kind -> name -> [2, n] of steps and values, and
     # stage -> name -> array.
     self.results = {stage: found[stage] for stage in ROLES if stage in found}
@@ -42,12 +43,13 @@ class Run:
       self.curves[stage] = read_curves(folder / stage / 'metrics.jsonl')
       pictures[stage] = read_pictures(folder / stage / 'pictures.npz')
       # JSON objects of results are sorted by name: their order says nothing.
-      own = _read_json(folder / stage / 'config.json')
+      own = logs.read_json(folder / stage / 'config.json')
       self.class_names = own.get('class_names') or self.class_names
-      environment = _read_json(folder / stage / 'environment.json')
+      environment = logs.read_json(folder / stage / 'environment.json')
       command = environment.get('command') or command
     command = shlex.join(command)
-    self.command = re.sub('^main.py', 'python -m attnfd_jax.main', command)
+    verb = r'^(main|compare)\.py'  # As environment.json has it.
+    self.command = re.sub(verb, r'python -m attnfd_jax.\1', command)
     stages = self.config.get('stages', [])
     self.missing = [s for s in stages if s not in self.results]
     files = {'metrics.jsonl': self.curves, 'pictures.npz': pictures}
@@ -105,16 +107,6 @@ class Run:
     start, arrays = f'map_{role}_', self.pictures.get('distill', {})
     names = [key.removeprefix(start) for key in arrays if key.startswith(start)]
     return {name: arrays[start + name] for name in names}
-
-
-def _read_json(path):
-  """The object in the file, {} without a file."""
-  try:
-    return dict(json.loads(path.read_text(encoding='utf-8')))
-  except FileNotFoundError:
-    return {}
-  except (TypeError, ValueError) as error:
-    raise InputError(f'{path}: not JSON ({error}); restore the file.') from None
 
 
 def read_curves(path):

@@ -18,6 +18,7 @@ import tqdm
 
 from attnfd_jax import paths
 from attnfd_jax.devices import processes
+from attnfd_jax.errors import InputError
 
 
 def write_json(path, value):
@@ -26,6 +27,16 @@ def write_json(path, value):
     text = json.dumps(value, indent=2, sort_keys=True) + '\n'
     with paths.replacing(path) as file:
       file.write(text.encode())
+
+
+def read_json(path):
+  """The object in a file, {} without a file; InputError if it is damaged."""
+  try:
+    return dict(json.loads(path.read_text(encoding='utf-8')))
+  except FileNotFoundError:
+    return {}
+  except (TypeError, ValueError) as error:
+    raise InputError(f'{path}: not JSON ({error}); restore the file.') from None
 
 
 def versions():

@@ -88,8 +88,7 @@ def train(
         name, config, dataset, mesh, workdir, stop, scores
       )
       path = workdir / 'results.json'
-      known = json.loads(path.read_text()) if path.exists() else {}
-      logs.write_json(path, known | table)
+      logs.write_json(path, logs.read_json(path) | table)
   if processes.is_first():
     write_report([workdir], workdir / 'report.html')
   return table
@@ -283,7 +282,7 @@ def _run_stage(name, config, dataset, mesh, workdir, stop, scores):
   finished = directory / 'result.json'
   if finished.exists():
     print(f'[{name}] already finished, skipped', flush=True)
-    return json.loads(finished.read_text())
+    return logs.read_json(finished)
   directory.mkdir(exist_ok=True)
   stage = make_stage(name, config, dataset, mesh, workdir)
   config = stage.config
