@@ -23,6 +23,7 @@ from absl import flags  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import small_run  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
@@ -33,6 +34,13 @@ flags.FLAGS.mark_as_parsed()
 def pytest_collection_modifyitems(items):
   # Nothing long may be left for the end, when one process waits for the other.
   items.sort(key=lambda item: 'training' not in item.path.parts)
+
+
+@pytest.fixture(scope='module')
+def kept_programs(tmp_path_factory):
+  """Later runs of a file reuse the programs of earlier ones."""
+  with small_run.kept_programs(tmp_path_factory.mktemp('programs')):
+    yield
 
 
 @pytest.fixture

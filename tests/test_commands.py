@@ -163,7 +163,8 @@ def adapted(command):
     small += TINY
     config = next(x for x in arguments if x.startswith('--config='))
     if verb == 'compare':
-      small += ['--seeds=0', '--config.teacher.checkpoint=runs/a/teacher']
+      small += ['--methods=kd', '--seeds=0']
+      small.append('--config.teacher.checkpoint=runs/a/teacher')
     elif '--config.stages' not in given:
       # Of classes that the teacher in `reader` knows; else one stage will do.
       stage = 'distill' if 'camvid' in config else 'student'

@@ -154,8 +154,10 @@ def model_flops(stage):
   return total
 
 
-def step_arguments(stage):
-  """(state, teacher's variables, random batch, rng), placed on the devices."""
+def step_arguments(stage, *, fresh=True):
+  """(state, teacher's variables, random batch, rng), placed on the devices; the
+  state is as of Stage.init_state.
+  """
   config = stage.config
   generator = np.random.default_rng(config.seed)
   size = (config.batch_size, *config.data.crop_size)
@@ -164,7 +166,7 @@ def step_arguments(stage):
     'label': generator.integers(0, stage.dataset.num_classes, size, np.uint8),
   }
   return (
-    stage.init_state(),
+    stage.init_state(fresh=fresh),
     stage.teacher.variables if stage.teacher else {},
     jax.device_put(batch, sharding.by_batch(stage.mesh)),
     stage.rng,

@@ -7,7 +7,7 @@ import time
 import jax
 import optax
 
-from attnfd_jax.benchmarks.train import program_memory
+from attnfd_jax.benchmarks import train
 from attnfd_jax.devices import memory, processes
 from attnfd_jax.runs import logs
 
@@ -15,18 +15,18 @@ from attnfd_jax.runs import logs
 _STEPS, _MOST, _SECONDS = 10, 40, 5.0
 
 
-def measure(stage, baseline):
+def measure(stage, baseline, data_seconds):
   """Seconds of a step, also of the baseline at the same time; memory; size.
 
   Both stages train on one batch, a step of one after a step of the other: what
-  else the machine does slows both. What the pipeline takes for a batch is added
-  on a CPU, whose cores it shares; elsewhere the slower of the two counts.
+  else the machine does slows both. `data_seconds`, what the pipeline takes for
+  a batch, is added on a CPU, whose cores it shares; elsewhere the slower of the
+  two counts.
 
   Returns {'step_seconds', 'baseline_step_seconds', 'data_seconds',
   'memory_bytes', 'method_params', 'device'}, in all processes of a job what the
   first one measured. `stage` may be the baseline itself.
   """
-  data_seconds = _data_seconds(baseline)
   stages = [stage] if stage is baseline else [stage, baseline]
   config = stage.config
   parts = {'devices': stage.mesh.shape['data']}
@@ -55,7 +55,7 @@ def measure(stage, baseline):
   )
 
 
-def _data_seconds(stage, batches=8):
+def data_seconds(stage, batches=8):
   """Seconds of a batch from the pipeline, once nothing is read ahead."""
   options = stage.config.data
   # What the pipeline holds, and fills while nobody asks; see data/pipeline.py.
@@ -72,8 +72,7 @@ def _data_seconds(stage, batches=8):
 
 
 def _in_turn(stages):
-  batch = next(iter(stages[-1].make_batches(0)))
-  trainers = [_Trainer(stage, batch) for stage in stages]
+  trainers = [_Trainer(stage) for stage in stages]
 
   def run(count):
     start = time.perf_counter()
@@ -91,17 +90,15 @@ def _in_turn(stages):
 
 
 class _Trainer:
-  """A stage that trains on one batch from its start, with a stopwatch."""
+  """A stage that trains on one random batch, with a stopwatch."""
 
-  def __init__(self, stage, batch):
-    self._state = stage.init_state(log=lambda line: None)
+  def __init__(self, stage):
+    self._state, *self._fixed = train.step_arguments(stage, fresh=False)
     own = self._state.params.get('distiller', {})
     self.method_params = optax.tree.size(own)
-    variables = stage.teacher.variables if stage.teacher else {}
-    self._fixed = variables, batch, stage.rng
     train_step = stage.make_train_step()
     self._step = train_step.lower(self._state, *self._fixed).compile()
-    self.memory, self._times = program_memory(self._step), []
+    self.memory, self._times = train.program_memory(self._step), []
 
   def step(self):
     start = time.perf_counter()

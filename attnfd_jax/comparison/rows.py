@@ -60,6 +60,12 @@ class Row:
     """Of a run, the stage that trains this row's student."""
     return 'distill' if self.method else 'student'
 
+  @property
+  def _changes(self):
+    """{key of the config: value}."""
+    method = {'distill.method': self.method} if self.method else {}
+    return method | dict(self.settings)
+
   def configured(self, config, *, teacher='', changes=None):
     """A resolved copy of `config` for this row's stage alone.
 
@@ -69,9 +75,7 @@ class Row:
     config = config.copy_and_resolve_references()
     if not user_code.is_code(self.method):
       config.distill.options = ConfigDict()  # Those of another row's class.
-    own = {'stages': (self.stage,)}
-    if self.method:
-      own |= {'distill.method': self.method, **dict(self.settings)}
+    own = {'stages': (self.stage,), **self._changes}
     if self.method and teacher:
       own['teacher.checkpoint'] = teacher
       # What this comparison trained is the code of its config.
@@ -83,9 +87,7 @@ class Row:
 
   def flags(self, changes):
     """Of `main`, to repeat the row beside the flags of the config."""
-    values = {'stages': self.stage, **changes}
-    if self.method:
-      values |= {'distill.method': self.method, **dict(self.settings)}
+    values = {'stages': self.stage, **changes, **self._changes}
     return [f'--config.{key}={value}' for key, value in values.items()]
 
 

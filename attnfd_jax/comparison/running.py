@@ -13,28 +13,23 @@ is finished is skipped, so that a comparison resumes, grows by methods and
 seeds, and is shared by several commands.
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
 import time
 import traceback
 
-import jax
-
 from attnfd_jax import paths, user_code
-from attnfd_jax.comparison import cost, rows, table
+from attnfd_jax.comparison import cost, rows, sharing, table
 from attnfd_jax.comparison.rows import BASELINE, Row
 from attnfd_jax.config import resolve
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import processes, sharding
-from attnfd_jax.errors import DataError, first_line, InputError, one_of, within
+from attnfd_jax.errors import first_line, InputError, one_of, within
 from attnfd_jax.runs import lock, logs
 from attnfd_jax.training import experiment
-from attnfd_jax.training.stage import make_stage
+from attnfd_jax.training.stage import make_stage, plan
 from attnfd_jax.training.stopping import Stop
 
-_POLL_SECONDS = 5
 # Of a single run: the folder may have moved, with its teacher; the method is
 # that of the row, whatever the config says.
 _HARMLESS = (*experiment.HARMLESS, 'distill.method', 'teacher.checkpoint')
@@ -142,7 +137,7 @@ class _Runner:
     ]
     count = len(baselines) + len(candidates) + len(groups) * len(seeds)
     first = 'the teacher, then ' if not self.given else ''
-    self._say(
+    sharing.say(
       f'{first}{count} runs: baseline and {len(groups)} rows, seeds '
       f'{", ".join(map(str, seeds))}'
     )
@@ -177,12 +172,12 @@ class _Runner:
   def _begin(self, every_row):
     """Claims the folder; refuses one that was begun with something else."""
     self.workdir.mkdir(parents=True, exist_ok=True)
-    with self._holding(self.workdir, wait=True):
+    with sharing.holding(self.workdir, wait=True):
       harmless = (*experiment.HARMLESS, 'distill.method')
       path = self.workdir / 'config.json'
       experiment.claim(path, self.config, harmless=harmless)
       for path in self.workdir.glob('seconds/*/row.json'):
-        factor = _read(path).get('seconds_factor')
+        factor = logs.read_json(path).get('seconds_factor')
         if factor and self.equal == 'seconds' and factor != self.factor:
           raise InputError(
             f'{path.parent} was begun with --seconds_factor={factor:g}; use '
@@ -190,27 +185,12 @@ class _Runner:
           )
       # Rows of one table use the same files of the user's.
       path = self.workdir / 'code.json'
-      known = _shared(path)
+      known = sharing.read_json(path)
       for row in every_row:
         code = row.configured(self.config)
         if user_code.specs(code) and processes.is_first():
           known |= user_code.store(self.workdir, code, known)
           logs.write_json(path, known)
-
-  @contextlib.contextmanager
-  def _holding(self, folder, *, name='.lock', wait=False):
-    """The lock of a folder, for all processes of a job or, InUse, for none."""
-    with contextlib.ExitStack() as stack:
-      reason = ''
-      if processes.is_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-          stack.enter_context(lock.locked(folder, name=name, wait=wait))
-        except lock.InUse as error:
-          reason = str(error)
-      if reason := processes.from_first(reason):
-        raise lock.InUse(reason)
-      yield
 
   def _best(self, group, seed):
     """The row of a group with the highest mIoU on val, the first of equals; or
@@ -219,14 +199,13 @@ class _Runner:
     if len(group) == 1:
       return group[0]
     jobs = [self._job(row, seed, tuning=True) for row in group]
-    key = Row(group[0].method, group[0].settings).folder
-    path = self.workdir / 'tuning' / self.equal / f'{key}-seed{seed}.json'
+    path = jobs[0].folder.with_name(f'{group[0].folder}-seed{seed}.json')
     names = [row.name for row in group]
-    with self._holding(self.workdir, wait=True):
-      found = _shared(path)
+    with sharing.holding(self.workdir, wait=True):
+      found = sharing.read_json(path)
       if found.get('candidates') != names:
         scores = {
-          job.row.name: json.loads(job.result.read_text())['miou'] or 0.0
+          job.row.name: logs.read_json(job.result)['miou'] or 0.0
           for job in jobs
           if job.result.exists()
         }
@@ -236,15 +215,11 @@ class _Runner:
           logs.write_json(path, found)
       found = processes.from_first(found)
     if not found['chosen']:
-      self._say(f'no candidate of {group[0].title} finished')
+      sharing.say(f'no candidate of {group[0].title} finished')
       return None
     best = group[names.index(found['chosen'])]
-    self._say(f'chosen on val with seed {seed}: {best.title}')
+    sharing.say(f'chosen on val with seed {seed}: {best.title}')
     return best
-
-  def _say(self, text):
-    if processes.is_first():
-      print(f'[compare] {text}', flush=True)
 
   @property
   def _teacher_folder(self):
@@ -257,34 +232,17 @@ class _Runner:
     config.stages = ('teacher',)
 
     def attempt():
-      with self._holding(self.workdir / 'teacher', name='.compare'):
+      with sharing.holding(self.workdir / 'teacher', name='.compare'):
         experiment.train(
           config, self.workdir / 'teacher', stop=self.stop, harmless=_HARMLESS
         )
 
-    self._until_done([attempt], 'another command trains the teacher')
-
-  def _until_done(self, attempts, text):
-    """Calls each until it is not InUse; the others go first."""
-    waiting = False
-    while attempts:
-      busy = []
-      for attempt in attempts:
-        try:
-          attempt()
-        except lock.InUse:
-          busy.append(attempt)
-      if len(busy) == len(attempts):
-        if not waiting:
-          self._say(f'waiting: {text}')
-        waiting = True
-        time.sleep(_POLL_SECONDS)
-      attempts = busy
+    sharing.until_done([attempt], 'another command trains the teacher')
 
   def _measure(self, jobs):
     """Writes the row.json of each row: the plan is known before the runs."""
     unique = {job.folder: job for job in jobs}.values()
-    self._until_done(
+    sharing.until_done(
       [functools.partial(self._facts, job) for job in unique],
       'another command measures the rows',
     )
@@ -292,7 +250,7 @@ class _Runner:
   def _work(self, jobs, later=()):
     """Returns when all jobs are done, here or by another command."""
     every = [*jobs, *later]
-    self._until_done(
+    sharing.until_done(
       [functools.partial(self._do, job, every) for job in jobs],
       'another command trains the rest',
     )
@@ -305,14 +263,14 @@ class _Runner:
     """Trains a job; InUse if another command does."""
     if self._done(job):
       return
-    with self._holding(job.folder, name=f'.seed{job.seed}'):
+    with sharing.holding(job.folder, name=f'.seed{job.seed}'):
       if self._done(job):
         return
       facts = self._facts(job)
       if 'failed' in facts:
         return
       left = [x for x in every if not self._done(x)]
-      self._say(
+      sharing.say(
         f'run {len(every) - len(left) + 1} of {len(every)}: {job}; about '
         f'{logs.duration(self._seconds(left))} left'
       )
@@ -325,9 +283,7 @@ class _Runner:
 
   def _train(self, job, facts):
     changes = {'seed': job.seed, **facts['changes'], **dict(job.changes)}
-    config = job.row.configured(
-      self.config, teacher=self._teacher_folder, changes=changes
-    )
+    config = self._configured(job.row, changes)
     scores = self._teacher_scores() if job.row.method else None
     path = job.directory / 'failed.json'
     try:
@@ -341,17 +297,20 @@ class _Runner:
       path.unlink(missing_ok=True)
     except Exception as error:
       in_use = isinstance(error, lock.InUse)  # By a `main` that was typed.
-      if in_use or not job.row.method or not _of_a_method(error):
+      if in_use or not job.row.method or not sharing.is_of_one_row(error):
         raise
       self.failed[job.directory] = self._note_failure(path, job, error)
 
-  def _note_failure(self, path, what, error):
-    """Writes down that a row, or one of its runs, failed; returns that."""
+  def _note_failure(self, path, what, error, facts=None):
+    """Writes down that a row, or one of its runs, failed, beside other facts of
+    it; returns all.
+    """
     # What was saved by then depends on the clock.
     text = first_line(error).split(' Last good checkpoint')[0]
-    self._say(f'{what} failed: {text}')
+    sharing.say(f'{what} failed: {text}')
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {'failed': text, 'traceback': traceback.format_exc()}
+    failure = {'failed': text, 'traceback': traceback.format_exc()}
+    facts = (facts or {}) | failure
     logs.write_json(path, facts)
     return facts
 
@@ -362,10 +321,10 @@ class _Runner:
     if job.folder in self.failed:
       return self.failed[job.folder]
     path = job.folder / 'row.json'
-    if not _is_measured(found := _shared(path)):
-      with self._holding(job.folder):
+    if not _is_measured(found := sharing.read_json(path)):
+      with sharing.holding(job.folder):
         # Another command may have been faster.
-        if not _is_measured(found := _shared(path)):
+        if not _is_measured(found := sharing.read_json(path)):
           found = self._measure_row(job, path)
     return found
 
@@ -378,18 +337,16 @@ class _Runner:
       'settings': dict(row.settings),
       'equal': self.equal,
     }
-    self._say(f'measuring the step of {row.title} ...')
+    sharing.say(f'measuring the step of {row.title} ...')
     try:
-      stage = self._stage(row)
-      baseline = self._stage(Row(BASELINE)) if row.method else stage
-      facts |= cost.measure(stage, baseline)
+      stage = self._make_stage(row) if row.method else self._baseline
+      facts |= cost.measure(stage, self._baseline, self._data_seconds)
     except Exception as error:
-      if not row.method or not _of_a_method(error):
+      if not row.method or not sharing.is_of_one_row(error):
         raise
-      failure = self._note_failure(path, row.title, error)
-      self.failed[job.folder] = failure
-      logs.write_json(path, facts | failure)
-      return failure
+      facts = self._note_failure(path, row.title, error, facts)
+      self.failed[job.folder] = facts
+      return facts
     changes = {}
     if row.method and self.equal == 'seconds':
       ratio = facts['baseline_step_seconds'] / facts['step_seconds']
@@ -400,7 +357,8 @@ class _Runner:
         changes[key] = _scaled(self.config[group][name], self.factor * ratio)
       epochs = self.config.student.num_epochs
       changes['student.num_epochs'] = _scaled(epochs, self.factor * ratio)
-    planned = self._stage(row, changes=changes)
+    config = self._configured(row, changes)
+    planned = plan(row.stage, config, self._dataset, self._mesh)
     facts |= {
       'changes': changes,
       'num_epochs': planned.options.num_epochs,
@@ -410,14 +368,25 @@ class _Runner:
     logs.write_json(path, facts)
     return facts
 
-  def _stage(self, row, changes=None):
-    config = row.configured(
+  def _configured(self, row, changes=None):
+    return row.configured(
       self.config, teacher=self._teacher_folder, changes=changes
     )
+
+  def _make_stage(self, row):
+    config = self._configured(row)
     config.data.update(self._dataset.settled)
     return make_stage(
       row.stage, config, self._dataset, self._mesh, self.workdir
     )
+
+  @functools.cached_property
+  def _baseline(self):
+    return self._make_stage(Row(BASELINE))
+
+  @functools.cached_property
+  def _data_seconds(self):
+    return cost.data_seconds(self._baseline)
 
   @functools.cached_property
   def _dataset(self):
@@ -431,14 +400,14 @@ class _Runner:
     """On val, from wherever the teacher was scored first; or None."""
     if not self.given:
       path = self.workdir / 'teacher' / 'teacher' / 'result.json'
-      return table.scores_of(json.loads(path.read_text()))
+      return table.scores_of(logs.read_json(path))
     return processes.from_first(table.teacher_record(self.workdir))
 
   def _seconds(self, jobs):
     """How long jobs will take, where their rows were measured."""
     known = {}
     for job in jobs:
-      facts = _read(job.folder / 'row.json')
+      facts = logs.read_json(job.folder / 'row.json')
       if _is_measured(facts):
         known[job.folder] = facts['num_steps'] * facts['step_seconds']
     usual = sum(known.values()) / max(len(known), 1)
@@ -446,7 +415,7 @@ class _Runner:
 
   def _write(self):
     """The table as far as it is known."""
-    with self._holding(self.workdir, wait=True):
+    with sharing.holding(self.workdir, wait=True):
       teacher = self._teacher_folder
       command = [*self.command]
       if teacher:
@@ -459,30 +428,9 @@ class _Runner:
       return found
 
 
-def _read(path):
-  return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _shared(path):
-  """What is in a file of JSON, in all processes what the first one reads: it
-  writes, and the others may be early.
-  """
-  return processes.from_first(_read(path) if processes.is_first() else {})
-
-
 def _is_measured(facts):
   return 'num_steps' in facts
 
 
 def _scaled(value, factor):
   return float(f'{value * factor:.4g}')
-
-
-def _of_a_method(error):
-  """Whether an error is that of one row, after which the others can go on."""
-  if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
-    return False  # A full disk is no fault of a method.
-  if jax.process_count() > 1:
-    # Only what all processes find; after the rest they would wait for another.
-    return isinstance(error, InputError) and not isinstance(error, DataError)
-  return True

@@ -14,7 +14,7 @@ from attnfd_jax.reporting import comparison_page
 from attnfd_jax.reporting.run_folder import read_curves
 from attnfd_jax.runs import logs
 
-KINDS = ('steps', 'seconds')  # In which rows can be equal to the baseline.
+KINDS = tuple(comparison_page.TITLES)
 _SCORES = ('miou', 'pixel_accuracy', 'class_accuracy', 'fw_iou')
 _SCORES += ('iou_per_class', 'accuracy_per_class')
 # Of row.json; the rest of a row comes from its runs.
@@ -26,10 +26,6 @@ _MEASURED = ('step_seconds', 'baseline_step_seconds', 'data_seconds', 'device')
 def scores_of(result):
   """The part of a result that metrics.summarise made."""
   return {key: result[key] for key in _SCORES}
-
-
-def _read(path):
-  return json.loads(path.read_text()) if path.exists() else {}
 
 
 def teacher_record(workdir):
@@ -65,7 +61,9 @@ def collect(workdir, *, command=()):
   }
   for run in baseline.get('runs', ()):
     if 'val' in run:
-      result = _read(workdir / run['folder'] / 'student' / 'result.json')
+      result = logs.read_json(
+        workdir / run['folder'] / 'student' / 'result.json'
+      )
       keys = ('dataset', 'protocol', 'network', 'params', 'pretrained')
       found['student'] = {key: result[key] for key in keys}
   for kind in KINDS:
@@ -95,7 +93,7 @@ def _row_folders(folder):
 
 def _row(folder, stage):
   """A row of its runs' results; {} where there is none."""
-  facts = _read(folder / 'row.json')
+  facts = logs.read_json(folder / 'row.json')
   row = {key: facts[key] for key in _FACTS if key in facts}
   if 'step_seconds' in facts:
     row['measured'] = {key: facts[key] for key in _MEASURED}
@@ -125,7 +123,7 @@ def _run(directory, stage):
     'seed': _seed(directory),
     'folder': '/'.join(directory.parts[-3 if stage == 'distill' else -2 :]),
   }
-  if result := _read(directory / stage / 'result.json'):
+  if result := logs.read_json(directory / stage / 'result.json'):
     run |= {
       'val': result['miou'],
       'test': result.get('test', {}).get('miou'),
@@ -136,7 +134,7 @@ def _run(directory, stage):
     }
     if stage == 'distill':
       run['options'] = result['method']['options']
-  elif failed := _read(directory / 'failed.json'):
+  elif failed := logs.read_json(directory / 'failed.json'):
     run['failed'] = failed['failed']
   return run
 
@@ -157,26 +155,37 @@ def _spread(values):
 
 
 def _differences(row, baseline):
-  """To the baseline with the same seed."""
-  before = {run['seed']: run for run in baseline['runs']}
-  found = {}
-  for split in ('val', 'test'):
-    pairs = [
-      (run.get(split), before.get(run['seed'], {}).get(split))
-      for run in row['runs']
-    ]
-    found[split] = _spread([a - b for a, b in pairs if None not in (a, b)])
+  """To the baseline with the same seed: spreads; of each class the mean."""
+  before = {run['seed']: run for run in baseline['runs'] if 'val' in run}
+  pairs = [
+    (run, before[run['seed']])
+    for run in row['runs']
+    if 'val' in run and run['seed'] in before
+  ]
+
+  def spread(value_of):
+    values = [tuple(map(value_of, pair)) for pair in pairs]
+    return _spread([a - b for a, b in values if None not in (a, b)])
+
+  found = {split: spread(lambda x, k=split: x[k]) for split in ('val', 'test')}
+  names = pairs[0][0]['iou_per_class'] if pairs else ()
+  of_classes = {
+    name: spread(lambda x, k=name: x['iou_per_class'][k]) for name in names
+  }
+  found['iou_per_class'] = {
+    name: value and value['mean'] for name, value in of_classes.items()
+  }
   return found
 
 
 def _teacher(workdir):
   """Name, source and scores of the teacher; {} before they are known."""
-  if result := _read(workdir / 'teacher' / 'teacher' / 'result.json'):
+  if result := logs.read_json(workdir / 'teacher' / 'teacher' / 'result.json'):
     test = result.get('test', {}).get('miou')
     found = {'name': result['network'], 'source': 'teacher', 'test': test}
     return found | {'val': result['miou'], 'params': result['params']}
   for path in _of_runs(workdir, 'result.json'):
-    teacher = _read(path)['teacher']
+    teacher = logs.read_json(path)['teacher']
     found = {'name': teacher['name'], 'source': teacher['source']}
     return found | {'val': teacher['miou']}
   return {}
@@ -186,7 +195,9 @@ def _tuning(folder):
   """The candidates of --tune, with their mIoU on val."""
   found = []
   for kind in KINDS:
-    choices = [_read(path) for path in (folder / kind).glob('*-seed*.json')]
+    choices = [
+      logs.read_json(path) for path in (folder / kind).glob('*-seed*.json')
+    ]
     chosen = {choice['chosen'] for choice in choices}
     for path in _row_folders(folder / kind):
       row = _row(path, 'distill')

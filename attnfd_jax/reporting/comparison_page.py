@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page and the Markdown table of a comparison, from its compare.json."""
 
-import json
+import functools
+import itertools
 import shlex
 
 import numpy as np
@@ -12,10 +13,9 @@ from attnfd_jax.reporting.run_folder import read_pictures
 from attnfd_jax.runs import logs
 
 _SCENES = 3
-_TITLES = {
-  'steps': 'Equal steps',
-  'seconds': 'Equal seconds',
-}
+_BAR = '\\|'  # Which does not end a cell of Markdown.
+# In what rows can be equal to the baseline.
+TITLES = {'steps': 'Equal steps', 'seconds': 'Equal seconds'}
 
 
 def write(found, workdir):
@@ -26,20 +26,17 @@ def write(found, workdir):
   with paths.replacing(workdir / 'compare.md') as file:
     file.write(markdown(found).encode())
   palette, class_names = _classes(workdir, found)
-  kinds = {row['equal'] for row in found['rows']} or {'steps'}
-  tables = [_Table(found, kind, workdir) for kind in _TITLES if kind in kinds]
   page.render(
     'comparison.html',
     workdir / 'compare.html',
     found=found,
-    tables=tables,
-    splits=_splits(found),
+    tables=[_Table(found, kind, workdir) for kind in _kinds(found)],
+    head=_head(found),
+    cells=functools.partial(_cells, found),
     palette=palette,
     class_names=class_names,
-    score=score,
     difference=difference,
     flags=shlex.join,
-    to_json=json.dumps,
   )
 
 
@@ -47,10 +44,8 @@ def score(spread, show=page.number):
   """'43.51 ± 0.42' of {'mean', 'std', 'n'} of fractions, as percent."""
   if spread is None:
     return '–'
-  text = show(100 * spread['mean'])
-  return (
-    text if spread['std'] is None else f'{text} ± {100 * spread["std"]:.2f}'
-  )
+  std = spread['std']
+  return page.plus_minus(100 * spread['mean'], std and 100 * std, show)
 
 
 def difference(spread):
@@ -65,23 +60,12 @@ def _splits(found):
 
 def markdown(found, level=2):
   """The tables of a compare.json as text, under headings of this level."""
-  splits = _splits(found)
-  titles = [f'mIoU {split} | difference' for split in splits]
-  head = ['method', 'seeds', *titles, 'steps', 's a step', 'training', 'GB']
-  lines = []
-  kinds = {row['equal'] for row in found['rows']} or {'steps'}
-  for kind, title in _TITLES.items():
+  lines, head = [], ['method', 'seeds', *_head(found)]
+  for kind in _kinds(found):
     rows = [row for row in found['rows'] if row['equal'] == kind]
-    if kind not in kinds:
-      continue
-    lines += [
-      f'{"#" * level} {title}',
-      '',
-      f'| {" | ".join(head)} | parameters |',
-    ]
-    lines += [f'|{" --- |" * (len(head) + len(splits) + 1)}']
-    for row in (found['baseline'], *in_order(rows)):
-      lines += [_markdown_row(row, splits)]
+    lines += [f'{"#" * level} {TITLES[kind]}', '', f'| {" | ".join(head)} |']
+    lines += [f'|{" --- |" * len(head)}']
+    lines += [_line(found, row) for row in (found['baseline'], *in_order(rows))]
     lines += ['']
   teacher = found['teacher']
   if teacher:
@@ -95,28 +79,46 @@ def markdown(found, level=2):
   return '\n'.join(lines) + '\n'
 
 
-def _markdown_row(row, splits):
-  title = _cell(row['title'])
-  if 'failed' in row:
-    return f'| {title} | failed: {_cell(row["failed"])} |'
-  cells = [title, _cell(seeds(row))]
-  for split in splits:
-    cells += [
-      score(row[split]),
-      difference(row.get('difference', {}).get(split)),
-    ]
-  cells += [
+def _kinds(found):
+  """Those that have rows."""
+  return [
+    kind
+    for kind in TITLES
+    if any(row['equal'] == kind for row in found['rows'])
+  ] or ['steps']
+
+
+def _head(found):
+  """Of the columns after method and seeds."""
+  of_splits = [(f'mIoU {split}, %', 'difference') for split in _splits(found)]
+  costs = ('steps', 's a step', 'training', 'GB', 'parameters')
+  return [*itertools.chain(*of_splits), *costs]
+
+
+def _cells(found, row):
+  """Of a row that was measured, as text."""
+  differences = row.get('difference', {})  # Not of the baseline.
+  scores = (
+    (score(row[split]), difference(differences.get(split)))
+    for split in _splits(found)
+  )
+  return [
+    *itertools.chain(*scores),
     f'{row["num_steps"]:,}',
     f'{row["step_seconds"]:.3g}',
     logs.duration(row['seconds']),
     page.number(row['memory_bytes'], 1e-9),
     f'{row["method_params"]:,}',
   ]
-  return f'| {" | ".join(cells)} |'
 
 
-def _cell(text):
-  return text.replace('|', '\\|')
+def _line(found, row):
+  """Of Markdown."""
+  if 'failed' in row:
+    cells = [row['title'], f'failed: {row["failed"]}']
+  else:
+    cells = [row['title'], seeds(row), *_cells(found, row)]
+  return f'| {" | ".join(x.replace("|", _BAR) for x in cells)} |'
 
 
 def seeds(row):
@@ -142,9 +144,8 @@ class _Table:
   """What the page shows of the rows that are equal in steps, or in seconds."""
 
   def __init__(self, found, kind, workdir):
-    self.title, self.kind = _TITLES[kind], kind
+    self.title = TITLES[kind]
     self.rows = in_order([r for r in found['rows'] if r['equal'] == kind])
-    self.failed = [row for row in self.rows if row['val'] is None]
     self.done = [row for row in self.rows if row['val'] is not None]
     baseline = found['baseline']
     self._workdir = workdir
@@ -157,7 +158,8 @@ class _Table:
       for title, (row, curve) in curves.items()
     }
     self.classes = [
-      (self._label(row), _class_differences(row, baseline)) for row in self.done
+      (self._label(row), row['difference']['iou_per_class'])
+      for row in self.done
     ]
     self.pictures = [
       (self._label(row), arrays)
@@ -211,27 +213,10 @@ def _mean_curve(row):
   return np.mean(same, axis=0) if same else None
 
 
-def _class_differences(row, baseline):
-  """Class -> points over the baseline of the same seeds, None where unknown."""
-  before = {run['seed']: run for run in baseline['runs']}
-  pairs = [
-    (run['iou_per_class'], before[run['seed']]['iou_per_class'])
-    for run in row['runs']
-    if 'val' in run and 'val' in before.get(run['seed'], {})
-  ]
-  found = {}
-  for name in pairs[0][0] if pairs else ():
-    values = [(a[name], b[name]) for a, b in pairs]
-    values = [100 * (a - b) for a, b in values if None not in (a, b)]
-    found[name] = float(np.mean(values)) if values else None
-  return found
-
-
 def _classes(workdir, found):
   """Palette [k, 3] and names in the order of ids, from a run's config.json."""
   for run in found['baseline']['runs']:
     path = workdir / run['folder'] / 'student' / 'config.json'
-    if path.exists():
-      config = json.loads(path.read_text())
+    if config := logs.read_json(path):
       return np.array(config['palette'], np.uint8), config['class_names']
   return np.zeros((0, 3), np.uint8), []

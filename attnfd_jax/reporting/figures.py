@@ -4,6 +4,7 @@
 import base64
 import collections
 import io
+import itertools
 import pathlib
 import re
 import warnings
@@ -52,14 +53,17 @@ def methods_chart(curves, xlabel):
   """SVG text of title -> [2, n], steps or seconds, and mIoU as fractions; the
   first is the baseline.
   """
-  lines, colors = {}, [*_METHOD_COLORS]
-  for number, (title, (x, values)) in enumerate(curves.items()):
-    style_of = {'color': ROLES['student'].color, 'linewidth': 3}
-    if number:
-      dash = _DASHES[(number - 1) // len(colors) % len(_DASHES)]
-      style_of = {'color': colors[(number - 1) % len(colors)]}
-      style_of |= {'linestyle': dash, 'linewidth': 1.5}
-    lines[title] = (x, 100 * values, {'linestyle': '-'} | style_of)
+  others = (
+    {'color': color, 'linestyle': dash, 'linewidth': 1.5}
+    for dash, color in itertools.product(_DASHES, _METHOD_COLORS)
+  )
+  styles = itertools.chain(
+    [_line('student', linewidth=3)], itertools.cycle(others)
+  )
+  lines = {
+    title: (x, 100 * values, next(styles))
+    for title, (x, values) in curves.items()
+  }
   return _line_chart(lines, ylabel='mIoU val, %', xlabel=xlabel)
 
 

@@ -150,4 +150,9 @@ def spread(values, scale=1, show=number):
   values = [scale * value for value in values if value is not None]
   if len(values) < 2:
     return show(values[0] if values else None)
-  return f'{show(statistics.mean(values))} ± {statistics.stdev(values):.2f}'
+  return plus_minus(statistics.mean(values), statistics.stdev(values), show)
+
+
+def plus_minus(mean, std, show=number):
+  """'43.51 ± 0.42'; without a deviation the mean alone."""
+  return show(mean) if std is None else f'{show(mean)} ± {std:.2f}'

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of results/ into README.md here, and the first of them into
-that of the project.
+"""Writes the tables of results/ into README.md here.
 
   python experiments/methods/make_table.py [--check]
 

@@ -22,6 +22,7 @@ from attnfd_jax.reporting import comparison_page
 from attnfd_jax.runs import checkpoints, lock
 from attnfd_jax.training import experiment
 
+pytestmark = pytest.mark.usefixtures('kept_programs')
 METHODS = ['kd', 'attnfd']
 OWN = """
 import flax.linen as nn
@@ -36,12 +37,6 @@ class Own(nn.Module):
 """
 # Of tables, what the clock says, and where they are.
 CLOCK = {'step_seconds', 'seconds', 'measured', 'train_seconds', 'command'}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def small(tmp_path_factory):
-  with small_run.kept_programs(tmp_path_factory.mktemp('programs')):
-    yield
 
 
 def make_config():
@@ -150,6 +145,13 @@ def test_the_table(finished):
         abs(numbers[0] - numbers[1]) / 2**0.5
       )
       assert spread['n'] == 2
+    for name, mean in row['difference']['iou_per_class'].items():
+      pairs = [
+        (run['iou_per_class'][name], before[run['seed']]['iou_per_class'][name])
+        for run in row['runs']
+      ]
+      known = [a - b for a, b in pairs if None not in (a, b)]
+      assert mean == (pytest.approx(np.mean(known)) if known else None)
   assert of_method(found, 'kd')['method_params'] == 0
   assert of_method(found, 'attnfd')['method_params'] > 0
 
@@ -196,22 +198,19 @@ def test_people_read(finished):
   assert len(widths) == 1
 
 
-@pytest.mark.parametrize('call', [1, 6, 14])
-def test_a_killed_comparison_resumes(finished, tmp_path, monkeypatch, call):
+@pytest.mark.parametrize(
+  ('owner', 'name', 'call'),
+  [
+    *((checkpoints, 'save', call) for call in (1, 6, 14)),
+    (cost, 'measure', 3),
+  ],
+)
+def test_a_killed_comparison_resumes(
+  finished, tmp_path, monkeypatch, owner, name, call
+):
   with monkeypatch.context() as patch:
-    save = small_run.interrupting(checkpoints.save, call)
-    patch.setattr(checkpoints, 'save', save)
-    with pytest.raises(KeyboardInterrupt):
-      compare(tmp_path / 'killed')
-  found = compare(tmp_path / 'killed')
-  assert untimed(found) == untimed(finished[1])
-
-
-@pytest.mark.parametrize('call', [3])
-def test_killed_while_it_measures(finished, tmp_path, monkeypatch, call):
-  with monkeypatch.context() as patch:
-    measure = small_run.interrupting(cost.measure, call)
-    patch.setattr(cost, 'measure', measure)
+    function = small_run.interrupting(getattr(owner, name), call)
+    patch.setattr(owner, name, function)
     with pytest.raises(KeyboardInterrupt):
       compare(tmp_path / 'killed')
   found = compare(tmp_path / 'killed')
@@ -273,8 +272,8 @@ def test_a_baseline_that_fails_stops(tmp_path, monkeypatch):
     compare(tmp_path / 'c', config=config)
 
 
-def half_as_slow_again(stage, baseline):
-  del baseline
+def half_as_slow_again(stage, baseline, data_seconds):
+  del baseline, data_seconds
   return {
     'step_seconds': 0.3 if stage.distiller else 0.2,
     'baseline_step_seconds': 0.2,

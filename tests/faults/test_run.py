@@ -26,6 +26,7 @@ from attnfd_jax.runs import checkpoints, loading, lock
 from attnfd_jax.training import experiment, loop, results
 from attnfd_jax.training import stage as stage_room
 
+pytestmark = pytest.mark.usefixtures('kept_programs')
 MOMENTS = (
   'student is built',
   'student compiles',
@@ -38,12 +39,6 @@ MOMENTS = (
   'student result.json',
   'results.json',
 )
-
-
-@pytest.fixture(scope='module', autouse=True)
-def small(tmp_path_factory):
-  with small_run.kept_programs(tmp_path_factory.mktemp('programs')):
-    yield
 
 
 def make_config():

@@ -15,14 +15,8 @@ from attnfd_jax.inference import evaluation
 from attnfd_jax.runs import logs
 from attnfd_jax.training import experiment, loop
 
+pytestmark = pytest.mark.usefixtures('kept_programs')
 STAGES = small_run.STAGES
-
-
-@pytest.fixture(scope='module', autouse=True)
-def small(tmp_path_factory):
-  """All networks are small, and later runs of this file reuse programs."""
-  with small_run.kept_programs(tmp_path_factory.mktemp('programs')):
-    yield
 
 
 @pytest.fixture(scope='module')
