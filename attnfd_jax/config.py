@@ -48,7 +48,10 @@ _CHOICES = {
 }
 # Least and most of values; what belongs to one room is checked there.
 _RANGES = {
-  (0, 1): 'data.balanced data.blur data.flip optim.ema_decay teacher.min_miou',
+  (0, 1): (
+    'data.balanced data.blur data.cutmix data.flip optim.ema_decay '
+    'teacher.min_miou'
+  ),
   (0, 2): 'data.photometric',
   (0, 180): 'data.rotation',
   (0, 1024): 'data.workers',
@@ -133,6 +136,7 @@ def default_config():
   config.data.blur = 0.5
   config.data.photometric = 0.0
   config.data.rotation = 0.0  # At most, in degrees, either way.
+  config.data.cutmix = 0.0  # Probability of a box from another image.
   config.data.balanced = 0.0  # Share drawn by class, then one of its images.
   config.data.limit = 0  # Images of each split, 0 for all.
   config.data.cache = False  # Decoded pairs stay in memory.

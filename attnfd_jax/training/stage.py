@@ -193,6 +193,7 @@ class Stage:
       state_sharding=self.state_sharding,
       ce_batch_division=self.config.distill.ce_batch_division,
       log_gradients=self.config.distill.log_gradients,
+      cutmix=self.config.data.cutmix,
       **{key: options[key] for key in ('accumulate', 'remat', 'ema_decay')},
     )
 

@@ -13,6 +13,7 @@ from attnfd_jax.losses import upsampled_cross_entropy
 from attnfd_jax.models import cpu_forms
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.models.resizing import score_precision
+from attnfd_jax.training import mixing
 
 # Bytes of logits on a device above which the loss is taken part by part.
 LARGE_LOGITS = 2**26
@@ -94,6 +95,7 @@ def make_train_step(
   plain_cross_entropy=False,
   ce_batch_division=False,
   log_gradients=False,
+  cutmix=0.0,
   accumulate=1,
   remat=False,
   ema_decay=0.0,
@@ -114,6 +116,7 @@ def make_train_step(
     log_gradients: adds to the metrics, of the gradients of the student's
       weights, 'cosine' between that of the task and that of the distillation,
       and both norms, 'task_norm' and 'distill_norm'; by a second backward pass.
+    cutmix: probability of an image to be mixed with another, see mixing.py.
     accumulate: parts of the batch, one after the other, in less memory. What is
       a Mean is divided once, by what the whole batch counts; batch statistics,
       norms and other losses are over a part, and their mean is taken.
@@ -249,6 +252,10 @@ def make_train_step(
       constrain = jax.lax.with_sharding_constraint
       whole = state.replace(params=constrain(state.params, everywhere))
     rng = jax.random.fold_in(rng, state.step)
+    if cutmix:
+      # An index that no part of the batch has.
+      own = jax.random.fold_in(rng, accumulate)
+      batch = mixing.cutmix(batch, own, probability=cutmix)
     fixed = {'teacher_variables': teacher_variables, 'step': state.step}
     grads, (collections, metrics) = gradients(whole, batch, rng, **fixed)
     if split_gradients:

@@ -18,7 +18,7 @@ from attnfd_jax.models import layers, resizing
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import normalise
 from attnfd_jax.teachers.teacher import FrozenNetwork
-from attnfd_jax.training import optim
+from attnfd_jax.training import mixing, optim
 from attnfd_jax.training import step as steps
 
 NUM_CLASSES = 3
@@ -308,6 +308,21 @@ def test_noise_is_new_in_each_step(alone):
   finally:
     alone.state = original
   assert other_metrics['ce'] != first_metrics['ce']
+
+
+def test_cutmix(clean):
+  """A step as on images that were mixed before, for teacher and student."""
+  setting, batch = Setting(distill=CLEAN, cutmix=0.9), make_batch()
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 1)
+  mixed = jax.device_get(mixing.cutmix(batch, key, probability=0.9))
+  ((ours, metrics),) = setting.run(batch)
+  ((theirs, their_metrics),) = clean.run(mixed)
+  # Two programs.
+  assert_close(metrics, their_metrics, rtol=1e-5, atol=1e-6)
+  assert_close(ours.params, theirs.params, rtol=1e-4, atol=2e-6)
+  ((_, plain),) = clean.run(batch)
+  for name in ('ce', 'attnfd'):
+    assert abs(plain[name] - metrics[name]) > 1e-3
 
 
 @pytest.mark.parametrize('mode', ['clean', 'reference'])
