@@ -6,7 +6,8 @@ r"""Reads every pair of a data set, before a training run meets the broken one.
 
 Tells what is wrong by kind with file names, how often the classes occur, and
 weights against imbalance. Exit code 0 if the data can be used, 2 if not;
-images in two splits and classes that train never shows are only warnings.
+images in two splits and classes that train never shows are only warnings, but
+an image of val or test among the unlabeled ones is not.
 """
 
 import sys
@@ -33,6 +34,10 @@ def main():
   dataset = load_dataset(config.data, strict=False)
   if limit := config.data.limit:
     print(f'config.data.limit={limit}: only these of each split are read.')
+  for role in ('teacher', 'student'):
+    if limit := config[role].labeled_limit:
+      what = f'config.{role}.labeled_limit={limit}: so many pairs of train are'
+      print(f'{what} labeled for the {role}; all of them are read here.')
   required = [x for x in ('train', 'val', config.eval.test_split) if x]
   report, problems = checking.check(dataset, threads, required=required)
   if output:

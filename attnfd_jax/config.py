@@ -49,8 +49,8 @@ _CHOICES = {
 # Least and most of values; what belongs to one room is checked there.
 _RANGES = {
   (0, 1): (
-    'data.balanced data.blur data.cutmix data.flip optim.ema_decay '
-    'teacher.min_miou'
+    'data.balanced data.blur data.cutmix data.flip data.unlabeled_share '
+    'optim.ema_decay teacher.min_miou'
   ),
   (0, 2): 'data.photometric',
   (0, 180): 'data.rotation',
@@ -58,9 +58,10 @@ _RANGES = {
   (0, 100): 'optim.power',
   (0, 1e4): 'optim.warmup_epochs',
   (0, math.inf): (
-    'seed checkpoint.every_minutes data.limit data.scenes_seed '
-    'eval.num_pictures eval.short_side '
-    'student.head_lr_scale teacher.head_lr_scale'
+    'seed checkpoint.every_minutes data.labeled_seed data.limit '
+    'data.scenes_seed eval.num_pictures eval.short_side '
+    'student.head_lr_scale student.labeled_limit '
+    'teacher.head_lr_scale teacher.labeled_limit'
   ),
   (1, 1024): 'data.threads',
   (1, 1e6): 'data.train_scenes data.val_scenes',
@@ -99,6 +100,9 @@ def _network(backbone):
   config.head_dropout = 0.1
   # 'imagenet', or a PyTorch file of a backbone or a whole network.
   config.pretrained = ''
+  # So many pairs of train have labels for this role, the first of a shuffle by
+  # data.labeled_seed; 0 for all.
+  config.labeled_limit = 0
   # None: as config.num_epochs, config.optim.lr and config.optim.head_lr_scale.
   config.num_epochs = placeholder(float)
   config.lr = placeholder(float)
@@ -138,6 +142,13 @@ def default_config():
   config.data.rotation = 0.0  # At most, in degrees, either way.
   config.data.cutmix = 0.0  # Probability of a box from another image.
   config.data.balanced = 0.0  # Share drawn by class, then one of its images.
+  # Images without masks, from which only the distilled student learns: a
+  # folder, zip, glob or text file of paths; 'rest', the pairs beyond
+  # student.labeled_limit; 'official', those of VOC, Cityscapes or COCO.
+  config.data.unlabeled = ''
+  # Of each batch; 0 is in proportion, at most half.
+  config.data.unlabeled_share = 0.0
+  config.data.labeled_seed = 0
   config.data.limit = 0  # Images of each split, 0 for all.
   config.data.cache = False  # Decoded pairs stay in memory.
   config.data.decoded_cache = ''  # Folder for decoded pixels, 4 bytes each.

@@ -257,6 +257,59 @@ def test_images_in_two_splits_are_a_warning(tmp_path):
   assert lines[-1] == 'usable: 14 pairs (6 train, 4 val, 4 test), 1 warning.'
 
 
+def test_unlabeled_images(tmp_path):
+  fixtures.make_camvid(tmp_path / 'camvid')
+  folder = tmp_path / 'more'
+  for i in range(3):
+    image, _ = fixtures.draw(900 + i, 11)
+    fixtures.write(folder / f'{i}.png', image)
+  (folder / '1.png').write_bytes((folder / '0.png').read_bytes())
+  train = tmp_path / 'camvid' / 'train' / '0001TP_000002.png'
+  (folder / '3.png').write_bytes(train.read_bytes())
+  found, lines = report(tmp_path / 'camvid', unlabeled=str(folder))
+  assert found['warnings'] == {
+    'duplicate': [f'train {train} = unlabeled {folder}/3.png'],
+    'copy': [f'unlabeled {folder}/0.png = unlabeled {folder}/1.png'],
+  }
+  assert 'unlabeled: 4 images, all 64x48' in lines
+  pairs = '14 pairs (6 train, 4 val, 4 test)'
+  assert lines[-1] == f'usable: {pairs} and 4 unlabeled images, 2 warnings.'
+
+
+@pytest.mark.parametrize('split', ['val', 'test'])
+def test_unlabeled_images_of_val_or_test_are_refused(tmp_path, split):
+  fixtures.make_camvid(tmp_path / 'camvid')
+  source = tmp_path / 'camvid' / split / '0001TP_000002.png'
+  copy = tmp_path / 'more' / 'other.png'
+  copy.parent.mkdir()
+  with Image.open(source) as image:
+    image.save(copy, compress_level=1)
+  found, lines = report(tmp_path / 'camvid', unlabeled=str(copy.parent))
+  assert not found['usable']
+  (problem,) = found['problems']
+  assert (problem['kind'], problem['file']) == ('leak', str(copy))
+  assert f'  {copy}: is {split} {source}, and would be learned from; ' in (
+    '\n'.join(lines)
+  )
+  assert lines[-1].startswith(
+    'not usable: 1 problem, 14 pairs and 1 unlabeled image read; '
+  )
+
+
+def test_broken_unlabeled_images_are_named(tmp_path):
+  fixtures.make_camvid(tmp_path / 'camvid')
+  broken = tmp_path / 'more' / 'broken.jpg'
+  broken.parent.mkdir()
+  broken.write_bytes(b'no image')
+  dataset = load(tmp_path / 'camvid', unlabeled=str(broken.parent))
+  found, problems = checking.check(dataset, 2)
+  (problem,) = found['problems']
+  assert (problem['kind'], problem['split']) == ('unreadable', 'unlabeled')
+  assert problem['file'] == str(broken) and not found['usable']
+  # Its row is the only one without pictures.
+  contact_sheet.draw_sheet(dataset, problems)
+
+
 def test_shape_is_part_of_an_image():
   a, b = np.zeros((2, 6, 3), np.uint8), np.zeros((3, 4, 3), np.uint8)
   assert checking.digest(a) != checking.digest(b)
@@ -576,8 +629,9 @@ def test_a_broken_set_ends_with_2_and_a_line_for_each_file(done):
   lines = process.stdout.splitlines()
   assert 'limit=6' in lines[0]
   headings = [line for line in lines if line.startswith('problem: ')]
-  # No annotations here, and what is left shows more than one class.
-  assert len(headings) == len(checking.KINDS) - 2
+  # No annotations and no unlabeled images here, and what is left shows more
+  # than one class.
+  assert len(headings) == len(checking.KINDS) - 3
   found = [line for line in lines if line.startswith(f'  {folder}')]
   # Two in 'mode', three in 'unreadable', and the masks of val lack images.
   assert len(found) == len({*found}) == 12

@@ -161,6 +161,7 @@ def adapted(command):
   small = list(SMALL.get(verb, ()))
   if verb in ('main', 'compare'):
     small += TINY
+    small += [f'{flag}=2' for flag in given if flag.endswith('.labeled_limit')]
     config = next(x for x in arguments if x.startswith('--config='))
     if verb == 'compare':
       small += ['--methods=kd', '--seeds=0']

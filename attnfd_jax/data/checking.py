@@ -8,6 +8,7 @@ import hashlib
 import numpy as np
 
 from attnfd_jax.data import frequencies, masks
+from attnfd_jax.data.pairs import UNLABELED
 from attnfd_jax.errors import DataError
 from attnfd_jax.progress import progress
 
@@ -24,10 +25,12 @@ KINDS = {
   'lossy': 'masks in lossy formats, whose ids compression has changed',
   'exif': 'images that a viewer turns (EXIF), unlike their masks',
   'classes': 'splits that leave nothing to learn or to score',
+  'leak': 'unlabeled images that are in val or test',
 }
 # What does not hinder a run.
 WARNINGS = {
   'duplicate': 'images that are in two splits',
+  'copy': 'unlabeled images that are there twice',
   'unseen': 'classes without a usable pixel in train',
   'note': 'files that were left out, or read as something else',
 }
@@ -85,15 +88,32 @@ def _read_split(source, class_names, threads, bar):
   return facts, problems, digests, _by_class(class_names, weights)
 
 
-def _duplicates(sources, digests):
-  """A line for each image that an earlier split has, too."""
+def _repeated(sources, digests):
+  """Where an image was first: ((split, name), (split, name)) of each that an
+  earlier split or, unlabeled, the same one has, too.
+  """
   first = {}
   for split, source in sources.items():
     for index, key in digests[split].items():
-      name = source.name(index)
-      where, original = first.setdefault(key, (split, name))
-      if where != split:  # Copies inside a split do no harm.
-        yield f'{where} {original} = {split} {name}'
+      here = split, source.name(index)
+      before = first.setdefault(key, here)
+      # Copies of labeled images in their own split do no harm.
+      if before != here and (before[0] != split or split == UNLABELED):
+        yield before, here
+
+
+def _judge_repeated(sources, digests):
+  """DataErrors and {kind of WARNINGS: lines} of images that are there twice."""
+  leaks, lines = [], {'duplicate': [], 'copy': []}
+  for (where, original), (split, name) in _repeated(sources, digests):
+    if split == UNLABELED and where in ('val', 'test'):
+      what = f'{name}: is {where} {original}, and would be learned from'
+      remedy = 'take it out of config.data.unlabeled'
+      leaks.append(DataError(f'{what}; {remedy}.', 'leak', name))
+    else:
+      kind = 'duplicate' if where != split else 'copy'
+      lines[kind].append(f'{where} {original} = {split} {name}')
+  return leaks, lines
 
 
 def _unseen(splits):
@@ -183,6 +203,7 @@ def check(dataset, threads, *, required=('train', 'val')):
       text = f'{dataset.name}: no pairs in the split {name}.'
       listed.append((name, DataError(text, 'split', name)))
   listed += [(name, x) for name in problems for x in problems[name].values()]
+  leaks, warnings = _judge_repeated(dataset.splits, digests)
   samples = []
   for name in () if listed else [x for x in required if x != 'test']:
     counts = splits[name]['pixels'].values()
@@ -192,8 +213,8 @@ def check(dataset, threads, *, required=('train', 'val')):
       listed.append((name, problem))
     else:
       samples += filter(None, [problem])
-  duplicates, unseen = _duplicates(dataset.splits, digests), _unseen(splits)
-  warnings = {'duplicate': [*duplicates], 'unseen': [*unseen]}
+  listed += [(UNLABELED, leak) for leak in leaks]
+  warnings['unseen'] = [*_unseen(splits)]
   warnings['note'] = [*dataset.notes, *samples, *_unlabeled(splits)]
   warnings = {kind: lines for kind, lines in warnings.items() if lines}
   report = {
@@ -213,12 +234,15 @@ def check(dataset, threads, *, required=('train', 'val')):
 
 
 def _verdict(splits, problems, warnings):
-  pairs = _count(sum(x['pairs'] for x in splits.values()), 'pair')
+  counts = {name: x['pairs'] for name, x in splits.items()}
+  unlabeled = counts.pop(UNLABELED, 0)
+  pairs = _count(sum(counts.values()), 'pair')
+  more = f' and {_count(unlabeled, "unlabeled image")}' if unlabeled else ''
   if problems:
-    what = f'{_count(problems, "problem")}, {pairs} read'
+    what = f'{_count(problems, "problem")}, {pairs}{more} read'
     return f'not usable: {what}; fix what is listed and check again.'
-  names = ', '.join(f'{x["pairs"]} {name}' for name, x in splits.items())
-  return f'usable: {pairs} ({names}), {_count(warnings, "warning")}.'
+  names = ', '.join(f'{count} {name}' for name, count in counts.items())
+  return f'usable: {pairs} ({names}){more}, {_count(warnings, "warning")}.'
 
 
 def _count(number, word):
@@ -276,12 +300,15 @@ def _size_text(sizes):
 def split_lines(splits):
   """One line for each split: pairs, sizes, ignored pixels."""
   for name, split in splits.items():
-    text = f'{name}: {split["pairs"]} pairs'
+    labeled = name != UNLABELED
+    text = f'{name}: {split["pairs"]} {"pairs" if labeled else "images"}'
     if broken := split['pairs'] - split['usable_pairs']:
       text += f', {broken} of them not usable'
     if split['usable_pairs']:
+      text += f', {_size_text(split["sizes"])}'
+    if split['usable_pairs'] and labeled:
       ignored = 1 - sum(split['pixels'].values()) / split['num_pixels']
-      text += f', {_size_text(split["sizes"])}, {100 * ignored:.2f} % ignored'
+      text += f', {100 * ignored:.2f} % ignored'
     yield text
 
 

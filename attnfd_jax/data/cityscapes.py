@@ -7,6 +7,7 @@ from attnfd_jax.errors import DataError
 # Where images and masks may lie, the first place with a split wins; `images` is
 # where the authors' code looks.
 IMAGES = ('leftImg8bit', 'images', 'leftImg8bit_trainvaltest.zip')
+_EXTRA = 'leftImg8bit_trainextra.zip'
 _MASKS = ('gtFine', 'gtFine_trainvaltest.zip')
 _LABEL_IDS, _TRAIN_IDS = '_gtFine_labelIds', '_gtFine_labelTrainIds'
 
@@ -51,6 +52,13 @@ def _find_pairs(both, suffix):
     yield pairs.Note(f'{folders[1]}: {what}')
   # Beside the label ids lie instance ids and colours.
   yield from pairs.match(folders, trees, ('_leftImg8bit', suffix))
+
+
+def unlabeled(config):
+  """{name: File} of train_extra, of which only coarse masks exist."""
+  root = pairs.check_root(config)
+  _, found = list_split(root, (*IMAGES[:2], _EXTRA), 'train_extra')
+  return {f'{x.inner.parent.name}/{x.inner.name}': x for x in found}
 
 
 def cityscapes(config, splits):

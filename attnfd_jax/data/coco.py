@@ -425,6 +425,20 @@ def find_pairs(places, **options):
   return options['class_names'], splits
 
 
+def _images(root, split):
+  inner = root / 'images' / f'{split}2017'
+  return inner if inner.is_dir() else root / f'{split}2017'
+
+
+def unlabeled(config):
+  """{name: File} of unlabeled2017/."""
+  folder = _images(pairs.check_root(config), 'unlabeled')
+  found = files.walk(folder).files
+  if not found:
+    raise pairs.absent(folder, 'not found or empty')
+  return found
+
+
 def coco(config, splits):
   """{train,val}2017/ and annotations/instances_{train,val}2017.json.
 
@@ -435,8 +449,7 @@ def coco(config, splits):
   root, places = pairs.check_root(config), {}
   for split in [x for x in splits if x != 'test']:
     path = root / 'annotations' / f'instances_{split}2017.json'
-    inner = root / 'images' / f'{split}2017'
-    places[split] = path, inner if inner.is_dir() else root / f'{split}2017'
+    places[split] = path, _images(root, split)
   names = (_BACKGROUND, *classes.COCO_NAMES)
   options = {'min_pixels': 1000, 'limit': config['limit']}
   _, splits = find_pairs(places, class_names=names, **options)

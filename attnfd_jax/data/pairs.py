@@ -11,8 +11,11 @@ import numpy as np
 
 from attnfd_jax.data import cache, files, masks, matching
 from attnfd_jax.errors import DataError
+from attnfd_jax.losses import IGNORE_LABEL
 
 SPLITS = ('train', 'val', 'test')
+# A further split, of images without masks, see unlabeled.py.
+UNLABELED = 'unlabeled'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,13 @@ class Pair:
 
   key: str
   image: files.File
-  mask: files.File
+  mask: files.File | None = None  # None is an image that nobody labeled.
   mask_name: str = ''  # In messages, where it is not the name of its file.
+
+
+def no_label(size):
+  """uint8 [h, w] that all losses and scores ignore."""
+  return np.full(size, IGNORE_LABEL, np.uint8)
 
 
 class Note(NamedTuple):
@@ -55,6 +63,10 @@ class Decoded:
   def __init__(self, length, *, cache):
     self._length, self._cache = length, {} if cache else None
 
+  @property
+  def cached(self):
+    return self._cache is not None
+
   def __len__(self):
     return self._length
 
@@ -65,6 +77,10 @@ class Decoded:
     if index not in self._cache:
       self._cache[index] = self._read(index)
     return dict(self._cache[index])
+
+  def image(self, index):
+    """uint8 [h, w, 3] RGB, of a record that may have no usable label."""
+    return self[index]['image']
 
   def __getstate__(self):
     # Worker processes fill a cache of their own.
@@ -92,13 +108,21 @@ class PairSource(Decoded):
     data = self.pairs[index].image.read()
     return self._read(index, data) | {'image': data}
 
+  def image(self, index):
+    """uint8 [h, w, 3] RGB, without opening the mask."""
+    file = self.pairs[index].image
+    return masks.decode_image(file, file.read())
+
   def label(self, index):
-    return self.read_label(self.pairs[index].mask)
+    """uint8 [h, w] of train ids, without decoding the image."""
+    mask = self.pairs[index].mask
+    return self.read_label(mask) if mask else no_label(self.size(index))
 
   def fingerprint(self, start=0, stop=None):
     """Hex digest that changes with the files and with what is read of them."""
     pairs = () if self._mark else self.pairs[: len(self)][start:stop]
-    read = [file for pair in pairs for file in (pair.image, pair.mask)]
+    both = (file for pair in pairs for file in (pair.image, pair.mask))
+    read = [file for file in both if file]
     return cache.digest(read, repr(self.read_label).encode() + self._mark)
 
   def key(self, index):
@@ -115,6 +139,8 @@ class PairSource(Decoded):
     pair = self.pairs[index]
     data = pair.image.read() if data is None else data
     image = masks.decode_image(pair.image, data)
+    if not pair.mask:
+      return {'image': image, 'label': no_label(image.shape[:2])}
     if self._upright:
       masks.check_upright(pair.image, data)
     label = self.read_label(pair.mask)
@@ -133,6 +159,15 @@ def with_error(entries):
     yield error
 
 
+def sorted_out(split, entries):
+  """Pairs, DataErrors and texts of the Notes among the entries of a split."""
+  found = collections.defaultdict(list)
+  for entry in with_error(entries):
+    found[type(entry)].append(entry)
+  notes = [f'{split}: {note.text}' for note in found[Note]]
+  return found[Pair], found[DataError], notes
+
+
 def make_dataset(
   config, table, splits, read_label, *, upright=True, notes=(), settled=()
 ):
@@ -145,13 +180,10 @@ def make_dataset(
   options = {k: config[k] for k in ('limit', 'cache')} | {'upright': upright}
   sources, problems, notes = {}, [], [*notes]
   for split, entries in splits.items():
-    found = collections.defaultdict(list)
-    for entry in with_error(entries):
-      found[type(entry)].append(entry)
-    problems += found[DataError]
-    notes += [f'{split}: {note.text}' for note in found[Note]]
-    if found[Pair]:
-      sources[split] = PairSource(found[Pair], read_label, **options)
+    found, faults, more = sorted_out(split, entries)
+    problems, notes = problems + faults, notes + more
+    if found:
+      sources[split] = PairSource(found, read_label, **options)
   palette, name = np.array(list(table.values()), np.uint8), config['name']
   found = (*problems,), (*notes,), dict(settled)
   return Dataset(name, tuple(table), palette, sources, *found)
@@ -175,13 +207,13 @@ def no_images(folder, suffix='', others=()):
   """The DataError of a folder without images whose stems end with `suffix`."""
   what = f'no files *{suffix}{", ".join(files.IMAGE_ENDINGS)} in it'
   if others:
-    what += f', but {_count_endings(others)}'
+    what += f', but {count_endings(others)}'
   if any(name.endswith('.txt') for name in others):
     what += '; labels of YOLO are not read: masks are images of class ids'
   return files.fault(folder, 'split', what)
 
 
-def _count_endings(names):
+def count_endings(names):
   """'3 *.txt (a.txt), 1 *.db (Thumbs.db)'."""
   groups = collections.defaultdict(list)
   for name in names:
@@ -271,5 +303,5 @@ def match_folders(*folders):
     if not listing.files:
       raise no_images(folder, others=listing.others)
     if listing.others:
-      yield Note(f'{folder}: left out {_count_endings(listing.others)}')
+      yield Note(f'{folder}: left out {count_endings(listing.others)}')
   yield from match(folders, [listing.files for listing in listings])

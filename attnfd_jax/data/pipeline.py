@@ -7,13 +7,15 @@ So a run resumes by its step alone, without iterator state.
 import collections
 import functools
 import itertools
+import sys
 
 from absl import flags
 import grain
 import jax
 import numpy as np
 
-from attnfd_jax.data import frequencies, masks, transforms
+from attnfd_jax.data import frequencies, masks, subsets, transforms
+from attnfd_jax.data.pairs import UNLABELED
 from attnfd_jax.losses import IGNORE_LABEL
 
 
@@ -38,6 +40,29 @@ def _share(batch_size):
   return slice(process, None, count), batch_size // count
 
 
+class _Rows(grain.transforms.DatasetSelectionMap):
+  """Which rows of the batches are unlabeled: always the same ones, as many in
+  each part of a batch, be it contiguous or every n-th row, up to one.
+  """
+
+  def __init__(self, batch_size, unlabeled):
+    # Multiples of the golden ratio modulo 1 are spread evenly in any such part.
+    order = np.argsort(np.arange(batch_size) * ((5**0.5 - 1) / 2) % 1)
+    kind = np.zeros(batch_size, int)
+    kind[order[:unlabeled]] = 1
+    self._counts = batch_size - unlabeled, unlabeled
+    before = [np.cumsum(kind == i) - 1 for i in (0, 1)]
+    self._rows = [(int(k), int(before[k][i])) for i, k in enumerate(kind)]
+
+  def __len__(self):
+    return sys.maxsize
+
+  def __getitem__(self, index):
+    batch, row = divmod(index, len(self._rows))
+    kind, place = self._rows[row]
+    return kind, batch * self._counts[kind] + place
+
+
 def train_batches(
   source,
   augment,
@@ -46,6 +71,8 @@ def train_batches(
   seed,
   step=0,
   balance=None,
+  unlabeled=None,
+  unlabeled_rows=0,
   threads=4,
   workers=0,
 ):
@@ -54,7 +81,8 @@ def train_batches(
   `augment` is a grain RandomMap whose results have one size, `balance` one of
   indices, as frequencies.Balance. `batch_size` is over all processes, each of
   which gets its equal share; `threads` are of this process, or of each of the
-  `workers`, processes for transforms that hold the interpreter lock.
+  `workers`, processes for transforms that hold the interpreter lock. Of a
+  batch, `unlabeled_rows` rows are of the source `unlabeled`.
   """
   share, size = _share(batch_size)
   if balance is None:
@@ -65,6 +93,13 @@ def train_batches(
   # Shares are cut after the random maps, else all hosts draw the same numbers,
   # and one after the other: row i of a batch is the same on any number.
   dataset = dataset.random_map(augment).repeat()
+  if unlabeled_rows:
+    # Another order, and other numbers for the augmentation.
+    others = grain.MapDataset.source(unlabeled).seed(seed + 2**31).shuffle()
+    dataset = grain.MapDataset.select_from_datasets(
+      [dataset, others.random_map(augment).repeat()],
+      _Rows(batch_size, unlabeled_rows),
+    )
   dataset = dataset.batch(size, drop_remainder=True)[share]
   return _iterate(dataset[step:], threads, workers)
 
@@ -89,13 +124,53 @@ def make_balance(config, dataset):
   return frequencies.Balance(config.data.balanced, presence)
 
 
+def count_unlabeled_rows(config, dataset):
+  """Of a batch, as a resolved config and the splits have it."""
+  labeled, unlabeled = (
+    len(dataset.splits.get(x, ())) for x in ('train', UNLABELED)
+  )
+  return subsets.unlabeled_rows(
+    config.batch_size,
+    labeled=labeled,
+    unlabeled=unlabeled,
+    share=config.data.unlabeled_share,
+  )
+
+
 def configured_batches(config, dataset, *, step=0):
-  """train_batches of the split train, as a resolved config wants them."""
-  source, balance = dataset.splits['train'], make_balance(config, dataset)
+  """train_batches of what there is to train with, as a resolved config wants
+  them.
+  """
   options = {key: config[key] for key in ('batch_size', 'seed')}
   options |= {key: config.data[key] for key in ('threads', 'workers')}
-  options |= {'step': step, 'balance': balance}
-  return train_batches(source, make_augment(config), **options)
+  options |= {
+    'step': step,
+    'balance': make_balance(config, dataset),
+    'unlabeled': dataset.splits.get(UNLABELED),
+    'unlabeled_rows': count_unlabeled_rows(config, dataset),
+  }
+  return train_batches(dataset.splits['train'], make_augment(config), **options)
+
+
+def batch_names(config, dataset, *, step=0):
+  """Names of the images that this process reads after `step` batches."""
+  # Their order is a function of seed and step: nothing needs to be kept.
+  source, others = dataset.splits['train'], dataset.splits.get(UNLABELED, ())
+  batches = train_batches(
+    range(len(source)),
+    lambda index, rng: index,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    step=step,
+    balance=make_balance(config, dataset),
+    unlabeled=range(len(source), len(source) + len(others)),
+    unlabeled_rows=count_unlabeled_rows(config, dataset),
+    threads=1,
+  )
+  return [
+    source.name(i) if i < len(source) else others.name(i - len(source))
+    for i in next(iter(batches)).tolist()
+  ]
 
 
 def eval_batches(

@@ -7,6 +7,7 @@ from the files gives. TensorFlow is needed on neither side.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -172,12 +173,16 @@ def load(config, splits):
     in_shard = functools.partial(files.File, f'{folder}, record {key}')
     return pairs.Pair(key, in_shard(data=image), in_shard(data=label))
 
+  def make_unlabeled(record):
+    return dataclasses.replace(make_pair(record), mask=None)
+
   skip = dict.fromkeys(keys[1:], tfds.decode.SkipDecoding())
   content, sources = (folder / 'dataset_info.json').read_bytes(), {}
   options = {key: config[key] for key in ('limit', 'cache')}
   for split, stored in splits.items():
     records = builder.as_data_source(stored, decoders=skip)
-    records = grain.MapDataset.source(records).map(make_pair)
+    make = make_unlabeled if split == pairs.UNLABELED else make_pair
+    records = grain.MapDataset.source(records).map(make)
     options['mark'] = f'{split} {config["limit"]} '.encode() + content
     source = pairs.PairSource(records, read_label, upright=False, **options)
     sources[split] = source

@@ -8,7 +8,7 @@ function from the group `data` of a config and the names of splits to a Dataset
 that has these splits, as far as they exist, and a row in DATASETS.
 """
 
-from attnfd_jax.data import prepared
+from attnfd_jax.data import prepared, unlabeled
 from attnfd_jax.data.camvid import camvid
 from attnfd_jax.data.cityscapes import cityscapes
 from attnfd_jax.data.coco import coco
@@ -35,7 +35,8 @@ DATASETS = {
 def load_dataset(config, *, strict=True, splits=SPLITS):
   """The Dataset that the group `data` of a config, or a dict like it, names.
 
-  Only the `splits` have to be there. Not `strict`, problems of the layout are
+  Only the `splits` have to be there; with train come the images that
+  `unlabeled` names. Not `strict`, problems of the layout are
   in `problems`, the rest can be used.
 
   Raises:
@@ -45,6 +46,8 @@ def load_dataset(config, *, strict=True, splits=SPLITS):
   known('data set', config['name'], DATASETS)
   read = prepared.load if config['prepared'] else DATASETS[config['name']]
   dataset = read(config, splits)
+  if 'train' in splits:
+    dataset = unlabeled.with_unlabeled(dataset, config)
   if strict and dataset.problems:
     first, *others = dataset.problems
     if not others:

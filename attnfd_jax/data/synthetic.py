@@ -497,18 +497,20 @@ class StreetScenes(pairs.Decoded):
   overlap, and any reader may read in any order or process.
   """
 
-  def __init__(self, num_scenes, *, height, width, seed):
+  def __init__(self, num_scenes, *, height, width, seed, labeled=True):
     super().__init__(num_scenes, cache=True)
     within('num_scenes', num_scenes, 1)
     within('height', height, 32)
     within('width', width, 32)
-    self._size, self._seed = (height, width), seed
+    self._size, self._seed, self._labeled = (height, width), seed, labeled
 
   def _read(self, index):
     if not 0 <= index < len(self):
       raise IndexError(f'{index=} is outside [0, {len(self)}).')
     generator = np.random.default_rng([self._seed, index])
     image, label = render_scene(generator, *self._size)
+    if not self._labeled:
+      label = pairs.no_label(self._size)
     return {'image': image, 'label': label}
 
   def size(self, index):
@@ -531,3 +533,16 @@ def scenes(config, splits):
     seed, count = 2 * config['scenes_seed'] + i, config[f'{split}_scenes']
     splits[split] = StreetScenes(count, height=height, width=width, seed=seed)
   return pairs.Dataset('scenes', CLASS_NAMES, PALETTE, splits)
+
+
+def unlabeled(config):
+  """As many scenes as train has, of neither train nor val, without labels."""
+  height, width = config['image_size']
+  return StreetScenes(
+    config['train_scenes'],
+    height=height,
+    width=width,
+    # Beyond the seeds of labeled scenes.
+    seed=2**40 + config['scenes_seed'],
+    labeled=False,
+  )

@@ -142,14 +142,39 @@ def read_split(root, name, labels='SegmentationClass'):
   yield from pair_listed(ids, (images, where), (stems, found))
 
 
-def pascal_voc(config, splits):
-  """VOCdevkit/VOC2012, with SBD's images or the ready-made list trainaug."""
+def _find_root(config):
+  """The folder that has JPEGImages."""
   root = pairs.check_root(config)
   for inner in ('VOC2012', 'VOCdevkit/VOC2012'):
     if not (root / _IMAGES).is_dir() and (root / inner).is_dir():
       root = root / inner
   if not (root / _IMAGES).is_dir():
     raise pairs.absent(root / _IMAGES)
+  return root
+
+
+def unlabeled(config):
+  """{name: File} of JPEGImages that no list of the segmentation task names, and
+  SBD neither, where it is used.
+  """
+  root = _find_root(config)
+  lists = [*list_path(root, 'train').parent.glob('*.txt')]
+  if sbd_root := config['sbd_root']:
+    inner = pathlib.Path(sbd_root) / 'dataset'
+    folder = inner if inner.is_dir() else pathlib.Path(sbd_root)
+    lists += [folder / 'train.txt', folder / 'val.txt']
+  lines = {line for path in lists for line in read_list(path)}
+  named = {*lines, *(_parse(line)[0] for line in lines)}
+  found = files.walk(root / _IMAGES).files
+  rest = {k: x for k, x in found.items() if os.path.splitext(k)[0] not in named}
+  if not rest:
+    raise pairs.absent(root / _IMAGES, 'the lists name all images in it')
+  return rest
+
+
+def pascal_voc(config, splits):
+  """VOCdevkit/VOC2012, with SBD's images or the ready-made list trainaug."""
+  root = _find_root(config)
   train_list, sbd_root = config['train_list'], config['sbd_root']
   if sbd_root and train_list != 'train':
     what = f'config.data.train_list={train_list!r} does not go with'

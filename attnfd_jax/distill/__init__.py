@@ -22,6 +22,7 @@ from attnfd_jax.distill.ickd import ClassCorrelation
 from attnfd_jax.distill.ifv import IFV
 from attnfd_jax.distill.kd import LogitKD
 from attnfd_jax.distill.ofd import OFD
+from attnfd_jax.distill.pseudo import PseudoLabels
 from attnfd_jax.distill.raw_features import CAD, LAD, PAD
 from attnfd_jax.distill.skd import SKD
 from attnfd_jax.distill.sp import SimilarityPreserving
@@ -64,6 +65,7 @@ register('ofd', OFD, weight=1e-5)
 register('skd', SKD)
 register('ifv', IFV, weight=200.0)
 register('dsd', DSD)
+register('pseudo', PseudoLabels, title='Pseudo-labels')
 
 
 def make_method(name, student_outputs, teacher_outputs, **options):

@@ -40,6 +40,7 @@ class Method(Protocol):
     optimizers(num_steps) -> {group: optax.GradientTransformation}: of its own,
       for a stage of so many steps.
     connector_schedule: one of CONNECTOR_SCHEDULES, see training/optim.py.
+    needs_unlabeled: whether it only looks at images without labels.
     divides_by_batch: whether the loss is divided by the number of images of the
       whole batch, though it is no sum over images.
     pictures(student, teacher, *, train) -> {'student', 'teacher'}: each

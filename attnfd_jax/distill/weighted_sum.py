@@ -111,6 +111,11 @@ class WeightedSum(nn.Module):
     asked = [tap for _, taps in self._having('extra_taps') for tap in taps]
     return tuple(sorted({*asked}))
 
+  @property
+  def needs_unlabeled(self):
+    """Names of the methods that only look at images without labels."""
+    return [name for name, needed in self._having('needs_unlabeled') if needed]
+
   def parameter_groups(self):
     """((regex, group), ...) of all methods; own groups get a prefix."""
     found, own = [], self.optimizers()

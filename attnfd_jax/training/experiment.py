@@ -145,10 +145,7 @@ def check(config, dataset, mesh, workdir, scores=None):
       f'{dataset.name} has no images in {", ".join(missing)}; have '
       f'{", ".join(splits)}.'
     )
-  for note in checking.require_classes(
-    dataset, ('train', 'val'), config.data.threads
-  ):
-    write(note)
+  _require_classes(config, dataset, mesh)
   task_loss.check(config.loss, dataset.class_names)
   known = [name for name in distill.METHODS if name in config.distill]
   distill.make_distiller('+'.join(known), config.distill)  # Chosen or not.
@@ -184,6 +181,18 @@ def check(config, dataset, mesh, workdir, scores=None):
   if 'distill' in config.stages and not given:
     _check_own_teacher(config, workdir)
   return scores
+
+
+def _require_classes(config, dataset, mesh):
+  """In val, and in what has labels for each of the roles."""
+  limits = {config[x].labeled_limit: x for x in ('student', 'teacher')}
+  parts = [
+    (plan(role, config, dataset, mesh).dataset, ('train',))
+    for role in limits.values()
+  ]
+  for part, splits in [*parts, (dataset, ('val',))]:
+    for note in checking.require_classes(part, splits, config.data.threads):
+      write(note)
 
 
 def _score(stage):
@@ -294,6 +303,8 @@ def _run_stage(name, config, dataset, mesh, workdir, stop, scores):
     f'{networks.describe(stage.options)}, {stage.num_steps} steps of '
     f'{config.batch_size} images; preparing the network ...'
   )
+  if text := _labels_text(stage):
+    log.line(text)
   saved, facts = directory / 'checkpoints', stage.run_facts
   state = stage.init_state(fresh=not checkpoints.steps(saved), log=log.line)
   state, latest = checkpoints.restore_latest(saved, state, facts, log=log.line)
@@ -320,6 +331,18 @@ def _run_stage(name, config, dataset, mesh, workdir, stop, scores):
   # The next stage reads what the first process wrote.
   processes.wait(f'{name} finished')
   return result
+
+
+def _labels_text(stage):
+  """How many images have labels, where not all do."""
+  count, facts = len(stage.dataset.splits['train']), stage.run_facts
+  if rows := facts.get('unlabeled_rows'):
+    return (
+      f'{count} labeled and {facts["unlabeled_records"]} unlabeled images; '
+      f'{rows} of the {facts["batch_size"]} of a batch are unlabeled'
+    )
+  limit = stage.options.labeled_limit
+  return f'{count} labeled images (labeled_limit={limit})' if limit else ''
 
 
 def _describe(stage, directory):

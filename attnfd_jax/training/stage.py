@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from attnfd_jax import distill, metrics
-from attnfd_jax.data import cache, pipeline
+from attnfd_jax.data import cache, pipeline, subsets
+from attnfd_jax.data.pairs import UNLABELED
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.devices import memory, sharding
-from attnfd_jax.errors import explained, named, within
+from attnfd_jax.errors import explained, InputError, named, within
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.network import Network
@@ -76,6 +77,9 @@ class Stage:
     """
     facts = {key: self.config[key] for key in ('seed', 'batch_size')}
     facts['records'] = len(self.dataset.splits['train'])
+    if rows := pipeline.count_unlabeled_rows(self.config, self.dataset):
+      count = len(self.dataset.splits[UNLABELED])
+      facts |= {'unlabeled_records': count, 'unlabeled_rows': rows}
     if fingerprint := getattr(self.teacher, 'fingerprint', ''):
       facts['teacher'] = fingerprint
     return facts
@@ -203,19 +207,8 @@ class Stage:
     return pipeline.to_device(batches, sharding.by_batch(self.mesh))
 
   def batch_names(self, step):
-    """Names of the images that this process reads after `step` batches."""
-    # Their order is a function of seed and step: nothing needs to be kept.
-    source = self.dataset.splits['train']
-    batches = pipeline.train_batches(
-      range(len(source)),
-      lambda index, rng: index,
-      batch_size=self.config.batch_size,
-      seed=self.config.seed,
-      step=step,
-      balance=pipeline.make_balance(self.config, self.dataset),
-      threads=1,
-    )
-    return [source.name(index) for index in next(iter(batches)).tolist()]
+    """See data/pipeline.py."""
+    return pipeline.batch_names(self.config, self.dataset, step=step)
 
   def evaluate(self, variables, split='val', *, network=None):
     """Entries of result.json for one split; of what trains by default."""
@@ -252,9 +245,19 @@ def make_network(name, config, num_classes):
 
 
 def plan(name, config, dataset, mesh):
-  """Stage `name` before anything is read or counted for it."""
+  """Stage `name`, with the images that are for it, before anything is read or
+  counted.
+  """
+  role = role_of(name)
+  dataset = subsets.for_stage(
+    dataset,
+    config.data,
+    labeled_limit=config[role].labeled_limit,
+    distills=name == 'distill',
+  )
+  # Of the labeled images: with or without others a stage has as many steps.
   epoch = len(dataset.splits['train']) / config.batch_size
-  num_epochs = config[role_of(name)].num_epochs
+  num_epochs = config[role].num_epochs
   return Stage(
     name,
     config,
@@ -269,10 +272,13 @@ def plan(name, config, dataset, mesh):
 
 def make_stage(name, config, dataset, mesh, workdir):
   """Builds stage `name`; loads the teacher when there is one to learn from."""
+  stage = plan(name, config, dataset, mesh)
+  dataset = stage.dataset
   if folder := config.data.decoded_cache:
     dataset = cache.with_decoded(dataset, folder, threads=config.data.threads)
-  config = task_loss.with_class_weights(config, dataset, workdir)
-  stage = plan(name, config, dataset, mesh)
+  limit = config[role_of(name)].labeled_limit
+  config = task_loss.with_class_weights(config, dataset, workdir, limit)
+  stage = dataclasses.replace(stage, config=config, dataset=dataset)
   if name != 'distill':
     return stage
   teacher = teachers.from_config(config, workdir, dataset.class_names, mesh)
@@ -291,6 +297,14 @@ def with_teacher(stage, teacher):
     num_steps=stage.num_steps,
     task_schedule=options.task_weight_schedule,
   )
+  names, splits = distiller.needs_unlabeled, stage.dataset.splits
+  if names and UNLABELED not in splits:
+    what = f'{names[0]} learns from unlabeled images, and there are none; name'
+    raise InputError(
+      f'config.distill.method={options.method}: {what} them by '
+      'config.data.unlabeled, or set '
+      f'config.distill.{names[0]}.everywhere=True.'
+    )
   with explained('config.distill.method'):
     distiller = distiller.adapted(stage.network, teacher)
     network = networks.with_taps(stage.network, distiller.extra_taps)

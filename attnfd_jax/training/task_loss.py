@@ -8,6 +8,7 @@ import json
 from attnfd_jax import losses
 from attnfd_jax.data import frequencies
 from attnfd_jax.errors import InputError, one_of, within
+from attnfd_jax.runs import loading
 
 NAMES = ('ce', 'ohem', 'focal', 'dice', 'ce+dice')
 
@@ -66,15 +67,16 @@ def check(options, class_names):
     )
 
 
-def with_class_weights(config, dataset, workdir):
+def with_class_weights(config, dataset, workdir, labeled_limit=0):
   """`config` with numbers in loss.class_weights where weighting is 'auto'.
 
-  Median-frequency weights of the training split, which is read once in a run:
-  the stages of `workdir` keep the numbers in their config.json.
+  Median-frequency weights of the training split, which is read once in a run
+  for each limit of labeled images: the stages of `workdir` keep the numbers in
+  their config.json.
   """
   if config.loss.weighting != 'auto':
     return config
-  weights = _counted_before(workdir)
+  weights = _counted_before(workdir, labeled_limit)
   if weights is None:
     source, threads = dataset.splits['train'], config.data.threads
     rows = frequencies.count_labels(
@@ -90,11 +92,15 @@ def with_class_weights(config, dataset, workdir):
   return config
 
 
-def _counted_before(workdir):
+def _counted_before(workdir, labeled_limit):
   """Weights that another stage, or a part before a restart, wrote down."""
   for path in sorted(workdir.glob('*/config.json')):
-    with contextlib.suppress(ValueError):  # Damaged: it is written again.
-      options = json.loads(path.read_text()).get('loss', {})
+    # Damaged: it is written again.
+    with contextlib.suppress(ValueError, KeyError):
+      info = json.loads(path.read_text())
+      options = info.get('loss', {})
+      if info[loading.role_of(info)]['labeled_limit'] != labeled_limit:
+        continue
       if options.get('weighting') == 'auto' and options['class_weights']:
         return tuple(options['class_weights'])
   return None

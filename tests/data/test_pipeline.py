@@ -171,6 +171,69 @@ def test_processes_share_a_batch(monkeypatch, count, balance):
       np.testing.assert_array_equal(merged, together[key])
 
 
+class Unlabeled(Source):
+  """Images with values from 101 on, and no label."""
+
+  def __getitem__(self, index):
+    image = super().__getitem__(index)['image'] + 100
+    return {'image': image, 'label': np.full((32, 32), 255, np.uint8)}
+
+
+UNLABELED = {'unlabeled': Unlabeled([(32, 32)] * 7), 'unlabeled_rows': 5}
+
+
+def test_some_rows_are_unlabeled():
+  mixed = take(14, batch_size=8, augment=IDENTITY, **UNLABELED)
+  rows = np.array([batch['image'][:, 0, 0, 0] for batch in mixed]).astype(int)
+  unlabeled = rows > 100
+  # Always the same rows; all that is labeled is as it is without the others.
+  assert (unlabeled == unlabeled[0]).all() and unlabeled[0].sum() == 5
+  for batch in mixed:
+    assert (batch['label'][unlabeled[0]] == 255).all()
+    assert (batch['label'][~unlabeled[0]] < 255).any((1, 2)).all()
+  np.testing.assert_array_equal(
+    rows[:, ~unlabeled[0]].ravel(),
+    indices(take(14, batch_size=3, augment=IDENTITY)),
+  )
+  # 14 batches of 5 are ten times the seven, each time in a new order.
+  epochs = rows[:, unlabeled[0]].reshape(10, 7)
+  np.testing.assert_array_equal(np.sort(epochs, 1)[0], 101 + np.arange(7))
+  assert (np.sort(epochs, 1) == np.sort(epochs, 1)[0]).all()
+  assert len({*map(tuple, epochs.tolist())}) > 8
+
+
+@pytest.mark.parametrize(
+  ('size', 'count'), [(16, 8), (16, 4), (12, 5), (24, 1)]
+)
+def test_parts_of_a_batch_have_as_many_unlabeled_rows(size, count):
+  options = UNLABELED | {'unlabeled_rows': count}
+  (batch,) = take(1, batch_size=size, augment=IDENTITY, **options)
+  unlabeled = batch['image'][:, 0, 0, 0] > 100
+  assert unlabeled.sum() == count
+  for parts in (2, 4):
+    # Of devices and processes, and of optim.accumulate.
+    for shape in (unlabeled.reshape(parts, -1), unlabeled.reshape(-1, parts).T):
+      each = shape.sum(1)
+      assert each.max() - each.min() <= 1 + (parts == 4)
+
+
+def test_mixed_batches_resume_and_are_shared(monkeypatch):
+  options = {'batch_size': 6, 'balance': BALANCE, **UNLABELED}
+  whole = take(6, **options)
+  assert_equal(take(4, step=2, threads=1, **options), whole[2:])
+  parts = by_process(monkeypatch, 2, lambda: take(6, **options))
+  for *shares, together in zip(*parts, whole, strict=True):
+    for key in together:
+      merged = np.concatenate([share[key] for share in shares])
+      np.testing.assert_array_equal(merged, together[key])
+
+
+def test_all_rows_may_be_unlabeled():
+  options = UNLABELED | {'unlabeled_rows': 4}
+  for batch in take(2, augment=IDENTITY, **options):
+    assert (batch['image'] > 100).all() and (batch['label'] == 255).all()
+
+
 def test_batches_that_processes_cannot_share_are_refused(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 3)
   with pytest.raises(ValueError, match='batch_size=4 must be a multiple of 3'):

@@ -40,6 +40,8 @@ def outputs():
 
 
 LABELS = jnp.zeros((2, 32, 32), jnp.uint8)
+# By its defaults it has nothing to say about these.
+OPTIONS = {'pseudo': {'everywhere': True, 'min_confidence': 0.5}}
 
 
 def run(method, outputs, *, train=True, step=0):
@@ -68,7 +70,8 @@ def run(method, outputs, *, train=True, step=0):
 
 @pytest.mark.parametrize('name', sorted(attnfd_jax.METHODS))
 def test_a_scalar_with_gradients_of_the_student_alone(name, outputs):
-  method = attnfd_jax.make_method(name, *outputs)
+  options = OPTIONS.get(name, {})
+  method = attnfd_jax.make_method(name, *outputs, **options)
   assert isinstance(method, attnfd_jax.METHODS[name])
   (loss, terms), (student, teacher) = run(method, outputs)
   assert loss.shape == () and loss.dtype == jnp.float32 and loss > 0

@@ -182,8 +182,8 @@ def test_auto_weights_are_counted_once_in_a_run(dataset, tmp_path, capfd):
   assert capfd.readouterr().out.startswith('class weights: road ')
   # As a stage writes it down; the next one does not read the data again.
   (tmp_path / 'teacher').mkdir()
-  text = first.to_json_best_effort()
-  (tmp_path / 'teacher' / 'config.json').write_text(text)
+  info = json.loads(first.to_json_best_effort()) | {'stage': 'teacher'}
+  (tmp_path / 'teacher' / 'config.json').write_text(json.dumps(info))
   (tmp_path / 'older').mkdir()
   (tmp_path / 'older' / 'config.json').write_text(json.dumps({'seed': 0}))
   again = task_loss.with_class_weights(config, dataset, tmp_path)
@@ -193,6 +193,9 @@ def test_auto_weights_are_counted_once_in_a_run(dataset, tmp_path, capfd):
     *draw(), class_weights=first.loss.class_weights
   )
   assert_terms(again.loss, [expected])
+  # A role that has other labels counts them.
+  task_loss.with_class_weights(config, dataset, tmp_path, labeled_limit=2)
+  assert source.reads == 2 * len(source)
 
 
 def test_auto_weights_equal_those_of_the_frequencies(dataset, tmp_path):
