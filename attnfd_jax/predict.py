@@ -11,12 +11,15 @@ Writes for every image:
   STEM_colour.png      the same in colors
   STEM_overlay.jpg     the colors over the image
   STEM_confidence.png  with --confidence: probability of the id, 255 is 1
-and areas.csv, the share of each class in each image. Folders are searched with
-those below them, and results keep their paths in them. --tile is for images
-larger than memory; --video writes the overlays as one file, too. Images are
-taken as they are stored, without the rotation that a camera may note beside
-them, seen by the network at the scale at which its stage was scored, and in the
-order of the numbers in their names.
+and areas.csv, the share of each class in each image. --min_confidence=0.9 makes
+pixels of a lower probability 255, which training ignores; --masks_only writes
+STEM.png alone: pseudo-labels, masks as configs/folder.py reads them.
+
+Folders are searched with those below them, and results keep their paths in
+them. --tile is for images larger than memory; --video writes the overlays as
+one file, too. Images are taken as they are stored, without the rotation that a
+camera may note beside them, seen by the network at the scale at which its stage
+was scored, and in the order of the numbers in their names.
 """
 
 from absl import flags
@@ -37,8 +40,10 @@ def main():
     given['fps'] = 25.0
   elif not given['video']:
     raise InputError('--fps is of a video; add --video=FILE.mp4.')
-  count = image_files.predict_files(pattern=given.pop('input'), **given)
+  count, kept = image_files.predict_files(pattern=given.pop('input'), **given)
   print(f'{count} images: {given["output"]}')
+  if least := given['min_confidence']:
+    print(f'{100 * kept:.1f} % of the pixels have a confidence of {least:g}')
   if given['video']:
     print(f'their overlays: {given["video"]}')
 
@@ -50,6 +55,8 @@ if __name__ == '__main__':
   flags.DEFINE_string('output', None, 'Folder for the results.')
   flags.DEFINE_bool('overwrite', False, 'Replace files that exist.')
   flags.DEFINE_bool('confidence', False, 'Write the probabilities, too.')
+  flags.DEFINE_float('min_confidence', 0.0, 'Pixels below it become 255.')
+  flags.DEFINE_bool('masks_only', False, 'Write the class ids alone.')
   flags.DEFINE_string('video', None, 'File for the overlays, .mp4 or .avi.')
   flags.DEFINE_float('fps', None, 'Frames a second of it; 25 by default.')
   cli.run(main, required=['checkpoint|config', 'input', 'output'])

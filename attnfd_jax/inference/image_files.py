@@ -18,9 +18,10 @@ from PIL import Image
 from attnfd_jax import paths as run_paths
 from attnfd_jax.data import files, masks, sources
 from attnfd_jax.devices import diagnosis
-from attnfd_jax.errors import InputError
+from attnfd_jax.errors import InputError, within
 from attnfd_jax.inference import video as videos
 from attnfd_jax.inference.predictor import Predictor
+from attnfd_jax.losses import IGNORE_LABEL
 from attnfd_jax.progress import progress, write
 
 # Of the class ids, in colors, over the image, and with `confidence`.
@@ -126,9 +127,16 @@ def write_ids(path, ids, palette):
 
 
 def _write(targets, image, ids, confidence, palette):
-  """Returns the overlay, uint8 [h, w, 3]; confidence has a target if asked."""
-  plain, colored, mixed, *certain = targets
+  """Returns the overlay, uint8 [h, w, 3]; confidence has a target if asked, and
+  without any but the first there is no overlay.
+  """
+  plain, *others = targets
   write_ids(plain, ids, palette)
+  if not others:
+    return None
+  colored, mixed, *certain = others
+  # Of ids that are no class, black.
+  palette = np.pad(palette, ((0, 256 - len(palette)), (0, 0)))
   colors = Image.fromarray(palette[ids])
   colors.save(colored, compress_level=1)
   overlay = Image.blend(Image.fromarray(image), colors, 0.5)
@@ -138,6 +146,13 @@ def _write(targets, image, ids, confidence, palette):
   return np.asarray(overlay)
 
 
+def _write_areas(output, rows):
+  with run_paths.replacing(output / 'areas.csv') as file:
+    # Names of files are bytes, and not always text.
+    text = codecs.getwriter('utf-8')(file, 'surrogateescape')
+    csv.writer(text).writerows(rows)
+
+
 def predict_files(
   checkpoint,
   pattern,
@@ -145,11 +160,14 @@ def predict_files(
   *,
   overwrite=False,
   confidence=False,
+  min_confidence=0.0,
+  masks_only=False,
   video=None,
   fps=25.0,
   **options,
 ):
-  """Segments files into a folder, see predict.py; returns their number.
+  """Segments files into a folder, see predict.py; returns their number and the
+  share of the pixels that are at least of `min_confidence`, a mean over images.
 
   InputError before any work if it could not be done as a whole; after it, if
   single files were not readable or too large, and were skipped.
@@ -158,7 +176,12 @@ def predict_files(
   if output.exists() and not output.is_dir():
     raise InputError(f'--output={output} is a file; name a folder.')
   images = find_images(pattern, output=output)
-  endings, targets, skipped = _RESULTS[: 3 + confidence], {}, []
+  within('--min_confidence', min_confidence, 0, 1)
+  for flag, given in (('--confidence', confidence), ('--video', video)):
+    if masks_only and given:
+      raise InputError(f'{flag} is more than masks; leave out --masks_only.')
+  endings = _RESULTS[:1] if masks_only else _RESULTS[: 3 + confidence]
+  targets, skipped = {}, []
   for name, path in images.items():
     results = [name.with_name(f'{name.stem}{end}') for end in endings]
     longest = max(len(os.fsencode(x.name)) for x in results)
@@ -168,7 +191,7 @@ def predict_files(
     else:
       targets[path] = [output / x for x in results]
   names, paths = {path: name for name, path in images.items()}, [*targets]
-  others, size = [output / 'areas.csv'], None
+  others, size = [output / 'areas.csv'] * (not masks_only), None
   if video:
     video = pathlib.Path(video)
     videos.check(video, fps)
@@ -206,14 +229,17 @@ def predict_files(
         raise
       problem = f'{path}: {w}x{h} needs more memory than the device has'
       return None, f'{problem}; use --tile, or a smaller one.'
-    overlay = _write(targets[path], image, *found, predictor.palette)
-    ids = found[0].ravel()
-    counts = np.bincount(ids, minlength=len(predictor.class_names))
+    ids, certain = found
+    ids = np.where(certain < 255 * min_confidence, IGNORE_LABEL, ids)
+    ids = ids.astype(np.uint8)
+    overlay = _write(targets[path], image, ids, certain, predictor.palette)
+    num_classes = len(predictor.class_names)
+    counts = np.bincount(ids.ravel(), minlength=num_classes)[:num_classes]
     return counts / ids.size, overlay if size else None
 
   results = grain.MapDataset.source(paths).map(work).to_iter_dataset(_READING)
   results = progress(len(paths), iterable=results)
-  rows, frames = [], contextlib.nullcontext()
+  rows, kept, frames = [], [], contextlib.nullcontext()
   if size:
     video.parent.mkdir(parents=True, exist_ok=True)
     frames = videos.writer(video, size, fps)
@@ -223,17 +249,16 @@ def predict_files(
         if shares is None:
           write(f'skipped {found}')
           continue
+        kept.append(shares.sum())
         shares = (f'{share:.6f}' for share in shares)
         rows.append([names[path].as_posix(), *shares])
         if add_frame:
           add_frame(found)
   finally:  # Of what there is, whatever stopped it.
-    with run_paths.replacing(output / 'areas.csv') as file:
-      # Names of files are bytes, and not always text.
-      text = codecs.getwriter('utf-8')(file, 'surrogateescape')
-      csv.writer(text).writerows([['image', *predictor.class_names], *rows])
+    if not masks_only:
+      _write_areas(output, [['image', *predictor.class_names], *rows])
   if len(rows) < len(images):
     places = f'{output} and {video}' if video and rows else output
     skipped = f'{len(images) - len(rows)} of {len(images)} images were skipped'
     raise InputError(f'{skipped}, see above; the others are in {places}.')
-  return len(images)
+  return len(images), float(np.mean(kept))

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from attnfd_jax import distill, paths
+from attnfd_jax.data.pairs import UNLABELED
 from attnfd_jax.devices import processes, sharding
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
@@ -43,6 +44,8 @@ def write(stage, state, directory, *, step, log):
     'recipe': config.recipe,
     'step': step,
     'seed': config.seed,
+    'labeled_images': len(stage.dataset.splits['train']),
+    'unlabeled_images': len(stage.dataset.splits.get(UNLABELED, ())),
     'network': networks.describe(stage.options),
     'pretrained': _first_weights(stage.options),
     'params': optax.tree.size(variables.get('params', {})),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of results/ into README.md here.
+"""Writes the tables of results/ into README.md here, and the first one, with
+fewer columns, into the README of the repository.
 
   python experiments/methods/make_table.py [--check]
 
@@ -57,17 +58,44 @@ def tuning_table(found):
   return '\n'.join(lines)
 
 
+def short_table(found):
+  """Equal steps, the best on val first."""
+  rows = [row for row in found['rows'] if row['equal'] == 'steps']
+  rows = [row for row in rows if row['val']]
+  lines = ['| method | mIoU val, % | over the baseline | seeds | time |']
+  lines += ['| --- | --- | --- | --- | --- |']
+  baseline = found['baseline']
+  for row in (baseline, *comparison_page.in_order(rows)):
+    cells = (
+      row['title'],
+      comparison_page.score(row['val']),
+      comparison_page.difference(row.get('difference', {}).get('val')),
+      comparison_page.seeds(row),
+      f'{row["seconds"] / baseline["seconds"]:.2f}',
+    )
+    lines.append(f'| {" | ".join(cells)} |')
+  return '\n'.join(lines)
+
+
 def main():
   titles = json.loads((HERE / 'settings.json').read_text())
+  settings = {x: read_setting(HERE / 'results' / x) for x in titles}
   parts = []
   for name, title in titles.items():
-    found = read_setting(HERE / 'results' / name)
+    found = settings[name]
     text = f'### {title}\n\n{comparison_page.markdown(found, level=4)}'
     if found['tuning']:
       text += f'\nWeights that were tried:\n\n{tuning_table(found)}\n'
     parts.append(text)
   fill_page.main(
     HERE / 'README.md', 'tables', '\n'.join(parts), description=__doc__
+  )
+  name, title = next(iter(titles.items()))
+  fill_page.main(
+    HERE.parents[1] / 'README.md',
+    'methods',
+    f'\n{title}:\n\n{short_table(settings[name])}\n',
+    description=__doc__,
   )
 
 

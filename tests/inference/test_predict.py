@@ -4,6 +4,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import types
 
 import cv2
@@ -16,6 +17,7 @@ import tiny_run
 
 import attnfd_jax
 from attnfd_jax import paths as run_paths
+from attnfd_jax.config import default_config
 from attnfd_jax.data import sources
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError
@@ -342,10 +344,71 @@ def test_palette_png_is_exactly_the_ids(tmp_path):
   assert path.read_bytes()[24] == 8
 
 
+def test_masks_of_pseudo_labels(stage, folder, tmp_path):
+  """A data set in the layout of configs/folder.py, of confident pixels."""
+  root, least = tmp_path / 'set', 0.2
+  for split in ('train', 'val'):
+    shutil.copytree(folder, root / 'images' / split)
+    count, kept = image_files.predict_files(
+      stage,
+      str(root / 'images' / split),
+      root / 'masks' / split,
+      min_confidence=least,
+      masks_only=True,
+    )
+  assert count == 3
+  names = {path.name for path in (root / 'masks' / 'train').iterdir()}
+  assert names == {'a.png', 'b.png', 'c d.png'}
+  predictor = Predictor(stage)
+  config = default_config().data
+  config.name, config.root = 'folder', str(root)
+  config.class_names = tuple(predictor.class_names)
+  source, shares = sources.load_dataset(config).splits['train'], []
+  assert len(source) == 3
+  for i in range(3):
+    ids, confidence = predictor(source[i]['image'])
+    sure = confidence / 255 >= least
+    np.testing.assert_array_equal(source[i]['label'], np.where(sure, ids, 255))
+    shares.append(sure.mean())
+  assert 0 < np.mean(shares) < 1
+  np.testing.assert_allclose(kept, np.mean(shares), rtol=1e-6)
+
+
+def test_what_is_not_sure_is_black(stage, folder, tmp_path):
+  output = tmp_path / 'out'
+  _, kept = image_files.predict_files(
+    stage, str(folder), output, min_confidence=1.0
+  )
+  assert kept < 0.5
+  ids = sources.read_mask(output / 'a.png')
+  assert (sources.read_image(output / 'a_colour.png')[ids == 255] == 0).all()
+  _, *rows = _rows(output / 'areas.csv')
+  np.testing.assert_allclose(
+    np.mean([[float(x) for x in row[1:]] for row in rows]) * 9, kept, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (
+      {'masks_only': True, 'confidence': True},
+      '--confidence is more than mask',
+    ),
+    ({'masks_only': True, 'video': 'a.mp4'}, '--video is more than masks'),
+    ({'min_confidence': 1.5}, '--min_confidence=1.5'),
+  ],
+)
+def test_masks_alone_are_masks(folder, tmp_path, options, message):
+  with pytest.raises(InputError, match=message):
+    image_files.predict_files('x', str(folder), tmp_path / 'out', **options)
+  assert not (tmp_path / 'out').exists()
+
+
 def test_all_files_of_a_folder(stage, folder, tmp_path):
   output = tmp_path / 'new' / 'out'
-  count = image_files.predict_files(stage, str(folder), output, confidence=True)
-  assert count == 3
+  found = image_files.predict_files(stage, str(folder), output, confidence=True)
+  assert found == (3, 1.0)
   names = {path.name for path in output.iterdir()}
   endings = ('.png', '_colour.png', '_overlay.jpg', '_confidence.png')
   assert names == {'areas.csv'} | {

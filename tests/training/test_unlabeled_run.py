@@ -43,6 +43,11 @@ def test_which_stage_sees_what(finished):
   # steps.
   steps = {x: small_run.read_lines(finished / x)[-1]['step'] for x in logs}
   assert steps == {'teacher': 4, 'student': 2, 'distill': 2}
+  results = json.loads((finished / 'results.json').read_text())
+  assert {
+    x: (results[x]['labeled_images'], results[x]['unlabeled_images'])
+    for x in results
+  } == {'teacher': (8, 0), 'student': (4, 0), 'distill': (4, 4)}
 
 
 def test_a_student_is_as_without_unlabeled_images(finished, tmp_path):
