@@ -35,9 +35,9 @@ DATASETS = {
 def load_dataset(config, *, strict=True, splits=SPLITS):
   """The Dataset that the group `data` of a config, or a dict like it, names.
 
-  Only the `splits` have to be there; with train come the images that
-  `unlabeled` names. Not `strict`, problems of the layout are
-  in `problems`, the rest can be used.
+  Only the `splits` have to be there; with all of them come the images that
+  `unlabeled` names. Not `strict`, problems of the layout are in `problems`, the
+  rest can be used.
 
   Raises:
     DataError: missing folder; if strict, the first problem.
@@ -46,7 +46,7 @@ def load_dataset(config, *, strict=True, splits=SPLITS):
   known('data set', config['name'], DATASETS)
   read = prepared.load if config['prepared'] else DATASETS[config['name']]
   dataset = read(config, splits)
-  if 'train' in splits:
+  if tuple(splits) == SPLITS:
     dataset = unlabeled.with_unlabeled(dataset, config)
   if strict and dataset.problems:
     first, *others = dataset.problems

@@ -11,6 +11,7 @@ import numpy as np
 from attnfd_jax import distill, paths, user_code
 from attnfd_jax.config import leaves, resolve, STAGES
 from attnfd_jax.data import checking, transforms
+from attnfd_jax.data.pairs import UNLABELED
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import memory, processes, sharding
 from attnfd_jax.errors import InputError
@@ -171,6 +172,7 @@ def check(config, dataset, mesh, workdir, scores=None):
       else:
         teacher = teachers.abstract(config, names)
       stage = with_teacher(stage, teacher)
+      _require_unlabeled(stage)
     stage.make_optimizer()
   if stage.teacher and given:  # Last, for it computes.
     _check_given(stage)
@@ -193,6 +195,19 @@ def _require_classes(config, dataset, mesh):
   for part, splits in [*parts, (dataset, ('val',))]:
     for note in checking.require_classes(part, splits, config.data.threads):
       write(note)
+
+
+def _require_unlabeled(stage):
+  """Refuses methods that would have nothing to teach."""
+  names = stage.distiller.needs_unlabeled
+  if names and UNLABELED not in stage.dataset.splits:
+    method = stage.config.distill.method
+    what = f'{names[0]} learns from unlabeled images, and there are none'
+    raise InputError(
+      f'config.distill.method={method}: {what}; name them by '
+      'config.data.unlabeled, or set '
+      f'config.distill.{names[0]}.everywhere=True.'
+    )
 
 
 def _score(stage):

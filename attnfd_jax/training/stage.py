@@ -14,7 +14,7 @@ from attnfd_jax.data import cache, pipeline, subsets
 from attnfd_jax.data.pairs import UNLABELED
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.devices import memory, sharding
-from attnfd_jax.errors import explained, InputError, named, within
+from attnfd_jax.errors import explained, named, within
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.network import Network
@@ -297,14 +297,6 @@ def with_teacher(stage, teacher):
     num_steps=stage.num_steps,
     task_schedule=options.task_weight_schedule,
   )
-  names, splits = distiller.needs_unlabeled, stage.dataset.splits
-  if names and UNLABELED not in splits:
-    what = f'{names[0]} learns from unlabeled images, and there are none; name'
-    raise InputError(
-      f'config.distill.method={options.method}: {what} them by '
-      'config.data.unlabeled, or set '
-      f'config.distill.{names[0]}.everywhere=True.'
-    )
   with explained('config.distill.method'):
     distiller = distiller.adapted(stage.network, teacher)
     network = networks.with_taps(stage.network, distiller.extra_taps)

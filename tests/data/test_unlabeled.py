@@ -109,10 +109,13 @@ def test_what_is_not_there(camvid, tmp_path, place, text):
     load(camvid, tmp_path / place)
 
 
-def test_evaluation_does_not_need_them(camvid):
-  config = data_config(root=camvid, unlabeled='nowhere')
-  dataset = sources.load_dataset(config, splits=('val',))
-  assert [*dataset.splits] == ['val']
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_evaluation_does_not_need_them(camvid, split):
+  config = data_config(root=camvid, unlabeled='nowhere').to_dict()
+  dataset = sources.load_dataset(config, splits=(split,))
+  assert [*dataset.splits] == [split]
+  del config['unlabeled']  # Of a stage that is older.
+  assert [*sources.load_dataset(config, splits=(split,)).splits] == [split]
 
 
 def test_voc(tmp_path):

@@ -679,9 +679,9 @@ def test_nothing_is_overwritten_unasked(stage, folder, tmp_path):
     image_files.predict_files(stage, str(folder), output)
   assert [path.name for path in output.iterdir()] == ['b_colour.png']
   assert old.read_text() == 'mine'
-  assert (
-    image_files.predict_files(stage, str(folder), output, overwrite=True) == 3
-  )
+  options = {'overwrite': True}
+  found = image_files.predict_files(stage, str(folder), output, **options)
+  assert found == (3, 1.0)
   assert sources.read_image(old).shape == (40, 56, 3)
   (output / 'a.png').unlink()
   with pytest.raises(InputError, match=r'a_colour\.png exists'):
