@@ -78,10 +78,6 @@ class Decoded:
       self._cache[index] = self._read(index)
     return dict(self._cache[index])
 
-  def image(self, index):
-    """uint8 [h, w, 3] RGB, of a record that may have no usable label."""
-    return self[index]['image']
-
   def __getstate__(self):
     # Worker processes fill a cache of their own.
     return self.__dict__ | {'_cache': None if self._cache is None else {}}

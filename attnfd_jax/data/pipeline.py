@@ -137,19 +137,29 @@ def count_unlabeled_rows(config, dataset):
   )
 
 
+def _order(config, dataset, step):
+  """The options of train_batches on which the order of the images depends."""
+  return {
+    'batch_size': config.batch_size,
+    'seed': config.seed,
+    'step': step,
+    'balance': make_balance(config, dataset),
+    'unlabeled_rows': count_unlabeled_rows(config, dataset),
+  }
+
+
 def configured_batches(config, dataset, *, step=0):
   """train_batches of what there is to train with, as a resolved config wants
   them.
   """
-  options = {key: config[key] for key in ('batch_size', 'seed')}
-  options |= {key: config.data[key] for key in ('threads', 'workers')}
-  options |= {
-    'step': step,
-    'balance': make_balance(config, dataset),
-    'unlabeled': dataset.splits.get(UNLABELED),
-    'unlabeled_rows': count_unlabeled_rows(config, dataset),
-  }
-  return train_batches(dataset.splits['train'], make_augment(config), **options)
+  return train_batches(
+    dataset.splits['train'],
+    make_augment(config),
+    unlabeled=dataset.splits.get(UNLABELED),
+    threads=config.data.threads,
+    workers=config.data.workers,
+    **_order(config, dataset, step),
+  )
 
 
 def batch_names(config, dataset, *, step=0):
@@ -159,13 +169,9 @@ def batch_names(config, dataset, *, step=0):
   batches = train_batches(
     range(len(source)),
     lambda index, rng: index,
-    batch_size=config.batch_size,
-    seed=config.seed,
-    step=step,
-    balance=make_balance(config, dataset),
     unlabeled=range(len(source), len(source) + len(others)),
-    unlabeled_rows=count_unlabeled_rows(config, dataset),
     threads=1,
+    **_order(config, dataset, step),
   )
   return [
     source.name(i) if i < len(source) else others.name(i - len(source))

@@ -14,7 +14,7 @@ import random
 import cv2
 import numpy as np
 
-from attnfd_jax.data import pairs
+from attnfd_jax.data import pairs, views
 from attnfd_jax.errors import within
 from attnfd_jax.losses import IGNORE_LABEL
 
@@ -497,20 +497,18 @@ class StreetScenes(pairs.Decoded):
   overlap, and any reader may read in any order or process.
   """
 
-  def __init__(self, num_scenes, *, height, width, seed, labeled=True):
+  def __init__(self, num_scenes, *, height, width, seed):
     super().__init__(num_scenes, cache=True)
     within('num_scenes', num_scenes, 1)
     within('height', height, 32)
     within('width', width, 32)
-    self._size, self._seed, self._labeled = (height, width), seed, labeled
+    self._size, self._seed = (height, width), seed
 
   def _read(self, index):
     if not 0 <= index < len(self):
       raise IndexError(f'{index=} is outside [0, {len(self)}).')
     generator = np.random.default_rng([self._seed, index])
     image, label = render_scene(generator, *self._size)
-    if not self._labeled:
-      label = pairs.no_label(self._size)
     return {'image': image, 'label': label}
 
   def size(self, index):
@@ -537,12 +535,8 @@ def scenes(config, splits):
 
 def unlabeled(config):
   """As many scenes as train has, of neither train nor val, without labels."""
-  height, width = config['image_size']
-  return StreetScenes(
-    config['train_scenes'],
-    height=height,
-    width=width,
-    # Beyond the seeds of labeled scenes.
-    seed=2**40 + config['scenes_seed'],
-    labeled=False,
-  )
+  (height, width), count = config['image_size'], config['train_scenes']
+  # Beyond the seeds of labeled scenes.
+  seed = 2**40 + config['scenes_seed']
+  source = StreetScenes(count, height=height, width=width, seed=seed)
+  return views.View(source, range(count), labeled=False)

@@ -66,11 +66,16 @@ def read_sbd(file):
     return ids
 
 
+def _sbd_folder(root):
+  """The folder of SBD's lists: as unpacked, benchmark_RELEASE/dataset."""
+  inner = pathlib.Path(root) / 'dataset'
+  return inner if inner.is_dir() else inner.parent
+
+
 def _sbd_pairs(root, taken):
   """Those of SBD's train and val, sorted, but for the ids in `taken`."""
   files.need('scipy.io', 'config.data.sbd_root')
-  if (root / 'dataset').is_dir():  # As unpacked: benchmark_RELEASE/dataset.
-    root = root / 'dataset'
+  root = _sbd_folder(root)
   if not (root / 'cls').is_dir():
     what = 'no such folder; config.data.sbd_root is that of benchmark_RELEASE'
     raise files.fault(root / 'cls', 'split', what)
@@ -109,6 +114,14 @@ def _parse(line):
   parts = image.with_suffix('').parts
   folder = labels[0].parts[0] if labels and labels[0].parts[1:] else ''
   return '/'.join(parts[parts[0] == _IMAGES :]), folder
+
+
+def _ids(lines):
+  """All that lines of lists can mean: they themselves, and as `_parse` reads
+  them.
+  """
+  lines = {*lines}
+  return lines | {_parse(line)[0] for line in lines}
 
 
 def read_split(root, name, labels='SegmentationClass'):
@@ -160,11 +173,9 @@ def unlabeled(config):
   root = _find_root(config)
   lists = [*list_path(root, 'train').parent.glob('*.txt')]
   if sbd_root := config['sbd_root']:
-    inner = pathlib.Path(sbd_root) / 'dataset'
-    folder = inner if inner.is_dir() else pathlib.Path(sbd_root)
+    folder = _sbd_folder(sbd_root)
     lists += [folder / 'train.txt', folder / 'val.txt']
-  lines = {line for path in lists for line in read_list(path)}
-  named = {*lines, *(_parse(line)[0] for line in lines)}
+  named = _ids(line for path in lists for line in read_list(path))
   found = files.walk(root / _IMAGES).files
   rest = {k: x for k, x in found.items() if os.path.splitext(k)[0] not in named}
   if not rest:
@@ -187,10 +198,9 @@ def pascal_voc(config, splits):
   if sbd_root:
     lists = (read_list(list_path(root, split)) for split in found)
     lines = [line for x in lists for line in pairs.with_error(x)]
-    lines = [line for line in lines if isinstance(line, str)]
     # As read_split reads them: no image of val may come in by SBD.
-    taken = {*lines, *(_parse(line)[0] for line in lines)}
-    extra = _sbd_pairs(pathlib.Path(sbd_root), taken)
+    taken = _ids(line for line in lines if isinstance(line, str))
+    extra = _sbd_pairs(sbd_root, taken)
     found['train'] = itertools.chain(pairs.with_error(train), extra)
   splits = {split: found[split] for split in splits if split in found}
   ids = _VocLabels(tuple(range(len(classes.VOC))))

@@ -16,7 +16,6 @@ def confident_labels(logits, *, min_confidence):
   """Most probable classes of logits [b, h, w, k], int32 [b, h, w]; 255 where
   their probability is below `min_confidence`.
   """
-  logits = jax.lax.stop_gradient(logits)
   labels = jnp.argmax(logits, -1).astype(jnp.int32)
   confidence = jnp.max(jax.nn.softmax(logits), -1)
   return jnp.where(confidence >= min_confidence, labels, IGNORE_LABEL)

@@ -11,7 +11,7 @@ from PIL import Image
 import pytest
 
 from attnfd_jax.config import default_config
-from attnfd_jax.data import cache, pairs, prepared, sources, subsets
+from attnfd_jax.data import cache, pairs, prepared, sources, subsets, views
 from attnfd_jax.errors import DataError, InputError
 
 
@@ -258,18 +258,32 @@ def test_fingerprints(camvid):
   config = data_config(root=camvid, unlabeled='rest')
   dataset = sources.load_dataset(config)
   train = dataset.splits['train']
-  views = [
-    subsets.View(train, [0, 1]),
-    subsets.View(train, [0, 2]),
-    subsets.View(train, [0, 1], labeled=False),
+  others = [
+    views.View(train, [0, 1]),
+    views.View(train, [0, 2]),
+    views.View(train, [0, 1], labeled=False),
   ]
-  found = {x.fingerprint() for x in (train, *views)}
+  found = {x.fingerprint() for x in (train, *others)}
   assert len(found) == 4
-  assert subsets.View(train, [0, 1]).fingerprint() in found
+  assert views.View(train, [0, 1]).fingerprint() in found
   _, drawn = scenes()
-  view = subsets.View(drawn.splits['train'], [0, 1])
+  view = views.View(drawn.splits['train'], [0, 1])
   assert not hasattr(view, 'fingerprint')
   np.testing.assert_array_equal(view.label(1), view[1]['label'])
+
+
+def test_a_source_of_ones_own():
+  """With what sources.py asks for, and no more."""
+
+  class Source(list):
+    size, name, key = (lambda self, i: (4, 5)), str, str
+
+  record = {'image': np.ones((4, 5, 3), np.uint8), 'label': np.zeros((4, 5))}
+  view = views.View(Source([record] * 3), [0, 2], labeled=False)
+  assert len(view) == 2 and (view[1]['label'] == 255).all()
+  assert view[1]['image'] is record['image']
+  labeled = views.View(Source([record] * 3), [0, 2])
+  assert labeled.label(1) is labeled[1]['label'] is record['label']
 
 
 def test_shards_hold_them(camvid, images, tmp_path):
