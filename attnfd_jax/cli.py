@@ -15,7 +15,7 @@ from absl import app, flags, logging
 import jax
 from ml_collections import config_flags
 
-from attnfd_jax import user_cache
+from attnfd_jax import named_configs, user_cache
 from attnfd_jax.data import masks
 from attnfd_jax.devices import diagnosis, processes
 from attnfd_jax.errors import InputError
@@ -67,7 +67,7 @@ _IN_OUR_WORDS = (
   ),
   (
     '.*Path to config file is an empty.*',
-    '--config= is empty; name a file, as in --config=configs/quickstart.py.',
+    '--config= is empty; name a config, as in --config=quickstart, or a file.',
   ),
 )
 
@@ -118,7 +118,7 @@ def define_config():
   parsers = flags.FloatParser(), flags.IntegerParser(), _Bool(), _Tuple()
   for kind, parser in zip((float, int, bool, tuple), parsers, strict=True):
     config_flags.register_flag_parser_for_type(kind, _OrNone(parser))
-  text, values = 'configs/NAME.py[:VARIANT]', flags.FLAGS
+  text, values = 'NAME[:VARIANT] or FILE.py[:VARIANT]', flags.FLAGS
   config_flags.DEFINE_config_file('config', None, text, flag_values=values)
 
 
@@ -191,6 +191,18 @@ def _at_home(match):
   return match[1] + os.path.expanduser(match[2])
 
 
+def _with_config_file(argv):
+  """`argv` with the file in place of a config's bare name."""
+  given = '-config', '--config'
+  for i, argument in enumerate(argv):
+    flag, equals, value = argument.partition('=')
+    if equals and flag in given:
+      argument = f'{flag}={named_configs.resolve(value)}'
+    elif i and argv[i - 1] in given:
+      argument = named_configs.resolve(argument)
+    yield argument
+
+
 def _one_line(error):
   text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
   text = text.replace('\\n', '\n').strip()
@@ -203,8 +215,8 @@ def _one_line(error):
     # ml_collections tells all places it looked at first.
     text = f'{text.splitlines()[-1].strip()} (--config)'
     if 'No such file' in text:
-      remedy = 'those of attnfd_jax are in the folder configs/ of its clone'
-      text = f'{text}; {remedy}: give the whole path, or start there'
+      remedy = 'those of attnfd_jax go by name, as in --config=camvid'
+      text = f'{text}; {remedy}'
   text = re.sub(r'^\W*(\w+)\W*\nDid you mean', r'No key \1. Did you mean', text)
   for pattern, ours in _IN_OUR_WORDS:
     text = re.sub(pattern, ours, text, flags=re.S)
@@ -258,6 +270,7 @@ def _parse(argv):
       flag.parser = _Bool()
   with _readable(*_PARSING):
     try:
+      argv = list(_with_config_file(argv))
       return flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
       raise (_refused(error) or error) from None

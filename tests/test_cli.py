@@ -40,14 +40,24 @@ BAD = {
     (CONFIG, '--config.optim.head_lr=1'),
     ('No key head_lr in this group of --config.',),
   ),
-  'path': (('--config=configs/camvidd.py',), ('camvidd.py', '(--config)')),
+  'path': (
+    ('--config=configs/camvid.py',),
+    ('camvid.py', '(--config)', 'by name, as in --config=camvid'),
+  ),
+  'name': (
+    ('--config', 'camvidd:cpu'),
+    ("Unknown config 'camvidd'. Did you mean 'camvid'? Have: camvid, city",),
+  ),
   'variant': (
     (f'{CONFIG}:degub',),
     ("Unknown variant 'degub'; use debug, imagenet, cpu_imagenet, cpu or ",),
   ),
   'value': ((CONFIG, '--config.optim.lr=fast'), ('optim.lr', 'fast')),
   'flag': ((CONFIG, '--workdr=x'), ("'workdr'", 'Did you mean: workdir')),
-  'missing': ((), ('--config is missing: configs/NAME.py',)),
+  'missing': (
+    (),
+    ('--config is missing: NAME[:VARIANT] or FILE.py[:VARIANT]',),
+  ),
   'type': (
     (CONFIG, '--config.batch_size=8.0'),
     ('--config.batch_size=8.0: expected a whole number, such as 8.',),
@@ -68,12 +78,16 @@ BAD = {
     (CONFIG, '--config.data.root=x', '--config.data=x'),
     ('--config.data would replace --config.data.root; leave one',),
   ),
-  'empty': (('--config=',), ('--config= is empty; name a file',)),
+  'empty': (
+    ('--config=',),
+    ('--config= is empty; name a config, as in --config=quickstart',),
+  ),
   'home': (('--config=~/gone.py',), ('/gone.py', '(--config)')),
   'word': ((CONFIG, 'train'), ("Unknown argument 'train'; flags start",)),
 }
 GOOD = {
   'debug': (*MAIN, CONFIG, '--debug', '--config.data.root=gone'),
+  'by name': (*MAIN, '--config', 'camvid:cpu', '--config.data.root=gone'),
   'help': (*MAIN, '--help'),
   'imports': ('-c', CHECKS),
 }
@@ -173,6 +187,12 @@ def test_debug_shows_where(done):
   assert 'Traceback (most recent call last):' in lines
   assert lines[-1].startswith('error: gone: no such folder')
   assert '--config.data.root=PATH' in lines[-1]
+
+
+def test_a_config_goes_by_name(done):
+  process = done['by name']
+  assert process.returncode == 2
+  assert process.stderr.startswith('error: gone: no such folder')
 
 
 def test_help_names_the_flags(done):

@@ -27,7 +27,7 @@ VARIANTS = {
   'coco': (None, 'debug'),
   'folder': (None, 'debug', 'imagenet'),
   'pascal_voc': (None, 'debug', 'imagenet'),
-  'quickstart': (None,),
+  'quickstart': (None, 'debug'),
 }
 FILES = [(name, arg) for name, args in VARIANTS.items() for arg in args]
 NUM_CLASSES = {
@@ -115,7 +115,7 @@ def test_is_resolved_but_for_what_may_be_absent(name, arg):
   assert missing == {'optim.clip_norm'}
 
 
-@pytest.mark.parametrize('name', sorted(set(VARIANTS) - {'quickstart'}))
+@pytest.mark.parametrize('name', sorted(VARIANTS))
 def test_unknown_variants_are_refused(name):
   with pytest.raises(ValueError, match="Unknown variant 'degub'; use .*debug"):
     load(name, 'degub')

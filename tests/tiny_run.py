@@ -19,7 +19,7 @@ _CACHE = tempfile.TemporaryDirectory()
 
 
 def tiny_config():
-  """quickstart, shrunk to two steps on 8 scenes of 32 x 48."""
+  """quickstart, shrunk to two steps on 8 labeled scenes of 32 x 48."""
   path = ROOT / 'configs' / 'quickstart.py'
   spec = importlib.util.spec_from_file_location('quickstart', path)
   module = importlib.util.module_from_spec(spec)
@@ -31,6 +31,9 @@ def tiny_config():
   config.data.image_size = (32, 48)
   config.data.base_size = 32
   config.data.crop_size = (32, 32)
+  config.data.unlabeled, config.data.unlabeled_share = '', 0.0
+  config.student.labeled_limit = 0
+  config.distill.method = 'attnfd'
   config.data.train_scenes = 8
   config.data.val_scenes = 2
   config.batch_size = 4

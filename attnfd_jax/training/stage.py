@@ -249,14 +249,14 @@ def plan(name, config, dataset, mesh):
   counted.
   """
   role = role_of(name)
+  # Of the whole split: with few labels a stage has as many steps as with all.
+  epoch = len(dataset.splits['train']) / config.batch_size
   dataset = subsets.for_stage(
     dataset,
     config.data,
     labeled_limit=config[role].labeled_limit,
     distills=name == 'distill',
   )
-  # Of the labeled images: with or without others a stage has as many steps.
-  epoch = len(dataset.splits['train']) / config.batch_size
   num_epochs = config[role].num_epochs
   return Stage(
     name,

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures('kept_programs')
 
 
 def make_config(**data):
-  """4 of the 8 scenes have labels for the student: two epochs are two steps."""
+  """4 of the 8 scenes have labels for the student."""
   config = small_run.make_config()
   config.data.unlabeled = 'rest'
   config.student.labeled_limit = 4
@@ -39,10 +39,9 @@ def test_which_stage_sees_what(finished):
   assert '4 labeled images (labeled_limit=4)' in logs['student']
   line = '4 labeled and 4 unlabeled images; 2 of the 4 of a batch are unlabeled'
   assert line in logs['distill']
-  # Labeled images make the epochs: student and distilled student have as many
-  # steps.
+  # All images make the epochs: with few labels there are as many steps.
   steps = {x: small_run.read_lines(finished / x)[-1]['step'] for x in logs}
-  assert steps == {'teacher': 4, 'student': 2, 'distill': 2}
+  assert steps == {'teacher': 4, 'student': 4, 'distill': 4}
   results = json.loads((finished / 'results.json').read_text())
   assert {
     x: (results[x]['labeled_images'], results[x]['unlabeled_images'])
@@ -72,7 +71,6 @@ def test_batches_without_labels_in_parts(tmp_path):
   """With all that looks at labels, and 3 of 4 rows that have none."""
   config = make_config(unlabeled_share=0.75, balanced=0.5)
   config.optim.accumulate, config.batch_size = 2, 8
-  config.num_epochs = 4.0
   config.loss.name, config.loss.weighting = 'ohem', 'auto'
   config.distill.method = 'ifv+kd+pseudo'
   config.distill.ifv.taps = ('decoder',)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attnfd COMMAND [FLAGS]: all commands in one; also python -m attnfd_jax.
+
+attnfd train --config=camvid --config.data.root=PATH
+attnfd configs
+attnfd copy-config camvid mine.py
+"""
+
+import ast
+import pathlib
+import runpy
+import sys
+
+from attnfd_jax import named_configs
+from attnfd_jax.errors import InputError, known
+
+_MODULES = {'train': 'main', 'check-data': 'check_data'}
+_MODULES |= {'prepare-data': 'prepare_data'}
+_MODULES |= {
+  name: name
+  for name in 'evaluate predict compare export convert report benchmark '
+  'doctor'.split()
+}
+_OWN = {
+  'configs': 'Lists the configs that --config takes by name.',
+  'copy-config': 'Copies one to edit it: copy-config NAME FILE.py.',
+}
+
+
+def _summary(module):
+  path = pathlib.Path(__file__).with_name(f'{module}.py')
+  return ast.get_docstring(ast.parse(path.read_text())).split('\n')[0]
+
+
+def _print_table(texts):
+  width = max(map(len, texts)) + 2
+  for name, text in texts.items():
+    print(f'{name:{width}}{text}')
+
+
+def _help():
+  print('attnfd COMMAND [FLAGS]; attnfd COMMAND --help lists its flags.\n')
+  texts = {name: _summary(module) for name, module in _MODULES.items()}
+  _print_table(texts | _OWN)
+
+
+def _run_own(command, arguments):
+  if command == 'configs' and not arguments:
+    _print_table(named_configs.summaries())
+  elif command == 'copy-config' and len(arguments) == 2:
+    print(f'written: {named_configs.copy(*arguments)}')
+  else:
+    usage = {'configs': '', 'copy-config': ' NAME FILE.py'}[command]
+    raise InputError(f'Its form is: attnfd {command}{usage}')
+
+
+def main():
+  """Runs the command that the first argument names."""
+  given, *arguments = sys.argv[1:] or ['help']
+  if given in ('help', '-h', '--help'):
+    return _help()
+  command = 'train' if given == 'main' else given.replace('_', '-')
+  try:
+    known('command', command, (*_MODULES, *_OWN))
+    if command in _OWN:
+      return _run_own(command, arguments)
+  except (InputError, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  sys.argv = [f'attnfd {command}', *arguments]
+  runpy.run_module(f'attnfd_jax.{_MODULES[command]}', run_name='__main__')
+
+
+if __name__ == '__main__':
+  main()
