@@ -243,7 +243,7 @@ def reference_config():
 
 def debug(config):
   """All code paths in about a minute on a CPU; the numbers mean nothing."""
-  config.data.limit = 12
+  config.data.limit = config.data.train_scenes = config.data.val_scenes = 12
   config.student.labeled_limit = min(config.student.labeled_limit, 8)
   config.batch_size = config.eval.batch_size = 4
   config.num_epochs = config.teacher.num_epochs = config.eval.every_epochs = 1.0

@@ -31,7 +31,7 @@ def found(versions):
     (
       {'jax': '0.7.1', 'orbax-checkpoint': '0.13'},
       ['jax 0.7.1'],
-      'jax[cuda12]',
+      'jax[cuda13]',
     ),
     (
       {'jax': '0.8', 'orbax-checkpoint': '1.0'},
@@ -56,7 +56,7 @@ def test_versions(versions, wrong, remedy):
     ('gpu', {}, 'backend gpu', ''),
     ('cpu', {}, 'no plugin', ''),
     ('cpu', {'platforms': 'cpu'}, 'as JAX_PLATFORMS=cpu asks', ''),
-    ('cpu', {'has_gpu': True}, 'there is an NVIDIA GPU', "'jax[cuda12]'"),
+    ('cpu', {'has_gpu': True}, 'there is an NVIDIA GPU', "'jax[cuda13]'"),
     ('cpu', {'installed': ['libtpu']}, 'support for TPU', "'jax[tpu]'"),
     (
       'cpu',

@@ -58,7 +58,7 @@ def check_versions(requirements, find_version):
       text = broken = f'{name} is not installed'
     remedy = f"pip install -U '{line}'"
     if name == 'jax':  # Without it pip leaves jax and its plugin apart.
-      remedy += ', with jax[cuda12] or jax[tpu] for jax on such a device'
+      remedy += ', with jax[cuda13] or jax[tpu] for jax on such a device'
     yield Finding(text, remedy if broken else '')
 
 
@@ -98,7 +98,7 @@ def check_backend(backend, *, platforms, installed, has_gpu):
   if not has_gpu:
     return Finding('backend cpu: no GPU or TPU and no plugin for one')
   text = 'backend cpu, although there is an NVIDIA GPU'
-  return Finding(text, "pip install -U 'jax[cuda12]'")
+  return Finding(text, "pip install -U 'jax[cuda13]'")
 
 
 def check_pages(mode, tunables, *, libc):
@@ -196,7 +196,7 @@ def check_start():
       f'no backend starts with JAX_PLATFORMS={platforms!r} '
       f'({first_line(error)})',
       f'{use if platforms else "set JAX_PLATFORMS=cpu to use the CPU"}, or '
-      "install the plugin of the device: pip install -U 'jax[cuda12]' or "
+      "install the plugin of the device: pip install -U 'jax[cuda13]' or "
       "'jax[tpu]'",
     )
   return None

@@ -12,11 +12,14 @@ from attnfd_jax import paths, user_code
 from attnfd_jax.errors import InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import files, names
+from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.runs import checkpoints
 
 # Gates at the taps of a network, outside its forward path: those of an imported
 # file, or the ones a student was distilled with; '<collection>/<tap>/<leaf>'.
 ATTENTION_FILE = 'attention.safetensors'
+# Of a folder that export wrote, in place of checkpoints.
+WEIGHTS_FILE = 'model.safetensors'
 # What a stage's config.json has for sure.
 _DESCRIBED = ('class_names', 'palette', 'data', 'distill', 'eval', 'optim')
 
@@ -55,7 +58,8 @@ def load_network(
   """Network, variables and description of a finished or running stage.
 
   Args:
-    directory: of a stage, e.g. runs/camvid/distill.
+    directory: of a stage, e.g. runs/camvid/distill, or of `export
+      --format=folder`.
     sharding: of the variables; the first device by default.
     step: which checkpoint; the best by default.
     network: of the stage, where the caller has it.
@@ -80,6 +84,13 @@ def load_network(
     count, dtype = len(info['class_names']), info['optim']['dtype']
     network = networks.make_network(options, count, dtype=dtype, source=source)
   sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  info['palette'] = np.array(info['palette'], np.uint8)
+  if (path := directory / WEIGHTS_FILE).is_file():
+    if step not in (None, info.setdefault('checkpoint_step', 0)):
+      raise InputError(
+        f'{directory}: has the weights of step {info["checkpoint_step"]} alone.'
+      )
+    return network, jax.device_put(_read_weights(path, network), sharding), info
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     dict(networks.abstract_variables(network)),
@@ -94,9 +105,20 @@ def load_network(
     directory / 'checkpoints', wanted, step=step
   )
   rest = found['collections']['student']
-  variables = {'params': found[weights]['student'], **rest}
-  info['palette'] = np.array(info['palette'], np.uint8)
-  return network, variables, info
+  return network, {'params': found[weights]['student'], **rest}, info
+
+
+def _read_weights(path, network):
+  """Variables of a file of conversion.write_weights; InputError if some are
+  missing.
+  """
+  if not networks.is_ours(network):
+    tensors = files.read_torch(path)['state_dict']
+    return traverse_util.unflatten_dict(tensors, sep='/')
+  variables, _, report = torch_networks.import_network(path, network)
+  if not report.complete:
+    raise InputError(f'{path}: {report}; put a copy of the file back.')
+  return variables
 
 
 def load_attention(directory, network):

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder to hand over: weights, config, ONNX file, model card, pictures.
+
+Laid out as a repository of a model hub, and read back by `attnfd_jax.load`.
+"""
+
+import os
+import pathlib
+import tempfile
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from attnfd_jax.errors import InputError
+from attnfd_jax.exporting import student
+from attnfd_jax.inference import predictor
+from attnfd_jax.models import network as networks
+from attnfd_jax.runs import conversion, loading, logs
+
+_SEPARATOR = 4  # Pixels between two pictures.
+
+
+def _check_target(output):
+  if not output:
+    raise InputError('--output is missing; name a folder.')
+  if os.path.lexists(output):
+    raise InputError(f'--output={output} exists; name another folder.')
+  return pathlib.Path(output)
+
+
+def export_folder(checkpoint, output, *, allow_code=False, **comparison):
+  """Writes the folder of a stage's best checkpoint; returns lines to print.
+
+  Args:
+    checkpoint: folder of a stage.
+    output: a new folder; it appears whole, or not at all.
+    allow_code: see loading.load_network.
+    **comparison: images and num_images of student.export_student, for the
+      ONNX file, which is of DeepLabV3Plus.
+
+  Raises:
+    InputError: whenever the user can fix it.
+  """
+  target = _check_target(output)
+  if not checkpoint:
+    raise InputError('--checkpoint is missing; name the folder of a stage.')
+  source = pathlib.Path(checkpoint)
+  loaded = loading.load_network(source, allow_code=allow_code)
+  network, variables, info = loaded
+  if not networks.is_ours(network):
+    raise InputError(
+      f'{type(network).__name__}: --format=folder is for DeepLabV3Plus, as the '
+      'folder would need its code; use --format=stablehlo or safetensors.'
+    )
+  result = logs.read_json(source / 'result.json')
+  if not result:
+    raise InputError(
+      f'{source}: no result.json, so there are no scores for the card; finish '
+      'the stage by main first.'
+    )
+  target.parent.mkdir(parents=True, exist_ok=True)
+  hidden = f'.{target.name}.'
+  with tempfile.TemporaryDirectory('', hidden, target.parent) as temporary:
+    new = pathlib.Path(temporary, 'folder')
+    new.mkdir()
+    path = new / loading.WEIGHTS_FILE
+    conversion.write_weights(path, source, network, variables, info)
+    described = info | {'palette': info['palette'].tolist()}
+    logs.write_json(new / 'config.json', _without_places(described))
+    lines = student.export_student(
+      source, str(new / 'student.onnx'), kind='onnx', uint8=True, **comparison
+    )
+    shown = _write_pictures(source / 'pictures.npz', new / 'pictures')
+    card = make_card(info, result, _baseline(source, info), shown=shown)
+    (new / 'README.md').write_text(card)
+    new.rename(target)
+  # The last line names the file where it was made.
+  names = ', '.join(sorted(path.name for path in target.iterdir()))
+  remark = 'fill in license and limits in README.md before you publish it'
+  return [*lines[:-1], f'{target}: {names}', remark]
+
+
+def _without_places(value):
+  """A config without the folders of this machine: names of files stay."""
+  if isinstance(value, dict):
+    return {key: _without_places(x) for key, x in value.items()}
+  if isinstance(value, str) and value.startswith(('/', '~')):
+    return os.path.basename(value)
+  return value
+
+
+def _baseline(source, info):
+  """mIoU of the student on labels alone, where it lies beside the stage."""
+  path = source.parent / 'student' / 'result.json'
+  if info['stage'] != 'distill' or not path.is_file():
+    return None
+  return logs.read_json(path).get('miou')
+
+
+def _write_pictures(source, target):
+  """predictions.png, rows of images, labels and predictions of a pictures.npz;
+  False if there are none.
+  """
+  if not source.is_file():
+    return False
+  with np.load(source) as arrays:
+    image, label, prediction, palette = (
+      arrays[key] for key in ('image', 'label', 'prediction', 'palette')
+    )
+  colors = np.zeros((256, 3), np.uint8)  # What is ignored stays black.
+  colors[: len(palette)] = palette
+  edge = ((0, 0), *[(_SEPARATOR // 2,) * 2] * 2, (0, 0))
+  rows = [
+    np.concatenate([*np.pad(row, edge, constant_values=255)], 1)
+    for row in (image, colors[label], colors[prediction])
+  ]
+  target.mkdir()
+  Image.fromarray(np.concatenate(rows)).save(target / 'predictions.png')
+  return True
+
+
+def make_card(info, result, baseline=None, *, shown=False):
+  """The model card of a stage, Markdown with the fields of a hub at the top.
+
+  Args:
+    info: as of loading.load_network.
+    result: the stage's result.json.
+    baseline: mIoU of the same network on labels alone, or None.
+    shown: whether there is pictures/predictions.png.
+  """
+  method = result.get('method') or {}
+  teacher = result.get('teacher') or {}
+  about = teacher.get('name', '')
+  if teacher.get('miou') is not None:
+    about += f' (val mIoU {logs.percent(teacher["miou"])} %)'
+  labels = ''
+  if count := result.get('labeled_images'):
+    labels = f', {count} labeled images'
+    if others := result.get('unlabeled_images'):
+      labels += f' and {others} without labels'
+  test = (result.get('test') or {}).get('miou')
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+  )
+  return environment.get_template('card.md').render(
+    network=result['network'],
+    dataset=result['dataset'],
+    class_names=info['class_names'],
+    # JSON has them sorted; here in the order of their ids.
+    classes={
+      name: logs.percent(result['iou_per_class'].get(name))
+      for name in info['class_names']
+    },
+    params=f'{result["params"]:,}',
+    gflops=f'{result["gflops"]:.3g}',
+    size=' x '.join(map(str, result['image_size'])),
+    method=method.get('title', ''),
+    teacher=about,
+    pretrained=result.get('pretrained'),
+    labels=labels,
+    miou=logs.percent(result['miou']),
+    pixel_accuracy=logs.percent(result['pixel_accuracy']),
+    baseline=None if baseline is None else logs.percent(baseline),
+    test=None if test is None else logs.percent(test),
+    split=result['split'],
+    protocol=result['protocol'],
+    step=info['checkpoint_step'],
+    seed=info['seed'],
+    short_side=predictor.seen_short_side_of(info),
+    version=logs.versions()['attnfd_jax'],
+    onnx=True,
+    shown=shown,
+  )
