@@ -124,8 +124,8 @@ def test_keys_exist(page):
   config, text = default_config(), read(page)
   groups = '|'.join(key for key in config if hasattr(config[key], 'keys'))
   keys = re.findall(r'--config\.([\w.]*\w)', text)
-  # `teacher.py` is a file.
-  keys += re.findall(rf'`((?:{groups})(?:\.(?!py`)\w+)+)`', text)
+  # `teacher.py` and `student.onnx` are files.
+  keys += re.findall(rf'`((?:{groups})(?:\.(?!py`|onnx`)\w+)+)`', text)
   for key in keys:
     value = config
     for part in key.split('.'):
