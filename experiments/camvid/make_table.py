@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the CamVid table into README.md from the JSON files in results/.
+"""Writes the tables of docs/results.md from the JSON files in results/.
 
   python experiments/camvid/make_table.py [--check]
 
@@ -96,7 +96,7 @@ def make_table(results):
 
 if __name__ == '__main__':
   fill_page.main(
-    HERE.parents[1] / 'README.md',
+    HERE.parents[1] / 'docs' / 'results.md',
     'results',
     make_table(read_results(HERE / 'results')),
     description=__doc__,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of speed into README.md from the JSON files in results/.
+"""Writes the tables of docs/speed.md from the JSON files in results/.
 
 python experiments/speed/make_table.py [--check]
 """
@@ -20,8 +20,8 @@ FORMS = {
   'predict': 'PyTorch, eager',
 }
 HEADER = """\
-| student | recipe | against | they, s | we, s | times as fast | rounds | \
-of their memory |
+| student | recipe | compared with | PyTorch (s) | ours (s) | speedup | rounds | \
+relative memory |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
@@ -77,13 +77,13 @@ def make_tables(folder):
       text += rows_of(student, found)
     if 'GPU' in ours['device'] or 'NVIDIA' in ours['device']:
       share = ours['flop_utilisation']
-      text += f"\nThat is {share:.0%} of the device's matrix product.\n"
+      text += f'\nThat is {share:.0%} of the measured matmul throughput.\n'
   return text
 
 
 if __name__ == '__main__':
   fill_page.main(
-    HERE.parents[1] / 'README.md',
+    HERE.parents[1] / 'docs' / 'speed.md',
     'speed',
     make_tables(HERE / 'results'),
     description=__doc__,
