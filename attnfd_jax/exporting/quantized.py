@@ -7,6 +7,7 @@ zero point whose range comes from images (the calibration).
 """
 
 import contextlib
+import difflib
 import io
 import json
 import operator
@@ -19,7 +20,7 @@ from onnxruntime import quantization
 
 from attnfd_jax import metrics
 from attnfd_jax.data import masks
-from attnfd_jax.errors import explained, InputError, known, one_of, within
+from attnfd_jax.errors import explained, InputError, one_of, within
 from attnfd_jax.exporting import agreement
 from attnfd_jax.inference import evaluation, image_files
 from attnfd_jax.inference.onnx_model import OnnxNetwork
@@ -112,8 +113,13 @@ def expand(names, layers):
   parts = {x[:i] for x in layers for i, c in enumerate(x) if c == '/'}
   found = []
   for name in names:
-    known('layer in --keep_float', name, sorted({*layers, *parts}))
-    found += [x for x in layers if f'{x}/'.startswith(f'{name}/')]
+    below = [x for x in layers if f'{x}/'.startswith(f'{name}/')]
+    if not below and name not in _IN_FLOAT:
+      near = difflib.get_close_matches(name, [*layers, *parts], 1)
+      near = near or [x for x in sorted(parts) if '/' not in x]
+      problem = f'--keep_float={name}: no such layer'
+      raise InputError(f'{problem}; try {", ".join(near)}.')
+    found += [x for x in below if x not in found]
   return found
 
 
@@ -255,11 +261,11 @@ class _Files:
     return OnnxNetwork(path)
 
 
-def _remedy(files, kept, exact, images, scored):
+def _remedy(files, kept, exact, images, *, score, max_drop):
   """What can be done about a file that is too different, measured.
 
-  `scored` gives the text and the drop of a network; layers are looked for by
-  the share of equal classes on a few images, which is quick.
+  `score` is of _make_scorer; layers are looked for by the share of equal
+  classes on a few images, which is quick.
   """
   images = images[:: -(-len(images) // _NUM_PROXY)]
   before = share_of_equal(exact, files.write(kept), images)
@@ -271,12 +277,15 @@ def _remedy(files, kept, exact, images, scored):
     return f'no single layer is the reason; {others}'
   named = [x for _, x in best]
   text = ', '.join(f'{x} {100 * (share - before):+.2f}' for share, x in best)
-  result, _ = scored(files.write(kept + named))
+  result, drop, _ = score(files.write(kept + named))
+  option = f'--keep_float={",".join(kept + named)}'
+  mended = f'{option} mends it ({result})'
+  if not drop <= max_drop:
+    mended = f'{option} is not enough ({result}); {others}'
   return (
-    f'the layers that hurt most, by the percent of {len(images)} calibration '
-    f'images that get the same class as in float (now {100 * before:.2f}) when '
-    f'one of them is kept in float: {text}; --keep_float='
-    f'{",".join(kept + named)} gives {result}; or {others}'
+    f'the layers that hurt most, by the percent of the pixels of {len(images)} '
+    f'calibration images that have the same class as in float (now '
+    f'{100 * before:.2f}) when one of them is kept in float: {text}; {mended}'
   )
 
 
@@ -345,18 +354,18 @@ def write(
   layers = layers_of(onnx.load(path))
   kept = expand(keep_float, layers)
   files = _Files(path, images, method=calibration, facts=facts)
-  network = files.write(kept, new := 'int8.onnx')
-  new = path.with_name(new)
+  network, new = files.write(kept, 'int8.onnx'), path.with_name('int8.onnx')
   lines = [
     f'int8: {len(layers) - len(kept)} convolutions by {calibration} over '
     f'{name}; in float: {", ".join([*kept, *_IN_FLOAT[1:]])}'
   ]
-  scored = _make_scorer(exact, images, info)
-  result, drop, table = scored(network)
+  score = _make_scorer(exact, images, info)
+  result, drop, table = score(network)
   lines += [result, *table]
   if not drop <= max_drop:  # Nor NaN.
     print('\n'.join(lines))
-    remedy = _remedy(files, kept, exact, images, lambda x: scored(x)[:2])
+    options = {'score': score, 'max_drop': max_drop}
+    remedy = _remedy(files, kept, exact, images, **options)
     raise InputError(
       f'{result}: {drop:.4f} lost, more than --max_drop={max_drop:g}, so '
       f'nothing was kept; {remedy}.'

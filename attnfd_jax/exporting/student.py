@@ -166,7 +166,7 @@ def export_student(
     # The last batch has two images of another size.
     theirs, ours = (1e3 * np.median(x[:-1]) for x in (theirs, ours))
     speed = f'{theirs:.1f} ms an image on this CPU, {ours:.1f} ms by attnfd_jax'
-    lines += [line, speed]
+    lines += [line] if quantize else [line, speed]
     if weights != 'float32':
       exact = [np.asarray(forward(variables, x)) for x in batches]
       line, _ = agreement.describe(exact, found, f'Rounding to {weights}: ')

@@ -43,7 +43,7 @@ class OnnxNetwork:
     options.log_severity_level = 3  # What is wrong is raised.
     with explained(f'{path} is not a usable ONNX file'):
       self._session = runtime.InferenceSession(
-        path, options, providers=['CPUExecutionProvider']
+        str(path), options, providers=['CPUExecutionProvider']
       )
       stored = self._session.get_modelmeta().custom_metadata_map
     self.metadata = _decoded(stored)
