@@ -25,6 +25,8 @@ from attnfd_jax.inference import (
   scoring,
 )
 from attnfd_jax.inference.predictor import Predictor
+from attnfd_jax.models import deeplab
+from attnfd_jax.models import network as networks
 from attnfd_jax.runs import conversion, loading
 
 onnx = pytest.importorskip('onnx')
@@ -271,6 +273,44 @@ def test_one_image_is_enough(stage, images, tmp_path):
   kept = {x for x, kind in kinds.items() if kind == 'float32'}
   aspp = {x for x in kinds if x.startswith('aspp/')}
   assert kept == {*aspp, 'classifier', 'backbone/stem'} and len(aspp) == 6
+
+
+@pytest.mark.parametrize(
+  ('backbone', 'form'),
+  [
+    ('resnet50', {'in_path_attention': True, 'width_multiplier': 0.25}),
+    ('mobilenet_v2', {'output_stride': 8, 'width_multiplier': 0.5}),
+    ('efficientnet_lite0', {'width_multiplier': 0.5}),
+  ],
+)
+@pytest.mark.parametrize('uint8', [False, True], ids=['floats', 'bytes'])
+def test_every_backbone(fill, tmp_path, backbone, form, uint8):
+  channels = {'aspp_channels': 16, 'decoder_channels': 16}
+  network = deeplab.DeepLabV3Plus(backbone, 5, **channels, **form)
+  variables = fill(networks.abstract_variables(network))
+  options = {'uint8': uint8, 'argmax': False, 'metadata': {}}
+  model = onnx_graph.make_model(network, variables, **options)
+  path = tmp_path / 'a.onnx'
+  path.write_bytes(model.SerializeToString())
+  exact = onnx_model.OnnxNetwork(path)
+  image = exact.prepared(_image((64, 96))[None])
+  options = {'method': 'minmax', 'folder': tmp_path}
+  ranges = quantized.find_ranges(path, [image], **options)
+  layers = quantized.layers_of(model)
+  errors = []
+  for kept in ([], layers):
+    made = quantized.make_int8(model, ranges, kept=kept)
+    path.write_bytes(made.SerializeToString())
+    kinds = {x: y.dtype.name for x, (_, y) in _kernels(path).items()}
+    assert {x for x, kind in kinds.items() if kind == 'int8'} == (
+      {*layers} - {*kept}
+    )
+    logits = [x.find(image) for x in (onnx_model.OnnxNetwork(path), exact)]
+    errors.append(np.std(logits[0] - logits[1]) / np.std(logits[1]))
+  assert 1e-3 < errors[0] < 0.3
+  assert errors[1] < 1e-5  # With all layers in float nothing is rounded.
+  gates = [x for x in kinds if x.startswith('attention_')]
+  assert len(gates) == (15 if form.get('in_path_attention') else 0)
 
 
 def _spoil(monkeypatch, layer):

@@ -184,11 +184,14 @@ def _cbam(g, x, path):
 
   gates = []
   for pool, kind in (('mean', 'GlobalAveragePool'), ('max', 'GlobalMaxPool')):
-    hidden = g.op('Relu', dense(g.op(kind, x), 'mlp_reduce', pool))
+    hidden = dense(g.op(kind, x), 'mlp_reduce', pool)
+    hidden = g.op('Relu', hidden, output=f'{path}/mlp_{pool}')
     gates.append(dense(hidden, 'mlp_expand', pool))
-  x = g.op('Mul', x, g.op('Sigmoid', g.op('Add', *gates)))
+  gate = g.op('Add', *gates, output=f'{path}/mlp')
+  x = g.op('Mul', x, g.op('Sigmoid', gate))
   pooled = [g.op(kind, x, axes=[1]) for kind in ('ReduceMax', 'ReduceMean')]
-  gate = g.conv(g.op('Concat', *pooled, axis=1), f'{path}/spatial_conv')
+  pooled = g.op('Concat', *pooled, axis=1, output=f'{path}/pooled')
+  gate = g.conv(pooled, f'{path}/spatial_conv')
   return g.op('Mul', x, g.op('Sigmoid', gate))
 
 

@@ -8,10 +8,13 @@ zero point whose range comes from images (the calibration).
 
 import contextlib
 import difflib
+import errno
 import io
 import json
 import operator
+import os
 import pathlib
+import shutil
 import time
 
 import numpy as np
@@ -124,11 +127,14 @@ def expand(names, layers):
 
 
 def _float_nodes(model, kept):
-  """Names of the operations that stay in float with the layers `kept`."""
+  """Names of the operations that stay in float with the layers `kept`.
+
+  What follows a layer in float does so up to the next convolution: its result
+  would else be rounded there.
+  """
   found = {*kept, *_IN_FLOAT}
-  for node in model.graph.node:
-    # With its activation: what lies between has no narrow range.
-    follows = node.op_type in ('Relu', 'Clip') and node.input[0] in found
+  for node in model.graph.node:  # Each has the name of its result.
+    follows = node.op_type != 'Conv' and not found.isdisjoint(node.input)
     if follows or node.name.startswith(_GATES):
       found.add(node.name)
   return sorted(found)
@@ -347,6 +353,10 @@ def write(
   """
   one_of('--calibration', calibration, METHODS)
   within('--max_drop', max_drop, 0, 1)
+  # What onnxruntime writes on a full disk is cut off without a word.
+  if shutil.disk_usage(path.parent).free < 3 * path.stat().st_size:
+    reason = os.strerror(errno.ENOSPC)
+    raise OSError(errno.ENOSPC, reason, str(path.parent.parent))
   images, name = calibration_images(calibrate, info, short_side=short_side)
   exact = OnnxNetwork(path)
   images = [exact.prepared(x) for x in images]
