@@ -46,6 +46,13 @@ _GATES = 'attention_'
 _DOT_PRODUCTS = ('avx512_vnni', 'avx_vnni', 'asimddp')
 
 
+def check_options(*, calibration='minmax', max_drop=0.01, **others):
+  """Raises InputError for options of `write` that are wrong in themselves."""
+  del others
+  one_of('--calibration', calibration, METHODS)
+  within('--max_drop', max_drop, 0, 1)
+
+
 def calibration_images(pattern, info, *, short_side):
   """Images as the network sees them, uint8 [1, h, w, 3], and what they are.
 
@@ -85,10 +92,11 @@ def find_ranges(path, images, *, method, folder):
 
   Args:
     path: a float file of ours.
-    images: what the file takes, each of its own size.
+    images: uint8 [b, h, w, 3], each of its own size.
     method: of METHODS.
     folder: for a file with all maps as outputs.
   """
+  prepare = OnnxNetwork(path).prepared
   with contextlib.redirect_stdout(io.StringIO()):  # It prints its progress.
     calibrator = quantization.create_calibrator(
       pathlib.Path(path),
@@ -101,7 +109,7 @@ def find_ranges(path, images, *, method, folder):
     # One at a time: the maps of all images do not fit into memory, arrays of
     # several sizes fail, and CalibMaxIntermediateOutputs forgets ranges.
     for image in progress(len(images), 'calibration', iterable=images):
-      calibrator.collect_data(_OneImage(image))
+      calibrator.collect_data(_OneImage(prepare(image)))
     return calibrator.compute_data()
 
 
@@ -170,10 +178,13 @@ def make_int8(model, ranges, *, kept=(), facts=()):
 
 
 def share_of_equal(first, second, images):
-  """Share of the pixels of which two files find the same class."""
+  """Share of the pixels of uint8 images [b, h, w, 3] of which two files that
+  take the same find the same class.
+  """
   same = total = 0
   for image in images:
-    ids = [x.find(image) for x in (first, second)]
+    prepared = first.prepared(image)
+    ids = [x.find(prepared) for x in (first, second)]
     ids = [x if x.ndim == 3 else x.argmax(-1) for x in ids]
     same, total = same + np.sum(np.equal(*ids)), total + ids[0].size
   return float(same / total)
@@ -222,7 +233,7 @@ def dot_products(path='/proc/cpuinfo'):
 
 
 def alternate(networks, image, *, rounds=11):
-  """Median seconds of each network on an image, measured in turns."""
+  """Median seconds of each network on what it takes, measured in turns."""
   seconds = []
   for _ in range(rounds + 1):
     seconds.append([])
@@ -340,7 +351,7 @@ def write(
       network, and a text about the former.
     short_side: of the images that the network sees; 0 leaves their size.
     calibrate: file, folder or glob of images; by default the train split.
-    calibration: of METHODS, how ranges come from values.
+    calibration: of METHODS (see check_options), how ranges come from values.
     keep_float: names of layers, or of their parts, that stay in float.
     max_drop: the most that val mIoU may drop, a fraction; where val cannot be
       read, the most pixels of the calibration images that may change class.
@@ -350,16 +361,14 @@ def write(
 
   Raises:
     InputError: whenever the user can fix it, and if the drop is larger.
+    OSError: if the disk is full.
   """
-  one_of('--calibration', calibration, METHODS)
-  within('--max_drop', max_drop, 0, 1)
   # What onnxruntime writes on a full disk is cut off without a word.
   if shutil.disk_usage(path.parent).free < 3 * path.stat().st_size:
     reason = os.strerror(errno.ENOSPC)
     raise OSError(errno.ENOSPC, reason, str(path.parent.parent))
   images, name = calibration_images(calibrate, info, short_side=short_side)
   exact = OnnxNetwork(path)
-  images = [exact.prepared(x) for x in images]
   facts = {'calibration': calibration, 'images': len(images)}
   layers = layers_of(onnx.load(path))
   kept = expand(keep_float, layers)
@@ -397,12 +406,12 @@ def write(
 def _describe_cost(path, new, exact, network, image):
   """Lines about the sizes of the two files, and their time for an image."""
   sizes = [x.stat().st_size / 1e6 for x in (path, new)]
-  before, after = 1e3 * alternate([exact, network], image)
+  before, after = 1e3 * alternate([exact, network], exact.prepared(image))
   h, w = image.shape[1:3]
   return [
     f'{sizes[1]:.2f} MB, {sizes[0] / sizes[1]:.2f}x smaller than float '
     f'({sizes[0]:.2f} MB)',
     f'{after:.1f} ms an image of {h}x{w} in int8, {before:.1f} ms in float, '
-    f'{before / after:.2f}x faster: medians of calls in turns on this CPU, '
+    f'speedup {before / after:.2f}: medians of calls in turns on this CPU, '
     f'which {dot_products()}',
   ]

@@ -110,6 +110,10 @@ def export_student(
   options |= {'keep_float': keep_float, 'max_drop': max_drop}
   quantizing = _check_quantization(kind, quantize, options)
   path = _check_arguments(checkpoint, output, kind, form, weights, overwrite)
+  if quantize:
+    from attnfd_jax.exporting import quantized  # Needs what was looked for.
+
+    quantized.check_options(**quantizing)
   loaded = loading.load_network(checkpoint, allow_code=allow_code)
   network, variables, info = loaded
   conversion.check_format(network, kind)
@@ -174,8 +178,6 @@ def export_student(
       scores = agreement.describe_mious(network, candidates, info)
       lines += filter(None, [line, scores])
     if quantize:
-      from attnfd_jax.exporting import quantized
-
       new, described = quantized.write(
         new,
         info,
