@@ -6,8 +6,9 @@ r"""Scores a trained network on a split of its data set.
     [--tile=512x1024 --overlap=0.25] [--boundary] [--submission=DIR]
 
 --checkpoint is the folder of a stage; its config.json names the data set.
---config=FILE in its place scores the teacher that the config gives, also one of
-PyTorch, on the config's data.
+--model=student.onnx in its place scores a file of export, which knows its data
+set but not always where it is (--data_root); --config=FILE the teacher that the
+config gives, also one of PyTorch, on the config's data.
 --tile is for images larger than memory, --boundary adds the IoU along the
 contours, --submission writes what the Cityscapes server takes.
 """
@@ -25,8 +26,9 @@ def main():
   given = cli.own_flags() | options.read(flags.FLAGS)
   del given['output']
   output = cli.output_file('output')
-  given['checkpoint'] = options.checkpoint(flags.FLAGS) or load_given(
-    resolve(flags.FLAGS.config)
+  del given['model']
+  given['checkpoint'] = options.checkpoint(
+    flags.FLAGS, load_teacher=lambda: load_given(resolve(flags.FLAGS.config))
   )
   counts, result = scoring.evaluate_checkpoint(**given)
   print(scoring.as_text(counts, result))
@@ -46,4 +48,4 @@ if __name__ == '__main__':
   flags.DEFINE_bool('boundary', False, 'Boundary IoU as well.')
   flags.DEFINE_string('submission', None, 'Folder for the Cityscapes server.')
   flags.DEFINE_string('output', None, 'JSON file to write.')
-  cli.run(main, required=['checkpoint|config'])
+  cli.run(main, required=['checkpoint|model|config'])

@@ -5,11 +5,17 @@ r"""Writes a trained network for other programs, and proves that it agrees.
     --format=stablehlo|onnx|safetensors|pth --output=FILE [--overwrite] \
     [--uint8] [--argmax] [--weights=float32|bfloat16|int8] [--images=FOLDER] \
     [--num_images=8]
+  python -m attnfd_jax.export --checkpoint=runs/camvid/distill --format=onnx \
+    --output=FILE --quantize=int8 [--calibrate=IMAGES] [--max_drop=0.01] \
+    [--calibration=minmax|entropy|percentile] [--keep_float=NAME,...]
 
 Only the network is written: no teacher, no connectors, no optimiser. The file
 is then run by a fresh process on real images, and has its name only if it
 finds the classes that the network finds. --uint8 puts the normalisation into
 the file, --argmax the choice of the class, --weights stores them in fewer bits.
+--quantize=int8 also computes in int8. The ranges of its maps come from images,
+by default of the train split; the file is scored on val beside the one in
+float, and has its name only if mIoU drops by at most --max_drop.
 """
 
 from absl import flags
@@ -38,5 +44,14 @@ if __name__ == '__main__':
   flags.DEFINE_string('images', None, "To compare on: folder or 'pattern'.")
   most = agreement.NUM_IMAGES
   flags.DEFINE_integer('num_images', most, 'How many of them, at most.', 1)
+  flags.DEFINE_string('quantize', None, 'int8: compute in it; ONNX only.')
+  text = "To calibrate on: folder or 'pattern'; the train split by default."
+  flags.DEFINE_string('calibrate', None, text)
+  text = 'minmax (default), entropy or percentile.'
+  flags.DEFINE_string('calibration', None, text)
+  text = 'Layers that stay in float, between commas.'
+  flags.DEFINE_list('keep_float', None, text)
+  text = 'Most that val mIoU may drop; 0.01 by default.'
+  flags.DEFINE_float('max_drop', None, text)
   flags.DEFINE_bool('allow_code', False, 'Run Python files of the folder.')
   cli.run(main)

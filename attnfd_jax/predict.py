@@ -5,7 +5,8 @@ r"""Segments images of any size with a trained network.
     --input=IMAGE_OR_FOLDER_OR_'GLOB' --output=DIR [--overwrite] \
     [--tile=512x1024 --overlap=0.25] [--video=OVERLAYS.mp4 --fps=25]
 
---config=FILE in place of --checkpoint: the teacher that the config gives.
+In place of --checkpoint: --model=student.onnx, a file of export, or
+--config=FILE, the teacher that the config gives.
 Writes for every image:
   STEM.png             class ids in 8 bits with the palette of the data set
   STEM_colour.png      the same in colors
@@ -33,8 +34,9 @@ from attnfd_jax.teachers.sources import load_given
 
 def main():
   given = cli.own_flags() | options.read(flags.FLAGS)
-  given['checkpoint'] = options.checkpoint(flags.FLAGS) or load_given(
-    resolve(flags.FLAGS.config)
+  del given['model']
+  given['checkpoint'] = options.checkpoint(
+    flags.FLAGS, load_teacher=lambda: load_given(resolve(flags.FLAGS.config))
   )
   if given['fps'] is None:
     given['fps'] = 25.0
@@ -59,4 +61,4 @@ if __name__ == '__main__':
   flags.DEFINE_bool('masks_only', False, 'Write the class ids alone.')
   flags.DEFINE_string('video', None, 'File for the overlays, .mp4 or .avi.')
   flags.DEFINE_float('fps', None, 'Frames a second of it; 25 by default.')
-  cli.run(main, required=['checkpoint|config', 'input', 'output'])
+  cli.run(main, required=['checkpoint|model|config', 'input', 'output'])

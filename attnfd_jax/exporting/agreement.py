@@ -26,13 +26,31 @@ NUM_IMAGES, _NUM_PIXELS = 8, 1 << 22
 AGREEMENT = 0.9999  # The least share of pixels that have the same class.
 
 
-def _val_source(info):
-  """The val split of a stage's data set, or None if it is not here."""
+def split_source(info, split='val'):
+  """A split of a stage's data set, or None if it is not here."""
   try:
-    data = sources.load_dataset(info['data'], splits=('val',))
-    return data.splits.get('val')
+    data = sources.load_dataset(info['data'], splits=(split,))
+    return data.splits.get(split)
   except (InputError, OSError):
     return None
+
+
+def spread(source, count, *, read, short_side):
+  """At most `count` images, uint8 [h, w, 3], spread evenly over a source, as
+  the network sees them.
+  """
+  chosen = np.linspace(0, len(source) - 1, min(count, len(source)))
+  images = (read(source[round(i)]) for i in chosen)
+  return [transforms.fit_image(x, short_side) for x in images]
+
+
+def check_sizes(images, name, *, option):
+  """Raises InputError if some are smaller than what a network can see."""
+  h, w = np.min([x.shape[:2] for x in images], 0)
+  if min(h, w) < SMALLEST:
+    problem = f'The {name} are {h}x{w} for the network'
+    remedy = f'name some of at least {SMALLEST}x{SMALLEST} by {option}'
+    raise InputError(f'{problem}; {remedy}.')
 
 
 def make_batches(pattern, info, *, short_side, count):
@@ -46,20 +64,14 @@ def make_batches(pattern, info, *, short_side, count):
   if pattern:
     name, read = f'images of {pattern}', masks.read_image
     source = [*image_files.find_images(pattern, option='--images').values()]
-  elif source := _val_source(info):
+  elif source := split_source(info):
     name = f'images of the val split of {dataset}'
   else:
     name = f'drawn scenes ({dataset} cannot be read here; see --images)'
     height = max(short_side or 240, SMALLEST)
     source = StreetScenes(count, height=height, width=2 * height, seed=0)
-  chosen = np.linspace(0, len(source) - 1, min(count, len(source)))
-  images = (read(source[round(i)]) for i in chosen)
-  images = [transforms.fit_image(x, short_side) for x in images]
-  h, w = np.min([x.shape[:2] for x in images], 0)
-  if min(h, w) < SMALLEST:
-    problem = f'The {name} are {h}x{w} for the network'
-    remedy = f'name some of at least {SMALLEST}x{SMALLEST} by --images'
-    raise InputError(f'{problem}; {remedy}.')
+  images = spread(source, count, read=read, short_side=short_side)
+  check_sizes(images, name, option='--images')
   largest = max(x[..., 0].size for x in images)
   images = images[: max(_NUM_PIXELS // largest, 1)]
   h, w = (max(n * 7 // 8, SMALLEST) for n in images[0].shape[:2])
@@ -130,7 +142,7 @@ def describe(expected, found, text):
 
 def describe_mious(network, candidates, info):
   """The mIoU on val of each of {name: variables}, or '' if it is not here."""
-  source = _val_source(info)
+  source = split_source(info)
   if not source:
     return ''
   keys = ('protocol', 'short_side', 'batch_size', 'size_multiple')

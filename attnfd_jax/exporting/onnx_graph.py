@@ -82,7 +82,8 @@ class Graph:
     else:
       padding = dilation * (size - 1) // 2 if padding in (None, 'same') else 0
       form['pads'] = [padding] * 4
-    return self.op('Conv', x, kernel, bias, **form)
+    # By its path, for whoever looks at the file or names one of its layers.
+    return self.op('Conv', x, kernel, bias, output=path, **form)
 
   def conv_relu(self, x, path, **options):
     return self.op('Relu', self.conv(x, path, **options))
@@ -149,11 +150,6 @@ def _mobilenet_v2(g, x, module):
 
 
 def _efficientnet_lite(g, x, module):
-  scale, shift = (
-    np.float32(values)[:, None, None]
-    for values in (efficientnet_lite.IMAGE_SCALE, efficientnet_lite.IMAGE_SHIFT)
-  )
-  x = g.op('Add', g.op('Mul', x, scale), shift)
   x = g.relu6(g.conv(x, 'backbone/stem', strides=2, padding='same'))
   features = len(g.convs['backbone/stem'][0])
   table = efficientnet_lite.block_table(module.depth, module.output_stride)
@@ -181,17 +177,21 @@ _TRUNKS = {
 def _cbam(g, x, path):
   """models.attention.CBAM, which is trained and in the forward path."""
 
-  def dense(x, name):
+  def dense(x, name, pool):
     kernel, bias = (g.params[f'{path}/{name}_{k}'] for k in ('kernel', 'bias'))
-    return g.op('Conv', x, kernel.T[..., None, None], bias)
+    output = f'{path}/{name}_{pool}'
+    return g.op('Conv', x, kernel.T[..., None, None], bias, output=output)
 
-  gates = [
-    dense(g.op('Relu', dense(g.op(kind, x), 'mlp_reduce')), 'mlp_expand')
-    for kind in ('GlobalAveragePool', 'GlobalMaxPool')
-  ]
-  x = g.op('Mul', x, g.op('Sigmoid', g.op('Add', *gates)))
+  gates = []
+  for pool, kind in (('mean', 'GlobalAveragePool'), ('max', 'GlobalMaxPool')):
+    hidden = dense(g.op(kind, x), 'mlp_reduce', pool)
+    hidden = g.op('Relu', hidden, output=f'{path}/mlp_{pool}')
+    gates.append(dense(hidden, 'mlp_expand', pool))
+  gate = g.op('Add', *gates, output=f'{path}/mlp')
+  x = g.op('Mul', x, g.op('Sigmoid', gate))
   pooled = [g.op(kind, x, axes=[1]) for kind in ('ReduceMax', 'ReduceMean')]
-  gate = g.conv(g.op('Concat', *pooled, axis=1), f'{path}/spatial_conv')
+  pooled = g.op('Concat', *pooled, axis=1, output=f'{path}/pooled')
+  gate = g.conv(pooled, f'{path}/spatial_conv')
   return g.op('Mul', x, g.op('Sigmoid', gate))
 
 
@@ -227,6 +227,34 @@ def _network(g, image, network, module):
   return g.resize(g.conv(x, 'classifier'), image)
 
 
+def _input_scaling(module, *, uint8):
+  """Factor and summand, [3] each, from the images that a file is given to what
+  the first convolution of `module` sees.
+  """
+  factor, summand = np.ones(3), np.zeros(3)
+  if uint8:  # models.deeplab.normalise.
+    factor = 1 / (255 * np.array(layers.IMAGE_STD))
+    summand = -np.array(layers.IMAGE_MEAN) / layers.IMAGE_STD
+  if isinstance(module, efficientnet_lite.EfficientNetLite):
+    scale = np.array(efficientnet_lite.IMAGE_SCALE)
+    factor = factor * scale
+    summand = summand * scale + efficientnet_lite.IMAGE_SHIFT
+  return factor, summand
+
+
+def _scale_input(g, x, factor, summand):
+  """`factor` becomes part of the first kernel; `summand` stays an operation,
+  for that convolution pads with zeros.
+  """
+  kernel, bias = g.convs['backbone/stem']
+  kernel = np.float32(kernel * factor[:, None, None])
+  g.convs['backbone/stem'] = kernel, bias
+  if not summand.any():
+    return x
+  shift = np.float32(summand / factor)[:, None, None]
+  return g.op('Add', x, shift, output='input')
+
+
 def make_model(network, variables, *, uint8, argmax, metadata):
   """An onnx.ModelProto that does what stablehlo.make_forward does: from 'image'
   to 'ids' or 'logits'. `metadata` is {name: value of JSON}, stored in it.
@@ -237,12 +265,9 @@ def make_model(network, variables, *, uint8, argmax, metadata):
   types, info = onnx.TensorProto, onnx.helper.make_tensor_value_info
   x, size = 'image', ('b', 'h', 'w')
   image = info(x, types.UINT8 if uint8 else types.FLOAT, (*size, 3))
-  if uint8:
-    # The operations of models.deeplab.normalise.
-    x = g.op('Div', g.op('Cast', x, to=types.FLOAT), np.float32(255))
-    x = g.op('Sub', x, np.float32(layers.IMAGE_MEAN))
-    x = g.op('Div', x, np.float32(layers.IMAGE_STD))
-  x = g.op('Transpose', x, perm=(0, 3, 1, 2))
+  x = g.op('Transpose', x, perm=(0, 3, 1, 2))  # Of bytes it is faster.
+  x = g.op('Cast', x, to=types.FLOAT) if uint8 else x
+  x = _scale_input(g, x, *_input_scaling(module, uint8=uint8))
   logits = _network(g, x, network, module)
   if argmax:
     ids = g.op('ArgMax', logits, axis=1, keepdims=0)

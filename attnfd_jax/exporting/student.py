@@ -26,6 +26,19 @@ _PROGRAMS = {
 }
 
 
+def _check_quantization(kind, quantize, options):
+  """The options that are given; InputError where they cannot be used."""
+  given = {name: x for name, x in options.items() if x is not None}
+  if quantize:
+    one_of('--quantize', quantize, ('int8',))
+    if kind != 'onnx':
+      other = '--weights=int8 is for small files of --format=stablehlo'
+      raise InputError(f'--quantize=int8 is for --format=onnx; {other}.')
+  elif given:
+    raise InputError(f'--{min(given)} is of --quantize=int8; add it.')
+  return given
+
+
 def _check_arguments(checkpoint, output, kind, form, weights, overwrite):
   """The path to write; raises InputError for what cannot be done."""
   one_of('--format', kind, FORMATS)
@@ -64,6 +77,11 @@ def export_student(
   weights='float32',
   images=None,
   num_images=agreement.NUM_IMAGES,
+  quantize=None,
+  calibrate=None,
+  calibration=None,
+  keep_float=None,
+  max_drop=None,
   overwrite=False,
   allow_code=False,
 ):
@@ -77,6 +95,9 @@ def export_student(
     uint8, argmax: see stablehlo.make_forward; of stablehlo and onnx.
     weights: of stablehlo.WEIGHTS; the others than float32 are of stablehlo.
     images, num_images: what it is compared on; see agreement.make_batches.
+    quantize: 'int8' for a file of 'onnx' that computes in it, or None.
+    calibrate, calibration, keep_float, max_drop: of quantized.write; None is
+      the default there.
     overwrite: replace a file that exists.
     allow_code: see loading.load_network.
 
@@ -85,7 +106,14 @@ def export_student(
       nothing is written then.
   """
   form = {'uint8': uint8, 'argmax': argmax}
+  options = {'calibrate': calibrate, 'calibration': calibration}
+  options |= {'keep_float': keep_float, 'max_drop': max_drop}
+  quantizing = _check_quantization(kind, quantize, options)
   path = _check_arguments(checkpoint, output, kind, form, weights, overwrite)
+  if quantize:
+    from attnfd_jax.exporting import quantized  # Needs what was looked for.
+
+    quantized.check_options(**quantizing)
   loaded = loading.load_network(checkpoint, allow_code=allow_code)
   network, variables, info = loaded
   conversion.check_format(network, kind)
@@ -112,7 +140,10 @@ def export_student(
     elif kind == 'onnx':
       from attnfd_jax.exporting import onnx_graph
 
-      facts = conversion.describe_data(info) | {'short_side': short_side}
+      facts = conversion.describe_data(info) | {
+        'short_side': short_side,
+        'training': conversion.describe_stage(info),
+      }
       model = onnx_graph.make_model(network, variables, metadata=facts, **form)
       new.write_bytes(model.SerializeToString())
     else:
@@ -125,9 +156,9 @@ def export_student(
       where = 'In a fresh process'
       fields = () if is_program else dataclasses.fields(network)
       # Those that every Flax module has are None.
-      options = {x.name: getattr(network, x.name) for x in fields}
-      options.pop('extra_taps', None)  # Of training; JSON knows no tuples.
-      found, theirs = agreement.run_fresh(kind, new, batches, options)
+      fields = {x.name: getattr(network, x.name) for x in fields}
+      fields.pop('extra_taps', None)  # Of training; JSON knows no tuples.
+      found, theirs = agreement.run_fresh(kind, new, batches, fields)
     else:
       where = 'Read back array by array, no other process having its code'
       run = functools.partial(forward, agreement.read_back(new, variables))
@@ -139,13 +170,24 @@ def export_student(
     # The last batch has two images of another size.
     theirs, ours = (1e3 * np.median(x[:-1]) for x in (theirs, ours))
     speed = f'{theirs:.1f} ms an image on this CPU, {ours:.1f} ms by attnfd_jax'
-    lines += [line, speed]
+    lines += [line] if quantize else [line, speed]
     if weights != 'float32':
       exact = [np.asarray(forward(variables, x)) for x in batches]
       line, _ = agreement.describe(exact, found, f'Rounding to {weights}: ')
       candidates = {'float32 weights': variables, weights: rounded}
       scores = agreement.describe_mious(network, candidates, info)
       lines += filter(None, [line, scores])
+    if quantize:
+      new, described = quantized.write(
+        new,
+        info,
+        batches,
+        expected=expected,
+        text=text,
+        short_side=short_side,
+        **quantizing,
+      )
+      lines += described
     os.replace(new, path)
   size = f'{path}: {path.stat().st_size / 1e6:.1f} MB'
   if not is_program:

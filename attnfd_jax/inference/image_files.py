@@ -199,6 +199,10 @@ def predict_files(
   check_outputs(targets, others, overwrite=overwrite)
   diagnosis.require_writable(output, '--output')
   predictor = Predictor(checkpoint, **options)
+  if (confidence or min_confidence) and not predictor.has_confidence:
+    flag = '--confidence' if confidence else '--min_confidence'
+    remedy = 'export it again without --argmax'
+    raise InputError(f'{flag}: the file finds class ids alone; {remedy}.')
   for folder in {
     output,
     *(x.parent for results in targets.values() for x in results),

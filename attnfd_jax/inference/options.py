@@ -7,14 +7,26 @@ import math
 from absl import flags
 
 from attnfd_jax.errors import InputError
+from attnfd_jax.inference import onnx_model
 
 flags.disclaim_key_flags()  # They are of the command: its --help has them.
-_OF_CHECKPOINTS = ('step', 'allow_code', 'data_root')  # --config has its own.
+# Flags that only go with --checkpoint: a config has its own data and code, and
+# a file computes what it was exported for.
+_NOT_WITH = {
+  'config': ('step', 'allow_code', 'data_root'),
+  'model': ('step', 'allow_code', 'scales', 'flip'),
+}
+_REASONS = {
+  'config': 'names its own data and code',
+  'model': 'is a file that computes one thing',
+}
 
 
 def define():
   text = 'Folder of a stage, such as runs/quickstart/distill.'
   flags.DEFINE_string('checkpoint', None, text)
+  text = 'File of export --format=onnx, in place of a folder.'
+  flags.DEFINE_string('model', None, text)
   flags.DEFINE_integer('step', None, 'Checkpoint; the best by default.')
   flags.DEFINE_bool('allow_code', False, 'Run Python files of the folder.')
   flags.DEFINE_string('scales', '1', 'Mean over these, e.g. 0.75,1,1.25.')
@@ -23,17 +35,26 @@ def define():
   flags.DEFINE_float('overlap', None, 'Share of a tile; 0.25 by default.')
 
 
-def checkpoint(values):
-  """The folder of --checkpoint, or None for the teacher of --config."""
-  if values.config is None:
-    return values.checkpoint
-  if values.checkpoint:
-    raise InputError('--checkpoint and --config: name one network, not two.')
-  for name in _OF_CHECKPOINTS:
+def checkpoint(values, *, load_teacher):
+  """What a Predictor takes, of the one flag of --checkpoint, --model, --config.
+
+  `load_teacher` is called for the network of --config.
+  """
+  given = [name for name in ('checkpoint', 'model') if values[name].value]
+  if values.config is not None:
+    given.append('config')
+  if len(given) > 1:
+    raise InputError(
+      f'--{given[0]} and --{given[1]}: name one network, not two.'
+    )
+  (kind,) = given
+  for name in _NOT_WITH.get(kind, ()):
     if name in values and values[name].present:
-      what = 'goes with --checkpoint; --config names its own data and code'
+      what = f'goes with --checkpoint; --{kind} {_REASONS[kind]}'
       raise InputError(f'--{name} {what}.')
-  return None
+  if kind == 'model':
+    return onnx_model.load(values.model)
+  return values.checkpoint if kind == 'checkpoint' else load_teacher()
 
 
 def read(values):

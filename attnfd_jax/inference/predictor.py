@@ -92,6 +92,35 @@ def classify(network, variables, image, ratio=None, *, size):
   return _decide(logits, jnp)
 
 
+def is_file(network):
+  """Whether a network is an exported file, which runs outside of JAX."""
+  return hasattr(network, 'run')
+
+
+@functools.partial(jax.jit, static_argnames='size')
+def _fit_scores(logits, ratio, *, size):
+  return scores_at({'logits': logits}, *size, ratio=ratio)
+
+
+def _scores(network, variables, image, ratio=None, *, size):
+  """`compute_scores`, also of a file."""
+  if not is_file(network):
+    return compute_scores(network, variables, image, ratio, size=size)
+  logits = network.run(image)
+  if ratio is None and logits.shape[1:3] == tuple(size):
+    return logits
+  return _fit_scores(logits, ratio, size=size)
+
+
+def _classes(network, variables, image, ratio=None, *, size):
+  """`classify`, also of a file."""
+  if not is_file(network):
+    return classify(network, variables, image, ratio, size=size)
+  return _decide(
+    np.asarray(_scores(network, None, image, ratio, size=size)), np
+  )
+
+
 def segment(
   network, variables, image, size, *, tile=None, overlap=0.25, size_multiple=1
 ):
@@ -110,7 +139,7 @@ def segment(
       last, last_seen = np.maximum((size, seen), 2) - 1
       ratio = np.float32(last / last_seen)
     image = transforms.pad_edges(image, padded(seen))[None]
-    found = classify(network, variables, image, ratio, size=padded(size))
+    found = _classes(network, variables, image, ratio, size=padded(size))
     return tuple(np.asarray(x)[0, : size[0], : size[1]] for x in found)
 
   def score_tile(part):
@@ -118,7 +147,7 @@ def segment(
     # Where the image is smaller than a tile, few sizes are compiled, too.
     full = tuple(map(min, padded((h, w)), tile))
     part = transforms.pad_edges(part, full)[None]
-    logits = compute_scores(network, variables, part, size=full)
+    logits = _scores(network, variables, part, size=full)
     return np.asarray(logits)[0, :h, :w]
 
   bands = tiling.bands(score_tile, image, tile=tile, overlap=overlap)
@@ -162,7 +191,8 @@ class Predictor:
   """A stage's network, ready for one image after another.
 
   Args:
-    checkpoint: folder of a stage, or what teachers.sources.load_given returns.
+    checkpoint: folder of a stage, or what teachers.sources.load_given or
+      onnx_model.load returns.
     scales, flip: averages over them; see `Averaged`.
     tile: (height, width) that the network sees at a time, of images that are
       larger; logits of overlapping tiles are averaged.
@@ -175,6 +205,7 @@ class Predictor:
     description: one line about the network.
     short_side: of what the network sees, as when the stage was scored; 0 is
       the size of the image.
+    has_confidence: whether confidences are more than 255 everywhere.
     views, tiles: dicts of scales and flip, of tile and overlap.
 
   Raises:
@@ -200,7 +231,10 @@ class Predictor:
     else:
       loaded = loading.load_network(checkpoint, **options)
       network, self.variables, info = loaded
+    self.has_confidence = getattr(network, 'has_logits', True)
     if flip or tuple(scales) != (1,):
+      if is_file(network):
+        raise InputError('--scales and --flip are for a stage, not for a file.')
       network = Averaged(network, tuple(scales), flip)
     self.network, self.info = network, info
     self.description = describe(checkpoint, info)

@@ -105,7 +105,8 @@ def evaluate_checkpoint(
   num_classes, counts, edges = dataset.num_classes, 0, 0
   with progress(len(source)) as bar:
     given = (stage.network, stage.variables, _Counted(source, bar))
-    if not (stage.tiles['tile'] or boundary or write):
+    whole = not (stage.tiles['tile'] or boundary or write)
+    if whole and not predictor.is_file(stage.network):
       sizes = {'num_classes': num_classes, 'batch_size': settings['batch_size']}
       mesh = sharding.make_mesh()
       counts = evaluation.evaluate(*given, mesh=mesh, **sizes, **reading)
@@ -127,7 +128,7 @@ def evaluate_checkpoint(
     'split': split,
     'images': len(source),
     'step': info['checkpoint_step'],
-    'device': logs.device_name(),
+    'device': getattr(stage.network, 'device', None) or logs.device_name(),
     'versions': logs.versions(),
   }
 

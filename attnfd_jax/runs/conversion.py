@@ -203,6 +203,31 @@ def describe_data(info):
     'palette': info['palette'].tolist(),
     'mean': layers.IMAGE_MEAN,
     'std': layers.IMAGE_STD,
+    'dataset': info['data']['name'],
+    'protocol': info['eval']['protocol'],
+  }
+
+
+def describe_stage(info):
+  """What is left to know to score a file: a part of a stage's config.json.
+
+  Absolute paths are left out: they say where things are on one machine, and
+  files are given away.
+  """
+
+  def is_here(value):
+    return isinstance(value, str) and os.path.isabs(os.path.expanduser(value))
+
+  data = {k: '' if is_here(x) else x for k, x in info['data'].items()}
+  seen = ('protocol', 'short_side', 'size_multiple')
+  settings = {k: info['eval'][k] for k in seen if k in info['eval']}
+  network = networks.describe(info[loading.role_of(info)])
+  return {
+    'stage': info['stage'],
+    'step': info['checkpoint_step'],
+    'network': network,
+    'data': data,
+    'eval': settings,
   }
 
 
