@@ -8,6 +8,8 @@ r"""Writes a trained network for other programs, and proves that it agrees.
   python -m attnfd_jax.export --checkpoint=runs/camvid/distill --format=onnx \
     --output=FILE --quantize=int8 [--calibrate=IMAGES] [--max_drop=0.01] \
     [--calibration=minmax|entropy|percentile] [--keep_float=NAME,...]
+  python -m attnfd_jax.export --checkpoint=runs/camvid/distill \
+    --format=folder --output=DIR
 
 Only the network is written: no teacher, no connectors, no optimiser. The file
 is then run by a fresh process on real images, and has its name only if it
@@ -16,24 +18,31 @@ the file, --argmax the choice of the class, --weights stores them in fewer bits.
 --quantize=int8 also computes in int8. The ranges of its maps come from images,
 by default of the train split; the file is scored on val beside the one in
 float, and has its name only if mIoU drops by at most --max_drop.
+--format=folder is a folder to hand over: weights, config, an ONNX file of RGB
+bytes, a model card and pictures; attnfd_jax.load and --checkpoint read it.
 """
 
 from absl import flags
 import jax
 
 from attnfd_jax import cli
-from attnfd_jax.exporting import agreement, stablehlo, student
+from attnfd_jax.exporting import agreement, folder, stablehlo, student
 
 
 def main():
   # Neither the program nor the comparison may depend on the machine.
   jax.config.update('jax_platforms', 'cpu')
   given = cli.own_flags()
-  print('\n'.join(student.export_student(kind=given.pop('format'), **given)))
+  if (kind := given.pop('format')) == folder.FORMAT:
+    lines = folder.export_folder(**folder.options_of(given))
+  else:
+    lines = student.export_student(kind=kind, **given)
+  print('\n'.join(lines))
 
 
 if __name__ == '__main__':
-  formats, weights = ', '.join(student.FORMATS), ', '.join(stablehlo.WEIGHTS)
+  formats = ', '.join([*student.FORMATS, folder.FORMAT])
+  weights = ', '.join(stablehlo.WEIGHTS)
   flags.DEFINE_string('checkpoint', None, 'Folder of a stage.')
   flags.DEFINE_string('format', 'stablehlo', formats)
   flags.DEFINE_string('output', None, 'File to write.')

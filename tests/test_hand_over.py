@@ -135,3 +135,14 @@ def test_damaged_weights_are_one_line(handed, tmp_path):
   (copied / 'model.safetensors').write_bytes(data[: len(data) // 2])
   with pytest.raises(InputError, match='model.safetensors'):
     loading.load_network(copied)
+
+
+def test_other_options_are_refused():
+  given = {'checkpoint': 'a', 'output': 'b', 'images': None, 'num_images': 8}
+  given |= {'allow_code': False, 'uint8': False, 'weights': 'float32'}
+  assert folder.options_of(given)['output'] == 'b'
+  for name, value in (('uint8', True), ('quantize', 'int8')):
+    with pytest.raises(
+      InputError, match=f'--{name} is not for --format=folder'
+    ):
+      folder.options_of(given | {name: value})

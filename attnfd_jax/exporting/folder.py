@@ -18,7 +18,18 @@ from attnfd_jax.inference import predictor
 from attnfd_jax.models import network as networks
 from attnfd_jax.runs import conversion, loading, logs
 
+FORMAT = 'folder'
+# Flags of export that a folder takes; its files are all of one form.
+_TAKES = ('checkpoint', 'output', 'images', 'num_images', 'allow_code')
 _SEPARATOR = 4  # Pixels between two pictures.
+
+
+def options_of(flags):
+  """Arguments of `export_folder` from {flag: value}; InputError for others."""
+  for name, value in flags.items():
+    if name not in _TAKES and value not in (None, False, 'float32'):
+      raise InputError(f'--{name} is not for --format={FORMAT}.')
+  return {name: flags[name] for name in _TAKES}
 
 
 def _check_target(output):

@@ -20,8 +20,8 @@ FORMS = {
   'predict': 'PyTorch, eager',
 }
 HEADER = """\
-| student | recipe | compared with | PyTorch (s) | ours (s) | speedup | rounds | \
-relative memory |
+| student | recipe | compared with | PyTorch (s) | ours (s) | speedup | \
+rounds | relative memory |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
