@@ -39,6 +39,7 @@ SETTINGS = {
   'data.crop_size': (32, 32),
   'data.train_scenes': 8,
   'data.val_scenes': 2,
+  'student.labeled_limit': 4,
   'batch_size': 4,
   'num_epochs': 3.0,
   'teacher.num_epochs': 3.0,
