@@ -34,6 +34,8 @@ class OnnxNetwork:
     metadata: {name: value} that was stored in it.
   """
 
+  is_file = True  # See predictor.is_file.
+
   def __init__(self, path):
     runtime = import_onnxruntime()
     if not pathlib.Path(path).is_file():

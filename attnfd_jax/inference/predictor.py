@@ -94,7 +94,7 @@ def classify(network, variables, image, ratio=None, *, size):
 
 def is_file(network):
   """Whether a network is an exported file, which runs outside of JAX."""
-  return hasattr(network, 'run')
+  return getattr(network, 'is_file', False)
 
 
 @functools.partial(jax.jit, static_argnames='size')
