@@ -68,7 +68,9 @@ def main():
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
   sys.argv = [f'attnfd {command}', *arguments]
-  runpy.run_module(f'attnfd_jax.{_MODULES[command]}', run_name='__main__')
+  # As the main module: --help shows its docstring.
+  module = f'attnfd_jax.{_MODULES[command]}'
+  runpy.run_module(module, run_name='__main__', alter_sys=True)
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ r"""Writes a trained network for other programs, and proves that it agrees.
     --output=FILE --quantize=int8 [--calibrate=IMAGES] [--max_drop=0.01] \
     [--calibration=minmax|entropy|percentile] [--keep_float=NAME,...]
   python -m attnfd_jax.export --checkpoint=runs/camvid/distill \
-    --format=folder --output=DIR
+    --format=folder --output=DIR [--images=FOLDER] [--num_images=8]
 
 Only the network is written: no teacher, no connectors, no optimiser. The file
 is then run by a fresh process on real images, and has its name only if it
@@ -26,14 +26,18 @@ from absl import flags
 import jax
 
 from attnfd_jax import cli
+from attnfd_jax.errors import one_of
 from attnfd_jax.exporting import agreement, folder, stablehlo, student
+
+FORMATS = (*student.FORMATS, folder.FORMAT)
 
 
 def main():
   # Neither the program nor the comparison may depend on the machine.
   jax.config.update('jax_platforms', 'cpu')
   given = cli.own_flags()
-  if (kind := given.pop('format')) == folder.FORMAT:
+  one_of('--format', kind := given.pop('format'), FORMATS)
+  if kind == folder.FORMAT:
     lines = folder.export_folder(**folder.options_of(given))
   else:
     lines = student.export_student(kind=kind, **given)
@@ -41,11 +45,10 @@ def main():
 
 
 if __name__ == '__main__':
-  formats = ', '.join([*student.FORMATS, folder.FORMAT])
   weights = ', '.join(stablehlo.WEIGHTS)
   flags.DEFINE_string('checkpoint', None, 'Folder of a stage.')
-  flags.DEFINE_string('format', 'stablehlo', formats)
-  flags.DEFINE_string('output', None, 'File to write.')
+  flags.DEFINE_string('format', 'stablehlo', ', '.join(FORMATS))
+  flags.DEFINE_string('output', None, 'File to write; a new folder of folder.')
   flags.DEFINE_bool('overwrite', False, 'Replace a file that exists.')
   flags.DEFINE_bool('uint8', False, 'Images are RGB bytes, normalised inside.')
   flags.DEFINE_bool('argmax', False, 'Class ids in place of logits.')

@@ -7,8 +7,11 @@ import re
 
 from attnfd_jax.errors import InputError, known
 
-# The folder configs/ of the repository, by a link; a wheel has the files.
+# The folder configs/ of the repository, by a link; a wheel has the files. A
+# checkout without links has a text file there.
 FOLDER = pathlib.Path(__file__).parent / 'configs'
+if not FOLDER.is_dir():
+  FOLDER = pathlib.Path(__file__).parents[1] / 'configs'
 
 
 def names():
@@ -37,7 +40,7 @@ def resolve(value):
   'camvid' and 'camvid:cpu' are such names; paths stay as they are.
   """
   name, colon, variant = value.partition(':')
-  if not re.fullmatch(r'\w+', name) or pathlib.Path(name).exists():
+  if not re.fullmatch(r'\w+', name) or pathlib.Path(name).is_file():
     return value
   return f'{path_of(name)}{colon}{variant}'
 

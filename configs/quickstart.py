@@ -43,7 +43,7 @@ def get_config(arg=None):
     network.low_level_channels = 16
     # Half the channels dropped is too much for so small networks.
     network.aspp_dropout = network.decoder_dropout = 0.1
-  # Each alone gives less, or no more: experiments/quickstart.
+  # AttnFD alone gives less, KD alone nearly as much: experiments/quickstart.
   config.distill.method = 'attnfd+kd'
   # The paper's 2 is for students that start from ImageNet weights.
   config.distill.attnfd.weight = 0.3

@@ -58,6 +58,8 @@ ELSEWHERE_RUN = {
   '--config.student.pretrained=': 'tests/test_convert.py',
   '.py:imagenet': 'tests/test_config.py and tests/test_weights.py',
   '--weights=int8': 'tests/test_export.py',
+  # Needs the scores of a finished stage.
+  '--format=folder': 'tests/test_hand_over.py',
   # A random network loses more in int8 than is allowed.
   '--quantize=int8': 'tests/test_quantized.py',
   # Needs PyTorch, and a file that the page has.
@@ -232,17 +234,10 @@ def random_files(folder):
     if name.startswith('backbone.') and 'cbam' not in name
   }
   torch_files.write_torch(folder / 'resnet18.pth', trunk)
-  with pytest.MonkeyPatch.context() as patch:
-    real_networks(patch)
-    config = json.loads(resolve(default_config()).to_json_best_effort())
-    conversion.import_stage(
-      folder / 'teacher.pth.tar', folder / 'converted', config=config
-    )
-
-
-def real_networks(patch):
-  """Small, of small_run, has no counterpart in PyTorch, nor in ONNX."""
-  pass
+  config = json.loads(resolve(default_config()).to_json_best_effort())
+  conversion.import_stage(
+    folder / 'teacher.pth.tar', folder / 'converted', config=config
+  )
 
 
 def two_classes(root):
@@ -336,7 +331,6 @@ def test_command(reader, tmp_path, monkeypatch, command):
   prepare(reader, tmp_path, arguments)
   monkeypatch.chdir(tmp_path)
   if 'runs/teacher' in command or arguments[0] in ('convert', 'export'):
-    real_networks(monkeypatch)
     for path in (tmp_path / 'runs').iterdir():
       if path.name != 'teacher':
         path.unlink()

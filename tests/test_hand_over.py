@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`export --format=folder`: what is handed over says and computes the same."""
 
-import json
 import re
 import shutil
 
@@ -12,8 +11,11 @@ import tiny_run
 import yaml
 
 import attnfd_jax
+from attnfd_jax.benchmarks import train
 from attnfd_jax.errors import InputError
 from attnfd_jax.exporting import folder
+from attnfd_jax.models import network as networks
+from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.runs import loading, logs
 
 
@@ -90,15 +92,40 @@ def test_the_card_of_a_distilled_student(stage):
 
 
 def test_no_place_of_this_machine_is_in_it(stage, tmp_path):
+  """Also of a student with gates at some taps, outside its forward path."""
   copied = tmp_path / 'student'
   shutil.copytree(stage, copied)
+  network, variables, _ = loading.load_network(stage)
+  gated = network.clone(in_path_attention=True)
+  shapes = networks.abstract_variables(gated)
+  _, gates = torch_networks.split_gates(train.random_variables(shapes, 0))
+  gates = {part: {'aspp': taps['aspp']} for part, taps in gates.items()}
+  loading.write_attention(copied, gates)
   config = logs.read_json(copied / 'config.json')
   config['data']['root'] = str(tmp_path / 'secret' / 'images')
   logs.write_json(copied / 'config.json', config)
+  result = logs.read_json(copied / 'result.json')
+  result['pretrained'] = str(tmp_path / 'secret' / 'first.pth')
+  logs.write_json(copied / 'result.json', result)
   folder.export_folder(copied, tmp_path / 'model')
-  text = (tmp_path / 'model' / 'config.json').read_text()
-  assert str(tmp_path) not in text
-  assert json.loads(text)['data']['root'] == 'images'
+  for name in ('config.json', 'README.md'):
+    assert str(tmp_path) not in (tmp_path / 'model' / name).read_text()
+  assert (
+    '| First weights | first.pth |'
+    in (tmp_path / 'model' / 'README.md').read_text()
+  )
+  _, again, info = loading.load_network(tmp_path / 'model')
+  assert info['data']['root'] == ''
+  jax.tree.map(np.testing.assert_array_equal, dict(variables), again)
+
+
+def test_checkpoints_come_before_a_file_beside_them(stage, handed, tmp_path):
+  copied = tmp_path / 'student'
+  shutil.copytree(stage, copied)
+  (copied / 'model.safetensors').write_bytes(b'of something else')
+  _, variables, _ = loading.load_network(copied)
+  _, ours, _ = loading.load_network(stage)
+  jax.tree.map(np.testing.assert_array_equal, dict(ours), dict(variables))
 
 
 def test_what_exists_stays(stage, tmp_path):

@@ -53,7 +53,11 @@ def test_a_path_stays(value):
 
 def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  (tmp_path / 'camvid').touch()
+  path = tmp_path / 'camvid'
+  path.mkdir()  # Of the data, say.
+  assert named_configs.resolve('camvid').endswith('configs/camvid.py')
+  path.rmdir()
+  path.touch()
   assert named_configs.resolve('camvid') == 'camvid'
 
 

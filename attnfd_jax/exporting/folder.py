@@ -8,6 +8,7 @@ import os
 import pathlib
 import tempfile
 
+from flax.traverse_util import flatten_dict
 import jinja2
 import numpy as np
 from PIL import Image
@@ -16,6 +17,7 @@ from attnfd_jax.errors import InputError
 from attnfd_jax.exporting import student
 from attnfd_jax.inference import predictor
 from attnfd_jax.models import network as networks
+from attnfd_jax.pytorch import weights
 from attnfd_jax.runs import conversion, loading, logs
 
 FORMAT = 'folder'
@@ -54,6 +56,7 @@ def export_folder(checkpoint, output, *, allow_code=False, **comparison):
     InputError: whenever the user can fix it.
   """
   target = _check_target(output)
+  student.require_packages('onnx', needed_by=FORMAT)
   if not checkpoint:
     raise InputError('--checkpoint is missing; name the folder of a stage.')
   source = pathlib.Path(checkpoint)
@@ -68,17 +71,19 @@ def export_folder(checkpoint, output, *, allow_code=False, **comparison):
   if not result:
     raise InputError(
       f'{source}: no result.json, so there are no scores for the card; finish '
-      'the stage by main first.'
+      'the stage by main, or use --format=onnx or safetensors.'
     )
   target.parent.mkdir(parents=True, exist_ok=True)
   hidden = f'.{target.name}.'
   with tempfile.TemporaryDirectory('', hidden, target.parent) as temporary:
     new = pathlib.Path(temporary, 'folder')
     new.mkdir()
-    path = new / loading.WEIGHTS_FILE
-    conversion.write_weights(path, source, network, variables, info)
     described = info | {'palette': info['palette'].tolist()}
     logs.write_json(new / 'config.json', _without_places(described))
+    # Without the gates at its taps, which the forward path does not use.
+    path = new / loading.WEIGHTS_FILE
+    conversion.write_weights(path, None, network, variables, info)
+    _check_read_back(new, variables)
     lines = student.export_student(
       source, str(new / 'student.onnx'), kind='onnx', uint8=True, **comparison
     )
@@ -93,12 +98,19 @@ def export_folder(checkpoint, output, *, allow_code=False, **comparison):
 
 
 def _without_places(value):
-  """A config without the folders of this machine: names of files stay."""
+  """A config without absolute paths: they are of this machine alone."""
   if isinstance(value, dict):
     return {key: _without_places(x) for key, x in value.items()}
-  if isinstance(value, str) and value.startswith(('/', '~')):
-    return os.path.basename(value)
-  return value
+  is_place = isinstance(value, str) and os.path.isabs(os.path.expanduser(value))
+  return '' if is_place else value
+
+
+def _check_read_back(directory, variables):
+  _, found, _ = loading.load_network(directory)
+  theirs, ours = (flatten_dict(dict(x), sep='/') for x in (found, variables))
+  for name, array in ours.items():
+    if not np.array_equal(array, theirs.get(name), equal_nan=True):
+      raise InputError(f'{name} is not in the file as it is in the network.')
 
 
 def _baseline(source, info):
@@ -129,6 +141,13 @@ def _write_pictures(source, target):
   target.mkdir()
   Image.fromarray(np.concatenate(rows)).save(target / 'predictions.png')
   return True
+
+
+def _first_weights(pretrained):
+  """Words about `pretrained` of a result.json; of a path the file's name."""
+  if isinstance(pretrained, dict):
+    return weights.in_words(pretrained)
+  return os.path.basename(pretrained or '')
 
 
 def make_card(info, result, baseline=None, *, shown=False):
@@ -172,7 +191,7 @@ def make_card(info, result, baseline=None, *, shown=False):
     size=' x '.join(map(str, result['image_size'])),
     method=method.get('title', ''),
     teacher=about,
-    pretrained=result.get('pretrained'),
+    pretrained=_first_weights(result.get('pretrained')),
     labels=labels,
     miou=logs.percent(result['miou']),
     pixel_accuracy=logs.percent(result['pixel_accuracy']),

@@ -39,6 +39,15 @@ def _check_quantization(kind, quantize, options):
   return given
 
 
+def require_packages(kind, needed_by=None):
+  """InputError with the remedy if a package of a format is not installed."""
+  extra, *modules = _PROGRAMS.get(kind, ('',))
+  for name in modules:
+    if importlib.util.find_spec(name) is None:
+      remedy = f"pip install 'attnfd_jax[{extra}]'"
+      raise InputError(f'--format={needed_by or kind} needs {name}; {remedy}.')
+
+
 def _check_arguments(checkpoint, output, kind, form, weights, overwrite):
   """The path to write; raises InputError for what cannot be done."""
   one_of('--format', kind, FORMATS)
@@ -48,11 +57,7 @@ def _check_arguments(checkpoint, output, kind, form, weights, overwrite):
       raise InputError(f'--{name} needs a program: --format=stablehlo or onnx.')
   if weights != 'float32' and kind != 'stablehlo':
     raise InputError(f'--weights={weights} is for --format=stablehlo.')
-  extra, *modules = _PROGRAMS.get(kind, ('',))
-  for name in modules:
-    if importlib.util.find_spec(name) is None:
-      remedy = f"pip install 'attnfd_jax[{extra}]'"
-      raise InputError(f'--format={kind} needs {name}; {remedy}.')
+  require_packages(kind)
   if not checkpoint:
     raise InputError('--checkpoint is missing; name the folder of a stage.')
   if not output:

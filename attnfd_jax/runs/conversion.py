@@ -232,7 +232,8 @@ def describe_stage(info):
 
 
 def write_weights(path, directory, network, variables, info):
-  """Writes what `load_network` returned for the stage in `directory`.
+  """Writes what `load_network` returned for the stage in `directory`, with the
+  gates of that folder unless it is None.
 
   DeepLabV3Plus gets the authors' names, another network '<collection>/<path>'.
   The ending of `path` decides the format. Returns number of tensors and lines
@@ -241,7 +242,9 @@ def write_weights(path, directory, network, variables, info):
   is_safetensors, remarks = path.suffix == '.safetensors', []
   check_format(network, 'safetensors' if is_safetensors else 'pth')
   if networks.is_ours(network):
-    attention = loading.load_attention(paths.as_path(directory), network)
+    attention = None
+    if directory is not None:
+      attention = loading.load_attention(paths.as_path(directory), network)
     tensors = torch_networks.export_torch(
       variables, attention, backbone=network.backbone
     )

@@ -85,7 +85,8 @@ def load_network(
     network = networks.make_network(options, count, dtype=dtype, source=source)
   sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
   info['palette'] = np.array(info['palette'], np.uint8)
-  if (path := directory / WEIGHTS_FILE).is_file():
+  path = directory / WEIGHTS_FILE
+  if path.is_file() and not (directory / 'checkpoints').is_dir():
     if step not in (None, info.setdefault('checkpoint_step', 0)):
       raise InputError(
         f'{directory}: has the weights of step {info["checkpoint_step"]} alone.'
