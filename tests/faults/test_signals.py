@@ -36,6 +36,7 @@ FULL = """
 SETTINGS = (
   *('data.image_size=(32, 48)', 'data.base_size=32', 'data.crop_size=(32, 32)'),
   *('data.train_scenes=8', 'data.val_scenes=2', 'batch_size=4'),
+  'student.labeled_limit=4',
   *("stages=('student',)", 'log_every_steps=1', 'eval.num_pictures=0'),
 )
 
