@@ -14,13 +14,10 @@ import sys
 from attnfd_jax import named_configs
 from attnfd_jax.errors import InputError, known
 
-_MODULES = {'train': 'main', 'check-data': 'check_data'}
-_MODULES |= {'prepare-data': 'prepare_data'}
-_MODULES |= {
-  name: name
-  for name in 'evaluate predict compare export convert report benchmark '
-  'doctor'.split()
-}
+_NAMES = ('train', 'check-data', 'prepare-data', 'evaluate', 'predict')
+_NAMES += ('compare', 'export', 'convert', 'report', 'benchmark', 'doctor')
+_MODULES = {name: name.replace('-', '_') for name in _NAMES}
+_MODULES['train'] = 'main'
 _OWN = {
   'configs': 'Lists the configs that --config takes by name.',
   'copy-config': 'Copies one to edit it: copy-config NAME FILE.py.',

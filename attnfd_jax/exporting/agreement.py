@@ -101,12 +101,19 @@ def run_fresh(kind, path, images, options):
     return found, seconds
 
 
-def read_back(path, variables):
-  """`variables` as a .safetensors file has them; InputError if they differ."""
-  tensors = files.read_torch(path)['state_dict']
+def require_equal(variables, tensors):
+  """InputError unless {name: array}, with names of names.flatten, has all
+  variables bit for bit.
+  """
   for name, array in names.flatten(variables).items():
     if not np.array_equal(array, tensors.get(name), equal_nan=True):
       raise InputError(f'{name} is not in the file as it is in the network.')
+
+
+def read_back(path, variables):
+  """`variables` as a .safetensors file has them; InputError if they differ."""
+  tensors = files.read_torch(path)['state_dict']
+  require_equal(variables, tensors)
   return traverse_util.unflatten_dict(tensors, sep='/')
 
 

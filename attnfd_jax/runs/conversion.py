@@ -208,17 +208,18 @@ def describe_data(info):
   }
 
 
-def describe_stage(info):
-  """What is left to know to score a file: a part of a stage's config.json.
-
-  Absolute paths are left out: they say where things are on one machine, and
-  files are given away.
+def without_places(value):
+  """A part of a config with '' for absolute paths: they say where things are on
+  one machine, and files are given away.
   """
+  if isinstance(value, dict):
+    return {key: without_places(x) for key, x in value.items()}
+  is_place = isinstance(value, str) and os.path.isabs(os.path.expanduser(value))
+  return '' if is_place else value
 
-  def is_here(value):
-    return isinstance(value, str) and os.path.isabs(os.path.expanduser(value))
 
-  data = {k: '' if is_here(x) else x for k, x in info['data'].items()}
+def describe_stage(info):
+  """What is left to know to score a file: a part of a stage's config.json."""
   seen = ('protocol', 'short_side', 'size_multiple')
   settings = {k: info['eval'][k] for k in seen if k in info['eval']}
   network = networks.describe(info[loading.role_of(info)])
@@ -226,7 +227,7 @@ def describe_stage(info):
     'stage': info['stage'],
     'step': info['checkpoint_step'],
     'network': network,
-    'data': data,
+    'data': without_places(info['data']),
     'eval': settings,
   }
 

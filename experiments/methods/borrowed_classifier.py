@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import attnfd_jax
 from attnfd_jax import metrics
 from attnfd_jax.data.sources import load_dataset
 from attnfd_jax.devices import sharding
@@ -66,7 +67,7 @@ def mean_cosine(borrowed, variables, teacher, source, info):
   """Mean over the pixels of 8 images of val."""
   side, values = info['eval']['short_side'], []
   for record in evaluation.chosen_records(source, 8, short_side=side):
-    image = evaluation.normalise(jnp.asarray(record['image'])[None])
+    image = attnfd_jax.normalise(jnp.asarray(record['image'])[None])
     ours = borrowed.connected(variables, image)
     theirs = teacher[0].apply(teacher[1], image, train=False)
     theirs = theirs['features']['decoder']
