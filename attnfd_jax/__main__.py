@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""attnfd COMMAND [FLAGS]: all commands in one; also python -m attnfd_jax.
+"""Runs a command: attnfd COMMAND [FLAGS], or python -m attnfd_jax.
 
 attnfd train --config=camvid --config.data.root=PATH
 attnfd configs
@@ -20,39 +20,40 @@ _MODULES = {name: name.replace('-', '_') for name in _NAMES}
 _MODULES['train'] = 'main'
 _OWN = {
   'configs': 'Lists the configs that --config takes by name.',
-  'copy-config': 'Copies one to edit it: copy-config NAME FILE.py.',
+  'copy-config': 'Copies a config for editing: copy-config NAME FILE.py.',
 }
 
 
-def _summary(module):
+def _summary(module: str) -> str:
   path = pathlib.Path(__file__).with_name(f'{module}.py')
-  return ast.get_docstring(ast.parse(path.read_text())).split('\n')[0]
+  docstring = ast.get_docstring(ast.parse(path.read_text())) or ''
+  return docstring.partition('\n')[0]
 
 
-def _print_table(texts):
+def _print_table(texts: dict[str, str]) -> None:
   width = max(map(len, texts)) + 2
   for name, text in texts.items():
     print(f'{name:{width}}{text}')
 
 
-def _help():
+def _help() -> None:
   print('attnfd COMMAND [FLAGS]; attnfd COMMAND --help lists its flags.\n')
   texts = {name: _summary(module) for name, module in _MODULES.items()}
   _print_table(texts | _OWN)
 
 
-def _run_own(command, arguments):
+def _run_own(command: str, arguments: list[str]) -> None:
   if command == 'configs' and not arguments:
     _print_table(named_configs.summaries())
   elif command == 'copy-config' and len(arguments) == 2:
     print(f'written: {named_configs.copy(*arguments)}')
   else:
     usage = {'configs': '', 'copy-config': ' NAME FILE.py'}[command]
-    raise InputError(f'Its form is: attnfd {command}{usage}')
+    raise InputError(f'Usage: attnfd {command}{usage}')
 
 
-def main():
-  """Runs the command that the first argument names."""
+def main() -> None:
+  """Runs the command named by the first argument."""
   given, *arguments = sys.argv[1:] or ['help']
   if given in ('help', '-h', '--help'):
     return _help()

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Reads every pair of a data set, before a training run meets the broken one.
+r"""Checks every image and mask of a data set before training.
 
   python -m attnfd_jax.check_data --config=configs/folder.py \
     --config.data.root=PATH [--contact_sheet=sheet.png] [--output=found.json]
 
-Tells what is wrong by kind with file names, how often the classes occur, and
-weights against imbalance. Exit code 0 if the data can be used, 2 if not;
-images in two splits and classes that train never shows are only warnings, but
-an image of val or test among the unlabeled ones is not.
+Reports problems by kind with file names, the frequency of each class, and class
+weights against imbalance. Exit code 0 if the data can be used, 2 if not. Images
+in two splits and classes without training pixels are warnings; an image of val
+or test among the unlabeled images is an error.
 """
 
 import sys
@@ -23,21 +23,22 @@ from attnfd_jax.reporting import contact_sheet
 from attnfd_jax.runs import logs
 
 
-def main():
+def main() -> None:
+  """Checks the data set and exits with 2 if it cannot be used."""
   sheet = cli.output_file('contact_sheet', '.png')
   output = cli.output_file('output', '.json')
   config = resolve(flags.FLAGS.config)
   threads = flags.FLAGS.threads or config.data.threads
-  config.data.cache = False  # Each pair is read once; memory stays small.
-  # What OpenCV would write about broken files is in the report.
+  config.data.cache = False  # Each pair is read only once.
+  # OpenCV's warnings about broken files: the report has them.
   cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
   dataset = load_dataset(config.data, strict=False)
   if limit := config.data.limit:
-    print(f'config.data.limit={limit}: only these of each split are read.')
+    print(f'config.data.limit={limit}: only {limit} of each split are read.')
   for role in ('teacher', 'student'):
     if limit := config[role].labeled_limit:
-      what = f'config.{role}.labeled_limit={limit}: so many pairs of train are'
-      print(f'{what} labeled for the {role}; all of them are read here.')
+      what = f'config.{role}.labeled_limit={limit} limits training only'
+      print(f'{what}; all pairs are read here.')
   required = [x for x in ('train', 'val', config.eval.test_split) if x]
   report, problems = checking.check(dataset, threads, required=required)
   if output:
@@ -51,7 +52,7 @@ def main():
 
 if __name__ == '__main__':
   cli.define_config()
-  flags.DEFINE_string('contact_sheet', None, 'PNG with examples, to write.')
-  flags.DEFINE_string('output', None, 'JSON file with all that was found.')
-  flags.DEFINE_integer('threads', None, 'Else config.data.threads.', 1)
+  flags.DEFINE_string('contact_sheet', None, 'PNG file with examples to write.')
+  flags.DEFINE_string('output', None, 'JSON file with all problems to write.')
+  flags.DEFINE_integer('threads', None, 'Default: config.data.threads.', 1)
   cli.run(main, required=['config'])

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all verbs share: bad input ends in one line and exit code 2."""
+"""Shared by all commands: flags, and bad input as one line and exit code 2."""
 
 import ast
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import io
 import logging as standard_logging
 import os
 import pathlib
 import re
 import sys
 import traceback
+from typing import Any
 import warnings
 
 from absl import app, flags, logging
@@ -23,27 +26,28 @@ from attnfd_jax.progress import write
 from attnfd_jax.training.stopping import Stopped
 
 DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of bad input.')
-flags.disclaim_key_flags()  # The flags below are of the command that asks.
-# It would say when imported that its list of fonts has no place to be kept.
+# Flags defined below belong to the command that calls the function.
+flags.disclaim_key_flags()
+# Else its import warns where the font cache cannot be written.
 standard_logging.getLogger('matplotlib').setLevel(standard_logging.ERROR)
-# ml_collections reports a wrong key by AttributeError or KeyError with the
-# nearest one, a wrong value by TypeError or ValueError, a wrong path by
-# OSError; all of them come from the command line while it is parsed.
+# While the command line is parsed, ml_collections reports a wrong key by an
+# AttributeError or KeyError with the closest one, a wrong value by a TypeError
+# or ValueError, a wrong path by an OSError.
 _PARSING = (AttributeError, KeyError, TypeError, ValueError, OSError)
 _PARSING += (ImportError, SyntaxError, flags.Error)
-# What a flag takes, by the name that absl has for its type.
+# What a flag accepts, by absl's name for its type.
 _EXPECTED = {
   'bool': 'True or False',
   'int': 'a whole number, such as 8',
   'float': 'a number, such as 0.01',
   'tuple': 'values between commas, such as "(64, 64)" or '
   """"('road', 'sky')\"""",
-  # Any text is a string: what was wrong is a group of a config.
+  # Any text is a valid string, so the flag must be a group of a config.
   'string': 'a dict, or a key of the group, as in {}.KEY=VALUE',
 }
 
-# What else ml_collections says about --config and its file.
-_IN_OUR_WORDS = (
+# Other messages of ml_collections about --config and its file, reworded.
+_REWORDED = (
   (
     r"^Could not override field '(\w+)' \(reference\)\. (.*) is of original "
     r"type <class '(\w+)'> and cannot be casted to type <class '(\w+)'>$",
@@ -73,7 +77,7 @@ _IN_OUR_WORDS = (
 
 
 class _Bool(flags.BooleanParser):
-  """As absl's, and the words of YAML."""
+  """absl's Boolean, which also accepts the words of YAML."""
 
   def parse(self, argument):
     words = {'yes': True, 'on': True, 'no': False, 'off': False}
@@ -81,11 +85,11 @@ class _Bool(flags.BooleanParser):
 
 
 class _Tuple(flags.ArgumentParser):
-  """A tuple or list of Python, or a single value; a word needs no quotes."""
+  """A Python tuple or list, or a single value; single words need no quotes."""
 
   def parse(self, argument):
     value = argument
-    if isinstance(argument, str):  # Else it is the default.
+    if isinstance(argument, str):  # Otherwise the default.
       try:
         value = ast.literal_eval(argument.strip() or '()')
       except (ValueError, SyntaxError) as error:
@@ -100,7 +104,7 @@ class _Tuple(flags.ArgumentParser):
 
 
 class _OrNone(flags.ArgumentParser):
-  """What `parser` takes, or None, the default of some keys."""
+  """Accepts what `parser` accepts, and None, the default of some keys."""
 
   def __init__(self, parser):
     self._parser = parser
@@ -113,8 +117,8 @@ class _OrNone(flags.ArgumentParser):
     return self._parser.flag_type()
 
 
-def define_config():
-  """Defines --config and its overrides; of one given twice the last counts."""
+def define_config() -> None:
+  """Defines --config and its overrides; the last one of a key wins."""
   parsers = flags.FloatParser(), flags.IntegerParser(), _Bool(), _Tuple()
   for kind, parser in zip((float, int, bool, tuple), parsers, strict=True):
     config_flags.register_flag_parser_for_type(kind, _OrNone(parser))
@@ -122,49 +126,52 @@ def define_config():
   config_flags.DEFINE_config_file('config', None, text, flag_values=values)
 
 
-def define_processes():
-  """Defines the flags of `join_processes`, of commands that train."""
-  text = 'GPUs repeat their bits; slower.'
+def define_processes() -> None:
+  """Defines the flags of `join_processes`, for commands that train."""
+  text = 'Bitwise reproducible on GPUs, but slower.'
   flags.DEFINE_bool('deterministic', False, text)
-  text = 'HOST:PORT of process 0 of several.'
+  text = 'HOST:PORT of process 0 of a multi-process job.'
   flags.DEFINE_string('coordinator', None, text)
-  flags.DEFINE_integer('num_processes', None, 'Of the job; 1 is always alone.')
-  flags.DEFINE_integer('process_id', None, 'Of this process, from 0.')
+  text = 'Number of processes of the job; 1 ignores the cluster.'
+  flags.DEFINE_integer('num_processes', None, text)
+  flags.DEFINE_integer('process_id', None, 'Index of this process, from 0.')
 
 
-def join_processes():
-  """Makes this process a part of its job; only the first one prints."""
-  if flags.FLAGS.deterministic:  # XLA reads it when JAX is first used.
-    given = os.environ.get('XLA_FLAGS', '')
-    os.environ['XLA_FLAGS'] = f'{given} --xla_gpu_deterministic_ops=true'
-  place = ('coordinator', 'num_processes', 'process_id')
-  processes.initialise(**{name: flags.FLAGS[name].value for name in place})
+def join_processes() -> None:
+  """Joins a multi-process job, in which only process 0 prints."""
+  if flags.FLAGS.deterministic:  # XLA reads this when JAX is first used.
+    xla_flags = os.environ.get('XLA_FLAGS', '')
+    os.environ['XLA_FLAGS'] = f'{xla_flags} --xla_gpu_deterministic_ops=true'
+  names = ('coordinator', 'num_processes', 'process_id')
+  values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+  processes.initialize(**values)
   if not processes.is_first():
     sys.stdout = open(os.devnull, 'w')
 
 
-def own_flags():
-  """{name: value} of the command's own flags, but --config."""
+def own_flags() -> dict[str, Any]:
+  """Values of the command's own flags by name, without --config."""
   own = flags.FLAGS.get_flags_for_module('__main__')
   names = (flag.name for flag in own if not flag.name.startswith('config'))
   return {name: flags.FLAGS[name].value for name in names}
 
 
-def output_file(flag, ending=''):
-  """The path of a flag or None, known to be writable before the long part."""
-  if not flags.FLAGS[flag].value:
+def output_file(flag: str, ending: str = '') -> pathlib.Path | None:
+  """The path given by a flag, or None. Fails early if it is not writable."""
+  value: str | None = flags.FLAGS[flag].value
+  if not value:
     return None
-  path = pathlib.Path(flags.FLAGS[flag].value)
+  path = pathlib.Path(value)
   if path.is_dir() or not path.name.lower().endswith(ending):
-    raise InputError(f'--{flag}={path}: name a file, such as found{ending}.')
+    raise InputError(f'--{flag}={path}: name a file, such as result{ending}.')
   diagnosis.require_writable(path.parent, f'--{flag}')
   path.parent.mkdir(parents=True, exist_ok=True)
   return path
 
 
-def enable_compilation_cache():
-  """Compiled programs are kept between runs, unless JAX was told where."""
-  if not jax.config.jax_compilation_cache_dir:
+def enable_compilation_cache() -> None:
+  """Keeps compiled programs between runs, in JAX's folder or our own."""
+  if not _cache_dir():
     path = str(user_cache.folder('xla'))
     jax.config.update('jax_compilation_cache_dir', path)
   show, shown = warnings.showwarning, []
@@ -173,60 +180,67 @@ def enable_compilation_cache():
     text = str(message)
     if 'persistent compilation cache' not in text:
       show(message, *rest, **options)
-    elif not shown:  # JAX warns again where threads compile.
+    elif not shown:  # JAX repeats the warning in each compiling thread.
       shown.append(text)
-      path = jax.config.jax_compilation_cache_dir
-      ours = path == str(user_cache.folder('xla'))
-      variable = 'XDG_CACHE_HOME' if ours else 'JAX_COMPILATION_CACHE_DIR'
+      path = _cache_dir()
+      is_default = path == str(user_cache.folder('xla'))
+      variable = 'XDG_CACHE_HOME' if is_default else 'JAX_COMPILATION_CACHE_DIR'
       reason = text.partition("': ")[2] or text
-      what = f'The cache of programs {path} cannot be used ({reason})'
-      remedy = f'set {variable} to a folder that can be written'
-      write(f'{what}: each start compiles them again; {remedy}.')
+      what = f'The compilation cache {path} cannot be used ({reason})'
+      remedy = f'set {variable} to a writable folder'
+      write(f'{what}: every start compiles again; {remedy}.')
       jax.config.update('jax_enable_compilation_cache', False)
 
   warnings.showwarning = show_once
 
 
-def _at_home(match):
+def _cache_dir() -> str | None:
+  # Attributes of jax.config are defined at run time.
+  config: Any = jax.config
+  return config.jax_compilation_cache_dir
+
+
+def _with_home(match: re.Match[str]) -> str:
   return match[1] + os.path.expanduser(match[2])
 
 
-def _with_config_file(argv):
-  """`argv` with the file in place of a config's bare name."""
-  given = '-config', '--config'
+def _with_config_file(argv: Sequence[str]) -> Iterator[str]:
+  """Replaces the bare name of a config in `argv` by its file."""
+  spellings = '-config', '--config'
   for i, argument in enumerate(argv):
     flag, equals, value = argument.partition('=')
-    if equals and flag in given:
+    if equals and flag in spellings:
       argument = f'{flag}={named_configs.resolve(value)}'
-    elif i and argv[i - 1] in given:
+    elif i and argv[i - 1] in spellings:
       argument = named_configs.resolve(argument)
     yield argument
 
 
-def _one_line(error):
+def _one_line(error: BaseException) -> str:
   text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
   text = text.replace('\\n', '\n').strip()
-  if text.startswith(('"', "'")):  # A name in quotes, or a text that is.
+  if text.startswith(('"', "'")):  # A name or a text in quotes.
     text = text.strip('\'"')
   if 'Traceback' in text:
-    # A config file that raised; its own message is the last line.
+    # The config file raised; its own message is the last line.
     text = re.sub(r'^\w+: ', '', text.splitlines()[-1])
   if 'Failed loading config file' in text:
-    # ml_collections tells all places it looked at first.
+    # ml_collections lists the places it searched first.
     text = f'{text.splitlines()[-1].strip()} (--config)'
     if 'No such file' in text:
-      remedy = 'those of attnfd_jax go by name, as in --config=camvid'
+      remedy = 'configs of attnfd_jax go by name, as in --config=camvid'
       text = f'{text}; {remedy}'
   text = re.sub(r'^\W*(\w+)\W*\nDid you mean', r'No key \1. Did you mean', text)
-  for pattern, ours in _IN_OUR_WORDS:
-    text = re.sub(pattern, ours, text, flags=re.S)
-  if re.fullmatch(r'\w+', text):  # No key is near enough.
+  for pattern, replacement in _REWORDED:
+    text = re.sub(pattern, replacement, text, flags=re.S)
+  if re.fullmatch(r'\w+', text):  # No key is close enough.
     text = f'No key {text} in this group of --config.'
   return re.sub(r'\s*\n\s*', ' ', text).strip() or type(error).__name__
 
 
 @contextlib.contextmanager
-def _readable(*errors):
+def _readable(*errors: type[BaseException]) -> Iterator[None]:
+  """Turns errors of these types into one line and exit code 2."""
   try:
     yield
   except KeyboardInterrupt:
@@ -239,7 +253,8 @@ def _readable(*errors):
   except Exception as error:
     expected = isinstance(error, errors)
     cause, problem = error.__cause__ if expected else error, None
-    if isinstance(cause, (RuntimeError, AssertionError)):  # JAX's, perhaps.
+    # JAX fails with these if its devices cannot be used.
+    if isinstance(cause, (RuntimeError, AssertionError)):
       problem = diagnosis.check_start()
     if not (expected or problem):
       raise
@@ -250,8 +265,8 @@ def _readable(*errors):
     sys.exit(2)
 
 
-def _refused(error):
-  """An InputError in our words about the value that absl refused, or None."""
+def _illegal_value(error: flags.Error) -> InputError | None:
+  """A plain error for a flag's value that absl rejected, or None."""
   given = str(error).removesuffix(f': {error.__context__}')
   given = given.removeprefix('flag ')
   flag = given.partition('=')[0]
@@ -259,12 +274,12 @@ def _refused(error):
   expected = _EXPECTED.get(parser.flag_type(), '').format(flag)
   if (least := getattr(parser, 'lower_bound', None)) is not None:
     expected = expected.replace(',', f' of {least} or more,')
-  return expected and InputError(f'{given}: expected {expected}.')
+  return InputError(f'{given}: expected {expected}.') if expected else None
 
 
-def _parse(argv):
-  # Shells leave the ~ of --flag=~/path alone.
-  argv = [re.sub('^(-[^=]*=|)(~.*)', _at_home, x, flags=re.S) for x in argv]
+def _parse(argv: Sequence[str]) -> list[str]:
+  # Shells do not expand the ~ of --flag=~/path.
+  argv = [re.sub('^(-[^=]*=|)(~.*)', _with_home, x, flags=re.S) for x in argv]
   for flag in map(flags.FLAGS.__getitem__, flags.FLAGS):
     if isinstance(flag.parser, flags.BooleanParser):
       flag.parser = _Bool()
@@ -273,37 +288,45 @@ def _parse(argv):
       argv = list(_with_config_file(argv))
       return flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
-      raise (_refused(error) or error) from None
+      raise (_illegal_value(error) or error) from None
     except _PARSING:
       raise
     except Exception as error:
       text = f'its file raised {type(error).__name__}: {error}'
-      raise InputError(f'--config: {text}; see where by --debug.') from error
+      raise InputError(f'--config: {text}; --debug shows where.') from error
 
 
-def _without_afterthoughts(unraisable):
-  """As the hook of Python, but for Orbax's threads after a failed save."""
+def _unraisable_hook(unraisable: Any) -> None:
+  """Python's hook, but silent about Orbax's threads after a failed save."""
   if 'Event loop is closed' not in str(unraisable.exc_value):
     sys.__unraisablehook__(unraisable)
 
 
-def prepare_process():
-  """Settings of the whole process, which only a command may change."""
+def prepare_process() -> None:
+  """Changes settings of the whole process, which only a command may do."""
   masks.tune_process()
   enable_compilation_cache()
-  # Orbax tells every step it takes, and an error that is raised, too.
+  # Orbax logs every step, and errors that it also raises.
   logging.set_verbosity(logging.INFO if DEBUG.value else logging.FATAL)
   if not DEBUG.value:
-    sys.unraisablehook = _without_afterthoughts
-  # Names of files are bytes, and not always text.
-  sys.stdout.reconfigure(errors='backslashreplace')
+    sys.unraisablehook = _unraisable_hook
+  # File names are bytes that may not decode.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')
 
 
-def run(main, *, required=(), positional=False):
-  """Parses flags, calls main, with other arguments if they are `positional`.
+def run(
+  main: Callable[..., None],
+  *,
+  required: Sequence[str] = (),
+  positional: bool = False,
+) -> None:
+  """Parses the flags and calls `main`; bad input becomes one line.
 
-  Its bad input, and `required` flags without a value, become one line; of
-  'checkpoint|config' one is enough.
+  Args:
+    main: the command.
+    required: flags that must be given; one is enough of 'checkpoint|config'.
+    positional: whether `main` takes the arguments that are not flags.
   """
 
   def guarded(argv):

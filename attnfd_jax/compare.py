@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""One student under several methods, from one teacher: which one pays?
+r"""Compares distillation methods: one teacher, one student, one table.
 
   python -m attnfd_jax.compare --config=configs/camvid.py \
     --methods=attnfd,kd,cwd --seeds=0,1,2 --workdir=runs/compare \
@@ -8,12 +8,13 @@ r"""One student under several methods, from one teacher: which one pays?
 
 Trains the teacher once, unless the config gives one, then the baseline and
 every method with every seed, and writes compare.json, compare.md and
-compare.html into the workdir. The same command resumes; with other methods or
-seeds it adds rows to the same table; started twice, both share the work.
+compare.html to the workdir. The same command resumes; with other methods or
+seeds it adds rows to the table; if it is started twice, both processes share
+the work.
 
---equal=seconds gives a method as many steps as fit into the baseline's seconds
-of training. --tune chooses on val, with --tune_seed, which no row uses; --vary
-makes a row of each value. See docs/comparing.md.
+--equal=seconds gives each method the number of steps that fit into the training
+time of the baseline. --tune chooses a value on val, with a seed (--tune_seed)
+that no row uses; --vary adds a row for each value. See docs/comparing.md.
 """
 
 import itertools
@@ -30,11 +31,12 @@ from attnfd_jax.reporting import comparison_page
 from attnfd_jax.training.stopping import Stop
 
 
-def main():
+def main() -> None:
+  """Runs the comparison and prints its table."""
   options = flags.FLAGS
   cli.join_processes()
   with Stop().listening() as stop:
-    found = running.compare(
+    table = running.compare(
       options.config,
       options.workdir,
       methods=options.methods,
@@ -48,11 +50,11 @@ def main():
       stop=stop,
     )
   if processes.is_first():
-    print(f'\n{comparison_page.markdown(found)}')
+    print(f'\n{comparison_page.markdown(table)}')
     print(f'page: {options.workdir}/compare.html')
 
 
-def _numbers(texts):
+def _numbers(texts: list[str]) -> list[int]:
   try:
     return [int(text) for text in texts]
   except ValueError:
@@ -60,25 +62,30 @@ def _numbers(texts):
     raise InputError(f'--seeds={text}: give numbers, as 0,1,2.') from None
 
 
-def _main_command(argv):
-  found = ['python', '-m', 'attnfd_jax.main']
+def _main_command(argv: list[str]) -> list[str]:
+  """The command of `main` with the same config."""
+  command = ['python', '-m', 'attnfd_jax.main']
   for argument, following in itertools.pairwise([*argv[1:], '']):
     if re.match('--?config', argument):
-      found.append(argument)
+      command.append(argument)
       if '=' not in argument and not following.startswith('-'):
-        found.append(following)  # --config FILE
-  return found
+        command.append(following)  # --config FILE
+  return command
 
 
 if __name__ == '__main__':
   cli.define_config()
   flags.DEFINE_string('workdir', None, 'Folder of the comparison.')
   flags.DEFINE_list('methods', None, 'Names or sums, such as attnfd,kd,kd+cwd.')
-  flags.DEFINE_list('seeds', ['0'], 'Of the students, such as 0,1,2.')
+  flags.DEFINE_list('seeds', ['0'], 'Seeds of the students, such as 0,1,2.')
   flags.DEFINE_string('equal', 'steps', 'steps or seconds.')
-  flags.DEFINE_float('seconds_factor', 1.0, "Times the baseline's seconds.")
-  flags.DEFINE_multi_string('tune', [], 'distill.KEY:VALUE,VALUE; best on val.')
+  flags.DEFINE_float(
+    'seconds_factor', 1.0, "Multiple of the baseline's training time."
+  )
+  flags.DEFINE_multi_string(
+    'tune', [], 'distill.KEY:VALUE,VALUE; the best on val.'
+  )
   flags.DEFINE_multi_string('vary', [], 'distill.KEY:VALUE,VALUE; a row each.')
-  flags.DEFINE_integer('tune_seed', 1000, 'Of --tune; none of --seeds.')
+  flags.DEFINE_integer('tune_seed', 1000, 'Seed of --tune; not one of --seeds.')
   cli.define_processes()
   cli.run(main, required=['config', 'methods', 'workdir'])

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every key of a config with its default, and the two recipes.
+"""All config keys with their defaults, and the two recipes.
 
-A file in configs/ starts from `default_config` and changes what differs. Keys
-that are None here are filled from the recipe by `resolve`, so that a single
-item can be overridden after it: --config.distill.teacher_bn=batch.
+A file in configs/ starts from `default_config` and changes some values. Keys
+that are None here are set by the recipe in `resolve`, so that each can be
+overridden: --config.distill.teacher_bn=batch.
 """
 
+from collections.abc import Callable, Mapping
 import math
 import os
+from typing import Any
 
 from flax.traverse_util import flatten_dict
 from ml_collections.config_dict import ConfigDict, placeholder
@@ -15,8 +17,9 @@ from ml_collections.config_dict import ConfigDict, placeholder
 from attnfd_jax import distill, user_code
 from attnfd_jax.errors import InputError, named, one_of, within
 from attnfd_jax.models import network as networks
+from attnfd_jax.types import Config
 
-# METHOD section 5: what the authors' code does, and what we would advise.
+# METHOD section 5: the behavior of the authors' code, and what we recommend.
 _BY_RECIPE = {
   'data.label_pad': ('dataset', 'ignore'),
   'distill.aspp_dropout': (0.0, 'student'),
@@ -46,7 +49,7 @@ _CHOICES = {
   'eval.protocol': ('native', 'reference'),
   'optim.dtype': ('float32', 'bfloat16'),
 }
-# Least and most of values; what belongs to one room is checked there.
+# Ranges of values. Values that only one package uses are checked there.
 _RANGES = {
   (0, 1): (
     'data.balanced data.blur data.cutmix data.flip data.unlabeled_share '
@@ -76,17 +79,17 @@ _RANGES = {
 }
 
 
-def num_cores():
-  """That this process may use."""
+def num_cores() -> int:
+  """Number of CPU cores that this process may use."""
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
-  return os.cpu_count()
+  return os.cpu_count() or 1
 
 
-def _network(backbone):
-  config = ConfigDict()
-  # Or a class of your own, 'file.py:Class', with its own options in place of
-  # the other keys down to head_dropout; see models/network.py.
+def _network(backbone: str) -> Config:
+  config: Config = ConfigDict()
+  # Or your own class, 'file.py:Class': its fields are `options`, and the other
+  # keys down to head_dropout do not apply. See models/network.py.
   config.network = 'deeplabv3plus'
   config.options = ConfigDict()
   config.backbone = backbone
@@ -98,61 +101,62 @@ def _network(backbone):
   config.aspp_dropout = 0.5
   config.decoder_dropout = 0.5
   config.head_dropout = 0.1
-  # 'imagenet', or a PyTorch file of a backbone or a whole network.
+  # 'imagenet', or a PyTorch file with a backbone or a complete network.
   config.pretrained = ''
-  # So many pairs of train have labels for this role, the first of a shuffle by
-  # data.labeled_seed; 0 for all.
+  # Number of labeled training images, the first of a shuffle by
+  # data.labeled_seed; 0 is all.
   config.labeled_limit = 0
-  # None: as config.num_epochs, config.optim.lr and config.optim.head_lr_scale.
+  # None: the values of config.num_epochs, optim.lr and optim.head_lr_scale.
   config.num_epochs = placeholder(float)
   config.lr = placeholder(float)
   config.head_lr_scale = placeholder(float)
   return config
 
 
-def default_config():
-  """All keys; configs/*.py change them and cannot add any."""
+def default_config() -> Config:
+  """All keys; configs/*.py change values and cannot add keys."""
   groups = ('data', 'distill', 'optim', 'loss', 'eval', 'checkpoint', 'mesh')
-  config = ConfigDict({name: ConfigDict() for name in groups})
+  config: Config = ConfigDict({name: ConfigDict() for name in groups})
   config.recipe = 'clean'
   config.seed = 0
   config.stages = STAGES
   config.batch_size = 8  # Global, over all devices.
   config.num_epochs = 50.0
   config.log_every_steps = 20
-  config.loggers = ()  # Beside metrics.jsonl: 'tensorboard', 'wandb'.
+  config.loggers = ()  # Besides metrics.jsonl: 'tensorboard', 'wandb'.
 
   config.data.name = 'scenes'
   config.data.root = ''
-  config.data.prepared = ''  # Folder of prepare_data, in place of root.
+  config.data.prepared = ''  # Folder written by prepare_data; replaces root.
   config.data.train_list = 'train'  # For 'pascal_voc': or 'trainaug'.
   config.data.sbd_root = ''  # For 'pascal_voc': SBD's benchmark_RELEASE.
-  # For 'folder', see docs/own_data.md. Names in the order of ids; () where the
-  # layout has names: its own.
+  # For 'folder', see docs/own_data.md. Names in the order of ids; () uses the
+  # names of the layout, if it has any.
   config.data.class_names = ()
   config.data.layout = 'auto'  # Or 'pairs', 'voc', 'roboflow', 'coco'.
-  config.data.palette = ()  # Masks of colours: (r, g, b) of each class.
-  config.data.id_map = ()  # Masks of other ids: the id of each class.
+  config.data.palette = ()  # For color masks: (r, g, b) of each class.
+  config.data.id_map = ()  # For masks with other ids: the id of each class.
   config.data.base_size = 513  # train_kd.py:197.
-  config.data.scale_range = (0.5, 2.0)  # Of the short side, times base_size.
+  config.data.scale_range = (0.5, 2.0)  # Short side relative to base_size.
   config.data.crop_size = (513, 513)  # Height, width; train_kd.py:199.
   config.data.flip = 0.5
   config.data.blur = 0.5
   config.data.photometric = 0.0
-  config.data.rotation = 0.0  # At most, in degrees, either way.
-  config.data.cutmix = 0.0  # Probability of a box from another image.
-  config.data.balanced = 0.0  # Share drawn by class, then one of its images.
-  # Images without masks, from which only the distilled student learns: a
-  # folder, zip, glob or text file of paths; 'rest', the pairs beyond
-  # student.labeled_limit; 'official', those of VOC, Cityscapes or COCO.
+  config.data.rotation = 0.0  # Largest angle in degrees, in both directions.
+  config.data.cutmix = 0.0  # Probability per image (arXiv 1905.04899).
+  # Fraction of images drawn by class first, then among the images of the class.
+  config.data.balanced = 0.0
+  # Images without masks, used only for distillation: a folder, zip, glob or
+  # text file of paths; 'rest': the images beyond student.labeled_limit;
+  # 'official': the unlabeled images of VOC, Cityscapes or COCO.
   config.data.unlabeled = ''
-  # Of each batch; 0 is in proportion, at most half.
+  # Fraction of each batch; 0: in proportion to their number, at most half.
   config.data.unlabeled_share = 0.0
   config.data.labeled_seed = 0
-  config.data.limit = 0  # Images of each split, 0 for all.
-  config.data.cache = False  # Decoded pairs stay in memory.
-  config.data.decoded_cache = ''  # Folder for decoded pixels, 4 bytes each.
-  # One a core. Python's lock lets no more than about eight work.
+  config.data.limit = 0  # Number of images of each split; 0 is all.
+  config.data.cache = False  # Keep decoded images in memory.
+  config.data.decoded_cache = ''  # Folder for decoded images, 4 bytes a pixel.
+  # One per core; more than about eight wait for Python's global lock.
   config.data.threads = min(max(num_cores(), 2), 8)
   config.data.workers = 0
   # For 'scenes'.
@@ -163,25 +167,25 @@ def default_config():
 
   config.teacher = _network('resnet101')
   config.teacher.in_path_attention = False
-  config.teacher.checkpoint = ''  # Stage or PyTorch file; empty: train.
-  config.teacher.allow_code = False  # Of a checkpoint whose network is a file.
-  # 'file.py:make', which returns a torch.nn.Module or a Teacher, see
-  # docs/any_teacher.md; the module's maps, {tap: submodule}.
+  config.teacher.checkpoint = ''  # Stage folder or PyTorch file; '': train.
+  config.teacher.allow_code = False  # Run the Python files of a checkpoint.
+  # 'file.py:make', a function that returns a torch.nn.Module or a Teacher, see
+  # docs/any_teacher.md, and the module's feature maps, {tap: submodule}.
   config.teacher.factory = ''
   config.teacher.taps = ConfigDict()
-  config.teacher.class_map = ()  # The teacher's index of each of our classes.
-  config.teacher.min_miou = 0.0  # On val; a worse teacher stops the run.
+  config.teacher.class_map = ()  # The teacher's index of each class.
+  config.teacher.min_miou = 0.0  # On val; a worse teacher is an error.
   config.student = _network('resnet18')
 
-  # Names joined by '+', or one class of your own, 'file.py:Class', with its
-  # options; see distill/method.py.
+  # Names joined by '+', or your own class, 'file.py:Class', whose fields are
+  # `options`; see distill/method.py.
   config.distill.method = 'attnfd'
   config.distill.options = ConfigDict()
-  # Of the task loss, as weight_schedule of the methods: 'constant',
+  # Schedule of the task loss, like weight_schedule of the methods: 'constant',
   # 'linear_to_zero' or 'linear_from_zero'.
   config.distill.task_weight_schedule = 'constant'
-  # Whether the gradients of task and distillation agree: one more backward
-  # pass, and 'cosine', 'task_norm', 'distill_norm' in the log.
+  # Log the norms of the gradients of task and distillation and their cosine
+  # similarity, at the cost of another backward pass.
   config.distill.log_gradients = False
   for name, method in distill.METHODS.items():
     shared = {'weight': distill.WEIGHTS[name], 'weight_schedule': 'constant'}
@@ -191,58 +195,58 @@ def default_config():
   config.optim.lr = 0.01
   config.optim.head_lr_scale = 10.0  # ASPP, decoder, gates, connectors.
   config.optim.warmup_epochs = 0.0
-  config.optim.power = 0.9  # Of the poly schedule.
+  config.optim.power = 0.9  # Exponent of the poly schedule.
   config.optim.momentum = 0.9
   config.optim.nesterov = True
   config.optim.weight_decay = 5e-4
   config.optim.clip_norm = placeholder(float)
-  config.optim.accumulate = 1  # Parts of a batch, one after the other.
-  config.optim.remat = False  # Recompute blocks in the backward pass.
-  config.optim.ema_decay = 0.0  # 0 is off.
-  config.optim.dtype = 'float32'  # Of the computation, or 'bfloat16'.
+  config.optim.accumulate = 1  # Gradient accumulation steps within a batch.
+  config.optim.remat = False  # Recompute activations in the backward pass.
+  config.optim.ema_decay = 0.0  # Averages the weights; 0 is off.
+  config.optim.dtype = 'float32'  # Compute dtype; or 'bfloat16'.
 
   config.loss.name = 'ce'  # Or 'ohem', 'focal', 'dice', 'ce+dice'.
-  # 'none', 'given' by class_weights, or 'auto': median frequency, counted on
-  # the training split. Of all but 'dice', in which classes count the same.
+  # 'none', 'given' (class_weights) or 'auto': median frequency balancing,
+  # counted on the training split. For all losses but 'dice'.
   config.loss.weighting = 'none'
   config.loss.class_weights = ()  # In the order of the classes.
-  # A pixel is hard if its class has at most this probability; the share of the
-  # pixels that is kept in any case.
+  # A pixel is hard if its label has at most this probability; the fraction of
+  # the pixels that is always kept.
   config.loss.ohem_threshold = 0.7
   config.loss.ohem_min_kept = 0.0625
   config.loss.focal_gamma = 2.0
 
   config.eval.every_epochs = 1.0
   config.eval.batch_size = 8
-  # Short side of what the network sees, 0 for the image as it is; scores are
-  # always resized to the untouched label. For networks trained at base_size.
+  # Short side of the network's input, 0 for the size of the image. Logits are
+  # always resized to the original label. For networks trained at base_size.
   config.eval.short_side = 0
-  config.eval.size_multiple = 1  # Pad to multiples: fewer compilations.
-  config.eval.test_split = ''  # Evaluated once, with the checkpoint of val.
+  config.eval.size_multiple = 1  # Pad to a multiple: fewer compilations.
+  config.eval.test_split = ''  # Evaluated once, at the best checkpoint on val.
   config.eval.num_pictures = 4
 
   config.checkpoint.keep_best = 1
-  config.checkpoint.every_minutes = 10.0  # Between two, at most; 0 is off.
+  config.checkpoint.every_minutes = 10.0  # Longest time between two; 0 is off.
 
-  config.mesh.data = -1  # Parts of a batch; -1 is all devices / spatial.
-  config.mesh.spatial = 1  # Parts of the height of each image.
-  config.mesh.fsdp = False  # Weights, average, momentum are split over data.
+  config.mesh.data = -1  # Shards of a batch; -1: number of devices / spatial.
+  config.mesh.spatial = 1  # Shards of the image height.
+  config.mesh.fsdp = False  # Shard weights and optimizer state over data.
 
   empty = {k: placeholder(type(v)) for k, (v, _) in _BY_RECIPE.items()}
   config.update_from_flattened_dict(empty)
-  return config.lock()  # A typo in a config file is an error, too.
+  return config.lock()  # So that a typo in a config file is an error.
 
 
-def reference_config():
-  """What the data sets of the paper share in the authors' code."""
+def reference_config() -> Config:
+  """The settings that all data sets share in the authors' code."""
   config = default_config()
   config.recipe = 'reference'
-  config.batch_size = 6  # train_kd.py:281; global here, per GPU there.
+  config.batch_size = 6  # train_kd.py:281, there per GPU, here global.
   return config
 
 
-def debug(config):
-  """All code paths in about a minute on a CPU; the numbers mean nothing."""
+def debug(config: Config) -> Config:
+  """Runs all code in about a minute on a CPU; the scores are meaningless."""
   config.data.limit = config.data.train_scenes = config.data.val_scenes = 12
   config.student.labeled_limit = min(config.student.labeled_limit, 8)
   config.batch_size = config.eval.batch_size = 4
@@ -252,23 +256,32 @@ def debug(config):
   for network in (config.teacher, config.student):
     network.backbone = 'resnet18'
     network.width_multiplier = 0.125
-    network.pretrained = ''  # Of the full width.
+    network.pretrained = ''  # Weights exist for the full width only.
     network.aspp_channels = network.decoder_channels = 16
     network.low_level_channels = 16
   return config
 
 
-def from_imagenet(network, lr=0.001, head_lr_scale=4.0):
-  """Sets a group `teacher` or `student` to start from ImageNet weights, at
-  rates for AdamW that were chosen on CamVid (experiments/camvid).
+def from_imagenet(
+  network: Config, lr: float = 0.001, head_lr_scale: float = 4.0
+) -> None:
+  """Makes the group `teacher` or `student` start from ImageNet weights.
+
+  The default learning rates are for AdamW, from experiments/camvid.
   """
   network.pretrained = 'imagenet'
   network.lr, network.head_lr_scale = lr, head_lr_scale
 
 
-def with_variant(config, arg, **variants):
-  """`config` for arg None, its debug variant for 'debug', or one of others,
-  {name: function that changes a config}.
+def with_variant(
+  config: Config, arg: str | None, **variants: Callable[[Config], Any]
+) -> Config:
+  """Applies the variant of --config=FILE:VARIANT.
+
+  Args:
+    config: changed in place.
+    arg: name of a variant: 'debug', one of `variants`, or None for none.
+    **variants: functions that change a config.
   """
   variants = {'debug': debug, **variants}
   if arg and arg not in variants:
@@ -279,17 +292,18 @@ def with_variant(config, arg, **variants):
   return config
 
 
-def resolve(config):
-  """A locked copy in which every None of the recipe is filled, and paths that
-  start with `~` with the home folder.
+def resolve(config: Config) -> Config:
+  """A locked copy with the values of the recipe and `~` in paths expanded.
 
   Raises:
     InputError: for a value outside its choices or its range.
   """
   config = config.copy_and_resolve_references()
   defaults = leaves(default_config())
-  if absent := defaults.keys() - leaves(config).keys():
-    text = f'config.{min(absent)} is absent; set single keys of a group, as in'
+  if missing := defaults.keys() - leaves(config).keys():
+    text = (
+      f'config.{min(missing)} is missing; set single keys of a group, as in'
+    )
     raise InputError(f'{text} --config.data.root=PATH.')
   texts = {k: v for k, v in leaves(config).items() if isinstance(v, str)}
   config.update_from_flattened_dict(
@@ -304,9 +318,9 @@ def resolve(config):
     filled[f'{role}.num_epochs'] = config.num_epochs
     filled[f'{role}.lr'] = config.optim.lr
     filled[f'{role}.head_lr_scale'] = config.optim.head_lr_scale
-  given = leaves(config)
-  missing = {k: v for k, v in filled.items() if given[k] is None}
-  config.update_from_flattened_dict(missing)
+  values = leaves(config)
+  unset = {k: v for k, v in filled.items() if values[k] is None}
+  config.update_from_flattened_dict(unset)
   if config.data.label_pad == 'dataset':
     # pascal.py:87 and coco.py:100 pad with background, Cityscapes with 255.
     background = config.data.name in ('pascal_voc', 'coco')
@@ -315,14 +329,14 @@ def resolve(config):
   return config.lock()
 
 
-def leaves(config):
+def leaves(config: Config) -> dict[str, Any]:
   """{'group.key': value} of a config or of its JSON."""
   nested = config.to_dict() if isinstance(config, ConfigDict) else config
   return flatten_dict(nested, sep='.')
 
 
-def _check(config, defaults):
-  """What belongs to no single room; the rest is checked where it is used."""
+def _check(config: Config, defaults: Mapping[str, Any]) -> None:
+  """Checks values that several packages use."""
   values = leaves(config)
   for key, value in values.items():
     if value is None and key != 'optim.clip_norm':
@@ -330,7 +344,7 @@ def _check(config, defaults):
     if isinstance(value, bool) and type(defaults.get(key)) in (int, float):
       raise InputError(f'config.{key}={value} must not be True or False.')
     if isinstance(value, (int, float)):
-      # What devices cannot count: JAX's integers have 32 bits.
+      # JAX's integers have 32 bits.
       most = 2**31 - 1 if isinstance(value, int) else 1e30
       within(f'config.{key}', value, -(2**31 - 1), most)
   for limits, keys in _RANGES.items():

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Says whether this machine is ready for training, and what to do if not.
+r"""Checks whether this machine is ready for training.
 
   python -m attnfd_jax.doctor [--workdir=DIR]
 
-Versions, devices and why there are no faster ones, memory, disk, and a
-convolution forward and backward on each device. Exit code 1 if something is
-wrong.
+Reports versions, devices (and why an accelerator is not used), memory and disk,
+and runs a convolution forward and backward on each device. Each problem comes
+with a remedy, and the exit code is then 1.
 """
 
 import sys
@@ -16,7 +16,8 @@ from attnfd_jax import cli
 from attnfd_jax.devices import diagnosis
 
 
-def main():
+def main() -> None:
+  """Prints the findings and exits with 1 if there is a problem."""
   problems = 0
   for finding in diagnosis.find_all(flags.FLAGS.workdir):
     problems += bool(finding.remedy)
@@ -31,5 +32,5 @@ def main():
 
 if __name__ == '__main__':
   # Not at import: main has a --workdir of its own.
-  flags.DEFINE_string('workdir', 'runs', 'Folder in which runs will be.')
+  flags.DEFINE_string('workdir', 'runs', 'Folder of the runs.')
   cli.run(main)

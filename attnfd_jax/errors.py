@@ -1,38 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors that a user can fix, and checks of single values."""
+"""Errors that a user can fix, and checks of single values."""
 
+from collections.abc import Collection, Iterable, Iterator
 import contextlib
 import difflib
 import math
 
 
 class InputError(ValueError):
-  """Bad input: one line that says what is wrong and what to do."""
+  """Bad input: its message is one line, what is wrong and what to do."""
 
 
 class DataError(InputError):
-  """One file, folder or list of a data set is wrong.
+  """A file, folder or list of a data set is wrong.
 
   Attributes:
     kind: 'partner' (an image without mask or a mask without image),
-      'unreadable' (truncated, empty, no image), 'size' (of image and mask
-      differ), 'mode' (colours where ids are expected), 'depth' (not 8 bits),
-      'values' (ids or colours that are no class), 'lossy' (a JPEG mask),
-      'exif' (rotated by its orientation tag), 'split' (absent or empty),
+      'unreadable' (truncated, empty, not an image), 'size' (image and mask
+      differ), 'mode' (colors where ids are expected), 'depth' (not 8 bits),
+      'values' (ids or colors that are not a class), 'lossy' (a JPEG mask),
+      'exif' (rotated by its orientation tag), 'split' (missing or empty),
       'annotation' (JSON and tables of classes) or 'classes' (a split with
       fewer than two).
-    file: what is wrong, 'path' or 'archive!member'.
-    values: {id or 'r,g,b': pixels} of kind 'values', else None.
+    file: the file at fault, 'path' or 'archive!member'.
+    values: for kind 'values', {id or 'r,g,b': number of pixels}.
   """
 
-  # With defaults: worker processes pickle errors by their message alone.
-  def __init__(self, message, kind='', file='', values=None):
+  # With defaults, because worker processes pickle errors by their message.
+  def __init__(
+    self,
+    message: str,
+    kind: str = '',
+    file: object = '',
+    values: dict | None = None,
+  ):
     super().__init__(message)
     self.kind, self.file, self.values = kind, str(file), values
 
 
-def within(name, value, least, most=math.inf):
-  """Raises InputError unless least <= value <= most; NaN is in no range."""
+def within(
+  name: str, value: object, least: float, most: float = math.inf
+) -> None:
+  """Raises InputError unless least <= value <= most; NaN is never within."""
   if not isinstance(value, (int, float)) or not least <= value <= most:
     limits = f'from {least:g} to {most:g}'
     if most == math.inf:
@@ -40,31 +49,34 @@ def within(name, value, least, most=math.inf):
     raise InputError(f'{name}={value} must be {limits}.')
 
 
-def one_of(name, value, choices):
+def one_of(name: str, value: object, choices: Collection[str]) -> None:
   """Raises InputError unless `value` is one of the choices."""
   if value not in choices:
     raise InputError(f'{name}={value!r} must be one of {", ".join(choices)}.')
 
 
-def known(what, name, names, *, others=''):
-  """Raises InputError with the nearest of `names` unless `name` is one."""
+def known(
+  what: str, name: str, names: Iterable[str], *, others: str = ''
+) -> None:
+  """Raises InputError with the closest of `names` unless `name` is one."""
+  names = list(names)
   if name not in names:
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    have = ', '.join(names) + others
-    raise InputError(f'Unknown {what} {name!r}.{hint} Have: {have}.')
+    close = difflib.get_close_matches(name, names, 1)
+    hint = f' Did you mean {close[0]!r}?' if close else ''
+    choices = ', '.join(names) + others
+    raise InputError(f'Unknown {what} {name!r}.{hint} Have: {choices}.')
 
 
-def first_line(error):
-  """First line (JAX adds more), after the type unless it is a ValueError."""
+def first_line(error: BaseException) -> str:
+  """The first line of a message, after the type unless it is a ValueError."""
   kind = '' if isinstance(error, ValueError) else f'{type(error).__name__} '
-  # zipfile's may hold the whole archive.
+  # Errors of zipfile may quote the whole archive.
   return (kind + next(iter(str(error).splitlines()), '')[:1000]).strip()
 
 
 @contextlib.contextmanager
-def named(group):
-  """Adds '<group>.' to what an InputError says."""
+def named(group: str) -> Iterator[None]:
+  """Prefixes the message of an InputError with '<group>.'."""
   try:
     yield
   except InputError as error:
@@ -72,8 +84,8 @@ def named(group):
 
 
 @contextlib.contextmanager
-def explained(what):
-  """Whatever the user's code raises becomes InputError('<what>: <line>')."""
+def explained(what: str) -> Iterator[None]:
+  """Turns any error of the user's code into InputError('<what>: <line>')."""
   try:
     yield
   except Exception as error:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Scores a trained network on a split of its data set.
+r"""Evaluates a trained network on a split of its data set.
 
   python -m attnfd_jax.evaluate --checkpoint=runs/camvid/distill \
     [--split=test] [--scales=0.75,1,1.25 --flip] [--output=scores.json] \
     [--tile=512x1024 --overlap=0.25] [--boundary] [--submission=DIR]
 
 --checkpoint is the folder of a stage; its config.json names the data set.
---model=student.onnx in its place scores a file of export, which knows its data
-set but not always where it is (--data_root); --config=FILE the teacher that the
-config gives, also one of PyTorch, on the config's data.
---tile is for images larger than memory, --boundary adds the IoU along the
-contours, --submission writes what the Cityscapes server takes.
+Instead, --model=student.onnx evaluates an exported file (with --data_root where
+the data set has moved), and --config=FILE the teacher of a config, which may be
+a PyTorch module, on the config's data.
+--tile is for images that do not fit into memory, --boundary adds boundary IoU,
+--submission writes the files that the Cityscapes server expects.
 """
 
 from absl import flags
@@ -22,7 +22,8 @@ from attnfd_jax.runs import logs
 from attnfd_jax.teachers.sources import load_given
 
 
-def main():
+def main() -> None:
+  """Evaluates the network and prints its scores."""
   given = cli.own_flags() | options.read(flags.FLAGS)
   del given['output']
   output = cli.output_file('output')
@@ -42,10 +43,14 @@ def main():
 if __name__ == '__main__':
   options.define()
   cli.define_config()
-  flags.DEFINE_string('data_root', None, 'Data set, if not where it was.')
+  flags.DEFINE_string(
+    'data_root', None, 'Folder of the data set, if it has moved.'
+  )
   flags.DEFINE_string('split', 'val', 'train, val or test.')
-  flags.DEFINE_string('protocol', None, 'native or reference; else as its run.')
-  flags.DEFINE_bool('boundary', False, 'Boundary IoU as well.')
+  flags.DEFINE_string(
+    'protocol', None, 'native or reference; default: as in its run.'
+  )
+  flags.DEFINE_bool('boundary', False, 'Also report boundary IoU.')
   flags.DEFINE_string('submission', None, 'Folder for the Cityscapes server.')
   flags.DEFINE_string('output', None, 'JSON file to write.')
   cli.run(main, required=['checkpoint|model|config'])

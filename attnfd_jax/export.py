@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Writes a trained network for other programs, and proves that it agrees.
+r"""Exports a trained network and checks the result on real images.
 
   python -m attnfd_jax.export --checkpoint=runs/camvid/distill \
     --format=stablehlo|onnx|safetensors|pth --output=FILE [--overwrite] \
@@ -11,15 +11,16 @@ r"""Writes a trained network for other programs, and proves that it agrees.
   python -m attnfd_jax.export --checkpoint=runs/camvid/distill \
     --format=folder --output=DIR [--images=FOLDER] [--num_images=8]
 
-Only the network is written: no teacher, no connectors, no optimiser. The file
-is then run by a fresh process on real images, and has its name only if it
-finds the classes that the network finds. --uint8 puts the normalisation into
-the file, --argmax the choice of the class, --weights stores them in fewer bits.
---quantize=int8 also computes in int8. The ranges of its maps come from images,
-by default of the train split; the file is scored on val beside the one in
-float, and has its name only if mIoU drops by at most --max_drop.
---format=folder is a folder to hand over: weights, config, an ONNX file of RGB
-bytes, a model card and pictures; attnfd_jax.load and --checkpoint read it.
+Only the network is exported: no teacher, no connectors, no optimizer. A fresh
+process then runs the file on real images, and the file is kept only if its
+classes agree with the network's. --uint8 includes the normalization, --argmax
+the choice of the class; --weights stores the weights in fewer bits.
+--quantize=int8 also computes in int8. Activation ranges are calibrated on
+images, by default of the train split; the file is evaluated on val beside the
+float one and kept only if mIoU drops by at most --max_drop.
+--format=folder writes a folder to hand over: weights, config, an ONNX file that
+takes RGB bytes, a model card and pictures. attnfd_jax.load and --checkpoint
+read it.
 """
 
 from absl import flags
@@ -32,8 +33,9 @@ from attnfd_jax.exporting import agreement, folder, stablehlo, student
 FORMATS = (*student.FORMATS, folder.FORMAT)
 
 
-def main():
-  # Neither the program nor the comparison may depend on the machine.
+def main() -> None:
+  """Writes the file or folder and prints what was checked."""
+  # Neither the exported program nor the check may depend on the machine.
   jax.config.update('jax_platforms', 'cpu')
   given = cli.own_flags()
   one_of('--format', kind := given.pop('format'), FORMATS)
@@ -48,22 +50,32 @@ if __name__ == '__main__':
   weights = ', '.join(stablehlo.WEIGHTS)
   flags.DEFINE_string('checkpoint', None, 'Folder of a stage.')
   flags.DEFINE_string('format', 'stablehlo', ', '.join(FORMATS))
-  flags.DEFINE_string('output', None, 'File to write; a new folder of folder.')
+  flags.DEFINE_string(
+    'output', None, 'File to write; with --format=folder, a new folder.'
+  )
   flags.DEFINE_bool('overwrite', False, 'Replace a file that exists.')
-  flags.DEFINE_bool('uint8', False, 'Images are RGB bytes, normalised inside.')
-  flags.DEFINE_bool('argmax', False, 'Class ids in place of logits.')
+  flags.DEFINE_bool(
+    'uint8', False, 'The file takes RGB bytes and normalizes them.'
+  )
+  flags.DEFINE_bool(
+    'argmax', False, 'The file returns class ids instead of logits.'
+  )
   flags.DEFINE_string('weights', 'float32', weights)
-  flags.DEFINE_string('images', None, "To compare on: folder or 'pattern'.")
-  most = agreement.NUM_IMAGES
-  flags.DEFINE_integer('num_images', most, 'How many of them, at most.', 1)
-  flags.DEFINE_string('quantize', None, 'int8: compute in it; ONNX only.')
-  text = "To calibrate on: folder or 'pattern'; the train split by default."
+  flags.DEFINE_string(
+    'images', None, "Images to check on: folder or 'pattern'."
+  )
+  default = agreement.NUM_IMAGES
+  flags.DEFINE_integer('num_images', default, 'Maximum number of images.', 1)
+  flags.DEFINE_string('quantize', None, 'int8: compute in int8; ONNX only.')
+  text = (
+    "Images to calibrate on: folder or 'pattern'; default: the train split."
+  )
   flags.DEFINE_string('calibrate', None, text)
   text = 'minmax (default), entropy or percentile.'
   flags.DEFINE_string('calibration', None, text)
-  text = 'Layers that stay in float, between commas.'
+  text = 'Comma-separated layers that stay in float.'
   flags.DEFINE_list('keep_float', None, text)
-  text = 'Most that val mIoU may drop; 0.01 by default.'
+  text = 'Largest drop of val mIoU; default 0.01.'
   flags.DEFINE_float('max_drop', None, text)
-  flags.DEFINE_bool('allow_code', False, 'Run Python files of the folder.')
+  flags.DEFINE_bool('allow_code', False, 'Run the Python files in the folder.')
   cli.run(main)

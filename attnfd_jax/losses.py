@@ -1,51 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses over arrays: pure, masked, in float32, safe when no pixel counts.
+"""Task losses: pure functions, masked, in float32, 0 where no pixel is labeled.
 
-All take logits [b, h, w, k] and labels [b, h, w] and return a `Mean`; what they
-have in common is at softmax_cross_entropy. Labels outside the classes must have
-been refused when data was read: 255 would give NaN with a finite gradient here,
--1 would train the last class.
+All take logits and labels and return a `Mean`; the arguments they share are
+described at softmax_cross_entropy. Labels are class indices or `ignore_label`,
+which the data pipeline ensures: here, any other label would give NaN or train
+the wrong class.
 """
 
+from collections.abc import Sequence
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
 import numpy as np
 import optax
 
 from attnfd_jax.models import resizing
+from attnfd_jax.types import AnyArray
 
 IGNORE_LABEL = 255
 
+Logits: TypeAlias = Float[AnyArray, 'b h w k']
+Labels: TypeAlias = Integer[AnyArray, 'b h w']
+ClassWeights: TypeAlias = Sequence[float] | Float[AnyArray, ' k'] | None
+_PixelLosses: TypeAlias = Float[Array, 'b h w']
+_PixelMask: TypeAlias = Bool[Array, 'b h w']
+
 
 class Mean(NamedTuple):
-  """A loss as a sum and what it is divided by, float32 scalars.
+  """A mean as a sum and a count, float32 scalars.
 
-  Of a batch that is computed in parts, totals and counts add up and are divided
-  once: pixels weigh the same, however many are ignored in each part.
+  When a batch is processed in parts, sums and counts are added up and divided
+  once: every labeled pixel has the same weight, however many pixels are ignored
+  in its part.
   """
 
-  total: jax.Array
-  count: jax.Array | float
+  total: Float[Array, '']
+  # Shadows the method of tuples.
+  count: Float[Array, ''] | float  # pyright: ignore
 
   @classmethod
-  def of(cls, values):
-    """Of an array of floats: their sum, and how many they are."""
+  def of(cls, values: Float[Array, '...']) -> 'Mean':
+    """The mean over all elements."""
     return cls(jnp.sum(values), jnp.asarray(values.size, values.dtype))
 
   @property
-  def value(self):
-    """total / count; 0 if nothing counts."""
+  def value(self) -> Float[Array, '']:
+    """The sum divided by the count; 0 if the count is 0."""
     return self.total / jnp.where(self.count > 0, self.count, 1)
 
 
-def _float(logits):
-  return logits.astype(np.promote_types(logits.dtype, np.float32))
+def _float(logits: Float[AnyArray, '...']) -> Float[Array, '...']:
+  dtype = np.promote_types(logits.dtype, np.float32)
+  return jnp.asarray(logits, dtype)
 
 
-def _check_shapes(logits, labels, class_weights=None):
+def _check_shapes(
+  logits: AnyArray, labels: AnyArray, class_weights: ClassWeights = None
+) -> None:
   if logits.shape[:-1] != labels.shape:
     raise ValueError(f'{logits.shape=} does not fit {labels.shape=}.')
   if class_weights is not None and len(class_weights) != logits.shape[-1]:
@@ -53,165 +67,235 @@ def _check_shapes(logits, labels, class_weights=None):
     raise ValueError(f'{given} for {logits.shape[-1]} classes.')
 
 
-def _by_selection(logits, labels):
-  """As optax's function of integer labels. The gradient of that is a scatter,
-  which XLA cannot do, or does slowly, where a GPU must repeat its bits.
+def _cross_entropy_one_hot(
+  logits: Float[Array, 'b h w k'], labels: Integer[Array, 'b h w']
+) -> _PixelLosses:
+  """optax.softmax_cross_entropy_with_integer_labels without a gather.
+
+  The gradient of a gather is a scatter, for which XLA has no deterministic
+  implementation on GPUs, or a slow one.
   """
-  chosen = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-  score = jnp.sum(jnp.where(chosen, logits, 0), -1)
-  return jax.nn.logsumexp(logits, -1) - score
+  one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+  label_logits = jnp.sum(jnp.where(one_hot, logits, 0), -1)
+  return jax.nn.logsumexp(logits, -1) - label_logits
 
 
-def _cross_entropies(logits, labels, valid):
-  """Of each pixel, [b, h, w]; of class 0 where not valid."""
-  return jax.lax.platform_dependent(
+def _pixel_losses(
+  logits: Logits,
+  labels: Labels,
+  ignore_label: int,
+  class_weights: ClassWeights,
+) -> tuple[_PixelLosses, _PixelMask]:
+  """Cross-entropy of each pixel, and which pixels are labeled."""
+  _check_shapes(logits, labels, class_weights)
+  labels = jnp.asarray(labels)
+  labeled = labels != ignore_label
+  losses = jax.lax.platform_dependent(
     _float(logits),
-    jnp.where(valid, labels, 0).astype(jnp.int32),
-    cuda=_by_selection,
+    jnp.where(labeled, labels, 0).astype(jnp.int32),
+    cuda=_cross_entropy_one_hot,
     default=optax.softmax_cross_entropy_with_integer_labels,
   )
+  return losses, labeled
 
 
-def _pixel_losses(logits, labels, ignore_label, class_weights):
-  """Cross-entropies [b, h, w], and True where they count."""
-  _check_shapes(logits, labels, class_weights)
-  valid = labels != ignore_label
-  return _cross_entropies(logits, labels, valid), valid
-
-
-def _mean(losses, labels, counted, class_weights):
-  """Over the pixels that are counted, weighted by their labels."""
+def _weighted_mean(
+  losses: _PixelLosses,
+  labels: Labels,
+  mask: _PixelMask,
+  class_weights: ClassWeights,
+) -> Mean:
+  """Over the pixels of the mask, weighted by the class of their labels."""
   if class_weights is None:
-    total = jnp.sum(losses, where=counted)
-    return Mean(total, jnp.sum(counted, dtype=losses.dtype))
+    total = jnp.sum(losses, where=mask)
+    return Mean(total, jnp.sum(mask, dtype=losses.dtype))
   table = jnp.asarray(class_weights, losses.dtype)
-  weights = table[jnp.where(counted, labels, 0).astype(jnp.int32)]
-  total = jnp.sum(losses * weights, where=counted)
-  return Mean(total, jnp.sum(weights, where=counted))
+  weights = table[jnp.where(mask, labels, 0).astype(jnp.int32)]
+  total = jnp.sum(losses * weights, where=mask)
+  return Mean(total, jnp.sum(weights, where=mask))
 
 
 def softmax_cross_entropy(
-  logits, labels, *, class_weights=None, ignore_label=IGNORE_LABEL
-):
-  """Cross-entropy of the pixels that count, as a sum and a count.
+  logits: Logits,
+  labels: Labels,
+  *,
+  class_weights: ClassWeights = None,
+  ignore_label: int = IGNORE_LABEL,
+) -> Mean:
+  """Mean cross-entropy over the labeled pixels.
+
+  >>> logits, labels = jnp.zeros((1, 2, 2, 4)), jnp.full((1, 2, 2), 3)
+  >>> float(softmax_cross_entropy(logits, labels).value)  # log(4)
+  1.386294...
 
   Args:
-    logits: [b, h, w, k].
-    labels: integers [b, h, w]; `ignore_label` does not count.
-    class_weights: k numbers; the mean is weighted by those of the labels, and
-      the count their sum, so that a common factor changes nothing.
-    ignore_label: value of the pixels to leave out.
+    logits: of each pixel and class.
+    labels: class indices; pixels with `ignore_label` do not count.
+    class_weights: weight of each class in the mean. The count is the sum of the
+      weights, so multiplying all weights by a constant changes nothing.
+    ignore_label: label of the pixels to leave out.
 
   Raises:
-    ValueError: if the shapes do not fit.
+    ValueError: if the shapes do not match.
   """
-  losses, valid = _pixel_losses(logits, labels, ignore_label, class_weights)
-  return _mean(losses, labels, valid, class_weights)
+  losses, labeled = _pixel_losses(logits, labels, ignore_label, class_weights)
+  return _weighted_mean(losses, labels, labeled, class_weights)
 
 
 def upsampled_cross_entropy(
-  logits, labels, *, parts, precision='highest', ignore_label=IGNORE_LABEL
-):
-  """softmax_cross_entropy of logits resized to the labels, part by part.
+  logits: Float[AnyArray, 'b h w k'],
+  labels: Integer[AnyArray, 'b height width'],
+  *,
+  parts: int,
+  precision: jax.lax.PrecisionLike = 'highest',
+  ignore_label: int = IGNORE_LABEL,
+) -> Mean:
+  """softmax_cross_entropy of logits resized to the size of the labels.
 
-  Resized as models.resizing.resize does it. Logits at full size, and their
-  gradients, never exist as a whole: a part of the rows is resized, scored, and
-  resized again for the gradient. The Mean is that of the whole up to rounding.
+  Uses less memory than resizing first: neither the full-size logits nor their
+  gradients are ever materialized. One part of the rows at a time is resized (as
+  by models.resizing.resize), and resized again in the backward pass. The result
+  is the same up to rounding.
+
+  >>> logits, labels = jnp.zeros((1, 2, 2, 4)), jnp.full((1, 8, 8), 3)
+  >>> float(upsampled_cross_entropy(logits, labels, parts=2).value)
+  1.386294...
 
   Args:
-    logits: [b, h, w, k].
-    labels: [b, height, width].
-    parts: of the rows of the labels.
-    precision: of the products that resize.
-    ignore_label: see softmax_cross_entropy.
+    logits: at a lower resolution than the labels.
+    labels: class indices or `ignore_label`.
+    parts: number of parts; more parts use less memory.
+    precision: of the matrix products that resize, see jax.lax.Precision.
+    ignore_label: label of the pixels to leave out.
   """
-  logits = _float(logits)
+  logits, labels = _float(logits), jnp.asarray(labels)
   _, h, w, _ = logits.shape
   b, height, width = labels.shape
   rows = -(-height // parts)
-  missing = parts * rows - height
-  down = jnp.pad(resizing.matrix(height, h), ((0, missing), (0, 0)))
+  padding = parts * rows - height
+  down = jnp.pad(resizing.matrix(height, h), ((0, padding), (0, 0)))
   down = down.astype(logits.dtype).reshape(parts, rows, h)
   across = resizing.matrix(width, w).astype(logits.dtype)
-  below = ((0, 0), (0, missing), (0, 0))
-  labels = jnp.pad(labels, below, constant_values=ignore_label)
+  labels = jnp.pad(
+    labels, ((0, 0), (0, padding), (0, 0)), constant_values=ignore_label
+  )
   labels = jnp.moveaxis(labels.reshape(b, parts, rows, width), 1, 0)
 
   @jax.checkpoint
   def add_part(sums, part):
     down, labels = part
-    rule = 'Hh,bhwk,Ww->bHWk'
-    resized = jnp.einsum(rule, down, logits, across, precision=precision)
-    found = softmax_cross_entropy(resized, labels, ignore_label=ignore_label)
-    return jax.tree.map(jnp.add, sums, found), None
+    resized = jnp.einsum(
+      'Hh,bhwk,Ww->bHWk', down, logits, across, precision=precision
+    )
+    mean = softmax_cross_entropy(resized, labels, ignore_label=ignore_label)
+    return jax.tree.map(jnp.add, sums, mean), None
 
   zero = jnp.zeros((), logits.dtype)
   return jax.lax.scan(add_part, Mean(zero, zero), (down, labels))[0]
 
 
 def ohem_cross_entropy(
-  logits,
-  labels,
+  logits: Logits,
+  labels: Labels,
   *,
-  threshold=0.7,
-  min_kept=1 / 16,
-  class_weights=None,
-  ignore_label=IGNORE_LABEL,
-):
-  """Cross-entropy over the hard pixels alone (OHEM).
+  threshold: float = 0.7,
+  min_kept: float = 1 / 16,
+  class_weights: ClassWeights = None,
+  ignore_label: int = IGNORE_LABEL,
+) -> Mean:
+  """Online hard example mining: cross-entropy over the hard pixels only.
 
-  Hard is a pixel whose class has a probability of at most `threshold`. If
-  these are fewer than the share `min_kept` of the pixels that count, the
-  hardest ones up to that share; at least one. Over the whole batch, or the part
-  that is computed at a time, on any number of devices. Shrivastava et al.,
-  arXiv 1604.03540, for pixels.
+  A pixel is hard if its label has a probability of at most `threshold`. If
+  fewer than the fraction `min_kept` of the labeled pixels are hard, the hardest
+  ones up to that fraction are used, and at least one. The selection is over the
+  whole batch, on any number of devices; with gradient accumulation, over each
+  part. Shrivastava et al., arXiv 1604.03540, applied to pixels.
 
-  `threshold` is in (0, 1], 1 the plain cross-entropy; `min_kept` from 0 to 1.
-  Class weights enter the mean, not the choice.
+  >>> logits = jnp.array([4.0, 0.0, 0.0, 4.0]).reshape(1, 1, 2, 2)
+  >>> labels = jnp.zeros((1, 1, 2), int)  # Only the second pixel is wrong.
+  >>> float(ohem_cross_entropy(logits, labels).value)
+  4.018149...
+
+  Args:
+    logits: see softmax_cross_entropy.
+    labels: see softmax_cross_entropy.
+    threshold: a probability in (0, 1]; 1 gives the plain cross-entropy.
+    min_kept: a fraction in [0, 1].
+    class_weights: weights in the mean; they do not affect the selection.
+    ignore_label: label of the pixels to leave out.
   """
-  losses, valid = _pixel_losses(logits, labels, ignore_label, class_weights)
-  known = jax.lax.stop_gradient(losses)
-  ordered = jnp.sort(jnp.where(valid, known, -1).ravel(), descending=True)
-  kept = jnp.ceil(min_kept * jnp.sum(valid, dtype=losses.dtype))
+  losses, labeled = _pixel_losses(logits, labels, ignore_label, class_weights)
+  hardness = jax.lax.stop_gradient(losses)
+  ordered = jnp.sort(jnp.where(labeled, hardness, -1).ravel(), descending=True)
+  kept = jnp.ceil(min_kept * jnp.sum(labeled, dtype=losses.dtype))
   last = jnp.maximum(kept.astype(jnp.int32) - 1, 0)
   cutoff = jnp.minimum(-math.log(threshold), ordered[last])
-  return _mean(losses, labels, valid & (known >= cutoff), class_weights)
+  hard = labeled & (hardness >= cutoff)
+  return _weighted_mean(losses, labels, hard, class_weights)
 
 
 def focal_loss(
-  logits, labels, *, gamma=2.0, class_weights=None, ignore_label=IGNORE_LABEL
-):
-  """Mean of (1 - p)^gamma times cross-entropy, p that of the label.
+  logits: Logits,
+  labels: Labels,
+  *,
+  gamma: float = 2.0,
+  class_weights: ClassWeights = None,
+  ignore_label: int = IGNORE_LABEL,
+) -> Mean:
+  """Mean of (1 - p)^gamma times the cross-entropy, p the label's probability.
 
-  Lin et al., arXiv 1708.02002; per pixel, unlike the authors' --loss-type
-  focal, which rescales the mean (METHOD 4.4). `gamma` is not negative, 0 the
-  cross-entropy; the class weights are the paper's alpha.
+  Lin et al., arXiv 1708.02002, for each pixel; the authors' --loss-type=focal
+  scales the mean over all pixels instead (METHOD 4.4).
+
+  >>> logits, labels = jnp.zeros((1, 2, 2, 4)), jnp.full((1, 2, 2), 3)
+  >>> float(focal_loss(logits, labels, gamma=2.0).value)  # 0.75^2 log(4)
+  0.779790...
+
+  Args:
+    logits: see softmax_cross_entropy.
+    labels: see softmax_cross_entropy.
+    gamma: at least 0, which gives the cross-entropy.
+    class_weights: the paper's alpha.
+    ignore_label: label of the pixels to leave out.
   """
-  losses, valid = _pixel_losses(logits, labels, ignore_label, class_weights)
-  # 1 - p without cancellation; a power below 1 has no derivative at 0.
+  losses, labeled = _pixel_losses(logits, labels, ignore_label, class_weights)
+  # expm1 avoids cancellation; powers below 1 have no derivative at 0.
   wrong = jnp.maximum(-jnp.expm1(-losses), 1e-6)
-  return _mean(wrong**gamma * losses, labels, valid, class_weights)
+  return _weighted_mean(wrong**gamma * losses, labels, labeled, class_weights)
 
 
-def dice_loss(logits, labels, *, ignore_label=IGNORE_LABEL):
-  """1 - mean soft Dice of the classes that occur in the labels of the batch.
+def dice_loss(
+  logits: Logits, labels: Labels, *, ignore_label: int = IGNORE_LABEL
+) -> Mean:
+  """One minus the soft Dice coefficient, averaged over the classes present.
 
-  Dice of a class is 2 sum(p y) / (sum(p) + sum(y)) over the pixels that count
-  of the batch, or of the part that is computed at a time, p the probability and
-  y 1 where it is the label: every class weighs the same, whatever its size. The
-  count is that of the classes. Milletari et al., arXiv 1606.04797, without
-  their squares.
+  The Dice coefficient of a class is 2 sum(p y) / (sum(p) + sum(y)), summed over
+  the labeled pixels of the batch (with gradient accumulation, of each part),
+  where p is the probability of the class and y is 1 where it is the label.
+  Every class has the same weight, whatever its area. The count of the Mean is
+  the number of classes. Milletari et al., arXiv 1606.04797, without squares.
+
+  >>> logits = jnp.array([9.0, -9.0]).reshape(1, 1, 1, 2)
+  >>> round(float(dice_loss(logits, jnp.array([[[1]]])).value), 6)
+  1.0
+
+  Args:
+    logits: see softmax_cross_entropy.
+    labels: see softmax_cross_entropy.
+    ignore_label: label of the pixels to leave out.
   """
   _check_shapes(logits, labels)
-  valid = labels != ignore_label
+  labels = jnp.asarray(labels)
+  labeled = labels != ignore_label
   p = jax.nn.softmax(_float(logits))
-  labels = jnp.where(valid, labels.astype(jnp.int32), -1)
-  # A row of zeros where nothing counts.
-  target = jax.nn.one_hot(labels, p.shape[-1], dtype=p.dtype)
+  # All zeros where the label is ignored.
+  target = jax.nn.one_hot(
+    jnp.where(labeled, labels.astype(jnp.int32), -1), p.shape[-1], dtype=p.dtype
+  )
   pixels = tuple(range(labels.ndim))
-  both, size = jnp.sum(p * target, pixels), jnp.sum(target, pixels)
-  total = jnp.sum(p, pixels, where=valid[..., None]) + size
-  present = size > 0
-  dice = 2 * both / jnp.where(present, total, 1)
+  overlap, area = jnp.sum(p * target, pixels), jnp.sum(target, pixels)
+  sizes = jnp.sum(p, pixels, where=labeled[..., None]) + area
+  present = area > 0
+  dice = 2 * overlap / jnp.where(present, sizes, 1)
   total = jnp.sum(1 - dice, where=present)
   return Mean(total, jnp.sum(present, dtype=p.dtype))

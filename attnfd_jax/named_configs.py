@@ -1,43 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configs that come with the package, by name: `camvid`, `camvid:cpu`."""
+"""The configs of the package, by name: `camvid`, `camvid:cpu`."""
 
 import ast
 import pathlib
 import re
 
 from attnfd_jax.errors import InputError, known
+from attnfd_jax.types import StrPath
 
-# The folder configs/ of the repository, by a link; a wheel has the files. A
-# checkout without links has a text file there.
+# A symbolic link to the configs/ of the repository; in a wheel, the files.
+# Where git cannot create links, a text file is in its place.
 FOLDER = pathlib.Path(__file__).parent / 'configs'
 if not FOLDER.is_dir():
   FOLDER = pathlib.Path(__file__).parents[1] / 'configs'
 
 
-def names():
+def names() -> list[str]:
+  """Names of all configs, sorted."""
   return sorted(path.stem for path in FOLDER.glob('*.py'))
 
 
-def path_of(name):
-  """The file of a config; InputError with the nearest name if there is none."""
+def path_of(name: str) -> pathlib.Path:
+  """The file of a config; InputError with the closest name if none matches."""
   known(
     'config', name, names(), others='; or the path of a file, as in mine.py'
   )
   return FOLDER / f'{name}.py'
 
 
-def summaries():
-  """{name: first line of its docstring} of all configs."""
-  return {
-    name: ast.get_docstring(ast.parse(path_of(name).read_text())).split('\n')[0]
-    for name in names()
-  }
+def summaries() -> dict[str, str]:
+  """The first line of the docstring of each config, by name."""
+  texts = {name: path_of(name).read_text() for name in names()}
+  docstrings = {x: ast.get_docstring(ast.parse(y)) for x, y in texts.items()}
+  return {x: (y or '').partition('\n')[0] for x, y in docstrings.items()}
 
 
-def resolve(value):
-  """A value of --config with the file in place of a bare name.
+def resolve(value: str) -> str:
+  """Replaces a bare name in a value of --config by the config's file.
 
-  'camvid' and 'camvid:cpu' are such names; paths stay as they are.
+  'camvid' and 'camvid:cpu' are bare names; paths are returned unchanged.
   """
   name, colon, variant = value.partition(':')
   if not re.fullmatch(r'\w+', name) or pathlib.Path(name).is_file():
@@ -45,16 +46,16 @@ def resolve(value):
   return f'{path_of(name)}{colon}{variant}'
 
 
-def copy(name, target):
-  """Copies a config to a new file, to be edited; returns its path."""
+def copy(name: str, target: StrPath) -> pathlib.Path:
+  """Copies a config to a new file for editing and returns its path."""
   source, target = path_of(name), pathlib.Path(target)
   if target.is_dir():
     target /= source.name
   if target.suffix != '.py':
-    raise InputError(f'{target}: a config is a file of Python, as in mine.py.')
+    raise InputError(f'{target}: a config is a Python file, as in mine.py.')
   try:
     with target.open('x') as file:
       file.write(source.read_text())
   except FileExistsError:
-    raise InputError(f'{target} exists; it is left as it is.') from None
+    raise InputError(f'{target} already exists; choose another name.') from None
   return target

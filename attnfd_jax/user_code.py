@@ -1,41 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects of the user's own: 'file.py:Object' or 'package.module:Object'.
+"""Loads objects of the user: 'file.py:Object' or 'package.module:Object'.
 
-A config names a network, a method or a teacher so. That Python runs then is the
-user's choice. Files are kept in <stage>/code/<hash>/<name>.py, so that a stage
-can be loaded where the original is gone or has changed; what a run's folder
-names runs only with --allow_code.
+A config can name a network, a method or a teacher this way, and naming it
+allows it to run. The file is copied to <stage>/code/<hash>/<name>.py, so that a
+stage can be loaded after the original has changed or is gone. Code named by the
+config in a run's folder runs only with --allow_code.
 """
 
+from collections.abc import Iterator, Mapping
 import contextlib
 import functools
 import hashlib
 import importlib
 import sys
 import types
+from typing import Any
 
 from etils import epath
 
 from attnfd_jax import paths
 from attnfd_jax.errors import InputError
+from attnfd_jax.types import Config
 
 
-def is_code(spec):
-  """Whether `spec` names an object of Python, rather than one of ours."""
+def is_code(spec: str) -> bool:
+  """Whether `spec` names an object of the user, not a built-in one."""
   return ':' in spec
 
 
-def _path_of(spec):
+def _path_of(spec: str) -> epath.Path:
   return epath.Path(spec.rpartition(':')[0])
 
 
-def _is_file(spec):
+def _is_file(spec: str) -> bool:
   return _path_of(spec).suffix == '.py'
 
 
 @contextlib.contextmanager
-def explained(what):
-  """Makes an InputError of whatever the user's code raises."""
+def explained(what: str) -> Iterator[None]:
+  """Turns any error of the user's code into an InputError."""
   try:
     yield
   except InputError:
@@ -45,12 +48,20 @@ def explained(what):
     raise InputError(f'{what}: it raised {text}') from error
 
 
-def load_object(spec, *, option, source=None):
-  """The object that `spec` names, the value of `option` in messages.
+def load_object(spec: str, *, option: str, source: bytes | None = None) -> Any:
+  """Imports the object that `spec` names.
 
-  `source` are the bytes of its file, where they have been checked: what is read
-  again may be another file. The same bytes give the same object, so that
-  compiled programs are shared. InputError if there is none, or its code raises.
+  The same file content gives the same object, so that compiled programs are
+  shared.
+
+  Args:
+    spec: 'file.py:Object' or 'package.module:Object'.
+    option: name of the option, for messages.
+    source: content of the file, where it was verified: the file itself may have
+      changed since.
+
+  Raises:
+    InputError: if the object does not exist or its module raises.
   """
   given = f'{option}={spec!r}'
   where, _, name = spec.rpartition(':')
@@ -70,9 +81,9 @@ def load_object(spec, *, option, source=None):
 
 
 @functools.cache
-def _run(source, path):
-  """The module of a file's bytes; no bytecode beside it takes their place."""
-  # One name for each content: dataclasses and pickle look modules up by name.
+def _run(source: bytes, path: str) -> types.ModuleType:
+  """Runs a module from its source, never from cached bytecode."""
+  # A name for each content: dataclasses and pickle look modules up by name.
   name = f'{epath.Path(path).stem}_{_digest(source)[:8]}'
   module = sys.modules[name] = types.ModuleType(name)
   module.__file__ = path
@@ -80,22 +91,35 @@ def _run(source, path):
   return module
 
 
-def _digest(source):
+def _digest(source: bytes) -> str:
   return hashlib.sha256(source).hexdigest()
 
 
-def specs(config):
-  """Each 'file.py:Object' or 'package.module:Object' of a config."""
+def specs(config: Config) -> list[str]:
+  """All 'file.py:Object' and 'package.module:Object' values of a config."""
   groups = [config[name] for name in ('student', 'teacher', 'distill')]
   keys = ('network', 'factory', 'method')
-  named = [group.get(key, '') for group in groups for key in keys]
-  return [spec for spec in named if is_code(spec)]
+  values = [group.get(key, '') for group in groups for key in keys]
+  return [value for value in values if is_code(value)]
 
 
-def store(directory, config, stored):
-  """{spec: sha256} of the files of `config`, copied into a stage's folder.
+def store(
+  directory: epath.Path,
+  config: Config,
+  stored: Mapping[str, str],
+) -> dict[str, str]:
+  """Copies the code files of a config into a stage's folder.
 
-  InputError if one differs from `stored`, what the run's stages have recorded.
+  Args:
+    directory: folder of the stage.
+    config: a config or its JSON.
+    stored: {spec: sha256} of the files that earlier stages of the run used.
+
+  Returns:
+    {spec: sha256} of the files of this config.
+
+  Raises:
+    InputError: if a file differs from the stored one.
   """
   digests = {}
   for spec in filter(_is_file, specs(config)):
@@ -103,8 +127,8 @@ def store(directory, config, stored):
     source = path.read_bytes()
     digest = digests[spec] = _digest(source)
     if stored.get(spec, digest) != digest:
-      remedy = 'put the old file back, or use another --workdir.'
-      raise InputError(f'{path} has changed since the run was begun; {remedy}')
+      remedy = 'restore the file, or use another --workdir.'
+      raise InputError(f'{path} has changed since the run started; {remedy}')
     copy = _copy_of(spec, directory, digest)
     copy.parent.mkdir(parents=True, exist_ok=True)
     with paths.replacing(copy) as file:
@@ -112,18 +136,33 @@ def store(directory, config, stored):
   return digests
 
 
-def _copy_of(spec, directory, digest):
+def _copy_of(spec: str, directory: epath.Path, digest: str) -> epath.Path:
   return directory / 'code' / digest[:12] / _path_of(spec).name
 
 
-def kept(directory, info, spec, *, allow_code):
-  """For `load_object`: the copy that a stage keeps of `spec`, and its bytes.
+def kept(
+  directory: epath.Path,
+  info: Mapping[str, Any],
+  spec: str,
+  *,
+  allow_code: bool,
+) -> tuple[str, bytes | None]:
+  """The copy of a code file in a stage's folder, for `load_object`.
 
-  `info` is the stage's config.json. InputError if the code may not be run, or
-  is not what `store` recorded.
+  Args:
+    directory: folder of the stage.
+    info: content of its config.json.
+    spec: the original value of the config.
+    allow_code: whether the user has allowed to run it.
+
+  Returns:
+    The spec of the copy and its verified content, None for installed modules.
+
+  Raises:
+    InputError: if code is not allowed, or the copy is not the recorded one.
   """
   if not allow_code:
-    remedy = 'read what is below code/, and add --allow_code to run it.'
+    remedy = 'read the files in code/, and add --allow_code to run them.'
     raise InputError(f'{directory}: its config names code, {spec}: {remedy}')
   if not _is_file(spec):
     return spec, None
@@ -131,6 +170,6 @@ def kept(directory, info, spec, *, allow_code):
   copy = _copy_of(spec, directory, digest)
   source = copy.read_bytes() if copy.is_file() else b''
   if _digest(source) != digest:
-    text = 'absent, or not the file that was recorded; put a copy back.'
+    text = 'missing, or not the file that was recorded; restore it.'
     raise InputError(f'{copy}: {text}')
   return f'{copy}:{spec.rpartition(":")[2]}', source

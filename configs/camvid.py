@@ -58,7 +58,7 @@ def get_config(arg=None):
   config.data.root = 'data/camvid'
   config.data.base_size = 360
   config.data.crop_size = (360, 360)  # As CIRKD.
-  # Val and test are other drives: colours and light must not be memorised.
+  # Val and test are other drives: colors and light must not be memorised.
   config.data.photometric = 1.0
   config.data.cache = True  # 0.35 GB.
   config.batch_size = 16

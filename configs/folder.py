@@ -11,7 +11,7 @@ ten or five hundred images a random start is far behind (experiments/camvid).
 
 An image and its mask have the same stem; masks are 8-bit PNGs of class ids in
 the order of class_names, 255 is ignored. A split `test` is read if it exists.
-Masks of colours: --config.data.palette="((r,g,b), ...)"; of other ids:
+Masks of colors: --config.data.palette="((r,g,b), ...)"; of other ids:
 --config.data.id_map="(7, 8, ...)". What Roboflow, CVAT, FiftyOne and COCO tools
 export is read as it is: docs/own_data.md.
 """

@@ -10,7 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from attnfd_jax.data.synthetic import CLASS_NAMES, PALETTE
-from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.models.deeplab import normalize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,4 +30,4 @@ class ByColor:
 
 def make():
   """What config.teacher.factory calls."""
-  return ByColor('by color', CLASS_NAMES, {'colors': normalise(PALETTE)})
+  return ByColor('by color', CLASS_NAMES, {'colors': normalize(PALETTE)})

@@ -5,6 +5,7 @@ import contextlib
 import os
 import tempfile
 
+import type_checks
 import xla_flags
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -18,9 +19,12 @@ os.environ['XLA_FLAGS'] = (
   f'{xla_flags.quick(4)} {os.environ.get("XLA_FLAGS", "")}'
 )
 
+type_checks.install()
+
 # The lines above must run first.
 from absl import flags  # noqa: E402
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import small_run  # noqa: E402
@@ -41,6 +45,14 @@ def kept_programs(tmp_path_factory):
   """Later runs of a file reuse the programs of earlier ones."""
   with small_run.kept_programs(tmp_path_factory.mktemp('programs')):
     yield
+
+
+@pytest.fixture
+def no_type_checks():
+  """Calls as users make them: our own errors, not those of the annotations."""
+  jaxtyping.config.update('jaxtyping_disable', True)
+  yield
+  jaxtyping.config.update('jaxtyping_disable', False)
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def restore_numpy(path):
 
 
 def assert_same_run(ours, theirs):
-  """Bit for bit: results, metrics, checkpoints with the optimiser."""
+  """Bit for bit: results, metrics, checkpoints with the optimizer."""
   assert read_result(ours) == read_result(theirs)
   assert untimed(read_lines(ours)) == untimed(read_lines(theirs))
   first, second = stored_states(ours), stored_states(theirs)

@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / 'attnfd_jax'
 # Each room may import from itself and from the levels above its own.
 LEVELS = (
-  {'errors', 'labels', 'named_configs', 'paths', 'progress'}
+  {'errors', 'named_configs', 'paths', 'progress', 'types'}
   | {'user_cache', 'user_code'},
   {'devices', 'losses', 'metrics', 'models'},
   {'data', 'distill', 'pytorch'},

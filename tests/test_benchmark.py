@@ -177,7 +177,7 @@ def test_train_measures_a_step(tmp_path):
   assert found['images_per_second'] == pytest.approx(4 / found['step_seconds'])
   assert found['batch_size'] == 4 and found['image_size'] == [33, 48]
   share = found['gflops_per_step'] / found['step_seconds']
-  assert found['flop_utilisation'] == pytest.approx(
+  assert found['flop_utilization'] == pytest.approx(
     share / found['device_peak_gflops']
   )
   # Weights, their gradients and momentum at least.

@@ -155,17 +155,17 @@ def test_values_are_summed_over_files(tmp_path):
   _, lines = report(tmp_path)
   many = 48 * 64 + 10
   total = f'200 ({many} pixels in 3 files), 77 (18 pixels in 2 files)'
-  assert f'  in all: {total}' in lines
+  assert f'  in total: {total}' in lines
 
 
 def test_what_is_kept_of_an_error_is_small(tmp_path):
-  fixtures.make_folder(tmp_path, 'colours')
+  fixtures.make_folder(tmp_path, 'colors')
   pixels = np.zeros((48, 64, 3), np.uint8)
   pixels[..., 1] = np.arange(48)[:, None]
   pixels[..., 2] = np.arange(64)  # The first one is background.
   pixels[20] = (1, 2, 3)
   fixtures.write(tmp_path / 'masks' / 'val' / 'val_0.png', pixels)
-  dataset = load(tmp_path, **fixtures.folder_config('colours'))
+  dataset = load(tmp_path, **fixtures.folder_config('colors'))
   _, problems = checking.check(dataset, 2)
   (problem,) = problems['val'].values()
   assert len(problem.values) == 256 and problem.values['1,2,3'] == 64
@@ -204,7 +204,7 @@ def test_problems_come_in_a_fixed_order():
     )
   ]
   assert [*checking.problem_lines(problems, {})] == [
-    'problem: absent or empty splits (1)',
+    'problem: missing or empty splits (1)',
     '  a',
     f'problem: {checking.KINDS["exif"]} (2)',
     '  b',
@@ -226,7 +226,7 @@ def test_a_split_without_files(tmp_path, empty):
   (problem,) = found['problems']
   assert problem['kind'] == 'split'
   assert problem['file'] == str(tmp_path / 'val')
-  assert 'problem: absent or empty splits (1)' in lines
+  assert 'problem: missing or empty splits (1)' in lines
 
 
 def test_a_split_that_the_layout_does_not_miss(tmp_path):
@@ -288,7 +288,7 @@ def test_unlabeled_images_of_val_or_test_are_refused(tmp_path, split):
   assert not found['usable']
   (problem,) = found['problems']
   assert (problem['kind'], problem['file']) == ('leak', str(copy))
-  assert f'  {copy}: is {split} {source}, and would be learned from; ' in (
+  assert f'  {copy}: is {split} {source}, which must not be trained with; ' in (
     '\n'.join(lines)
   )
   assert lines[-1].startswith(
@@ -501,7 +501,7 @@ def _sheet(dataset):
   return np.asarray(contact_sheet.draw_sheet(dataset, problems))
 
 
-def test_the_sheet_shows_labels_in_their_colours(tmp_path):
+def test_the_sheet_shows_labels_in_their_colors(tmp_path):
   drawn = fixtures.make_camvid(tmp_path)
   dataset = load(tmp_path)
   sheet = _sheet(dataset)
@@ -544,13 +544,13 @@ def test_the_sheet_shows_what_can_be_decoded(tmp_path, how):
   assert pink == (14 if how is strange else 0)
 
 
-def test_wrong_colours_are_pink(tmp_path):
-  fixtures.make_folder(tmp_path, 'colours')
+def test_wrong_colors_are_pink(tmp_path):
+  fixtures.make_folder(tmp_path, 'colors')
   path = tmp_path / 'masks' / 'train' / 'train_3.png'
   pixels = np.array(Image.open(path))
   pixels[5, :8] = (1, 2, 3)
   fixtures.write(path, pixels)
-  sheet = _sheet(load(tmp_path, **fixtures.folder_config('colours')))
+  sheet = _sheet(load(tmp_path, **fixtures.folder_config('colors')))
   assert np.all(sheet == (255, 0, 255), -1).sum() == 8
 
 
@@ -652,7 +652,10 @@ def test_a_broken_set_ends_with_2_and_a_line_for_each_file(done):
       'flag',
       'error: --threads=0: expected a whole number of 1 or more, such as 8.',
     ),
-    ('ending', 'error: --contact_sheet=sheet: name a file, such as found.png.'),
+    (
+      'ending',
+      'error: --contact_sheet=sheet: name a file, such as result.png.',
+    ),
   ],
 )
 def test_wrong_flags_are_one_line(done, name, line):

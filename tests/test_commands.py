@@ -261,13 +261,13 @@ def small(tmp_path_factory):
     small_run.kept_programs(tmp_path_factory.mktemp('programs')),
     pytest.MonkeyPatch.context() as patch,
   ):
-    # As many blocks as make a ResNet-18 recognised.
+    # As many blocks as make a ResNet-18 recognized.
     blocks = functools.partial(ResNet, (1, 1, 2, 1), False)
     patch.setitem(deeplab.BACKBONES, 'resnet18', blocks)
     patch.setitem(train.PEAK_SIZE, 'cpu', 64)
     # A fresh process: tests/test_export.py.
     patch.setattr(agreement, 'run_fresh', run_here)
-    # Programs that run once are not worth optimising.
+    # Programs that run once are not worth optimizing.
     jax.config.update('jax_disable_most_optimizations', True)
     yield
     jax.config.update('jax_disable_most_optimizations', False)

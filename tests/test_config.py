@@ -83,7 +83,7 @@ def test_all_files_are_listed():
 
 
 @every_config
-def test_loads_locks_and_serialises(name, arg):
+def test_loads_locks_and_serializes(name, arg):
   config = load(name, arg)
   assert set(leaves(config)) == set(leaves(default_config()))
   with pytest.raises(AttributeError, match='Did you mean.*lr'):

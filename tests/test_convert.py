@@ -318,14 +318,14 @@ def read_same(source, expected):
   ('prefix', 'words'),
   [
     ('', ''),
-    ('module.', "took off 'module.'"),
-    ('_orig_mod.module.', "took off '_orig_mod.', 'module.'"),
-    ('model.', "took off 'model.'"),
-    ('net.network.', "took off 'net.network.'"),
-    ('student._orig_mod.', "took off '_orig_mod.', 'student.'"),
-    ('model.module.student.', "took off 'module.', 'model.student.'"),
-    ('backbone.', "took off 'backbone.'"),
-    ('what ever.', "took off 'what ever.'"),
+    ('module.', "removed 'module.' from"),
+    ('_orig_mod.module.', "removed '_orig_mod.', 'module.'"),
+    ('model.', "removed 'model.'"),
+    ('net.network.', "removed 'net.network.'"),
+    ('student._orig_mod.', "removed '_orig_mod.', 'student.'"),
+    ('model.module.student.', "removed 'module.', 'model.student.'"),
+    ('backbone.', "removed 'backbone.'"),
+    ('what ever.', "removed 'what ever.'"),
   ],
 )
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_any_prefix_is_taken_off(tensors, backbone, prefix, words):
   }
   both = read_same(prefixed(prefix, found) | beside, found)
   assert both.startswith(words)
-  assert 'left out 3 tensors beside it: criterion.weight, loss.lay' in both
+  assert 'ignored 3 other tensors: criterion.weight, loss.lay' in both
   trunk_only = {k: x for k, x in found.items() if k.startswith('backbone.')}
   assert words in read_same(prefixed(prefix, trunk_only), trunk_only)
 
@@ -362,7 +362,7 @@ def test_any_key_is_unwrapped(tmp_path, tensors, keys, prefix):
   torch_files.write_torch(path, value)
   line = read_same(path, found)
   assert line.startswith(f"unwrapped '{keys}'")
-  assert f'beside it: {"loss" if "/" not in keys else "loss, "}' in line
+  assert f'other tensors: {"loss" if "/" not in keys else "loss, "}' in line
   # Tensors in memory, too.
   assert read_same(value, found) == line
 
@@ -385,7 +385,7 @@ def test_plain_weights_are_meant_and_others_named(tensors, others):
     value |= nested(keys, {name: x + 1 for name, x in found.items()})
   line = read_same(value | {'model': found}, found)
   assert line.startswith("unwrapped 'model'")
-  assert 'left out' in line
+  assert 'ignored' in line
 
 
 @pytest.mark.parametrize('prefix', ['', 'model.', 'student.'])
@@ -393,9 +393,7 @@ def test_plain_weights_are_meant_and_others_named(tensors, others):
 def test_averaged_weights_of_the_same_mapping_are_left(tensors, prefix, other):
   found = tensors('mobilenet_v2')
   value = prefixed(other, found) | prefixed(prefix, found)
-  assert f'tensors beside it: {other.split("module")[0]}' in read_same(
-    value, found
-  )
+  assert f'other tensors: {other.split("module")[0]}' in read_same(value, found)
   # An AveragedModel, and a trunk within a loss.
   value = prefixed('module.', found) | {'n_averaged': np.array(3)}
   value |= prefixed('perceptual_loss.net.', trunk(tensors()))
@@ -521,7 +519,7 @@ def test_networks_of_other_projects(
   variables, line = torch_models.load_pretrained(path, network)
   expected, _, _ = torch_models.import_network(full, network)
   assert line.startswith(f'starts from the backbone of {path}: loaded')
-  assert f'left out {len(heads)} tensors beside it: ' in line
+  assert f'ignored {len(heads)} other tensors: ' in line
   for part in ('params', 'batch_stats'):
     assert_same(
       torch_names.flatten(variables[part]['backbone']),
@@ -610,8 +608,8 @@ def test_what_was_done_is_said_by_all(tmp_path, tensors):
   path = tmp_path / 'a.pth'
   torch_files.write_torch(path, {'weights': value})
   said = (
-    "unwrapped 'weights'; took off 'student.'; left out 1 tensors beside it: "
-    'weights/criterion.weight'
+    "unwrapped 'weights'; removed 'student.' from names; "
+    'ignored 1 other tensors: weights/criterion.weight'
   )
   network, *_ = shapes('resnet18')
   assert said in import_stage(path, tmp_path / 'b')[0]
@@ -622,7 +620,7 @@ def test_what_was_done_is_said_by_all(tmp_path, tensors):
   mesh = sharding.make_mesh()
   teacher = sources.from_config(config, tmp_path, classes.VOC, mesh)
   assert '; '.join(teacher.remarks) == said
-  with pytest.raises(InputError, match='took off'):
+  with pytest.raises(InputError, match='removed'):
     attnfd_jax.load_torch(path, backbone='resnet34', num_classes=21, **TINY)
 
 
@@ -755,7 +753,7 @@ def test_a_run_with_files_of_pytorch(tmp_path, tensors, capfd, monkeypatch):
     result = experiment.train(config, tmp_path / 'run')['distill']
   out, _ = capfd.readouterr()
   assert 'starts from the backbone of' in out and 'teacher val mIoU' in out
-  assert "unwrapped 'state_dict'; took off 'module.'" in out
+  assert "unwrapped 'state_dict'; removed 'module.' from names" in out
   options = result['method']['options']['attnfd']
   assert options['teacher_attention'] == 'checkpoint'
   assert 0 <= result['teacher']['miou'] < 0.99
@@ -799,7 +797,7 @@ def test_files_that_do_not_fit_stop_a_run_before_it_begins(tmp_path, tensors):
   config.student.pretrained = ''
   config.stages = ('student', 'distill')
   config.teacher.checkpoint = str(path)
-  with pytest.raises(InputError, match='not a whole resnet'):
+  with pytest.raises(InputError, match='not a complete resnet'):
     experiment.train(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 

@@ -29,7 +29,7 @@ each_notebook = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def quick_compilation():
-  """Programs that run a few times are not worth optimising."""
+  """Programs that run a few times are not worth optimizing."""
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)

@@ -55,7 +55,7 @@ def test_versions(versions, wrong, remedy):
   [
     ('gpu', {}, 'backend gpu', ''),
     ('cpu', {}, 'no plugin', ''),
-    ('cpu', {'platforms': 'cpu'}, 'as JAX_PLATFORMS=cpu asks', ''),
+    ('cpu', {'platforms': 'cpu'}, 'as set by JAX_PLATFORMS=cpu', ''),
     ('cpu', {'has_gpu': True}, 'there is an NVIDIA GPU', "'jax[cuda13]'"),
     ('cpu', {'installed': ['libtpu']}, 'support for TPU', "'jax[tpu]'"),
     (

@@ -58,7 +58,7 @@ CHANNELS = {
 
 @pytest.fixture(scope='module', autouse=True)
 def quick_compilation():
-  """Programs that run once are not worth optimising; also in processes."""
+  """Programs that run once are not worth optimizing; also in processes."""
   name = 'JAX_DISABLE_MOST_OPTIMIZATIONS'
   jax.config.update(name.lower(), True)
   os.environ[name] = '1'
@@ -329,7 +329,7 @@ def test_files_that_disagree_are_not_left(stage, tmp_path, monkeypatch, wrong):
     return found, [1.0] * len(images)
 
   monkeypatch.setattr(agreement, 'run_fresh', run_fresh)
-  message = 'The file finds' if wrong == 'shape' else 'nothing was kept'
+  message = 'The file returns' if wrong == 'shape' else 'no file was writ'
   with pytest.raises(InputError, match=message):
     student.export_student(stage, path, kind='pth', overwrite=True)
   assert [*tmp_path.iterdir()] == [path]
@@ -351,7 +351,7 @@ def test_files_that_cannot_be_loaded(tmp_path):
     ({'kind': 'pth', 'argmax': True}, '--argmax needs a program'),
     ({'kind': 'pth', 'weights': 'int8'}, 'is for --format=stablehlo'),
     ({'kind': 'pth', 'weights': 'int4'}, 'must be one of float32'),
-    ({'kind': 'pth', 'output': 'a.onnx'}, 'ends as onnx, not as pth'),
+    ({'kind': 'pth', 'output': 'a.onnx'}, 'ends in .onnx, but --format is'),
     ({'kind': 'pth', 'output': ''}, '--output is missing'),
     ({'kind': 'pth', 'output': '.'}, 'is a folder'),
     ({'kind': 'pth', 'checkpoint': 'gone'}, 'no config.json'),
@@ -460,5 +460,5 @@ def test_weights_that_differ_in_the_file_are_refused(own_stage, tmp_path):
   restored = agreement.read_back(path, variables)
   jax.tree.map(np.testing.assert_array_equal, restored, variables)
   variables['params']['head']['bias'][0] += 1
-  with pytest.raises(InputError, match='params/head/bias is not in the file'):
+  with pytest.raises(InputError, match='params/head/bias: the file differs'):
     agreement.read_back(path, variables)

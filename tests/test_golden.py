@@ -41,7 +41,7 @@ TOLERANCE = 2e-7
 
 @pytest.fixture(scope='module', autouse=True)
 def exact():
-  """Float64; programs that run once are not worth optimising."""
+  """Float64; programs that run once are not worth optimizing."""
   values = {
     'jax_enable_x64': (True, False),
     'jax_default_matmul_precision': ('highest', None),

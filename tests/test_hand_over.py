@@ -111,7 +111,7 @@ def test_no_place_of_this_machine_is_in_it(stage, tmp_path):
   for name in ('config.json', 'README.md'):
     assert str(tmp_path) not in (tmp_path / 'model' / name).read_text()
   assert (
-    '| First weights | first.pth |'
+    '| Initial weights | first.pth |'
     in (tmp_path / 'model' / 'README.md').read_text()
   )
   _, again, info = loading.load_network(tmp_path / 'model')

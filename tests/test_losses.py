@@ -144,7 +144,7 @@ def test_a_mean_adds_up_over_parts():
     (losses.focal_loss, options),
   ):
     whole = loss(logits, labels, **sums)
-    parts = [loss(logits[i], labels[i], **sums) for i in range(2)]
+    parts = [loss(logits[i:][:1], labels[i:][:1], **sums) for i in range(2)]
     total, count = map(sum, zip(*parts, strict=True))
     # Float32 sums in another order.
     np.testing.assert_allclose(
@@ -158,7 +158,7 @@ def test_a_mean_adds_up_over_parts():
   assert losses.Mean(jnp.zeros(()), 0.0).value == 0
 
 
-def test_shapes_must_fit():
+def test_shapes_must_fit(no_type_checks):
   logits, labels = make()
   with pytest.raises(ValueError, match=r'\(2, 6, 7, 5\).*\(2, 6, 6\)'):
     softmax_cross_entropy(logits, labels[..., :6])
@@ -265,7 +265,9 @@ def test_class_weights():
   assert value == 0 and not np.any(grads)
 
 
-def test_class_weights_must_be_as_many_as_classes():
+def test_class_weights_must_be_as_many_as_classes(
+  no_type_checks,
+):
   logits, labels = make()
   for loss in (softmax_cross_entropy, ohem_cross_entropy, focal_loss):
     with pytest.raises(ValueError, match='2 class_weights for 5 classes'):

@@ -101,7 +101,7 @@ def test_pixels_beyond_int32_are_refused():
 
 @pytest.mark.parametrize('dtype', [np.uint8, np.int32])
 @pytest.mark.parametrize('ignored', [255, 3], ids=['outside', 'a_class'])
-def test_the_host_counts_the_same(dtype, ignored):
+def test_the_host_counts_the_same(no_type_checks, dtype, ignored):
   predictions, labels = make(dtype=dtype)
   labels[0, :3] = 255 if dtype == np.uint8 else -1
   host, device = (
@@ -195,7 +195,7 @@ def test_boundary_iou_equals_masks_minus_erosion(ratio):
   iou = metrics.boundary_iou_per_class(total)
   np.testing.assert_allclose(iou[:4], hits[:4] / unions[:4], **EXACT)
   assert np.all(unions[:4]) and np.isnan(iou[4])
-  summary = metrics.summarise_boundary(total, tuple('abcde'))
+  summary = metrics.summarize_boundary(total, tuple('abcde'))
   np.testing.assert_allclose(summary['boundary_miou'], iou[:4].mean(), **EXACT)
   assert summary['boundary_iou_per_class']['e'] is None
 
@@ -232,7 +232,7 @@ def test_classes_of_a_band_leave_room_for_one_more():
     )
 
 
-def test_shapes_must_be_equal():
+def test_shapes_must_be_equal(no_type_checks):
   with pytest.raises(ValueError, match=r'\(2, 3\).*\(2, 4\)'):
     metrics.confusion_matrix(
       np.zeros((2, 3), int), np.zeros((2, 4), int), num_classes=2
@@ -302,7 +302,7 @@ def test_totals_beyond_int32():
 
 def test_summary_is_json():
   counts = np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]], np.int32)
-  summary = metrics.summarise(counts, ('road', 'car', 'sky'))
+  summary = metrics.summarize(counts, ('road', 'car', 'sky'))
   # allow_nan=False: NaN is no JSON, an absent class is null.
   again = json.loads(json.dumps(summary, allow_nan=False))
   assert again == summary
@@ -326,7 +326,7 @@ def test_summary_is_json():
 
 def test_summary_needs_a_name_for_every_class():
   with pytest.raises(ValueError, match='zip'):
-    metrics.summarise(np.eye(3), ('road', 'car'))
+    metrics.summarize(np.eye(3), ('road', 'car'))
 
 
 def test_without_pixels_nothing_is_known():

@@ -80,7 +80,8 @@ def test_a_copy_is_never_written_over(run, tmp_path):
   assert text == (ROOT / 'configs' / 'camvid.py').read_text()
   (tmp_path / 'mine.py').write_text('edited')
   code, _, error = run('copy-config', 'coco', 'mine.py')
-  assert (code, error) == (2, 'error: mine.py exists; it is left as it is.\n')
+  assert code == 2
+  assert error == 'error: mine.py already exists; choose another name.\n'
   assert (tmp_path / 'mine.py').read_text() == 'edited'
   assert run('copy-config', 'coco', '.')[0] == 0
   assert (tmp_path / 'coco.py').exists()
@@ -92,9 +93,9 @@ def test_a_copy_is_never_written_over(run, tmp_path):
     (['trian'], "Unknown command 'trian'. Did you mean 'train'?"),
     (['copy-config', 'camvid'], 'attnfd copy-config NAME FILE.py'),
     (['copy-config', 'camvd', 'a.py'], "Did you mean 'camvid'?"),
-    (['copy-config', 'camvid', 'a.yaml'], 'a.yaml: a config is a file of Pyt'),
+    (['copy-config', 'camvid', 'a.yaml'], 'a.yaml: a config is a Python file'),
     (['copy-config', 'camvid', 'gone/a.py'], 'No such file or directory'),
-    (['configs', 'all'], 'Its form is: attnfd configs'),
+    (['configs', 'all'], 'Usage: attnfd configs'),
   ],
 )
 def test_a_wrong_command_is_one_line(run, tmp_path, arguments, words):

@@ -18,7 +18,7 @@ MAKERS = {
   'pascal_voc': fixtures.make_voc,
   'cityscapes': fixtures.make_cityscapes,
   'coco': fixtures.make_coco,
-  'folder': lambda root: fixtures.make_folder(root, 'colours'),
+  'folder': lambda root: fixtures.make_folder(root, 'colors'),
 }
 
 
@@ -32,7 +32,7 @@ def small(monkeypatch, tmp_path_factory):
 
 def load(name, **keys):
   config = default_config().data
-  folder = fixtures.folder_config('colours') if name == 'folder' else {}
+  folder = fixtures.folder_config('colors') if name == 'folder' else {}
   config.update(folder | {'name': name} | keys)
   return load_dataset(config)
 

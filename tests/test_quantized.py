@@ -149,7 +149,7 @@ def test_what_is_printed(files):
   assert 'int8: 29 convolutions by minmax over 8 images of the train' in text
   for part in (
     'x smaller than float',
-    ': medians of calls in turns on this CPU, which ',
+    ': medians of alternating calls on this CPU, which ',
     '% of the pixels of the calibration images',
     'In a fresh process, int8 against the network, on 2 images of the val',
   ):
@@ -268,7 +268,7 @@ def test_one_image_is_enough(stage, images, tmp_path):
     keep_float=['aspp', 'classifier', 'backbone/stem'],
     max_drop=1.0,
   )
-  assert ' over 1 images of ' in '\n'.join(lines)
+  assert ' over 1 image of ' in '\n'.join(lines)
   kinds = {x: values.dtype.name for x, (_, values) in _kernels(path).items()}
   kept = {x for x, kind in kinds.items() if kind == 'float32'}
   aspp = {x for x in kinds if x.startswith('aspp/')}
@@ -346,13 +346,13 @@ def test_too_large_a_drop_names_its_layer(
     _export(stage, path, uint8=True, quantize='int8', **given)
   assert not [*path.parent.iterdir()]
   text = str(raised.value)
-  assert 'so nothing was kept' in text and '\n' not in text
+  assert 'so no file was written' in text and '\n' not in text
   assert ('val mIoU' in text) is scored
   assert ('val cannot be read here' in text) is not scored
   assert 'kept in float: decoder/conv2 +' in text
   assert '--keep_float=decoder/conv2' in text
   if not scored:
-    assert 'mends it' in text
+    assert 'fixes it' in text
     found = text.partition('--keep_float=')[2].split()[0].split(',')
     given['keep_float'] = found
     _export(stage, path, uint8=True, quantize='int8', **given)
@@ -396,7 +396,7 @@ def _shrink(folder):
     (None, {'keep_float': ['asp']}, 'asp: no such layer; try aspp'),
     (None, {'keep_float': ['x']}, 'try aspp, backbone, decoder'),
     (None, {'quantize': 'int4'}, "--quantize='int4' must be one of int8"),
-    (None, {'quantize': None}, '--calibrate is of --quantize=int8'),
+    (None, {'quantize': None}, '--calibrate needs --quantize=int8'),
     (None, {'output': 'images/0.png'}, 'exists; add --overwrite'),
   ],
   ids=(
@@ -456,7 +456,7 @@ def test_a_fresh_process_must_agree(stage, tmp_path, monkeypatch):
     return found, seconds
 
   monkeypatch.setattr(agreement, 'run_fresh', run_fresh)
-  with pytest.raises(InputError, match='finds other classes'):
+  with pytest.raises(InputError, match='predicts other classes'):
     student.export_student(
       stage, tmp_path / 'a', kind='onnx', quantize='int8', max_drop=1.0
     )

@@ -24,14 +24,14 @@ Files are in tests/; those without one are below.
   the student                            test_golden.py::
                                          test_gradients_of_a_step
   teacher fixed, its statistics unused   test_the_teacher_stays_as_it_is
-4.2 optimiser, schedule
+4.2 optimizer, schedule
   SGD with nesterov, decay of all        test_updates_of_the_first_steps
                                          training/test_optim.py::
                                          test_sgd_is_that_of_torch
-  power 0.9, no warm-up, no clipping     test_optimiser_of_the_three_configs
+  power 0.9, no warm-up, no clipping     test_optimizer_of_the_three_configs
                                          training/test_optim.py::
                                          test_poly_schedule
-  rates, epochs, batch of the data sets  test_optimiser_of_the_three_configs
+  rates, epochs, batch of the data sets  test_optimizer_of_the_three_configs
   steps of an epoch and of a run         test_number_of_steps
 4.3 one step
   teacher in train mode                  test_the_teacher_stays_as_it_is
@@ -55,7 +55,7 @@ Files are in tests/; those without one are below.
   short side 513, labels too             test_evaluation
                                          data/test_pipeline.py::
                                test_resized_labels_have_the_size_of_the_image
-  every epoch, the best on val is kept   test_optimiser_of_the_three_configs
+  every epoch, the best on val is kept   test_optimizer_of_the_three_configs
                                          training/test_stages.py::
                                          test_every_step_is_logged_once
 5 switches
@@ -178,7 +178,7 @@ def make_dataset(length=RECORDS):
 @pytest.fixture(scope='module', autouse=True)
 def small():
   networks.NETWORKS['reference'] = Small
-  # Programs that run a few times are not worth optimising.
+  # Programs that run a few times are not worth optimizing.
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   del networks.NETWORKS['reference']
@@ -301,7 +301,7 @@ def test_what_moves_in_each_epoch(history):
 
 
 def test_updates_of_the_first_steps(distilled):
-  """Of the stage's own optimiser, for gradients and weights of one value."""
+  """Of the stage's own optimizer, for gradients and weights of one value."""
   stage, gradient, weight = distilled.stage, 0.25, 2.0
   assert (stage.epoch_steps, stage.num_steps) == (2, STEPS)
   params, grads = (
@@ -392,8 +392,8 @@ def test_loss_of_a_step(distilled, history):
 def test_ignored_pixels_are_distilled(distilled, history):
   batch = make_batch()
   _, metrics = distilled.step(history[2], batch)
-  unlabelled = batch | {'label': np.full_like(batch['label'], 255)}
-  _, other = distilled.step(history[2], unlabelled)
+  unlabeled = batch | {'label': np.full_like(batch['label'], 255)}
+  _, other = distilled.step(history[2], unlabeled)
   assert metrics['attnfd'] == other['attnfd'] > 0
   assert other['ce'] == 0 < metrics['ce']
 
@@ -542,7 +542,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
-def test_optimiser_of_the_three_configs(name):
+def test_optimizer_of_the_three_configs(name):
   config = resolve(load(name))
   assert config.recipe == 'reference'
   assert (config.teacher.backbone, config.student.backbone) == (

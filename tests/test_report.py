@@ -111,7 +111,7 @@ def test_page_has_the_numbers(page):
   assert page.count('loading="lazy"') == 3 * (1 + 1 + 3) + 2 * 2 * (1 + 3)
   assert "python -m attnfd_jax.main '--config=a b.py'" in text
   assert page.count('total</text>') == 3 and page.count('>ce</text>') == 1
-  assert '100.0 % right' in text and '>Missing' not in page
+  assert '100.0 % correct' in text and '>Missing' not in page
   assert 'ResNet-50, 47.00 % mIoU, from stage <teacher>' in text
 
 
@@ -175,7 +175,7 @@ def test_same_run_same_page(page, tmp_path):
       0.47,
       0.41,
       None,
-      'no score of a distilled student yet; finished: teacher 47.00 %',
+      'distilled student has no score yet; finished: teacher 47.00 %',
     ),
   ],
 )
@@ -197,7 +197,7 @@ def test_outcome(tmp_path, teacher, student, distill, words):
     assert 'cannot be compared' in written()
 
 
-def test_seeds_are_summarised(tmp_path):
+def test_seeds_are_summarized(tmp_path):
   folders = []
   for i, (student, distill) in enumerate([(40, 43), (42, 44)]):
     miou = {'teacher': 0.47, 'student': student / 100, 'distill': distill / 100}

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `python -m attnfd_jax.benchmark` measures, one module each."""
+"""The measurements of `python -m attnfd_jax.benchmark`, one module each."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images a second of the training pipeline.
+"""Measures the training pipeline in images per second.
 
-Nothing goes to a device: this is what the host delivers, to be compared with
-what `benchmark train` consumes.
+Nothing is copied to a device: compare the throughput of the host with what
+`benchmark train` consumes.
 """
 
+from collections.abc import Iterable
 import multiprocessing
 import os
 import pathlib
@@ -12,49 +13,62 @@ import re
 import statistics
 import threading
 import time
+from typing import Any
 
 from attnfd_jax.config import num_cores, resolve
 from attnfd_jax.data import cache, pipeline
-from attnfd_jax.data.sources import load_dataset
+from attnfd_jax.data.sources import Dataset, load_dataset
 from attnfd_jax.errors import InputError, within
 from attnfd_jax.runs import logs
+from attnfd_jax.types import Config
 
 
-def _of_workers(name):
-  """Texts of a file in /proc of each running worker process."""
+def _of_workers(name: str) -> list[str]:
+  """Reads a file in /proc of each running worker process."""
   workers = multiprocessing.active_children()
   return [pathlib.Path(f'/proc/{x.pid}/{name}').read_text() for x in workers]
 
 
-def _cpu_seconds():
-  """Of this process and its workers, up to now."""
+def _cpu_seconds() -> float:
+  """Returns the CPU time used so far by this process and its workers."""
   total = time.process_time()
   for text in _of_workers('stat'):
-    # The fields 14 and 15 of the line; the second one, a name, has spaces.
+    # Fields 14 and 15 of the line; field 2, a name, may contain spaces.
     user, system = text.rpartition(')')[2].split()[11:13]
     total += (int(user) + int(system)) / os.sysconf('SC_CLK_TCK')
   return total
 
 
-def _peak_memory():
-  """Bytes of this process and its workers at their highest."""
-  # Not getrusage's, which begins with that of the process it was forked from.
+def _peak_memory() -> int:
+  """Returns the sum of the peak memory of this process and its workers."""
+  # getrusage would start from the peak of the process that was forked.
   own = pathlib.Path('/proc/self/status').read_text()
   text = '\n'.join([own, *_of_workers('status')])
   return 1024 * sum(map(int, re.findall(r'^VmHWM:\s*(\d+)', text, re.M)))
 
 
-def measure(batches, config, *, seconds):
-  """Speed of the batches of a resolved config, over at least `seconds`."""
-  # Before the clock starts, and the least that it counts: more batches than
-  # can be under way at once.
-  first = 2 * config.data.threads * max(config.data.workers, 1)
+def measure(
+  batches: Iterable[Any], config: Config, *, seconds: float
+) -> dict[str, Any]:
+  """Measures the throughput of a pipeline.
+
+  Args:
+    batches: batches of the pipeline; their iterator has a method `close`.
+    config: resolved config of these batches.
+    seconds: minimum duration.
+
+  Returns:
+    {'images_per_second', 'cpu_seconds_per_image', 'peak_memory_bytes'}.
+  """
+  # Number of warm-up batches and minimum number of timed ones: more than can be
+  # in flight at once.
+  num_warmup = 2 * config.data.threads * max(config.data.workers, 1)
   others, count = threading.enumerate(), 0
-  iterator = iter(batches)
-  for _ in range(first):
+  iterator: Any = iter(batches)
+  for _ in range(num_warmup):
     next(iterator)
   wall, cpu = time.perf_counter(), _cpu_seconds()
-  while count < first or time.perf_counter() - wall < seconds:
+  while count < num_warmup or time.perf_counter() - wall < seconds:
     next(iterator)
     count += 1
   wall, cpu = time.perf_counter() - wall, _cpu_seconds() - cpu
@@ -65,15 +79,16 @@ def measure(batches, config, *, seconds):
     'peak_memory_bytes': _peak_memory(),
   }
   iterator.close()
-  for thread in threading.enumerate():  # They finish their last batches.
-    # An iterator that somebody else left open would never finish.
+  # Wait for threads that finish their last batches, but not for those of other
+  # iterators that are still open.
+  for thread in threading.enumerate():
     if thread.name.startswith('grain') and thread not in others:
       thread.join()
   return speed
 
 
-def describe(config, dataset):
-  """What a number depends on."""
+def describe(config: Config, dataset: Dataset) -> dict[str, Any]:
+  """Returns the facts on which the throughput depends."""
   return {
     'dataset': dataset.name,
     'images': len(dataset.splits['train']),
@@ -87,13 +102,23 @@ def describe(config, dataset):
   }
 
 
-def run(options):
-  """Prints a line for each round; returns what `--json` prints."""
+def run(options: Any) -> dict[str, Any]:
+  """Runs the benchmark and prints a line for each round.
+
+  Args:
+    options: flags of the command.
+
+  Returns:
+    The object that `--json` prints.
+
+  Raises:
+    InputError: if a flag is missing or out of range.
+  """
   if options.config is None:
     raise InputError('--config is missing, as in --config=configs/camvid.py.')
   within('--rounds', options.rounds, 1)
   within('--seconds', options.seconds, 1e-9)
-  config = resolve(options.config)
+  config: Config = resolve(options.config)
   dataset = load_dataset(config.data)
   for note in dataset.notes:
     print(note)
@@ -102,13 +127,14 @@ def run(options):
   facts = describe(config, dataset) | {'rounds': options.rounds}
   shown = (f'{k} {v}' for k, v in facts.items() if k != 'versions')
   print(', '.join(shown), flush=True)
-  batches, rounds = pipeline.configured_batches(config, dataset), []
+  batches = pipeline.configured_batches(config, dataset)
+  rounds: list[dict[str, Any]] = []
   for i in range(options.rounds):
     rounds.append(measure(batches, config, seconds=options.seconds))
-    rate, cpu, memory = rounds[-1].values()
-    text = f'{rate:.1f} images/s, {1e3 * cpu:.2f} CPU ms an image'
+    rate, cpu, _ = rounds[-1].values()
+    text = f'{rate:.1f} images/s, {1e3 * cpu:.2f} CPU ms per image'
     print(f'round {i + 1}: {text}', flush=True)
   medians = {k: statistics.median(x[k] for x in rounds) for k in rounds[0]}
-  medians['peak_memory_bytes'] = memory
+  medians['peak_memory_bytes'] = rounds[-1]['peak_memory_bytes']
   print('median: ' + ', '.join(f'{k} {v:.4g}' for k, v in medians.items()))
   return medians | facts

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds from the bytes of an image to its class ids, as `predict` does it."""
+"""Measures the time from an image on the host to its class ids."""
 
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,10 +13,23 @@ from attnfd_jax.inference import predictor
 from attnfd_jax.models import network as networks
 
 
-def run(options):
-  """One image at a time, from the host and back; returns what --json prints."""
+def run(options: Any) -> dict[str, Any]:
+  """Times single images, including the copies to the device and back.
+
+  Args:
+    options: flags of the command.
+
+  Returns:
+    The object that `--json` prints.
+
+  Raises:
+    InputError: if a flag is wrong.
+  """
   if options.batch > 1:
-    raise InputError(f'--batch={options.batch}: predict takes one image.')
+    raise InputError(
+      f'--batch={options.batch}: predict measures one image at a time; omit '
+      '--batch.'
+    )
   config = train.configure(options)
   student = networks.describe(config.student)
   num_classes, dtype = options.num_classes, config.optim.dtype
@@ -27,12 +41,12 @@ def run(options):
   image = generator.integers(0, 256, (1, *size, 3), np.uint8)
   times = []
   for _ in range(2 + options.steps):
-    begun = time.perf_counter()
+    start = time.perf_counter()
     jax.device_get(predictor.classify(network, variables, image, size=size))
-    times.append(time.perf_counter() - begun)
+    times.append(time.perf_counter() - start)
   speed = train.speed(times, images=1)
   print(
-    f'{student}, {height} x {width}: {speed["step_seconds"]:.4g} s an image, '
+    f'{student}, {height} x {width}: {speed["step_seconds"]:.4g} s per image, '
     f'{speed["images_per_second"]:.4g} images/s'
   )
   return {

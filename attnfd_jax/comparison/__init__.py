@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One student under many methods: the plan, its runs, the table."""
+"""Trains one student with many methods and writes a table of the results."""

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work that commands with one folder share, and the processes of a job."""
+"""Coordinates commands that share a folder, and the processes of a job."""
 
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import time
+from typing import Any
 
+from etils import epath
 import jax
 
 from attnfd_jax.devices import processes
@@ -14,9 +17,18 @@ _POLL_SECONDS = 5
 
 
 @contextlib.contextmanager
-def holding(folder, *, name='.lock', wait=False):
-  """A lock of a folder, which is made, as of lock.locked: for all processes of
-  a job or, InUse, for none.
+def holding(
+  folder: epath.Path, *, name: str = '.lock', wait: bool = False
+) -> Iterator[None]:
+  """Holds a lock of a folder, in all processes of a job or in none.
+
+  Args:
+    folder: created if it does not exist.
+    name: see lock.locked.
+    wait: see lock.locked.
+
+  Raises:
+    InUse: if another command holds it, and not `wait`.
   """
   with contextlib.ExitStack() as stack:
     reason = ''
@@ -31,8 +43,11 @@ def holding(folder, *, name='.lock', wait=False):
     yield
 
 
-def until_done(attempts, text):
-  """Calls each until it is not InUse; while all are, says `text` once."""
+def until_done(attempts: Sequence[Callable[[], object]], text: str) -> None:
+  """Calls each attempt until it no longer raises InUse.
+
+  While all of them do, waits and tries again, after printing `text` once.
+  """
   waiting = False
   while attempts:
     busy = []
@@ -49,26 +64,28 @@ def until_done(attempts, text):
     attempts = busy
 
 
-def say(text):
-  """A line of the first process."""
+def say(text: str) -> None:
+  """Prints a line, in the first process only."""
   if processes.is_first():
     print(f'[compare] {text}', flush=True)
 
 
-def read_json(path):
-  """What is in a file, in all processes what the first one reads: it writes,
-  and the others may be early.
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """Reads a file in the first process, and returns its content in all.
+
+  Only the first process writes the file; another one might read it too early.
   """
   return processes.from_first(
     logs.read_json(path) if processes.is_first() else {}
   )
 
 
-def is_of_one_row(error):
-  """Whether an error is that of one row, after which others can be trained."""
+def is_of_one_row(error: BaseException) -> bool:
+  """Whether an error concerns one row only: the others can still be trained."""
   if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
-    return False  # A full disk is no fault of a method.
+    return False  # A full disk is not the method's fault.
   if jax.process_count() > 1:
-    # Only what all processes find; after the rest they would wait for another.
+    # All processes raise an InputError of the method. After any other error
+    # they would wait for the one that failed.
     return isinstance(error, InputError) and not isinstance(error, DataError)
   return True

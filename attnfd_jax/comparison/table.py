@@ -1,38 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compare.json of the runs that a comparison's folder has; its fields are
-described in docs/comparing.md.
+"""Collects the runs of a comparison into compare.json.
+
+Its fields are described in docs/comparing.md.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 import json
 import shlex
 import statistics
+from typing import Any
 
+from etils import epath
 import numpy as np
 
 from attnfd_jax import paths
 from attnfd_jax.reporting import comparison_page
 from attnfd_jax.reporting.run_folder import read_curves
 from attnfd_jax.runs import logs
+from attnfd_jax.types import StrPath
 
 KINDS = tuple(comparison_page.TITLES)
 _SCORES = ('miou', 'pixel_accuracy', 'class_accuracy', 'fw_iou')
 _SCORES += ('iou_per_class', 'accuracy_per_class')
-# Of row.json; the rest of a row comes from its runs.
+# Fields copied from row.json; the other fields of a row come from its runs.
 _FACTS = ('name', 'title', 'method', 'settings', 'num_epochs', 'num_steps')
 _FACTS += ('flags', 'memory_bytes', 'method_params', 'seconds_factor', 'failed')
 _MEASURED = ('step_seconds', 'baseline_step_seconds', 'data_seconds', 'device')
 
 
-def scores_of(result):
-  """The part of a result that metrics.summarise made."""
+def scores_of(result: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the part of a result that comes from metrics.summarize."""
   return {key: result[key] for key in _SCORES}
 
 
-def teacher_record(workdir):
-  """Scores on val of a given teacher, as the first run has them; or None."""
+def teacher_record(workdir: epath.Path) -> dict[str, Any] | None:
+  """Returns a given teacher's scores on val from any run; None without one."""
   for path in _of_runs(workdir, 'metrics.jsonl'):
     first = path.read_text().partition('\n')
-    if not first[1]:  # Another command is writing it.
+    if not first[1]:  # Another command is still writing the line.
       continue
     record = json.loads(first[0])
     if record['kind'] == 'teacher':
@@ -40,17 +45,22 @@ def teacher_record(workdir):
   return None
 
 
-def _of_runs(workdir, name):
-  """The files of a name of all distilled students."""
+def _of_runs(workdir: epath.Path, name: str) -> Iterator[epath.Path]:
+  """Yields the files with this name of all distilled students."""
   for rows in ('*/*', 'tuning/*/*'):
     yield from sorted(workdir.glob(f'{rows}/seed*/distill/{name}'))
 
 
-def collect(workdir, *, command=()):
-  """What compare.json holds, of all rows and seeds that are there."""
+def collect(workdir: StrPath, *, command: Sequence[str] = ()) -> dict[str, Any]:
+  """Returns the content of compare.json for all runs in the folder.
+
+  Args:
+    workdir: folder of the comparison.
+    command: command line of `main` with the same config.
+  """
   workdir = paths.as_path(workdir)
   baseline = _row(workdir / 'student', 'student')
-  found = {
+  comparison: dict[str, Any] = {
     'command': shlex.join(command),
     'device': logs.device_name(),
     'versions': logs.versions(),
@@ -65,21 +75,23 @@ def collect(workdir, *, command=()):
         workdir / run['folder'] / 'student' / 'result.json'
       )
       keys = ('dataset', 'protocol', 'network', 'params', 'pretrained')
-      found['student'] = {key: result[key] for key in keys}
+      comparison['student'] = {key: result[key] for key in keys}
   for kind in KINDS:
     for folder in _row_folders(workdir / kind):
-      found['rows'].append({'equal': kind} | _row(folder, 'distill'))
-  set_statistics(found)
-  return found
+      comparison['rows'].append({'equal': kind} | _row(folder, 'distill'))
+  set_statistics(comparison)
+  return comparison
 
 
-def set_statistics(found):
-  """Sets what follows from the runs of the rows: spreads, differences, seconds.
+def set_statistics(comparison: dict[str, Any]) -> None:
+  """Computes the statistics of the rows: spreads, differences and seconds.
 
-  `found` is a compare.json, perhaps with runs of several.
+  Args:
+    comparison: content of a compare.json, changed in place; its runs may have
+      been merged from several.
   """
-  baseline = found['baseline']
-  for row in (baseline, *found['rows']):
+  baseline = comparison['baseline']
+  for row in (baseline, *comparison['rows']):
     for split in ('val', 'test'):
       row[split] = _spread([run.get(split) for run in row['runs']])
     if row is not baseline:
@@ -87,25 +99,28 @@ def set_statistics(found):
     _set_seconds(row, baseline)
 
 
-def _row_folders(folder):
+def _row_folders(folder: epath.Path) -> list[epath.Path]:
   return sorted(path.parent for path in folder.glob('*/row.json'))
 
 
-def _row(folder, stage):
-  """A row of its runs' results; {} where there is none."""
+def _row(folder: epath.Path, stage: str) -> dict[str, Any]:
+  """Returns a row with its runs, before the statistics."""
   facts = logs.read_json(folder / 'row.json')
   row = {key: facts[key] for key in _FACTS if key in facts}
   if 'step_seconds' in facts:
     row['measured'] = {key: facts[key] for key in _MEASURED}
   folders = [x for x in folder.glob('seed*') if x.name[4:].isdigit()]
   runs = [_run(path, stage) for path in sorted(folders, key=_seed)]
+  # Without runs that have neither finished nor failed.
   row['runs'] = [run for run in runs if len(run) > 2]
   return row
 
 
-def _set_seconds(row, baseline):
-  """Seconds that can be compared: those of the baseline times the ratio that
-  was measured in turn, whatever the machine did at that time.
+def _set_seconds(row: dict[str, Any], baseline: Mapping[str, Any]) -> None:
+  """Sets comparable times, whatever the load when the row was measured.
+
+  They are the baseline's times the row's ratio to it, which was measured in
+  alternation.
   """
   if 'measured' in row and 'measured' in baseline:
     measured = row['measured']
@@ -114,12 +129,13 @@ def _set_seconds(row, baseline):
     row['seconds'] = row['num_steps'] * row['step_seconds']
 
 
-def _seed(path):
+def _seed(path: epath.Path) -> int:
   return int(path.name.removeprefix('seed'))
 
 
-def _run(directory, stage):
-  run = {
+def _run(directory: epath.Path, stage: str) -> dict[str, Any]:
+  """Returns a run; with only two fields if it is not finished."""
+  run: dict[str, Any] = {
     'seed': _seed(directory),
     'folder': '/'.join(directory.parts[-3 if stage == 'distill' else -2 :]),
   }
@@ -134,19 +150,22 @@ def _run(directory, stage):
     }
     if stage == 'distill':
       run['options'] = result['method']['options']
-  elif failed := logs.read_json(directory / 'failed.json'):
-    run['failed'] = failed['failed']
+  elif failure := logs.read_json(directory / 'failed.json'):
+    run['failed'] = failure['failed']
   return run
 
 
-def _curve(path):
-  """[step, mIoU on val] of each evaluation."""
-  found = read_curves(path).get('eval', {}).get('miou', np.zeros((2, 0)))
-  return [[int(step), float(value)] for step, value in found.T]
+def _curve(path: epath.Path) -> list[list[int | float]]:
+  """Returns [step, mIoU on val] of each evaluation."""
+  curve = read_curves(path).get('eval', {}).get('miou', np.zeros((2, 0)))
+  return [[int(step), float(value)] for step, value in curve.T]
 
 
-def _spread(values):
-  """Mean, standard deviation (n - 1) and number of what is known, or None."""
+def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:
+  """Returns mean, standard deviation (n - 1) and number of values, or None.
+
+  Values that are None do not count.
+  """
   values = [value for value in values if value is not None]
   if not values:
     return None
@@ -154,8 +173,13 @@ def _spread(values):
   return {'mean': statistics.mean(values), 'std': std, 'n': len(values)}
 
 
-def _differences(row, baseline):
-  """To the baseline with the same seed: spreads; of each class the mean."""
+def _differences(
+  row: Mapping[str, Any], baseline: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns spreads of the differences to the baseline with the same seed.
+
+  For the IoU of each class, only the mean.
+  """
   before = {run['seed']: run for run in baseline['runs'] if 'val' in run}
   pairs = [
     (run, before[run['seed']])
@@ -167,33 +191,35 @@ def _differences(row, baseline):
     values = [tuple(map(value_of, pair)) for pair in pairs]
     return _spread([a - b for a, b in values if None not in (a, b)])
 
-  found = {split: spread(lambda x, k=split: x[k]) for split in ('val', 'test')}
+  differences: dict[str, Any] = {
+    split: spread(lambda x, k=split: x[k]) for split in ('val', 'test')
+  }
   names = pairs[0][0]['iou_per_class'] if pairs else ()
   of_classes = {
     name: spread(lambda x, k=name: x['iou_per_class'][k]) for name in names
   }
-  found['iou_per_class'] = {
+  differences['iou_per_class'] = {
     name: value and value['mean'] for name, value in of_classes.items()
   }
-  return found
+  return differences
 
 
-def _teacher(workdir):
-  """Name, source and scores of the teacher; {} before they are known."""
+def _teacher(workdir: epath.Path) -> dict[str, Any]:
+  """Returns name, source and scores of the teacher; {} if not evaluated yet."""
   if result := logs.read_json(workdir / 'teacher' / 'teacher' / 'result.json'):
     test = result.get('test', {}).get('miou')
-    found = {'name': result['network'], 'source': 'teacher', 'test': test}
-    return found | {'val': result['miou'], 'params': result['params']}
+    facts = {'name': result['network'], 'source': 'teacher', 'test': test}
+    return facts | {'val': result['miou'], 'params': result['params']}
   for path in _of_runs(workdir, 'result.json'):
     teacher = logs.read_json(path)['teacher']
-    found = {'name': teacher['name'], 'source': teacher['source']}
-    return found | {'val': teacher['miou']}
+    facts = {'name': teacher['name'], 'source': teacher['source']}
+    return facts | {'val': teacher['miou']}
   return {}
 
 
-def _tuning(folder):
-  """The candidates of --tune, with their mIoU on val."""
-  found = []
+def _tuning(folder: epath.Path) -> list[dict[str, Any]]:
+  """Returns the candidates of --tune with their mIoU on val."""
+  candidates = []
   for kind in KINDS:
     choices = [
       logs.read_json(path) for path in (folder / kind).glob('*-seed*.json')
@@ -205,12 +231,12 @@ def _tuning(folder):
       entry |= {'equal': kind, 'chosen': row['name'] in chosen}
       for run in row['runs'] or [{'failed': row.get('failed')}]:
         values = {key: run.get(key) for key in ('seed', 'val', 'failed')}
-        found.append(entry | values)
-  return found
+        candidates.append(entry | values)
+  return candidates
 
 
-def write(found, workdir):
-  """compare.json, compare.md and compare.html."""
+def write(comparison: Mapping[str, Any], workdir: StrPath) -> None:
+  """Writes compare.json, compare.md and compare.html."""
   workdir = paths.as_path(workdir)
-  logs.write_json(workdir / 'compare.json', found)
-  comparison_page.write(found, workdir)
+  logs.write_json(workdir / 'compare.json', comparison)
+  comparison_page.write(comparison, workdir)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images and masks, from files to batches; knows nothing of networks."""
+"""Reads images and masks from files into batches; independent of networks."""

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoded pixels of a source in one memory-mapped file, built once per host.
+"""Keeps the decoded pixels of a source in a memory-mapped file on disk.
 
-For images that take long to decode and do not fit into memory: a core decodes
-17 Cityscapes PNGs a second, and crops 361 from 25 GB of pixels in the page
-cache (config.data.cache is for sets that fit).
+For images that are slow to decode and do not fit into memory: one core decodes
+17 Cityscapes PNGs per second, but cuts 361 crops per second from 25 GB of
+decoded pixels in the page cache. For data sets that fit into memory there is
+config.data.cache.
 """
 
+from collections.abc import Iterable
 import dataclasses
 import fcntl
 import functools
@@ -13,76 +15,103 @@ import hashlib
 import os
 import pathlib
 import shutil
+from typing import Any
 
 import numpy as np
 
-from attnfd_jax.data import frequencies
+from attnfd_jax.data import files, frequencies
+from attnfd_jax.data.records import Record, Size, Source
 from attnfd_jax.errors import InputError
 from attnfd_jax.progress import progress
+from attnfd_jax.types import StrPath
 
 _HEADER = 128  # Bytes of an .npy file before its array.
 
 
-def digest(files, fact=b''):
-  """Hex digest that changes with name, size or time of a File, and the fact."""
-  found = hashlib.sha256()
-  stat = functools.cache(os.stat)  # Thousands of members lie in one zip.
+def digest(files: Iterable[files.File], fact: bytes = b'') -> str:
+  """Hex digest of names, sizes and times of files, and of a further `fact`."""
+  sha256 = hashlib.sha256()
+  stat = functools.cache(os.stat)  # A zip may hold thousands of the files.
   for file in files:
     size, time = stat(file.path).st_size, stat(file.path).st_mtime_ns
     # Names of files are bytes, and not always text.
-    found.update(os.fsencode(f'{file} {size} {time}\n'))
-  found.update(hashlib.sha256(fact).digest())
-  return found.hexdigest()[:32]
+    sha256.update(os.fsencode(f'{file} {size} {time}\n'))
+  sha256.update(hashlib.sha256(fact).digest())
+  return sha256.hexdigest()[:32]
 
 
-@functools.cache  # Not in the source: in a pickle the array goes by value.
-def _map_pixels(path):
+# Not an attribute of the source, whose pickle would contain all pixels.
+@functools.cache
+def _map_pixels(path: pathlib.Path) -> np.ndarray:
   return np.asarray(np.load(path, mmap_mode='r'))
 
 
-def _starts(sizes):
-  """First byte of every record, and one past the last; sizes are [n, 2]."""
+def _starts(sizes: np.ndarray) -> np.ndarray:
+  """Offsets of the records in bytes, and the end of the last one.
+
+  Args:
+    sizes: (height, width) of each record, [n, 2].
+  """
   return np.concatenate([[0], np.cumsum(4 * np.prod(sizes, 1))])
 
 
 class DecodedSource:
-  """A source with its pixels in `folder`, as `open_decoded` left it.
+  """A source that reads decoded pixels from the folder of `open_decoded`.
 
-  Records are read-only views: the disk is read where a crop looks at them.
+  Records are read-only views of the mapped file: only the pixels that are used
+  are read from disk.
   """
 
-  def __init__(self, source, folder):
+  # Any: a Source that has a fingerprint.
+  def __init__(self, source: Any, folder: pathlib.Path):
     self._path = folder / 'pixels.npy'
     self.name, self.key = source.name, source.key
     self.fingerprint = source.fingerprint
     self._sizes = np.load(folder / 'sizes.npy')
     self._starts = _starts(self._sizes)
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self._sizes)
 
-  def __getitem__(self, index):
+  def __getitem__(self, index: int) -> Record:
     h, w = self.size(index)
     start, end = self._starts[index : index + 2]
     record = _map_pixels(self._path)[start:end]
     image, label = np.split(record, [3 * h * w])
     return {'image': image.reshape(h, w, 3), 'label': label.reshape(h, w)}
 
-  def size(self, index):
+  def size(self, index: int) -> Size:
+    """Size of a record."""
     return tuple(self._sizes[index].tolist())
 
 
-def open_decoded(source, directory, *, threads=4, text='decoding'):
-  """The DecodedSource of `source`, built below `directory` if it is absent.
+def open_decoded(
+  source: Source,
+  directory: StrPath,
+  *,
+  threads: int = 4,
+  text: str = 'decoding',
+) -> DecodedSource:
+  """Opens the decoded pixels of a source; decodes them first if necessary.
 
-  Its folder is named by the fingerprint of the source: pixels of other or older
-  files are never used. An interrupted build is resumed; the processes of a host
-  build it once. A source without files or a full disk is an InputError.
+  They are in a folder that is named by the fingerprint of the source, so pixels
+  of other or older files are never used. An interrupted build is resumed. The
+  processes of a host build it once: the others wait.
+
+  Args:
+    source: a source of files.
+    directory: where that folder is.
+    threads: number of threads that decode.
+    text: what the progress bar says.
+
+  Raises:
+    InputError: if the source is not made of files, or the disk is full.
   """
-  if not hasattr(source, 'fingerprint'):
-    what = 'config.data.decoded_cache is for data sets of files'
-    raise InputError(f'{what}, and this one is drawn; leave it empty.')
-  folder = pathlib.Path(directory).expanduser() / source.fingerprint()
+  fingerprint = getattr(source, 'fingerprint', None)
+  if fingerprint is None:
+    what = 'config.data.decoded_cache works only for data sets of files'
+    raise InputError(f'{what}, not for drawn ones; leave it empty.')
+  folder = pathlib.Path(directory).expanduser() / fingerprint()
   complete = folder / 'pixels.npy'
   if not complete.exists():
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,18 +126,22 @@ def open_decoded(source, directory, *, threads=4, text='decoding'):
   return DecodedSource(source, folder)
 
 
-def with_decoded(dataset, directory, *, threads=4):
-  """`dataset` with the splits that every epoch reads as DecodedSources."""
+# Any: pairs.Dataset, which cannot be imported here.
+def with_decoded(dataset: Any, directory: StrPath, *, threads: int = 4) -> Any:
+  """Replaces the splits of a data set, except 'test', by DecodedSources."""
   splits = dict(dataset.splits)
-  for name in [x for x in splits if x != 'test']:  # It is read once.
+  for name in [x for x in splits if x != 'test']:  # It is read only once.
     options = {'threads': threads, 'text': f'decoding {name}'}
     splits[name] = open_decoded(splits[name], directory, **options)
   return dataclasses.replace(dataset, splits=splits)
 
 
-def _build(source, folder, threads, text):
+def _build(
+  source: Source, folder: pathlib.Path, threads: int, text: str
+) -> None:
+  """Writes sizes.npy and pixels.npy, or what is missing of the latter."""
   partial, count = folder / 'pixels.npy.part', len(source)
-  # Records are appended in order: its length tells what was done before.
+  # Records are appended in order: the length of the file tells which are there.
   with partial.open('ab', 0) as file:
     if file.tell() < _HEADER:
       file.truncate(0)
@@ -117,7 +150,7 @@ def _build(source, folder, threads, text):
       np.save(folder / 'sizes.npy', sizes)
       total = int(_starts(sizes)[-1])
       if shutil.disk_usage(folder).free < total:
-        raise _full(folder, total)
+        raise _disk_full(folder, total)
       header = {'descr': '|u1', 'fortran_order': False, 'shape': (total,)}
       np.lib.format.write_array_header_1_0(file, header)
     sizes = np.load(folder / 'sizes.npy')
@@ -125,22 +158,22 @@ def _build(source, folder, threads, text):
     done = int(np.searchsorted(starts, file.tell(), 'right')) - 1
     file.truncate(starts[done])
 
-    def read(index):
+    def read(index: int) -> bytes:
       record = source[index]
       if record['label'].shape != tuple(sizes[index]):
-        what = 'not of the size that its header tells; replace or remove it'
+        what = 'size differs from the one in its header; replace or remove it'
         raise InputError(f'{source.name(index)}: {what}.')
       return record['image'].tobytes() + record['label'].tobytes()
 
     records = frequencies.map_records(read, range(done, count), threads)
     for data in progress(count, text, initial=done, iterable=records):
       if file.write(data) < len(data):
-        raise _full(folder, len(data))
+        raise _disk_full(folder, len(data))
     os.fsync(file)
   partial.rename(folder / 'pixels.npy')
 
 
-def _full(folder, size):
+def _disk_full(folder: pathlib.Path, size: int) -> InputError:
   what = f'no space for {size / 1e9:.1f} GB of decoded pixels; make room'
   remedy = 'or name another disk by --config.data.decoded_cache'
   return InputError(f'{folder.parent}: {what}, {remedy}.')

@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class names and colours of the data sets, in the order of train ids."""
+"""Class names and colors of the data sets, in the order of train ids."""
+
+from collections.abc import Collection
+from typing import TypeAlias
 
 import numpy as np
 
+Color: TypeAlias = tuple[int, int, int]  # Red, green, blue; 0 to 255.
 
-def voc_palette(num_colours):
-  """Colours of the PASCAL VOC devkit, uint8 [num_colours, 3].
 
-  Bit 3 j + c of the index is bit 7 - j of colour channel c.
+def voc_palette(num_colors: int) -> np.ndarray:
+  """Returns the first colors of the PASCAL VOC devkit, uint8 [num_colors, 3].
+
+  Bit 3 j + c of the index is bit 7 - j of color channel c.
   """
-  index = np.arange(num_colours)[:, None]
+  index = np.arange(num_colors)[:, None]
   bits = (index[..., None] >> (3 * np.arange(8) + np.arange(3)[:, None])) & 1
   return np.sum(bits << (7 - np.arange(8)), -1).astype(np.uint8)
 
 
-def with_voc_colours(names):
-  """{name: (r, g, b)}."""
-  colours = voc_palette(len(names)).tolist()
-  return dict(zip(names, map(tuple, colours), strict=True))
+def with_voc_colors(names: Collection[str]) -> dict[str, Color]:
+  """Assigns the colors of PASCAL VOC to class names, in their order."""
+  colors = voc_palette(len(names)).tolist()
+  return dict(zip(names, map(tuple, colors), strict=True))
 
 
-# SegNet's eleven classes of CamVid, and its id of void.
+# The eleven classes of SegNet's CamVid, and its id for unlabeled pixels.
 CAMVID_VOID = 11
 CAMVID = {
   'sky': (128, 128, 128),
@@ -58,18 +63,18 @@ CITYSCAPES = {
   'motorcycle': (0, 0, 230),
   'bicycle': (119, 11, 32),
 }
-# From the same table: label ids in the order of train ids, and those that are
-# not evaluated.
+# From the same table: the label ids in the order of the train ids, and those
+# excluded from evaluation.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)
 CITYSCAPES_IGNORED = tuple(i for i in range(34) if i not in CITYSCAPES_IDS)
 
-VOC = with_voc_colours(
+VOC = with_voc_colors(
   'background aeroplane bicycle bird boat bottle bus car cat chair cow '
   'diningtable dog horse motorbike person pottedplant sheep sofa train '
   'tvmonitor'.split()
 )
 
-# Categories of COCO 2017 that are the VOC classes 1 to 20, in their order.
+# The COCO 2017 categories of the VOC classes 1 to 20, in their order.
 COCO_NAMES = (
   'airplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,dining table,dog,'
   'horse,motorcycle,person,potted plant,sheep,couch,train,tv'

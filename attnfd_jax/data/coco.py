@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class masks of COCO annotations, and COCO 2017 with the classes of VOC.
+"""Draws COCO annotations as masks; COCO 2017 with the classes of VOC.
 
 Polygons and RLE are drawn once, into a zip of PNGs of train ids in the user's
-cache folder, and again when the JSON file has another size or time. So neither
-the JSON nor its polygons are in memory while training.
+cache folder, and again when the size or time of the JSON file changes. So
+neither the JSON nor its polygons are in memory during training.
 """
 
 import collections
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import functools
 import hashlib
 import itertools
@@ -16,6 +17,7 @@ import os
 import pathlib
 import re
 import tempfile
+from typing import Any, TypeAlias
 import zipfile
 
 import cv2
@@ -23,17 +25,19 @@ import numpy as np
 
 from attnfd_jax import user_cache
 from attnfd_jax.data import classes, files, masks, pairs
+from attnfd_jax.data.records import DataConfig, Size
 from attnfd_jax.errors import DataError, InputError
 from attnfd_jax.losses import IGNORE_LABEL
 from attnfd_jax.progress import progress
+from attnfd_jax.types import StrPath
 
-_VERSION = 2  # Of the archives; another one makes them anew.
+_VERSION = 2  # Of the archives; increment it to draw all masks again.
 _BACKGROUND = 'background'
 _WHOLE = r'(0|-?[1-9][0-9]{0,15})(\.0)?'
 _NEEDED = 'pycocotools.mask', 'The format of COCO'
-# What is read of the lists of a JSON file: {one: (list, {field: types})}.
-_ID, _WORDS = (int, str), {int: 'a whole number', str: 'text'}
-_LISTS = {
+_ID, _TYPE_NAMES = (int, str), {int: 'a whole number', str: 'text'}
+# The parts of a JSON file that are read: {entry: (list, {field: types})}.
+_LISTS: dict[str, tuple[str, dict[str, tuple[type, ...]]]] = {
   'image': (
     'images',
     {'id': _ID, 'file_name': (str,), 'height': (int,), 'width': (int,)},
@@ -41,39 +45,43 @@ _LISTS = {
   'category': ('categories', {'id': _ID, 'name': (str,)}),
   'annotation': ('annotations', {'image_id': _ID, 'category_id': _ID}),
 }
-# What some tools write, and means one thing only.
+# Deviations from COCO's format that some tools write and that are unambiguous.
 _REPAIRS = {
   'lists': 'entries in nested lists or by id are read as plain lists',
   'numbers': 'numbers written as "48" or 48.0 are read as whole numbers',
-  'blanks': 'blanks around the names of categories are removed',
-  'twice': 'categories of one name are read as one class',
+  'blanks': 'spaces around category names are removed',
+  'twice': 'categories with the same name are read as one class',
   'flat': 'segmentations of one flat list of numbers are read as one polygon',
   'pairs': 'segmentations of [x, y] pairs are read as polygons',
-  'size': 'RLE without a size are read in the size of their images',
-  'bytes': "RLE written as b'...' are read without these marks",
+  'size': 'RLEs without a size get the size of their images',
+  'bytes': "RLEs written as b'...' are read without b''",
 }
 
+_Entry: TypeAlias = dict[str, Any]  # An object in the JSON file.
+_Repairs: TypeAlias = collections.Counter[str]  # Keys are those of _REPAIRS.
+_Wrong: TypeAlias = list[tuple[_Entry, InputError]]
 
-def unsound(path, what):
-  """The DataError of a file that says what masks mean."""
+
+def unsound(path: StrPath, what: str) -> DataError:
+  """Returns the DataError of a file that defines classes or masks."""
   return files.fault(path, 'annotation', what)
 
 
-def _is_name(text):
-  """Whether a file can have this name, and a terminal print it."""
+def _is_name(text: str) -> bool:
+  """Whether a file can have this name and a terminal can print it."""
   printed = text.encode(errors='replace').decode()  # No lone surrogates.
-  sound = len(text) <= 4096 and '\0' not in text and text == printed
-  return sound and not text.isspace() and text != ''
+  valid = len(text) <= 4096 and '\0' not in text and text == printed
+  return valid and not text.isspace() and text != ''
 
 
-def _text(value):
-  """A value of the file, short and on one line."""
+def _text(value: object) -> str:
+  """Formats a JSON value for messages: short, on one line."""
   names = {dict: 'an object', list: 'a list'}
   return names.get(type(value)) or json.dumps(value)[:60]
 
 
-def _whole(value, repairs):
-  """48 of 48.0, '48' and '48.0'; other values as they are."""
+def _whole(value: Any, repairs: _Repairs) -> Any:
+  """Converts 48.0, '48' and '48.0' to 48; returns other values unchanged."""
   number = value
   if isinstance(value, float) and value.is_integer():
     number = int(value)
@@ -83,31 +91,36 @@ def _whole(value, repairs):
   return number
 
 
-def _entries(value, repairs):
-  """Objects of a list, of a list of lists, or of {id: object}."""
+def _entries(value: Any, repairs: _Repairs) -> list[_Entry]:
+  """Returns the objects in a list, in nested lists, or in {id: object}."""
   if isinstance(value, dict):
     repairs['lists'] += 1
     value = [
       x if isinstance(x, list) else {'id': i, **x} for i, x in value.items()
     ]
-  found = []
+  entries = []
   for item in value:
     repairs['lists'] += isinstance(item, list)
-    found += item if isinstance(item, list) else [item]
-  return [x for x in found if x.keys()]  # Of dicts only: else AttributeError.
+    entries += item if isinstance(item, list) else [item]
+  return [
+    x for x in entries if x.keys()
+  ]  # AttributeError unless all are dicts.
 
 
-def _fault_of(entry, fields, repairs):
-  """Makes whole numbers of ids and sizes; what is unsound in one, or ''."""
+def _fault_of(
+  entry: _Entry, fields: Mapping[str, tuple[type, ...]], repairs: _Repairs
+) -> str:
+  """Converts ids and sizes to integers; returns what is wrong with an entry."""
   for field, types in fields.items():
     value = entry.get(field)
-    if type(value) is int and int in types:  # True would be a height.
+    if type(value) is int and int in types:  # isinstance would accept True.
       continue
     if int in types:
       value = _whole(value, repairs)
     if type(value) not in types:
       given = _text(value) if field in entry else 'absent'
-      return f'{field} is {given}; needs {" or ".join(map(_WORDS.get, types))}'
+      needs = ' or '.join(_TYPE_NAMES[x] for x in types)
+      return f'{field} is {given}; needs {needs}'
     if type(value) is str and not _is_name(value):
       return f'{field} {value[:40]!r} cannot be a name'
     entry[field] = value
@@ -118,21 +131,35 @@ def _fault_of(entry, fields, repairs):
   return ''
 
 
-def _called(kind, entry, number, names):
-  """'image 3 (a.jpg)', 'annotation 7 of a.jpg'; `names` is {id: image}."""
+def _describe(
+  kind: str, entry: _Entry, number: int, names: Mapping[int | str, str]
+) -> str:
+  """Returns 'image 3 (a.jpg)' or 'annotation 7 of a.jpg' for messages.
+
+  Args:
+    kind: a key of _LISTS.
+    entry: may have any content.
+    number: position in its list, from 1.
+    names: file names of the images by id.
+  """
   given = _text(entry['id']) if 'id' in entry else f'number {number}'
   name = entry.get('file_name')
   if kind == 'annotation' and isinstance(entry.get('image_id'), _ID):
     name = names.get(entry['image_id'])
-  sound = isinstance(name, str) and _is_name(name)
-  name = (f' of {name}' if kind == 'annotation' else f' ({name})') * sound
+  valid = isinstance(name, str) and _is_name(name)
+  name = (f' of {name}' if kind == 'annotation' else f' ({name})') * valid
   return f'{kind} {given}{name}'
 
 
-def _read_json(path, repairs):
-  """The lists images, categories and annotations, whose fields are sound.
+def _read_json(path: pathlib.Path, repairs: _Repairs) -> list[list[_Entry]]:
+  """Reads and validates the lists images, categories and annotations.
 
-  `repairs` counts what was read in another way than COCO's, see _REPAIRS.
+  Args:
+    path: of the JSON file.
+    repairs: incremented for each deviation from COCO's format.
+
+  Raises:
+    DataError: for the first invalid entry.
   """
   try:
     content = json.loads(path.read_bytes())
@@ -143,11 +170,11 @@ def _read_json(path, repairs):
     what = 'not COCO annotations: needs images, annotations and categories'
     what = f'{what}, each a list of objects'
     raise unsound(path, what) from error
-  names = {}
+  names: dict[int | str, str] = {}
   for entries, (kind, (_, fields)) in zip(lists, _LISTS.items(), strict=True):
     for number, entry in enumerate(entries, 1):
       if what := _fault_of(entry, fields, repairs):
-        raise unsound(path, f'{_called(kind, entry, number, names)}: {what}')
+        raise unsound(path, f'{_describe(kind, entry, number, names)}: {what}')
       if kind == 'image':
         names[entry['id']] = entry['file_name']
       elif kind == 'category':
@@ -157,22 +184,25 @@ def _read_json(path, repairs):
   return lists
 
 
-def check_classes(path, class_names, known):
-  """Raises the DataError of class names that are too many, or not known."""
+def check_classes(
+  path: StrPath, class_names: Collection[str], known: Collection[str]
+) -> None:
+  """Raises a DataError if there are too many or unknown class names."""
   if len(class_names) > IGNORE_LABEL:
     what = f'{len(class_names)} classes, more than {IGNORE_LABEL}'
-    raise unsound(path, f'{what}; choose by config.data.class_names')
+    raise unsound(path, f'{what}; select some with config.data.class_names')
   for name in class_names:
     if name not in known:
       what = f'no class {name!r}; it has {", ".join([*known][:90])}'
       raise unsound(path, what)
 
 
-def _decode_runs(data):
-  """Runs of a compressed RLE; pycocotools writes past the end of a damaged one.
+def _decode_runs(data: bytes) -> list[int]:
+  """Decodes the runs of a compressed RLE.
 
-  5 bits a byte from '0' on, low ones first; 32 says that more follow. From the
-  fourth on runs are differences.
+  A byte minus '0' has 5 bits of a run, low bits first, and 32 if more follow.
+  From the fourth on, a run is stored as the difference to the one two before.
+  pycocotools writes out of bounds when it decodes a damaged RLE.
   """
   runs, value, shift = [], 0, 0
   for code in data:
@@ -190,18 +220,18 @@ def _decode_runs(data):
   return runs
 
 
-def _outline(annotation):
-  """Its segmentation; None if it has a box alone."""
-  found = annotation.get('segmentation')
-  return None if found in ([], [[]], {}, '') else found
+def _outline(annotation: _Entry) -> Any:
+  """Returns its segmentation; None if it is empty, as of a box."""
+  segmentation = annotation.get('segmentation')
+  return None if segmentation in ([], [[]], {}, '') else segmentation
 
 
-def _are_numbers(value):
+def _are_numbers(value: Any) -> bool:
   return isinstance(value, list) and {*map(type, value)} <= {int, float}
 
 
-def _corner(value):
-  """[x, y] of a pair, of OpenCV's [pair] or of {'x': x, 'y': y}; or None."""
+def _corner(value: Any) -> list[float] | None:
+  """Parses [x, y], OpenCV's [[x, y]] or {'x': x, 'y': y}; else None."""
   if isinstance(value, list) and len(value) == 1:
     value = value[0]
   if isinstance(value, dict):
@@ -210,12 +240,15 @@ def _corner(value):
   return value if is_pair and _are_numbers(value) else None
 
 
-def _polygons(value):
-  """[[x, y, x, y, ...], ...] of those, of one of them, or of corners."""
+def _polygons(value: list[Any]) -> list[list[float]]:
+  """Converts one or more polygons to [[x, y, x, y, ...], ...].
+
+  They may be flat lists of numbers or lists of corners.
+  """
   if _are_numbers(value):
     return [value]
-  corners = [*map(_corner, value)]
-  if None not in corners:
+  corners = [x for x in map(_corner, value) if x]
+  if len(corners) == len(value):
     return [[*itertools.chain(*corners)]]
   others = [x for x in value if type(x) not in (int, float, list)]
   if others or not all(isinstance(x, list) for x in value):
@@ -224,17 +257,21 @@ def _polygons(value):
   return [polygon for item in value for polygon in _polygons(item)]
 
 
-def _area(segmentation, size, repairs):
-  """Inside of polygons or an RLE, bool [h, w]; InputError if it is wrong."""
+def _area(segmentation: Any, size: Size, repairs: _Repairs) -> np.ndarray:
+  """Draws polygons or an RLE as a mask, bool [h, w].
+
+  Raises:
+    InputError: if the segmentation is invalid; so do other types.
+  """
   if segmentation is None:
     what = 'has no segmentation, as polygons or RLE'
     raise InputError(f'{what}; draw its outline or remove it')
   if isinstance(segmentation, list):
     polygons, given = _polygons(segmentation), segmentation
-    # Two corners would be taken for a box.
+    # pycocotools takes two corners for a box.
     if any(len(x) < 6 or len(x) % 2 for x in polygons):
       raise InputError('needs polygons of at least three corners')
-    # pycocotools walks along the edges, and NaN out of its memory.
+    # pycocotools walks along the edges pixel by pixel; NaN corrupts memory.
     far = 10 * max(size)
     if not all(abs(x) <= far for polygon in polygons for x in polygon):
       raise InputError('has a corner far outside of the image')
@@ -244,15 +281,15 @@ def _area(segmentation, size, repairs):
       repairs['flat' if _are_numbers(given) else 'pairs'] += 1
   if not isinstance(segmentation, dict) or 'counts' not in segmentation:
     given = _text(segmentation)
-    raise InputError(f'its segmentation is {given}, no polygons and no RLE')
+    raise InputError(f'its segmentation is {given}, not polygons or RLE')
   given = segmentation.get('size')
   if given is None:
     repairs['size'] += 1
   elif [_whole(x, repairs) for x in given] != [*size]:
-    raise InputError(f'its RLE is of size {given!r:.40}')
+    raise InputError(f'its RLE has size {given!r:.40}, its image {[*size]}')
   runs = segmentation['counts']
   if isinstance(runs, str):
-    if runs[:2] == "b'":  # str() of bytes; no RLE has such a mark.
+    if runs[:2] == "b'":  # str() of bytes; no RLE contains a quote.
       repairs['bytes'] += 1
       runs = runs[2:-1].replace('\\\\', '\\')
     runs = runs.encode()
@@ -260,22 +297,33 @@ def _area(segmentation, size, repairs):
     runs = _decode_runs(runs)
   else:
     runs = [_whole(n, repairs) for n in runs]
-  whole = all(type(n) is int and n >= 0 for n in runs)
-  if not whole or sum(runs) != size[0] * size[1]:
+  valid = all(type(n) is int and n >= 0 for n in runs)
+  if not valid or sum(runs) != size[0] * size[1]:
     raise InputError('its RLE does not fill the image')
-  # Runs go down the columns; every second one is inside.
+  # Runs are in column-major order, alternately outside and inside.
   inside = np.arange(len(runs)) % 2 > 0
   return np.repeat(inside, runs).reshape(size, order='F')
 
 
-def draw_label(annotations, size, numbers, repairs=None):
-  """Train ids, uint8 [h, w], and [(annotation left out, its error), ...].
+def draw_label(
+  annotations: Sequence[_Entry],
+  size: Size,
+  numbers: Mapping[int | str, int],
+  repairs: _Repairs | None = None,
+) -> tuple[np.ndarray, _Wrong]:
+  """Draws the annotations of an image; the first one wins where they overlap.
 
-  Where they overlap, the first one wins; `numbers` is {category id: train id},
-  `repairs` a Counter of _REPAIRS to add to.
+  Args:
+    annotations: entries of the JSON file.
+    size: height and width of the image.
+    numbers: train ids by category id.
+    repairs: incremented for each deviation from COCO's format.
+
+  Returns:
+    Train ids, uint8 [h, w], and the invalid annotations with their errors.
   """
   repairs = collections.Counter() if repairs is None else repairs
-  # By columns, as runs go; the last annotation first.
+  # Column-major, as runs are; the last annotation is drawn first.
   label, wrong = np.zeros(size, np.uint8, order='F'), []
   for annotation in reversed(annotations):
     if number := numbers.get(annotation['category_id'], 0):
@@ -284,19 +332,25 @@ def draw_label(annotations, size, numbers, repairs=None):
       except InputError as error:
         wrong.append((annotation, error))
       except Exception:  # pycocotools raises many types.
-        what = 'its segmentation is no polygons and no RLE'
+        what = 'its segmentation is not polygons or RLE'
         wrong.append((annotation, InputError(what)))
   return np.ascontiguousarray(label), wrong[::-1]
 
 
-def _in_order(entry):
-  """By number; ids that are text stay in the order of the file."""
+def _in_order(entry: _Entry) -> float:
+  """Sort key: by id; ids that are text last, in the order of the file."""
   return entry['id'] if isinstance(entry['id'], int) else math.inf
 
 
-def _draw_all(path, archive, class_names, min_pixels, limit):
-  """Writes PNGs of the images that stay, and index.json, to an open zip."""
-  repairs = collections.Counter()
+def _draw_all(
+  path: pathlib.Path,
+  archive: zipfile.ZipFile,
+  class_names: Iterable[str],
+  min_pixels: int,
+  limit: int,
+) -> None:
+  """Writes the masks as PNGs and index.json to an open zip, see draw_labels."""
+  repairs: _Repairs = collections.Counter()
   images, categories, annotations = _read_json(path, repairs)
   if annotations and all(_outline(x) is None for x in annotations):
     boxes = ', only a box' if all('bbox' in x for x in annotations) else ''
@@ -307,7 +361,7 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
   repairs['twice'] = len(known) - len({*known})
   names = (name.strip() for name in class_names or (_BACKGROUND, *known))
   class_names = tuple(dict.fromkeys(names))
-  # The first one is what no annotation covers, whatever its name.
+  # The first one is the background, whatever its name.
   check_classes(path, class_names, dict.fromkeys((class_names[0], *known)))
   train_ids = {name: i for i, name in enumerate(class_names)}
   numbers = {x['id']: train_ids.get(x['name'], 0) for x in categories}
@@ -318,22 +372,22 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
     ('image', images, 'file_name'),
     ('category', categories, 'name'),
   ):
-    named = {annotation[f'{key}_id']: 0 for annotation in annotations}
+    used = dict.fromkeys(x[f'{key}_id'] for x in annotations)
     listed = dict.fromkeys((entry['id'], entry[name]) for entry in entries)
     counts = collections.Counter(i for i, _ in listed)
     problems += [
       f'annotations of {key} {_text(i)}, which the file does not list'
-      for i in named
+      for i in used
       if i not in counts
     ]
     problems += [
-      f'{key} id {_text(i)} is of different entries; number them anew'
+      f'{key} id {_text(i)} is used by different entries; renumber them'
       for i in counts
       if counts[i] > 1
     ]
   counts = collections.Counter(image['file_name'] for image in images)
   problems += [f'{name} is listed twice' for name in counts if counts[name] > 1]
-  # Of an image that is listed twice the first entry counts.
+  # If an image is listed twice, its first entry is used.
   by_name = {image['file_name']: image for image in reversed(images)}
   with progress(len(by_name), f'Drawing {path.name}, once', delay=1) as bar:
     for name, image in sorted(by_name.items()):
@@ -356,27 +410,44 @@ def _draw_all(path, archive, class_names, min_pixels, limit):
   archive.writestr('index.json', json.dumps(index))
 
 
-def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
-  """Class names, {path of an image: File of its mask}, DataErrors, Notes.
+def draw_labels(
+  path: pathlib.Path,
+  *,
+  class_names: Sequence[str] = (),
+  min_pixels: int = -1,
+  limit: int = 0,
+) -> tuple[
+  tuple[str, ...], dict[str, files.File], list[DataError], list[pairs.Note]
+]:
+  """Draws the masks of a JSON file, or reuses those in the cache folder.
 
-  Masks are drawn unless they were before; errors are those of what is left out,
-  notes of what was read in another way than COCO's.
-  The first of `class_names` is background; () is all categories. Images with
-  more labelled pixels than `min_pixels` are kept, the first `limit`, 0 for all.
+  Args:
+    path: of the JSON file.
+    class_names: categories to draw; the first name is the background. All
+      categories if empty.
+    min_pixels: images with this many labeled pixels or fewer are left out.
+    limit: maximum number of images, 0 for all.
+
+  Returns:
+    The class names; the mask of each image by file name; errors of annotations
+    that were left out; notes on deviations from COCO's format.
+
+  Raises:
+    DataError: if the file is invalid.
   """
   stat, folder = path.stat(), user_cache.folder('coco')
-  what = [_VERSION, str(path.resolve()), class_names, min_pixels, limit]
-  what = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-  target = folder / f'{what}-{stat.st_size}-{stat.st_mtime_ns}.zip'
+  options = [_VERSION, str(path.resolve()), class_names, min_pixels, limit]
+  digest = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
+  target = folder / f'{digest}-{stat.st_size}-{stat.st_mtime_ns}.zip'
   if not target.exists():
-    files.need(*_NEEDED)  # Or raise before the work starts.
+    files.need(*_NEEDED)  # Raises before the work starts.
     user_cache.made('coco')
-    # Renamed when complete, so that nobody sees half of it.
+    # Renamed when complete, so that other processes never see a part of it.
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
       partial = pathlib.Path(temporary) / 'labels.zip'
       with zipfile.ZipFile(partial, 'w') as archive:
         _draw_all(path, archive, class_names, min_pixels, limit)
-      for old in folder.glob(f'{what}-*.zip'):
+      for old in folder.glob(f'{digest}-*.zip'):
         old.unlink()
       partial.replace(target)
   member = functools.partial(files.File, str(target))
@@ -387,8 +458,20 @@ def draw_labels(path, *, class_names=(), min_pixels=-1, limit=0):
   return tuple(index['class_names']), labels, problems, notes
 
 
-def _match(path, folder, labels, problems):
-  """Yields what a split has, from `draw_labels` and the folder of images."""
+def _match(
+  path: pathlib.Path,
+  folder: pathlib.Path,
+  labels: Mapping[str, files.File],
+  problems: Iterable[DataError],
+) -> Iterator[pairs.Entry]:
+  """Yields the entries of a split.
+
+  Args:
+    path: of the JSON file.
+    folder: of the images.
+    labels: see draw_labels.
+    problems: see draw_labels.
+  """
   yield from problems
   images = files.walk(folder).files
   if not images:
@@ -407,51 +490,68 @@ def _match(path, folder, labels, problems):
       yield pairs.Pair(key, images[name], mask, f'{path} ({name})')
 
 
-def find_pairs(places, **options):
-  """Class names, those of the first split, and the splits of `make_dataset`.
+def find_pairs(
+  places: Mapping[str, tuple[pathlib.Path, pathlib.Path]],
+  *,
+  class_names: Sequence[str],
+  min_pixels: int = -1,
+  limit: int = 0,
+) -> tuple[Sequence[str], dict[str, Iterable[pairs.Entry]]]:
+  """Draws masks and pairs them with images.
 
-  `places` is {split: (JSON file, folder of images)}; options: `draw_labels`.
+  Args:
+    places: JSON file and folder of images of each split.
+    class_names: see draw_labels; if empty, all splits use those of the first.
+    min_pixels: see draw_labels.
+    limit: see draw_labels.
+
+  Returns:
+    The class names, and the entries of each split for pairs.make_dataset.
   """
-  splits = {}
+  splits: dict[str, Iterable[pairs.Entry]] = {}
   for split, (path, folder) in places.items():
     try:
       for place in (path, folder):
         if not place.exists():
           raise pairs.absent(place)
-      options['class_names'], *drawn, notes = draw_labels(path, **options)
-      splits[split] = itertools.chain(notes, _match(path, folder, *drawn))
+      class_names, labels, problems, notes = draw_labels(
+        path, class_names=class_names, min_pixels=min_pixels, limit=limit
+      )
+      matched = _match(path, folder, labels, problems)
+      splits[split] = itertools.chain(notes, matched)
     except DataError as error:
       splits[split] = [error]
-  return options['class_names'], splits
+  return class_names, splits
 
 
-def _images(root, split):
+def _images(root: pathlib.Path, split: str) -> pathlib.Path:
   inner = root / 'images' / f'{split}2017'
   return inner if inner.is_dir() else root / f'{split}2017'
 
 
-def unlabeled(config):
-  """{name: File} of unlabeled2017/."""
+def unlabeled(config: DataConfig) -> dict[str, files.File]:
+  """Finds the images in unlabeled2017/, by name."""
   folder = _images(pairs.check_root(config), 'unlabeled')
-  found = files.walk(folder).files
-  if not found:
+  images = files.walk(folder).files
+  if not images:
     raise pairs.absent(folder, 'not found or empty')
-  return found
+  return images
 
 
-def coco(config, splits):
-  """{train,val}2017/ and annotations/instances_{train,val}2017.json.
+def coco(config: DataConfig, splits: Sequence[str]) -> pairs.Dataset:
+  """Reads {train,val}2017/ and annotations/instances_{train,val}2017.json.
 
-  As in the reference (METHOD 4.5): categories that are no VOC class are
-  background, crowds count, and images with 1000 labelled pixels or fewer are
-  left out, of val too.
+  As in the reference (METHOD 4.5): categories without a VOC class are
+  background, crowds are included, and images with 1000 labeled pixels or fewer
+  are left out, also of val.
   """
   root, places = pairs.check_root(config), {}
   for split in [x for x in splits if x != 'test']:
     path = root / 'annotations' / f'instances_{split}2017.json'
     places[split] = path, _images(root, split)
   names = (_BACKGROUND, *classes.COCO_NAMES)
-  options = {'min_pixels': 1000, 'limit': config['limit']}
-  _, splits = find_pairs(places, class_names=names, **options)
+  _, entries = find_pairs(
+    places, class_names=names, min_pixels=1000, limit=config['limit']
+  )
   ids = masks.IndexLabels(tuple(range(len(names))))
-  return pairs.make_dataset(config, classes.VOC, splits, ids, upright=False)
+  return pairs.make_dataset(config, classes.VOC, entries, ids, upright=False)

@@ -1,30 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files as they lie on the disk or inside of a zip archive."""
+"""Reads files on disk and in zip archives, and lists folders."""
 
 import dataclasses
 import functools
 import importlib
 import os
 import pathlib
+import types
 from typing import NamedTuple
 import zipfile
 
 from attnfd_jax.errors import DataError, first_line, InputError
+from attnfd_jax.types import StrPath
 
-# Of all images and masks, in training, checking and predicting.
+# File extensions of images and masks, in training, checking and predicting.
 IMAGE_ENDINGS = tuple(
   '.jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .ppm .pgm .pbm .pnm '
   '.jp2'.split()
 )
-# What systems leave behind; names that start with a dot are skipped as well.
+# Left behind by operating systems. Names with a leading dot are skipped too.
 _JUNK = ('thumbs.db', 'desktop.ini', '__macosx')
 
-# Bytes of an unpacked member: more than any image needs.
+# Maximum size of an unpacked archive member in bytes; no image needs more.
 _LARGEST_MEMBER = 1 << 29
 
 
-def need(module, what):
-  """A module of the extra 'data'; InputError if it is not installed."""
+def need(module: str, what: str) -> types.ModuleType:
+  """Imports a module of the extra 'data'.
+
+  Raises:
+    InputError: '<what> needs <module>', if it is not installed.
+  """
   try:
     return importlib.import_module(module)
   except ImportError as error:
@@ -32,60 +38,69 @@ def need(module, what):
     raise InputError(f"{what} needs {name} 'attnfd_jax[data]'.") from error
 
 
-def fault(file, kind, what, values=None):
-  """The DataError '<file>: <what>.'; see there for kind and values."""
+def fault(
+  file: 'File | StrPath',
+  kind: str,
+  what: str,
+  values: dict[int, int] | dict[str, int] | None = None,
+) -> DataError:
+  """Returns the DataError '<file>: <what>.'; see there for kind and values."""
   return DataError(f'{file}: {what}.', kind, file, values)
 
 
 @functools.cache
-def _archive(path, process):
-  """The open ZipFile; threads may share one, processes may not."""
+def _archive(path: str, process: int) -> zipfile.ZipFile:
+  """Opens a zip file; threads may share it, processes may not."""
   del process
   try:
     return zipfile.ZipFile(path)
-  except Exception as error:  # zipfile has many types for damaged headers.
+  except Exception as error:  # zipfile raises many types.
     what = f'not a readable zip ({error}); copy it again'
     raise fault(path, 'unreadable', what) from error
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """A file on the disk, a member of a zip archive, or bytes in memory."""
+  """A file on disk, a member of a zip archive, or bytes in memory."""
 
   path: str
   member: str = ''
   data: bytes | None = dataclasses.field(default=None, repr=False)
-  target: str = ''  # Of a link to a file that is not there.
+  target: str = ''  # Where a broken symbolic link points to.
 
-  def __str__(self):
+  def __str__(self) -> str:
     return f'{self.path}!{self.member}' if self.member else self.path
 
   @property
-  def inner(self):
-    """Its path, in the zip if it lies in one."""
+  def inner(self) -> pathlib.PurePath:
+    """The path: inside the archive for a member of one."""
     return pathlib.PurePath(self.member or self.path)
 
-  def broken(self):
-    """The DataError of a file with a `target`."""
-    what = f'a link to {self.target}, which is not there; was the data moved'
-    return fault(self, 'unreadable', f'{what}, or not downloaded')
+  def broken(self) -> DataError:
+    """Returns the DataError of a broken link, a file with a `target`."""
+    what = f'a link to {self.target}, which does not exist; the data may have'
+    return fault(self, 'unreadable', f'{what} been moved or not downloaded')
 
-  def read(self, limit=None):
-    """The first `limit` bytes, or all; raises DataError 'unreadable'."""
+  def read(self, limit: int | None = None) -> bytes:
+    """Reads the first `limit` bytes, or all.
+
+    Raises:
+      DataError: of kind 'unreadable'.
+    """
     if self.data is not None:
       return self.data[:limit]
     if self.target:
       raise self.broken()
-    archive = self.member and _archive(self.path, os.getpid())
+    archive = _archive(self.path, os.getpid()) if self.member else None
     try:
       if not archive:
         with open(self.path, 'rb') as file:
           return file.read(limit)
       size = archive.getinfo(self.member).file_size
       if size > _LARGEST_MEMBER:
-        raise ValueError(f'{size} bytes, more than an image has')
+        raise ValueError(f'{size} bytes, too large for an image')
       with archive.open(self.member) as file:
-        # A member that is larger than declared must not fill the memory.
+        # A member larger than declared must not exhaust the memory.
         return file.read(size + 1 if limit is None else limit)
     except Exception as error:  # zipfile raises many types.
       what = f'cannot be read ({first_line(error)})'
@@ -93,65 +108,73 @@ class File:
       raise fault(self, 'unreadable', what + remedy) from error
 
 
-def as_file(path):
-  """A path as a File; a File as it is."""
+def as_file(path: File | StrPath) -> File:
+  """Converts a path to a File."""
   return File(str(path)) if isinstance(path, (str, os.PathLike)) else path
 
 
-def read_lines(path):
-  """Stripped lines of a text file, without a byte order mark."""
+def read_lines(path: StrPath) -> list[str]:
+  """Reads the stripped lines of a text file, without a byte order mark."""
   text = pathlib.Path(path).read_text(encoding='utf-8-sig', errors='replace')
   return [line.strip() for line in text.splitlines()]
 
 
-def _is_hidden(name):
+def _is_hidden(name: str) -> bool:
   return name.startswith('.') or name.lower() in _JUNK
 
 
 class Listing(NamedTuple):
-  """What lies in and below a folder, hidden files left out."""
+  """Files in a folder and its subfolders, without hidden ones."""
 
-  files: dict  # {path inside of it, with '/': File}, sorted.
-  others: list  # Paths inside of it that have another ending.
+  files: dict[str, File]  # By path relative to the folder, with '/'; sorted.
+  others: list[str]  # Relative paths of files with other extensions.
 
 
-def walk(folder, endings=IMAGE_ENDINGS):
-  """The Listing of a folder, links to folders followed; empty if absent.
+def walk(folder: StrPath, endings: tuple[str, ...] = IMAGE_ENDINGS) -> Listing:
+  """Lists a folder recursively, following links; empty if it does not exist.
 
-  A link to nothing is a File with a `target`, whatever its ending. DataError
-  'unreadable' if a folder cannot be listed.
+  A broken link is a File with a `target`, whatever its extension.
+
+  Raises:
+    DataError: of kind 'unreadable', if a folder cannot be listed.
   """
 
-  def refuse(error):
+  def refuse(error: OSError) -> None:
     if os.path.lexists(error.filename):
       what = f'cannot be listed ({error.strerror})'
       raise fault(error.filename, 'unreadable', what) from error
 
-  found, others, chains = {}, [], {}
+  listed: dict[str, File] = {}
+  others: list[str] = []
+  # Resolved paths of a folder and of those above it.
+  chains: dict[str, set[str]] = {}
   for top, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-    real, above = os.path.realpath(top), chains.get(os.path.dirname(top), ())
+    parents = chains.get(os.path.dirname(top), set())
+    real = os.path.realpath(top)
     folders[:] = [x for x in folders if not _is_hidden(x)]
-    if real in above:  # A link to a folder around it.
+    if real in parents:  # A link to one of its parents.
       folders.clear()
       continue
-    chains[top], inner = {*above, real}, os.path.relpath(top, folder)
+    chains[top], inner = {*parents, real}, os.path.relpath(top, folder)
     for name in names:
       if _is_hidden(name):
         continue
       path = os.path.join(top, name)
       inside = name if inner == os.curdir else f'{inner}/{name}'
-      sound = os.path.isfile(path)
-      if not sound and os.path.islink(path):
-        found[inside] = File(path, target=os.readlink(path))
-      elif sound and name.lower().endswith(endings):
-        found[inside] = File(path)
+      is_file = os.path.isfile(path)
+      if not is_file and os.path.islink(path):
+        listed[inside] = File(path, target=os.readlink(path))
+      elif is_file and name.lower().endswith(endings):
+        listed[inside] = File(path)
       else:
         others.append(inside)
-  return Listing(dict(sorted(found.items())), sorted(others))
+  return Listing(dict(sorted(listed.items())), sorted(others))
 
 
-def list_zip(path, prefix, endings):
-  """The Files of members whose names start with `prefix`, sorted."""
+def list_zip(
+  path: StrPath, prefix: str, endings: tuple[str, ...]
+) -> list[File]:
+  """Lists the members of a zip whose names start with `prefix`, sorted."""
   names = sorted(_archive(str(path), os.getpid()).namelist())
   return [
     File(str(path), name)

@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's own images and masks, in the layouts that tools write.
+"""Reads a user's own images and masks, in the layouts of common tools.
 
 pairs     images/<split>/ and masks/<split>/, or another of `_PAIRS`
 voc       JPEGImages/, SegmentationClass/, ImageSets/Segmentation/<split>.txt;
-          with labelmap.txt, as CVAT writes it, masks are of its colours
+          with CVAT's labelmap.txt, masks have its colors
 roboflow  <split>/ with images, <stem>_mask.png and _classes.csv
 coco      annotations/instances_<split>.json or <split>/_annotations.coco.json
 """
 
 import collections
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import itertools
 import pathlib
+from typing import Any, NoReturn, TypeAlias
 
 from attnfd_jax.data import coco, files, mask_values, pairs, voc
-from attnfd_jax.errors import InputError, one_of
+from attnfd_jax.data.records import DataConfig
+from attnfd_jax.errors import DataError, InputError, one_of
 
-# Splits, and other names of their folders; a set without test is fine.
+_Entries: TypeAlias = Mapping[str, Iterable[pairs.Entry]]  # By split.
+_Paths: TypeAlias = tuple[pathlib.Path, pathlib.Path]
+
+# Splits, and alternative names of their folders; test is optional.
 _FOLDERS = {
   'train': ('train', 'training'),
   'val': ('val', 'valid', 'validation'),
@@ -44,119 +50,171 @@ _COCO = (
 )
 
 
-def _find_paths(root, patterns, splits):
-  """{split: (path, path)} by the pattern of which the first split has the most,
-  and notes. The second path, of masks or annotations, decides; without it test
-  is left out, unless it is all that is asked for.
+def _find_paths(
+  root: pathlib.Path, patterns: Sequence[str], splits: Sequence[str]
+) -> tuple[dict[str, _Paths], list[str]]:
+  """Finds the two paths of each split.
+
+  Uses the pattern of which the first split has the most paths; the second path,
+  of masks or annotations, counts more. The split test is left out without the
+  second path, unless it is the only one.
+
+  Args:
+    root: of the data set.
+    patterns: see _PAIRS and _COCO.
+    splits: names of the splits.
+
+  Returns:
+    The paths by split, and notes.
   """
 
-  def exist(paths):
+  def exist(paths: _Paths) -> list[bool]:
     return [path.exists() for path in reversed(paths)]
 
-  def best(pattern, split):
-    parts, names = pattern.split(), _FOLDERS[split]
-    places = [[root / part.format(name) for part in parts] for name in names]
+  def best(pattern: str, split: str) -> _Paths:
+    first, second = pattern.split()
+    places = [
+      (root / first.format(name), root / second.format(name))
+      for name in _FOLDERS[split]
+    ]
     return max(places, key=exist)
 
   pattern = max(patterns, key=lambda pattern: exist(best(pattern, splits[0])))
-  found, notes = {split: best(pattern, split) for split in splits}, []
-  if splits[1:] and 'test' in found and not found['test'][1].exists():
-    images, labels = found.pop('test')
+  paths, notes = {split: best(pattern, split) for split in splits}, []
+  if splits[1:] and 'test' in paths and not paths['test'][1].exists():
+    images, labels = paths.pop('test')
     if images.exists() and '{}' in pattern.split()[0]:
-      notes.append(f'test: {images} is not used, for there is no {labels}')
-  return found, notes
+      notes.append(f'test: {images} is not used because there is no {labels}')
+  return paths, notes
 
 
-def _make_given(config, splits, notes=()):
-  """The Dataset of splits whose masks mean what the config says."""
-  splits, settled = {x: [*pairs.with_error(y)] for x, y in splits.items()}, {}
-  entries = itertools.chain(*splits.values())
-  found = [x.mask for x in entries if isinstance(x, pairs.Pair)]
-  if mask_values.are_black_and_white(config, found):
+def _make_given(
+  config: DataConfig, splits: _Entries, notes: Iterable[str] = ()
+) -> pairs.Dataset:
+  """Makes a Dataset whose config says what the values in masks mean."""
+  entries = {x: [*pairs.with_error(y)] for x, y in splits.items()}
+  settled: dict[str, Any] = {}
+  label_files = [
+    entry.mask
+    for entry in itertools.chain(*entries.values())
+    if isinstance(entry, pairs.Pair) and entry.mask
+  ]
+  if mask_values.are_black_and_white(config, label_files):
     settled['id_map'] = ids = mask_values.BLACK_AND_WHITE
-    meant = f'255 is {config["class_names"][1]!r}'
-    note = f'masks have no ids but 0 and 255: {meant}, as by'
+    meaning = f'255 is read as {config["class_names"][1]!r}'
+    note = f'masks have only the ids 0 and 255: {meaning}, as with'
     notes = (*notes, f'{note} --config.data.id_map="{ids}"')
   table, read_label = mask_values.given_labels({**config, **settled})
-  more = {'notes': notes, 'settled': settled}
-  return pairs.make_dataset(config, table, splits, read_label, **more)
+  return pairs.make_dataset(
+    config, table, entries, read_label, notes=notes, settled=settled
+  )
 
 
-def _read_pairs(config, root, splits):
+def _read_pairs(
+  config: DataConfig, root: pathlib.Path, splits: Sequence[str]
+) -> pairs.Dataset:
   paths, notes = _find_paths(root, _PAIRS, splits)
   if not any(x.exists() for both in paths.values() for x in both):
     raise _without_splits(root)
-  splits = {s: pairs.match_folders(*folders) for s, folders in paths.items()}
-  return _make_given(config, splits, notes)
+  entries = {s: pairs.match_folders(*folders) for s, folders in paths.items()}
+  return _make_given(config, entries, notes)
 
 
-def _without_splits(root):
-  """The DataError of a folder that has none of `_PAIRS`."""
+def _without_splits(root: pathlib.Path) -> DataError:
+  """Returns the DataError of a folder that matches none of `_PAIRS`."""
   listing = files.walk(root)
   counts = collections.Counter(
     str(pathlib.PurePosixPath(name).parent) for name in listing.files
   )
   seen = ', '.join(f'{n} images in {x}' for x, n in counts.most_common(4))
   what = f'no images/train and masks/train, found {seen or "no images"}'
-  need = 'images/train, images/val, masks/train and masks/val'
-  hint = f'move each split into folders of its own: {need}; docs/own_data.md'
+  needed = 'images/train, images/val, masks/train and masks/val'
+  hint = f'move each split to its own folders: {needed}; docs/own_data.md'
   return files.fault(root, 'split', f'{what}; {hint} has other layouts')
 
 
-def _read_voc(config, root, splits):
+def _read_voc(
+  config: DataConfig, root: pathlib.Path, splits: Sequence[str]
+) -> pairs.Dataset:
   names = [x for x in splits if x != 'test' or voc.list_path(root, x).exists()]
-  splits = {name: voc.read_split(root, name) for name in names}
+  entries = {name: voc.read_split(root, name) for name in names}
   path = root / 'labelmap.txt'
   if not path.is_file():
-    return _make_given(config, splits)
+    return _make_given(config, entries)
   table, read_label = mask_values.chosen_labels(
     config, path, mask_values.read_labelmap(path)
   )
-  return pairs.make_dataset(config, table, splits, read_label)
+  return pairs.make_dataset(config, table, entries, read_label)
 
 
-def _match_roboflow(folder, path, tables):
-  """Pairs of a folder; its table at `path` joins equal ones in `tables`."""
+def _match_roboflow(
+  folder: pathlib.Path,
+  path: pathlib.Path,
+  tables: dict[pathlib.Path, dict[str, int]],
+) -> Iterator[pairs.Entry]:
+  """Yields the entries of a folder.
+
+  Args:
+    folder: of images and masks.
+    path: of its table of classes.
+    tables: ids of the classes by path of their table; this one is added.
+  """
   if not path.is_file():
     raise pairs.absent(path)
   tables[path] = mask_values.read_classes_csv(path)
   if tables[path] != next(iter(tables.values())):
-    raise coco.unsound(path, 'other classes than those of train')
+    raise coco.unsound(path, 'its classes differ from those of train')
   both = files.walk(folder).files
   images = {k: x for k, x in both.items() if not x.inner.stem.endswith('_mask')}
   yield from pairs.match((folder, folder), (images, both), ('', '_mask'))
 
 
-def _read_roboflow(config, root, splits):
-  tables = {}
+def _read_roboflow(
+  config: DataConfig, root: pathlib.Path, splits: Sequence[str]
+) -> pairs.Dataset:
+  tables: dict[pathlib.Path, dict[str, int]] = {}
   paths, notes = _find_paths(root, [_ROBOFLOW], splits)
-  splits = {
+  entries = {
     split: list(pairs.with_error(_match_roboflow(*both, tables)))
     for split, both in paths.items()
   }
   if not tables:
-    raise next(iter(splits.values()))[0]
+    _raise_first(entries)
   table, read_label = mask_values.chosen_labels(
     config, *next(iter(tables.items()))
   )
-  return pairs.make_dataset(config, table, splits, read_label, notes=notes)
+  return pairs.make_dataset(config, table, entries, read_label, notes=notes)
 
 
-def _read_coco(config, root, splits):
-  options = {key: config[key] for key in ('class_names', 'limit')}
-  places, notes = _find_paths(root, _COCO, splits)
-  places = {split: both[::-1] for split, both in places.items()}
-  names, splits = coco.find_pairs(places, **options)
+def _raise_first(splits: _Entries) -> NoReturn:
+  """Raises the error of the first split."""
+  error = next(iter(next(iter(splits.values()))))
+  assert isinstance(error, DataError)
+  raise error
+
+
+def _read_coco(
+  config: DataConfig, root: pathlib.Path, splits: Sequence[str]
+) -> pairs.Dataset:
+  paths, notes = _find_paths(root, _COCO, splits)
+  names, entries = coco.find_pairs(
+    {split: (path, images) for split, (images, path) in paths.items()},
+    class_names=config['class_names'],
+    limit=config['limit'],
+  )
   if not names:
-    raise next(iter(splits.values()))[0]
+    _raise_first(entries)
   table, read_label = mask_values.as_labels(
     {x: i for i, x in enumerate(names)}, ()
   )
-  return pairs.make_dataset(config, table, splits, read_label, notes=notes)
+  return pairs.make_dataset(config, table, entries, read_label, notes=notes)
 
 
-# Name -> (reader, *glob patterns, one of which is there).
-LAYOUTS = {
+_Reader: TypeAlias = Callable[
+  [DataConfig, pathlib.Path, Sequence[str]], pairs.Dataset
+]
+# The reader of a layout, and glob patterns of which at least one matches.
+LAYOUTS: dict[str, tuple[_Reader, *tuple[str, ...]]] = {
   'pairs': (
     _read_pairs,
     *(
@@ -172,8 +230,8 @@ LAYOUTS = {
 }
 
 
-def folder(config, splits):
-  """The layout config.data.layout, or the only one that is there."""
+def folder(config: DataConfig, splits: Sequence[str]) -> pairs.Dataset:
+  """Reads a folder in config.data.layout; with 'auto', detects the layout."""
   root, layout = pairs.check_root(config), config['layout']
   mask_values.check_names(config['class_names'])
   one_of('config.data.layout', layout, ('auto', *LAYOUTS))
@@ -184,12 +242,12 @@ def folder(config, splits):
       if any(next(root.glob(p), None) for p in patterns)
     ]
     if len(layouts) > 1:
-      flag = f'say --config.data.layout={layouts[0]}, for example'
+      flag = f'set --config.data.layout={layouts[0]}, for example'
       raise InputError(f'{root}: could be {" or ".join(layouts)}; {flag}.')
     layout = (*layouts, 'pairs')[0]
   labelmap = layout == 'voc' and (root / 'labelmap.txt').is_file()
   for key in ('palette', 'id_map'):
     if config[key] and (labelmap or layout in ('roboflow', 'coco')):
-      what = f'config.data.{key} does not go with the layout {layout}'
+      what = f'config.data.{key} cannot be used with the layout {layout}'
       raise InputError(f'{what}, whose files say what the masks mean.')
   return LAYOUTS[layout][0](config, root, splits)

@@ -1,56 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixels of image and mask files, and what makes train ids of mask values."""
+"""Decodes image and mask files, and maps mask values to train ids."""
 
 import collections
+from collections.abc import Iterable, Iterator
 import contextlib
 import ctypes
 import dataclasses
 import io
 import itertools
 import re
+from typing import Any
 import warnings
 
 import cv2
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from attnfd_jax.data import files
+from attnfd_jax.data.classes import Color
+from attnfd_jax.data.records import Size
 from attnfd_jax.errors import DataError, first_line
 from attnfd_jax.losses import IGNORE_LABEL
+from attnfd_jax.types import StrPath
 
-MAX_PIXELS = 178_956_970  # Of an image: Pillow opens none that declares more.
-# Pillow knows more, and starts programs for some of them.
-_FORMATS = 'PNG JPEG BMP TIFF WEBP GIF PPM JPEG2000'.split()
-_BAND = 1 << 22  # Pixels of a mask of colours that are looked up at a time.
+MAX_PIXELS = 178_956_970  # Of an image: Pillow refuses larger ones.
+# Pillow supports more formats, but runs external programs for some of them.
+_FORMATS = tuple('PNG JPEG BMP TIFF WEBP GIF PPM JPEG2000'.split())
+_BAND = 1 << 22  # Pixels of a color mask that are looked up at a time.
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright.
-_SIZE_KNOWN = 1 << 16  # So many bytes nearly always hold the header.
+_HEADER_BYTES = 1 << 16  # Nearly always enough for the header.
 _TIFF = b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'
-_BITS, _CHANNELS, _SAMPLES = 258, 277, 339  # Tags of a TIFF.
-# Size and largest value of a PGM or PPM, among comments.
+_BITS, _CHANNELS, _SAMPLES = 258, 277, 339  # TIFF tags.
+# Width, height and maximum value of a PGM or PPM, between comments.
 _PPM = re.compile(rb'P[2356](?:(?:\s|#[^\n]*\n)+0*([1-9]\d{0,4})){3}')
 
 
-def tune_process(*_):
-  """Makes a whole process fast at images: a command's or a Grain worker's."""
-  cv2.setNumThreads(0)  # Grain's threads are the parallelism.
-  # Images are allocated and freed all the time; glibc would give the pages
-  # back and fault them in again, a seventh of the time of the pipeline.
+def tune_process(*_: object) -> None:
+  """Tunes OpenCV, malloc and warnings of this process for loading images."""
+  cv2.setNumThreads(0)  # Grain's threads already run in parallel.
+  # Images are allocated and freed all the time; glibc would return the pages
+  # to the system and fault them in again, 1/7 of the time of the pipeline.
   libc = ctypes.CDLL(None)
   if hasattr(libc, 'mallopt'):
-    libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, in bytes: the most allowed.
-    libc.mallopt(-1, 1 << 27)  # M_TRIM_THRESHOLD: kept by each arena.
-  # Large images are large on purpose; twice Pillow's limit is still refused.
+    libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD in bytes: the maximum.
+    libc.mallopt(-1, 1 << 27)  # M_TRIM_THRESHOLD of each arena in bytes.
+  # Large images are intended; Pillow still refuses those over twice its limit.
   warnings.simplefilter('ignore', Image.DecompressionBombWarning)
 
 
-def open_image(data):
-  """A Pillow image of which only the header was read; raises many types."""
+def open_image(data: bytes) -> ImageFile.ImageFile:
+  """Opens a Pillow image, reading its header only; raises many types."""
   return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
 @contextlib.contextmanager
-def decoding(file, kind):
-  """Whatever a decoder raises becomes a DataError."""
+def decoding(file: files.File | StrPath, kind: str) -> Iterator[None]:
+  """Converts all exceptions in its context to a DataError of the file."""
   try:
     yield
   except DataError:
@@ -58,13 +63,13 @@ def decoding(file, kind):
   except Exception as error:
     reason = first_line(error)
     if isinstance(error, UnidentifiedImageError):
-      reason = 'empty, or no image'  # Pillow's names an object in memory.
+      reason = 'empty or not an image'  # Pillow's would name a Python object.
     what = f'not a readable {kind} ({reason}); replace or remove it'
     raise files.fault(file, 'unreadable', what) from error
 
 
-def _chunks_fit(data):
-  """Whether the chunks of a PNG, as far as its end, lie inside of it."""
+def _chunks_fit(data: bytes) -> bool:
+  """Whether no chunk of a PNG extends past the end of the file."""
   at = 8
   while at + 8 <= len(data):
     if data[at + 4 : at + 8] == b'IEND':
@@ -73,8 +78,8 @@ def _chunks_fit(data):
   return at <= len(data)
 
 
-def _largest(header, data):
-  """The largest value that a channel of the file can have, as it states."""
+def _max_value(header: Any, data: bytes) -> int:
+  """Returns the largest value of a channel that the header allows."""
   if header.mode == '1':
     return 1
   if header.format == 'PPM' and (match := _PPM.match(data)):
@@ -89,13 +94,13 @@ def _largest(header, data):
   return 2**bits - 1
 
 
-def _too_deep(file, what):
-  remedy = 'save all images, scaled by one rule, as grey or RGB of 8 bits'
+def _too_deep(file: files.File | StrPath, what: str) -> DataError:
+  remedy = 'save all images, scaled by one rule, as gray or RGB of 8 bits'
   return files.fault(file, 'depth', f'{what}; {remedy} or the full 16')
 
 
-def _check_tiff(file, data):
-  """Raises DataError unless OpenCV shows what is there."""
+def _check_tiff(file: files.File | StrPath, data: bytes) -> None:
+  """Raises DataError if OpenCV would not decode all values correctly."""
   head = io.BytesIO(data)
   size = 16 if b'+' in data[2:4] else 8
   tags = TiffImagePlugin.ImageFileDirectory_v2(head.read(size))
@@ -105,14 +110,14 @@ def _check_tiff(file, data):
   names = {1: 'integers', 3: 'floats', 4: 'integers', 6: 'complex floats'}
   name, count = names.get(kind, 'signed integers'), tags.get(_CHANNELS, 1)
   if name != 'integers' or 8 < bits != 16 or count > 4:
-    raise _too_deep(file, f'TIFF of {count} x {bits}-bit {name} a pixel')
+    raise _too_deep(file, f'TIFF of {count} x {bits}-bit {name} per pixel')
 
 
-def _check_used(file, data):
-  """Raises DataError if an image of 16 bits leaves the top two unused."""
+def _check_used(file: files.File | StrPath, data: bytes) -> None:
+  """Raises DataError if a 16-bit image does not use its two highest bits."""
   pixels = np.frombuffer(data, np.uint8)
   pixels = cv2.imdecode(pixels, cv2.IMREAD_UNCHANGED)
-  # Not of alpha.
+  # Without the alpha channel.
   most = 0 if pixels is None else int(np.atleast_3d(pixels)[..., :3].max())
   if 0 < most < 1 << 14:
     bits = most.bit_length()
@@ -120,88 +125,101 @@ def _check_used(file, data):
     raise _too_deep(file, f'{what} would be nearly black')
 
 
-def decode_image(file, data):
-  """Pixels of the bytes of `file`, as stored, uint8 [h, w, 3] RGB.
+def decode_image(file: files.File | StrPath, data: bytes) -> np.ndarray:
+  """Decodes an image, uint8 [h, w, 3] RGB; EXIF rotation is ignored.
 
-  Of 16 bits these are the upper 8; DataError 'depth' where they would not show
-  what is there, or if the samples are floats, signed or larger.
+  16-bit values are reduced to their upper 8 bits.
+
+  Args:
+    file: for messages.
+    data: content of the file.
+
+  Raises:
+    DataError: of kind 'depth', if the upper 8 bits would be nearly black, or
+      the values are floats, signed or larger; of kind 'unreadable'.
   """
-  # EXIF rotation would turn the image and not its mask.
-  how = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+  # EXIF rotation would turn the image but not its mask.
+  flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
   with decoding(file, 'image'):
-    if data[:4] in _TIFF:  # Pillow knows few of the others.
+    if data[:4] in _TIFF:  # Pillow reads few TIFFs of other depths.
       _check_tiff(file, data)
-    # OpenCV takes what headers declare of memory: Pillow looks at them first.
+    # OpenCV allocates whatever a header declares, so let Pillow check it first.
     header = open_image(data)
     if header.mode == 'F':
       raise _too_deep(file, 'image of floats')
     if header.format == 'PNG' and not _chunks_fit(data):
       raise ValueError('a chunk is longer than the file')
-    most = _largest(header, data)
-    # OpenCV scales by the stated maximum only what is text of 8 bits.
+    most = _max_value(header, data)
+    # OpenCV scales by the declared maximum only for 8-bit text formats.
     scaled = header.format == 'PPM' and most not in (255, 65535)
     scaled = scaled and (most > 255 or data[1] in b'56')
-    how |= cv2.IMREAD_ANYDEPTH if scaled else 0
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), how)
+    flags |= cv2.IMREAD_ANYDEPTH if scaled else 0
+    image: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if image is None:
       raise ValueError('cut off or damaged')
     if scaled:
       table = (np.arange(1 << 16) * 255 + most // 2) // most
       image = table.clip(max=255).astype(np.uint8)[image]
-    elif most == 65535 and image.max() <= 64:  # Else bit 14 is set somewhere.
+    elif most == 65535 and image.max() <= 64:  # Larger: bit 14 or 15 is used.
       _check_used(file, data)
     return image
 
 
-def read_image(path):
-  """Pixels of a path or File as they are stored, uint8 [h, w, 3] RGB."""
+def read_image(path: files.File | StrPath) -> np.ndarray:
+  """Reads an image, uint8 [h, w, 3] RGB, see decode_image."""
   file = files.as_file(path)
   return decode_image(file, file.read())
 
 
-def read_size(path):
-  """(height, width) as stored, from the header alone."""
+def read_size(path: files.File | StrPath) -> Size:
+  """Reads the height and width of an image from its header.
+
+  EXIF rotation is ignored.
+  """
   file = files.as_file(path)
   with contextlib.suppress(Exception):
-    return open_image(file.read(_SIZE_KNOWN)).size[::-1]
+    width, height = open_image(file.read(_HEADER_BYTES)).size
+    return height, width
   data = file.read()
   with decoding(file, 'image'):
-    return open_image(data).size[::-1]
+    width, height = open_image(data).size
+  return height, width
 
 
-def check_upright(file, data):
-  """Raises DataError 'exif' if viewers would show the image rotated."""
-  turned = 1
-  # Damaged tags turn nothing; damaged pixels are told elsewhere.
+def check_upright(file: files.File | StrPath, data: bytes) -> None:
+  """Raises DataError of kind 'exif' if viewers would rotate the image."""
+  orientation = 1
+  # Damaged tags have no effect; damaged pixels are reported elsewhere.
   with contextlib.suppress(Exception):
     image = open_image(data)
-    if 'exif' in image.info:  # Else Pillow would decode a PNG to look behind.
-      turned = image.getexif().get(_ORIENTATION, 1)
-  if turned != 1:
-    what = f'rotated by EXIF orientation {turned}, unlike its mask'
+    if 'exif' in image.info:  # Otherwise Pillow would decode a PNG to its end.
+      orientation = image.getexif().get(_ORIENTATION, 1)
+  if orientation != 1:
+    what = f'rotated by EXIF orientation {orientation}, unlike its mask'
     remedy = 'save the image upright, without the tag'
     raise files.fault(file, 'exif', f'{what}; {remedy}')
 
 
-def _lossy(image, data):
-  """Name of a format that does not keep each value; '' if it does."""
+def _lossy(image: ImageFile.ImageFile, data: bytes) -> str:
+  """Returns the name of a lossy format, or ''."""
   if image.format == 'WEBP':
-    return 'lossy WebP' if re.search(rb'VP8[ L]', data)[0] == b'VP8 ' else ''
+    match: Any = re.search(rb'VP8[ L]', data)
+    return 'lossy WebP' if match[0] == b'VP8 ' else ''
   if image.format == 'TIFF':
     packed = image.info.get('compression', '')
     return 'JPEG-compressed TIFF' if 'jpeg' in packed else ''
-  # JPEG 2000 may be exact, which only its writer knows.
+  # JPEG 2000 can be lossless, but the file does not say so.
   names = {'JPEG': 'JPEG', 'MPO': 'JPEG', 'JPEG2000': 'JPEG 2000'}
-  return names.get(image.format, '')
+  return names.get(image.format or '', '')
 
 
-def _open_mask(file):
-  """A Pillow image of a lossless file, decoded, and `_largest` of it."""
+def _open_mask(file: files.File) -> tuple[Image.Image, int]:
+  """Decodes a lossless file; returns the image and its `_max_value`."""
   data = file.read()
   with decoding(file, 'mask'):
-    image = open_image(data)
-    most = _largest(image, data)
-    # Pages of a TIFF may be smaller copies of the first.
+    image: Any = open_image(data)
+    most = _max_value(image, data)
+    # Several pages are fine in a TIFF: they may be thumbnails of the first.
     if image.format in ('GIF', 'PNG', 'WEBP') and image.is_animated:
       raise ValueError(f'{image.n_frames} frames instead of one')
     image.load()
@@ -209,21 +227,24 @@ def _open_mask(file):
     what = f'a {name} mask; compression changes ids. Export the masks as PNG'
     raise files.fault(file, 'lossy', what)
   if image.mode[0] in 'IF':
-    what = f'mask has {most.bit_length()} bits a pixel'
+    what = f'mask has {most.bit_length()} bits per pixel'
     raise files.fault(file, 'depth', f'{what}; save ids as an 8-bit PNG')
   return image, most
 
 
-def read_mask(path):
-  """Class ids, uint8 [h, w], of a grey or palette file; else DataError.
+def read_mask(path: files.File | StrPath) -> np.ndarray:
+  """Reads the class ids, uint8 [h, w], of a grayscale or palette file.
 
-  Greys of 1, 2 and 4 bits are ids 0 to 1, 3 and 15, white the last one.
+  In grayscale files of 1, 2 or 4 bits, white is id 1, 3 or 15.
+
+  Raises:
+    DataError: for any other file.
   """
   file = files.as_file(path)
   image, most = _open_mask(file)
   if image.mode in ('1', 'L'):
     ids = np.asarray(image.convert('L'))
-    # Pillow spreads few bits over 0 to 255.
+    # Pillow scales smaller bit depths to 0 to 255.
     return ids if most >= 255 else np.rint(ids * (most / 255)).astype(np.uint8)
   if image.mode == 'P':
     return np.asarray(image)
@@ -231,101 +252,115 @@ def read_mask(path):
   if image.mode in ('LA', 'RGB', 'RGBA'):
     pixels = np.asarray(image.convert('RGB'))
     if (pixels == pixels[..., :1]).all():
-      opaque = image.getextrema()[-1][0] == 255 or image.mode == 'RGB'
-      if image.format == 'WEBP' and opaque:  # It has no greys.
+      extrema: Any = image.getextrema()
+      opaque = extrema[-1][0] == 255 or image.mode == 'RGB'
+      if image.format == 'WEBP' and opaque:  # WebP has no grayscale mode.
         return pixels[..., 0].copy()
       what += '. Its channels are equal: if they are ids, save one of them'
-      what += ', in Pillow by getchannel(0)'
-  remedy = 'Convert colours to ids, or, with the data set folder, add'
+      what += ', in Pillow with getchannel(0)'
+  remedy = "Convert colors to ids, or, with the data set 'folder', add"
   flag = '--config.data.palette="((r,g,b), ...)"'
   raise files.fault(file, 'mode', f'{what}. {remedy} {flag}')
 
 
-def _counted(values):
-  """{value: how often it occurs}."""
+def _count(values: np.ndarray) -> dict[int, int]:
+  """Returns {value: number of occurrences}."""
   values, counts = np.unique(values, return_counts=True)
   return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
-def _no_class(file, counts, expected):
-  """The DataError of {value: pixels}; names the five most frequent values."""
-  most = sorted(sorted(counts, key=counts.get, reverse=True)[:5])
-  found = ', '.join(f'{value} ({counts[value]} pixels)' for value in most)
+def _no_class(
+  file: files.File, counts: dict[Any, int], expected: str
+) -> DataError:
+  """Returns the DataError of {value: pixels}; lists the five most frequent."""
+  most = sorted(sorted(counts, key=lambda x: counts[x], reverse=True)[:5])
+  listed = ', '.join(f'{value} ({counts[value]} pixels)' for value in most)
   more = f' and {len(counts) - 5} more' if len(counts) > 5 else ''
-  what = f'values {found}{more} are no class; {expected}'
+  what = f'values {listed}{more} are not classes; {expected}'
   return files.fault(file, 'values', what, counts)
 
 
-def _ranges(ids):
-  """'0 to 10, 255' of any set of ids."""
-  # Ids in a row are as far from their places in the order.
+def _ranges(ids: Iterable[int]) -> str:
+  """Formats a set of ids as '0 to 10, 255'."""
+  # Within a run of consecutive ids, id minus position is constant.
   order = enumerate(sorted({*ids}))
-  runs = itertools.groupby(order, lambda item: item[1] - item[0])
-  runs = [[value for _, value in run] for _, run in runs]
+  groups = itertools.groupby(order, lambda item: item[1] - item[0])
+  runs = [[value for _, value in group] for _, group in groups]
   return ', '.join(f'{x[0]} to {x[-1]}' if x[1:] else f'{x[0]}' for x in runs)
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexLabels:
-  """Masks of ids to train ids."""
+  """Reads masks of class ids as train ids."""
 
-  ids: tuple[int, ...]  # In the file, in the order of train ids.
-  ignored: tuple[int, ...] = ()  # Become 255, which itself may always occur.
+  ids: tuple[int, ...]  # Ids in masks, in the order of train ids.
+  ignored: tuple[int, ...] = ()  # Become 255; 255 itself is always allowed.
 
-  def __call__(self, file):
+  def __call__(self, file: files.File) -> np.ndarray:
+    """Reads a mask as train ids, uint8 [h, w]."""
     return self.from_ids(file, read_mask(file))
 
-  def from_ids(self, file, ids):
-    """Train ids, uint8 [h, w], of the file's ids; DataError if none fits."""
+  def from_ids(self, file: files.File, ids: np.ndarray) -> np.ndarray:
+    """Converts the ids of a file to train ids, uint8 [h, w].
+
+    Raises:
+      DataError: of kind 'values', if an id is neither a class nor ignored.
+    """
     k = len(self.ids)
     ignored = [*({*self.ignored, IGNORE_LABEL} - {*self.ids})]
     table = np.full(256, k, np.uint8)
     table[ignored] = IGNORE_LABEL
     table[[*self.ids]] = range(k)
-    label = cv2.LUT(ids, table)  # Several times as fast as NumPy's indexing.
+    # Several times faster than indexing in NumPy.
+    label = np.asarray(cv2.LUT(ids, table))
     wrong = label == k
-    if k < IGNORE_LABEL and wrong.any():  # Of 255 classes no id is left.
+    if k < IGNORE_LABEL and wrong.any():  # 255 classes use all ids.
       expected = f'classes are {_ranges(self.ids)}'
       expected += f', ignored {_ranges(ignored)}' * bool(ignored)
-      raise _no_class(file, _counted(ids[wrong]), expected)
+      raise _no_class(file, _count(ids[wrong]), expected)
     return label
 
 
-def _codes(colours):
-  """uint8 [..., 3] to int32 [...]."""
-  red, green, blue = np.moveaxis(colours.astype(np.int32), -1, 0)
+def _codes(colors: np.ndarray) -> np.ndarray:
+  """Packs colors, uint8 [..., 3], into int32 [...]."""
+  red, green, blue = np.moveaxis(colors.astype(np.int32), -1, 0)
   return red << 16 | green << 8 | blue
 
 
 @dataclasses.dataclass(frozen=True)
-class ColourLabels:
-  """Masks of colours to train ids; grey and palette files have colours, too."""
+class ColorLabels:
+  """Reads masks of colors, also grayscale and palette files, as train ids."""
 
-  colours: tuple[tuple[int, int, int], ...]  # In the order of train ids.
-  ignored: tuple[tuple[int, int, int], ...] = ()  # Further ones; become 255.
+  colors: tuple[Color, ...]  # In the order of train ids.
+  ignored: tuple[Color, ...] = ()  # Become 255.
 
-  def __call__(self, file):
+  def __call__(self, file: files.File) -> np.ndarray:
+    """Reads a mask as train ids, uint8 [h, w].
+
+    Raises:
+      DataError: of kind 'values', if a color is neither a class nor ignored.
+    """
     image, _ = _open_mask(file)
     with decoding(file, 'mask'):
       pixels = np.asarray(image.convert('RGB'))
-    known = _codes(np.array([*self.colours, *self.ignored], np.uint8))
-    order, k = np.argsort(known), len(self.colours)
+    valid = _codes(np.array([*self.colors, *self.ignored], np.uint8))
+    order, k = np.argsort(valid), len(self.colors)
     ids = np.where(order < k, order, IGNORE_LABEL).astype(np.uint8)
-    known = known[order]
+    valid = valid[order]
     label = np.empty(pixels.shape[:2], np.uint8)
-    wrong = collections.Counter()
-    # By bands: what is computed takes seven times the memory of the colours.
-    rows = max(_BAND // label.shape[1], 1)
+    wrong: collections.Counter[int] = collections.Counter()
+    # In bands: temporary arrays take seven times the memory of the colors.
+    rows = max(_BAND // pixels.shape[1], 1)
     for top in range(0, len(label), rows):
       codes = _codes(pixels[top : top + rows])
-      found = np.minimum(np.searchsorted(known, codes), len(known) - 1)
-      label[top : top + rows] = ids[found]
-      wrong.update(_counted(codes[known[found] != codes]))
+      nearest = np.minimum(np.searchsorted(valid, codes), len(valid) - 1)
+      label[top : top + rows] = ids[nearest]
+      wrong.update(_count(codes[valid[nearest] != codes]))
     if wrong:
       counts = {
         f'{code >> 16},{code >> 8 & 255},{code & 255}': count
         for code, count in sorted(wrong.items())
       }
-      of = f'the {len(known)} colours are those of config.data.palette or of '
-      raise _no_class(file, counts, f'{of}labelmap.txt')
+      expected = f'the {len(valid)} colors are from config.data.palette or '
+      raise _no_class(file, counts, f'{expected}labelmap.txt')
     return label

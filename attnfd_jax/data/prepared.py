@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets in ArrayRecord shards, written and read by tensorflow-datasets.
+"""Writes and reads data sets as ArrayRecord shards of tensorflow-datasets.
 
-One schema for all: images as they were stored, labels as PNGs of train ids, in
-the order of the files. So training from shards gives the batches that training
-from the files gives. TensorFlow is needed on neither side.
+All have the same features: images as encoded in their files, and labels as PNGs
+of train ids. They are in the order of the files, so training from shards gives
+the same batches as training from files. TensorFlow is not needed.
 """
 
+from collections.abc import Iterable, Sequence
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import pathlib
+from typing import Any
 
 import cv2
 import grain
@@ -18,24 +20,26 @@ import numpy as np
 
 from attnfd_jax import paths
 from attnfd_jax.data import classes, files, frequencies, masks, pairs
+from attnfd_jax.data.records import DataConfig
 from attnfd_jax.errors import InputError
 from attnfd_jax.losses import IGNORE_LABEL
 from attnfd_jax.progress import progress
 
 VERSION = '1.0.0'
-SHARD_SIZE = 128  # Examples; small enough to lose little by an interruption.
+SHARD_SIZE = 128  # Examples; an interruption loses at most one shard.
 
 
 @functools.cache
-def _tfds():
-  """The module; it is slow to import and seldom needed."""
+def _tfds() -> Any:
+  """The module tensorflow_datasets, which is slow to import."""
   import tensorflow_datasets
 
   tensorflow_datasets.disable_progress_bar()
   return tensorflow_datasets
 
 
-def _features():
+def _features() -> Any:
+  """Features of an example."""
   features = _tfds().features
   image = features.Image(shape=(None, None, 3))
   label = features.Image(shape=(None, None, 1), encoding_format='png')
@@ -43,62 +47,95 @@ def _features():
   return features.FeaturesDict(columns)
 
 
-def _write_shard(source, records, path, workers, bar):
-  """Writes some records of a PairSource to `path`, whole or not at all."""
+def _write_shard(
+  source: pairs.PairSource,
+  indices: Iterable[int],
+  path: pathlib.Path,
+  workers: int,
+  bar: Any,
+) -> None:
+  """Writes records to `path`, which exists only once it is complete."""
   from array_record.python.array_record_module import ArrayRecordWriter
 
   features = _features()
   info = features.get_serialized_info()
   serializer = _tfds().core.example_serializer.ExampleSerializer(info)
 
-  def serialized(i):
+  def serialize(i: int) -> bytes:
     example = {'id': source.key(i), **source.encoded(i)}
     example['label'] = cv2.imencode('.png', example['label'])[1].tobytes()
     return serializer.serialize_example(features.encode_example(example))
 
   with paths.replacing(path) as file:
-    # group_size 1 is what random access is fast with.
+    # Random access is fast only with group_size 1.
     writer = ArrayRecordWriter(file.name, 'group_size:1')
     with contextlib.closing(writer):
-      for example in frequencies.map_records(serialized, records, workers):
+      for example in frequencies.map_records(serialize, indices, workers):
         writer.write(example)
         bar.update()
 
 
-def _write_shards(dataset, folder, workers):
-  """{split: {path of a shard, which changes with its files: records}}."""
-  shards = {split: {} for split in dataset.splits}
+def _write_shards(
+  dataset: pairs.Dataset, folder: pathlib.Path, workers: int
+) -> dict[str, dict[pathlib.Path, int]]:
+  """Writes the shards that `folder` does not contain yet.
+
+  Returns:
+    The number of records of each shard, by split and path. The path changes if
+    the content does.
+  """
+  shards: dict[str, dict[pathlib.Path, int]] = {
+    split: {} for split in dataset.splits
+  }
   with progress(sum(map(len, dataset.splits.values())), dataset.name) as bar:
-    for split, source in dataset.splits.items():
+    for split in shards:
+      source: Any = dataset.splits[split]  # A PairSource, see `prepare`.
       for start in range(0, len(source), SHARD_SIZE):
-        records = range(len(source))[start : start + SHARD_SIZE]
-        content = source.fingerprint(start, records.stop)
+        indices = range(len(source))[start : start + SHARD_SIZE]
+        content = source.fingerprint(start, indices.stop)
         path = folder / f'{split}-{VERSION}-{start}-{content}'
-        shards[split][path] = len(records)
+        shards[split][path] = len(indices)
         if path.exists():
-          bar.update(len(records))
+          bar.update(len(indices))
         else:
-          _write_shard(source, records, path, workers, bar)
+          _write_shard(source, indices, path, workers, bar)
   return shards
 
 
-def prepare(dataset, target, *, workers):
-  """Writes a TFDS data set below the folder `target`, by some threads.
+def prepare(
+  dataset: pairs.Dataset, target: pathlib.Path, *, workers: int
+) -> tuple[pathlib.Path, dict[str, int]]:
+  """Writes a data set to shards in <target>/<name>/<version>.
 
-  Returns its folder and {split: number of records}. A file that cannot be used
-  is a DataError, after which finished shards stay; a data set that cannot be
-  prepared, or is there already, an InputError.
+  A call that is interrupted, or that fails with a DataError, leaves its
+  complete shards for the next call.
+
+  Args:
+    dataset: a data set of files.
+    target: folder of prepared data sets.
+    workers: number of threads.
+
+  Returns:
+    The folder of the shards, and the number of records of each split.
+
+  Raises:
+    DataError: if a file cannot be used.
+    InputError: if the data set is not made of files, or is prepared already.
   """
   if not all(hasattr(x, 'encoded') for x in dataset.splits.values()):
-    raise InputError(f'{dataset.name} is not a data set of files to prepare.')
+    raise InputError(
+      f'{dataset.name} is not a data set of files; it needs no prepare_data.'
+    )
   folder = target / dataset.name / VERSION
   if folder.exists():
-    raise InputError(f'{folder} exists; remove it, or give another --target.')
+    raise InputError(
+      f'{folder} already exists; remove it or choose another --target.'
+    )
   staged = target / f'.{dataset.name}.shards'
   staged.mkdir(parents=True, exist_ok=True)
   shards, core = _write_shards(dataset, staged, workers), _tfds().core
   for path in {*staged.iterdir()}.difference(*shards.values()):
-    path.unlink()  # Of an attempt with other data.
+    path.unlink()  # Left by a call with other data.
   infos, hashes = [], {}
   for split, lengths in shards.items():
     hashes[split] = []
@@ -128,59 +165,64 @@ def prepare(dataset, target, *, workers):
   return folder, {split: len(x) for split, x in dataset.splits.items()}
 
 
-def _find(folder):
-  """The folder with dataset_info.json in or below `folder`."""
+def _find(folder: pathlib.Path) -> pathlib.Path:
+  """Finds the folder with dataset_info.json in or below `folder`."""
   depths = ('', '*/', '*/*/')
-  found = [x for y in depths for x in folder.glob(f'{y}dataset_info.json')]
-  if len(found) != 1:
-    number = 'more than one' if found else 'no'
+  infos = [x for y in depths for x in folder.glob(f'{y}dataset_info.json')]
+  if len(infos) != 1:
+    number = 'more than one' if infos else 'no'
     what = f'{number} data set of prepare_data in it'
-    remedy = 'name the folder that holds dataset_info.json'
+    remedy = 'name the folder with dataset_info.json'
     raise InputError(f'config.data.prepared={folder}: {what}; {remedy}.')
-  return found[0].parent
+  return infos[0].parent
 
 
-def load(config, splits):
-  """The Dataset at config['prepared']; an InputError says what it lacks."""
-  del splits  # Records are read where they are asked for.
+def load(config: DataConfig, splits: Sequence[str]) -> pairs.Dataset:
+  """Opens the prepared data set that config['prepared'] names.
+
+  Raises:
+    InputError: if there is none, or none that can be read.
+  """
+  del splits  # No record is read before it is used.
   tfds, folder = _tfds(), _find(pathlib.Path(config['prepared']))
   builder = tfds.builder_from_directory(folder)
   info, metadata = builder.info, builder.info.metadata or {}
   if info.name != config['name']:
-    what = f'holds {info.name}, config.data.name is {config["name"]}'
-    raise InputError(f'{folder} {what}.')
+    raise InputError(
+      f'{folder} contains {info.name}, but config.data.name={config["name"]}.'
+    )
   if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
     what = f'stored as {info.file_format.value}, which needs TensorFlow'
     remedy = "prepare it with file_format='array_record'"
     raise InputError(f'{folder}: {what}; {remedy}.')
-  # The stock builder of TFDS has other names for splits and keys.
+  # The builder in TFDS itself has other names of splits and features.
   if f'{info.full_name}/'.startswith('cityscapes/semantic_segmentation/'):
     names, palette = zip(*classes.CITYSCAPES.items(), strict=True)
     keys = ('image_id', 'image_left', 'segmentation_label')
-    splits = {'train': 'train', 'val': 'validation'}
+    stored = {'train': 'train', 'val': 'validation'}
     ids = classes.CITYSCAPES_IDS
     read_label = masks.IndexLabels(ids, tuple(sorted({*range(256)} - {*ids})))
   elif 'class_names' in metadata:
     names, palette = metadata['class_names'], metadata['palette']
-    keys, splits = ('id', 'image', 'label'), {x: x for x in info.splits}
+    keys, stored = ('id', 'image', 'label'), {x: x for x in info.splits}
     read_label = masks.IndexLabels(tuple(range(len(names))))
   else:
-    raise InputError(f'{folder}: not written by prepare_data.')
+    raise InputError(f'{folder}: was not written by prepare_data.')
 
-  def make_pair(record):
-    key, image, label = (record[name] for name in keys)
+  def make_pair(record: dict[str, Any]) -> pairs.Pair:
+    key, image, label = (record[key] for key in keys)
     key = key.decode() if isinstance(key, bytes) else str(key)
-    in_shard = functools.partial(files.File, f'{folder}, record {key}')
-    return pairs.Pair(key, in_shard(data=image), in_shard(data=label))
+    make_file = functools.partial(files.File, f'{folder}, record {key}')
+    return pairs.Pair(key, make_file(data=image), make_file(data=label))
 
-  def make_unlabeled(record):
+  def make_unlabeled(record: dict[str, Any]) -> pairs.Pair:
     return dataclasses.replace(make_pair(record), mask=None)
 
   skip = dict.fromkeys(keys[1:], tfds.decode.SkipDecoding())
   content, sources = (folder / 'dataset_info.json').read_bytes(), {}
   options = {key: config[key] for key in ('limit', 'cache')}
-  for split, stored in splits.items():
-    records = builder.as_data_source(stored, decoders=skip)
+  for split, name in stored.items():
+    records = builder.as_data_source(name, decoders=skip)
     make = make_unlabeled if split == pairs.UNLABELED else make_pair
     records = grain.MapDataset.source(records).map(make)
     options['mark'] = f'{split} {config["limit"]} '.encode() + content

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of data sets.
+"""Loads data sets by name.
 
-A source has `len`, `source[i]` -> {'image': uint8 [h, w, 3], 'label': uint8
-[h, w] of train ids, 255 = ignored}, `size(i)` -> (h, w) without decoding,
-`name(i)` for messages and `key(i)`, unique in its split. To add a data set: a
-function from the group `data` of a config and the names of splits to a Dataset
-that has these splits, as far as they exist, and a row in DATASETS.
+To add a data set, write a function that takes the group `data` of a config and
+the names of splits, and returns a Dataset with those of the splits that exist;
+their sources have the methods of records.Source. Then add it to DATASETS.
 """
+
+from collections.abc import Callable, Sequence
 
 from attnfd_jax.data import prepared, unlabeled
 from attnfd_jax.data.camvid import camvid
@@ -18,11 +18,12 @@ from attnfd_jax.data.masks import read_image as read_image
 from attnfd_jax.data.masks import read_mask as read_mask
 from attnfd_jax.data.pairs import Dataset as Dataset
 from attnfd_jax.data.pairs import SPLITS as SPLITS
+from attnfd_jax.data.records import DataConfig
 from attnfd_jax.data.synthetic import scenes
 from attnfd_jax.data.voc import pascal_voc
 from attnfd_jax.errors import DataError, known
 
-DATASETS = {
+DATASETS: dict[str, Callable[[DataConfig, Sequence[str]], Dataset]] = {
   'camvid': camvid,
   'cityscapes': cityscapes,
   'coco': coco,
@@ -32,16 +33,21 @@ DATASETS = {
 }
 
 
-def load_dataset(config, *, strict=True, splits=SPLITS):
-  """The Dataset that the group `data` of a config, or a dict like it, names.
+def load_dataset(
+  config: DataConfig, *, strict: bool = True, splits: Sequence[str] = SPLITS
+) -> Dataset:
+  """Loads the data set of a config; images are read later.
 
-  Only the `splits` have to be there; with all of them come the images that
-  `unlabeled` names. Not `strict`, problems of the layout are in `problems`, the
-  rest can be used.
+  Args:
+    config: the group `data`, or a dict with its keys.
+    strict: whether to raise the first problem. If not, problems are in
+      `problems`, and everything else can be used.
+    splits: the splits to load. Only with all of them, the default, the images
+      of config.data.unlabeled are loaded too.
 
   Raises:
-    DataError: missing folder; if strict, the first problem.
-    InputError: unknown name, keys that do not go together.
+    DataError: for a missing folder; if strict, for the first problem.
+    InputError: for an unknown name or incompatible keys.
   """
   known('data set', config['name'], DATASETS)
   read = prepared.load if config['prepared'] else DATASETS[config['name']]

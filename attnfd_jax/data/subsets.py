@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which records a stage sees, with their labels or without them."""
+"""Selects the records that a stage trains on, labeled and unlabeled."""
 
 import dataclasses
 
 import numpy as np
 
-from attnfd_jax.data.pairs import UNLABELED
+from attnfd_jax.data.pairs import Dataset, UNLABELED
+from attnfd_jax.data.records import DataConfig
 from attnfd_jax.data.unlabeled import REST
 from attnfd_jax.data.views import View
 from attnfd_jax.errors import InputError
 
 
-def for_stage(dataset, config, *, labeled_limit, distills):
-  """`dataset` as a stage of a run sees it.
+def for_stage(
+  dataset: Dataset, config: DataConfig, *, labeled_limit: int, distills: bool
+) -> Dataset:
+  """Returns `dataset` with the splits that a stage of a run uses.
 
   Args:
+    dataset: all data, with a split 'train'.
     config: the group `data`.
-    labeled_limit: pairs of train that keep their labels, the first of a shuffle
+    labeled_limit: how many pairs of train keep their labels, chosen at random
       by `labeled_seed`; 0 for all.
-    distills: whether the stage learns from unlabeled images.
+    distills: whether the stage is also trained with unlabeled images.
 
   Raises:
-    InputError: if 'rest' leaves nothing.
+    InputError: if `unlabeled` is 'rest' and all pairs are labeled.
   """
   splits = dict(dataset.splits)
   if not distills:
@@ -35,18 +39,24 @@ def for_stage(dataset, config, *, labeled_limit, distills):
     if count == len(train):
       raise InputError(
         f'config.data.unlabeled={REST}: all {count} pairs of train are labeled '
-        f'with config.student.labeled_limit={labeled_limit}; 0 means all, less '
-        'leaves some.'
+        f'with config.student.labeled_limit={labeled_limit}; set a smaller '
+        'limit (0 means all).'
       )
-    rest = np.sort(order[count:])
-    splits[UNLABELED] = View(train, rest, labeled=False)
+    splits[UNLABELED] = View(train, np.sort(order[count:]), labeled=False)
   return dataclasses.replace(dataset, splits=splits)
 
 
-def unlabeled_rows(batch_size, *, labeled, unlabeled, share):
-  """How many rows of a batch are unlabeled, of so many images of each kind.
+def unlabeled_rows(
+  batch_size: int, *, labeled: int, unlabeled: int, share: float
+) -> int:
+  """Returns how many images of a batch are unlabeled.
 
-  A `share` of 0 is in proportion, at most half; below 1 a labeled row is kept.
+  Args:
+    batch_size: number of images in a batch.
+    labeled: number of labeled images in the data set.
+    unlabeled: number of unlabeled images in the data set.
+    share: fraction of a batch that is unlabeled; below 1 at least one image is
+      labeled. 0 for their fraction of the data set, at most half.
   """
   if not unlabeled:
     return 0

@@ -1,31 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Procedural street scenes: a segmentation set that needs no download.
+"""Renders random street scenes: a segmentation data set without a download.
 
-A pinhole camera stands on a road; everything is a polygon in metres, painted
-from far to near into image and label alike, so labels are exact. Colour tells
-little: walls, roads and pavements share their greys, cars and clothes have
-any colour, puddles and windows show the sky, and posters show people and cars
-that are 'building'. All sizes and probabilities are our choice.
+A pinhole camera stands on a road. Everything is a polygon in meters, painted
+from far to near into both image and label, so labels are exact. Color alone
+does not identify a class: walls, roads and pavements share their grays, cars
+and clothes have any color, puddles and windows show the sky, and posters show
+people and cars that are labeled 'building'. All sizes and probabilities are our
+choice.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 import math
 import random
+from typing import TypeAlias
 
 import cv2
 import numpy as np
 
 from attnfd_jax.data import pairs, views
+from attnfd_jax.data.records import DataConfig, Record, Size
 from attnfd_jax.errors import within
 from attnfd_jax.losses import IGNORE_LABEL
+
+Color: TypeAlias = Sequence[float] | np.ndarray  # RGB in [0, 255].
+# Polygon of (s, t) in meters on a plane.
+Shape: TypeAlias = list[tuple[float, float]]
+# Maps (s, t) in meters to the world: x right, y up, z ahead.
+Plane: TypeAlias = Callable[[float, float], tuple[float, float, float]]
 
 CLASS_NAMES = tuple(
   'sky building road marking pavement tree pole car person'.split()
 )
 SKY, BUILDING, ROAD, MARKING, PAVEMENT, TREE, POLE, CAR, PERSON = range(9)
 # fmt: off
-# Of each weather and time of day: RGB of the sky at the top of the image and at
-# the horizon (also of fog), factors of the sun on colours, brightness inside a
-# shadow (1 for none), metres until 63 % of the light comes from fog, clouds.
+# For each weather and time of day: RGB of the sky at the top of the image, RGB
+# at the horizon and of fog, factors that sunlight multiplies colors by,
+# brightness inside a shadow (1: no shadows), meters after which 63 % of the
+# light comes from fog, amount of clouds.
 LIGHTINGS = (
   ((62, 112, 190), (178, 205, 228), (1.08, 1.03, .98), .5, 400, .4),
   ((120, 150, 190), (208, 215, 220), (1., 1., 1.), .6, 250, .7),
@@ -34,11 +45,11 @@ LIGHTINGS = (
   ((54, 58, 98), (212, 134, 112), (.74, .66, .7), .8, 200, .6),
   ((178, 182, 184), (188, 190, 190), (.8, .82, .83), 1., 55, 0.),
 )
-# Cityscapes, but lane markings white and poles yellow, to be seen.
-PALETTE = np.uint8([
+# As Cityscapes, but lane markings are white and poles yellow, to be visible.
+PALETTE = np.array([
   (70, 130, 180), (70, 70, 70), (128, 64, 128), (255, 255, 255),
   (244, 35, 232), (107, 142, 35), (220, 220, 0), (0, 0, 142), (220, 20, 60),
-])
+], np.uint8)
 GREYS = ((72, 72, 76), (94, 92, 90), (112, 114, 120), (128, 122, 112),
          (148, 142, 130), (166, 164, 160))
 WALLS = GREYS + (
@@ -53,123 +64,147 @@ METALS = ((66, 68, 70), (128, 130, 132), (44, 58, 50), (104, 86, 66))
 LINES = ((212, 212, 208), (226, 226, 220), (206, 170, 70))
 DARK, BLACK = (46, 52, 60), (24, 24, 26)
 # fmt: on
-ROUGHNESS = np.full(256, 0.05, np.float32)  # Contrast by class.
+ROUGHNESS = np.full(256, 0.05, np.float32)  # Contrast of texture by class.
 ROUGHNESS[[SKY, TREE, CAR]] = 0, 0.12, 0.02
 CIRCLE = [(math.cos(a), math.sin(a)) for a in np.arange(10) * math.pi / 5]
 
 
-# A plane maps (s, t) in metres to the world: x right, y up, z ahead.
-def ground(x, z):
+def ground(x: float, z: float) -> tuple[float, float, float]:
+  """The plane of the road."""
   return x, 0.0, z
 
 
-def facing(x, z, scale=1.0, side=1):
+def facing(x: float, z: float, scale: float = 1.0, side: float = 1) -> Plane:
   """Upright plane across the road; s runs right, or left if side is -1."""
   return lambda s, t: (x + side * scale * s, scale * t, z)
 
 
-def along(x, z, y=0.0, scale=1.0, run=0.0):
-  """Plane beside the road, s runs ahead; `run` metres of x per metre up."""
+def along(
+  x: float, z: float, y: float = 0.0, scale: float = 1.0, run: float = 0.0
+) -> Plane:
+  """Plane beside the road; s runs ahead, x changes by `run` per meter up."""
   return lambda s, t: (x + run * t, y + scale * t, z + scale * s)
 
 
-# Shapes on a plane: lists of (s, t).
-def box(s0, t0, s1, t1):
+def box(s0: float, t0: float, s1: float, t1: float) -> Shape:
+  """Rectangle between two corners."""
   return [(s0, t0), (s1, t0), (s1, t1), (s0, t1)]
 
 
-def disc(s, t, radius, height=None):
+def disc(
+  s: float, t: float, radius: float, height: float | None = None
+) -> Shape:
+  """Ellipse with center (s, t) and two radii, or a circle."""
   return [(s + radius * c, t + (height or radius) * d) for c, d in CIRCLE]
 
 
-def strip(x0, x1, z0, z1):
-  """Long stretch of ground; corners on the way let it follow a bend."""
+def strip(x0: float, x1: float, z0: float, z1: float) -> Shape:
+  """Long rectangle of ground with extra corners, to follow a bent road."""
   depths = [z0 * (z1 / z0) ** (i / 6) for i in range(7)]
   return [(x0, z) for z in depths] + [(x1, z) for z in reversed(depths)]
 
 
-def scaled(colour, factor):
-  return [factor * c for c in colour]
+def scaled(color: Color, factor: float) -> list[float]:
+  """A lighter or darker color."""
+  return [factor * c for c in color]
 
 
 class Painter:
-  """Camera, light and canvas of one scene; the canvas has twice its size."""
+  """Camera, light and canvas of a scene; the canvas is twice its size."""
 
-  def __init__(self, generator, height, width):
+  def __init__(self, generator: np.random.Generator, height: int, width: int):
     self.generator = generator
-    # For single numbers the standard library is several times faster.
+    # For single numbers, several times faster than NumPy.
     self.rng = rng = random.Random(int(generator.integers(2**63)))
     self.image = np.zeros((2 * height, 2 * width, 3), np.uint8)
     self.label = np.zeros((2 * height, 2 * width), np.uint8)
     self.zenith, self.skyline, self.light, *rest = rng.choice(LIGHTINGS)
     self.shade, self.visibility, self.clouds = rest
     self.focal = rng.uniform(1.4, 1.9) * width
-    self.eye = rng.uniform(1.25, 2.0)  # Metres above the ground.
+    self.eye = rng.uniform(1.25, 2.0)  # Meters above the ground.
     self.horizon = int(rng.uniform(0.36, 0.52) * 2 * height)
-    self.centre = rng.uniform(0.3, 0.7) * 2 * width  # Vanishing point.
+    self.center = rng.uniform(0.3, 0.7) * 2 * width  # Vanishing point.
     self.bend = rng.uniform(-1, 1) ** 3 * 0.005
     self.sun = rng.uniform(-1.2, 1.2)  # Length of shadows, to the right.
     # Where the road ends.
     self.left, self.right = -rng.uniform(2, 6), rng.uniform(2, 4.5)
-    self.things = []  # (z, function that draws it, its arguments).
-    self.gaps = []  # Between houses: (x, near, far).
-    self.shadows = []  # Shapes on the ground.
+    # Distance z, function that draws the object, its arguments.
+    self.things: list[tuple[float, Callable[..., None], tuple]] = []
+    # Between houses: x, and where they begin and end in z.
+    self.gaps: list[tuple[float, float, float]] = []
+    self.shadows: list[Shape] = []  # On the ground.
 
-  def add(self, z, draw, *arguments):
+  def add(self, z: float, draw: Callable[..., None], *arguments) -> None:
+    """Adds an object to draw at distance z."""
     self.things.append((z, draw, arguments))
 
-  def pick(self, colours, spread=14):
-    """One of the colours, somewhat lighter or darker, warmer or colder."""
+  def pick(
+    self, colors: Sequence[Color], spread: float = 14
+  ) -> tuple[float, float, float]:
+    """Picks a color and makes it a bit lighter or darker, warmer or colder."""
     shift, warmth = self.rng.gauss(0, spread), self.rng.gauss(0, spread / 3)
-    red, green, blue = self.rng.choice(colours)
+    red, green, blue = self.rng.choice(colors)
     return red + shift + warmth, green + shift, blue + shift - warmth
 
-  def nearest(self, x):
-    """The z from which on things at x are inside the image."""
-    side = self.centre if x < 0 else self.image.shape[1] - self.centre
+  def nearest(self, x: float) -> float:
+    """The least z at which objects at x are inside the image."""
+    side = self.center if x < 0 else self.image.shape[1] - self.center
     return max(5.0, self.focal * abs(x) / side)
 
-  def depth(self, x, far):
-    """Random z where things at x are visible, more often near than far."""
+  def depth(self, x: float, far: float) -> float:
+    """Random z where objects at x are visible, more often near than far."""
     near = 1.1 * self.nearest(x)
     return near + self.rng.random() ** 2 * max(far - near, 4)
 
-  def pixels(self, plane, shape):
+  def pixels(self, plane: Plane, shape: Shape) -> np.ndarray:
+    """Projects a shape to (column, row) on the canvas."""
     corners = []
     for x, y, z in (plane(*corner) for corner in shape):
-      column = self.centre + self.focal * (x / z + self.bend * z)
+      column = self.center + self.focal * (x / z + self.bend * z)
       corners.append((column, self.horizon - self.focal * (y - self.eye) / z))
     return np.array(corners, np.int32)
 
-  def fill(self, plane, shapes, colour, class_id=None):
-    """Fills shapes that do not overlap; without a class, the image only."""
+  def fill(
+    self,
+    plane: Plane,
+    shapes: Sequence[Shape],
+    color: Color,
+    class_id: int | None = None,
+  ) -> None:
+    """Fills shapes in the image and, unless class_id is None, in the label.
+
+    The shapes must not overlap. Farther ones are fogged more.
+    """
     pixels = [self.pixels(plane, shape) for shape in shapes]
-    # One depth per call would not do for the ground: see `draw_ground`.
+    # A shape on the ground has many depths: `draw_ground` adds its fog.
     depth = 0 if plane is ground else plane(*shapes[0][0])[2]
     clear = math.exp(-depth / self.visibility)
-    channels = zip(colour, self.light, self.skyline, strict=True)
-    colour = [
+    channels = zip(color, self.light, self.skyline, strict=True)
+    color = [
       min(max(c * sun, 0), 255) * clear + fog * (1 - clear)
       for c, sun, fog in channels
     ]
-    cv2.fillPoly(self.image, pixels, colour)
+    cv2.fillPoly(self.image, pixels, color)
     if class_id is not None:
       cv2.fillPoly(self.label, pixels, class_id)
 
 
-def smooth_noise(generator, height, width, cells):
-  """float32 [h, w] of about unit variance with `cells` values in a row."""
+def smooth_noise(
+  generator: np.random.Generator, height: int, width: int, cells: int
+) -> np.ndarray:
+  """Noise of about unit variance, float32, from `cells` values per row."""
   rows = max(2, cells * height // width)
   noise = generator.standard_normal((rows, cells), np.float32)
   return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def draw_sky(p):
-  # Half the size: it is smooth anyway.
+def draw_sky(p: Painter) -> None:
+  """Sky with clouds."""
+  # At half the resolution, since it is smooth.
   shape = p.horizon // 2 + 1, p.image.shape[1] // 2
-  skyline = np.float32(p.skyline)
+  skyline = np.array(p.skyline, np.float32)
   mix = np.linspace(0, 1, shape[0], dtype=np.float32)[:, None, None]
-  sky = np.float32(p.pick([p.zenith])) * (1 - mix) + skyline * mix
+  sky = np.array(p.pick([p.zenith]), np.float32) * (1 - mix) + skyline * mix
   noise = smooth_noise(p.generator, *shape, 5)
   noise += 0.5 * smooth_noise(p.generator, *shape, 17)
   cover = np.clip(noise + 2 * p.clouds - 1, 0, p.clouds)
@@ -179,21 +214,21 @@ def draw_sky(p):
   p.image[: 2 * shape[0]] = cv2.resize(sky, (2 * shape[1], 2 * shape[0]))
 
 
-def draw_skyline(p):
+def draw_skyline(p: Painter) -> None:
   """Houses and tree tops at the end of the road."""
   x, z = -80, 110
   while x < 80:
     width, height = p.rng.uniform(8, 24), p.rng.uniform(2, 10)
-    shape, colours, class_id = box(0, -2, width, height + 4), WALLS, BUILDING
+    shape, colors, class_id = box(0, -2, width, height + 4), WALLS, BUILDING
     if p.rng.random() < 0.4:
       shape = disc(width / 2, 0, width * 0.7, height)
-      colours, class_id = LEAVES, TREE
-    p.fill(facing(x, z), [shape], p.pick(colours), class_id)
+      colors, class_id = LEAVES, TREE
+    p.fill(facing(x, z), [shape], p.pick(colors), class_id)
     x += width
 
 
-def draw_ground(p):
-  """Pavement everywhere, the road on it, side streets in the gaps."""
+def draw_ground(p: Painter) -> None:
+  """Pavement, the road, side streets in the gaps, puddles and shadows."""
   rng, below, left, right = p.rng, slice(p.horizon, None), p.left, p.right
   road, paving = p.pick(GREYS), p.pick(GREYS)
   p.image[below] = np.clip(np.multiply(paving, p.light), 0, 255)
@@ -201,8 +236,8 @@ def draw_ground(p):
   slabs = [box(-40, z, 40, z + 0.06) for z in range(4, 32, 3)]
   slabs += [strip(x, x + 0.05, 2, 60) for x in (left - 2, right + 2)]
   p.fill(ground, slabs, scaled(paving, 0.84))
-  kerbs = [strip(left - 0.3, left, 1, 150), strip(right, right + 0.3, 1, 150)]
-  p.fill(ground, kerbs, p.pick(GREYS, 30))
+  curbs = [strip(left - 0.3, left, 1, 150), strip(right, right + 0.3, 1, 150)]
+  p.fill(ground, curbs, p.pick(GREYS, 30))
   p.fill(ground, [strip(left, right, 1, 150)], road, ROAD)
   for x, near, far in p.gaps:
     street = box(left if x < 0 else right, near + 1, 8 * x, far - 1)
@@ -225,11 +260,12 @@ def draw_ground(p):
   cv2.copyTo(dark[below], shaded[below], p.image[below])
   rows = np.arange(0.5, p.image.shape[0] - p.horizon, dtype=np.float32)
   clear = np.exp(-p.focal * p.eye / rows / p.visibility)[:, None, None]
-  fog = np.float32(p.skyline) * (1 - clear)
+  fog = np.array(p.skyline, np.float32) * (1 - clear)
   p.image[below] = p.image[below] * clear + fog
 
 
-def draw_markings(p):
+def draw_markings(p: Painter) -> None:
+  """Lines between lanes and at the edges, and perhaps a crossing."""
   rng, width, left, right = p.rng, p.rng.uniform(0.14, 0.24), p.left, p.right
   lanes = max(2, round((right - left) / 3.2))
   paint = scaled(p.pick(LINES, 10), rng.uniform(0.7, 1.05))  # Worn.
@@ -252,8 +288,8 @@ def draw_markings(p):
     p.fill(ground, [box(x, z, x + bar, z + 3) for x in bars], paint, MARKING)
 
 
-def draw_building(p, x, near, far):
-  """House that fills the side of the road beyond x, from near to far."""
+def draw_building(p: Painter, x: float, near: float, far: float) -> None:
+  """House beside the road, whose wall is at x, from near to far."""
   rng, side, length = p.rng, math.copysign(1, x), far - near
   storey, base = rng.uniform(2.8, 3.4), p.pick(WALLS)
   top = 1 + storey * rng.randint(1, 5)
@@ -265,16 +301,16 @@ def draw_building(p, x, near, far):
   if near > p.nearest(x):
     faces.append((front, 12, rng.uniform(0.7, 1.1)))
   for plane, span, gain in faces:
-    colour = scaled(base, gain)
-    p.fill(plane, [box(0, 0, span, top)], colour, BUILDING)
+    color = scaled(base, gain)
+    p.fill(plane, [box(0, 0, span, top)], color, BUILDING)
     if near < 50:  # Bands of glass behind piers: fewer shapes than windows.
       floors = np.arange(1.3, top - 1.8, storey).tolist()
       bands = [box(0, t, span, t + 1.5) for t in floors]
       p.fill(plane, bands, scaled(glass, gain))
       starts = np.arange(0, span, pitch).tolist()
-      p.fill(plane, [box(s, 0, s + pier, top) for s in starts], colour)
+      p.fill(plane, [box(s, 0, s + pier, top) for s in starts], color)
     ledges = [box(0, top - 0.5, span, top), box(0, 0, span, 0.5)]
-    p.fill(plane, ledges, scaled(colour, rng.uniform(0.7, 1.2)))
+    p.fill(plane, ledges, scaled(color, rng.uniform(0.7, 1.2)))
   if rng.random() < 0.5:  # Pitched roof.
     slope, rise = side * rng.uniform(0.5, 1.5), rng.uniform(1, 3)
     roof, ridge = along(x, near, top, run=slope), top + rise
@@ -296,14 +332,15 @@ def draw_building(p, x, near, far):
       draw_car_side(p, along(x, near + s, 0.8, 0.55), None)
 
 
-def draw_tree(p, x, z, height):
+def draw_tree(p: Painter, x: float, z: float, height: float) -> None:
+  """Trunk and crown."""
   rng, plane, bark = p.rng, facing(x, z), p.pick(METALS)
   width, lean = rng.uniform(0.12, 0.25), rng.uniform(-0.4, 0.4)
   radius = rng.uniform(0.22, 0.36) * height
   trunk = [(-width, 0), (width, 0), (lean + 0.1, height), (lean, height)]
   p.fill(plane, [trunk], bark, TREE)
   leaf = p.pick(LEAVES)
-  for i in range(12):  # Leaves in the shade first, those in the sun last.
+  for i in range(12):  # From leaves in the shade to those in the sun.
     angle, reach = rng.uniform(0, 6.3), radius * rng.random() ** 0.5
     s = lean + reach * math.cos(angle) - i * 0.02 * radius * p.sun
     t = 0.68 * height + reach * math.sin(angle) + i * 0.02 * radius
@@ -312,8 +349,8 @@ def draw_tree(p, x, z, height):
     p.fill(plane, [blob], scaled(p.pick([leaf], 8), 0.6 + i * 0.05), TREE)
 
 
-def draw_pole(p, x, z, kind):
-  """Lamp, traffic light, road sign or bollard; all of it is 'pole'."""
+def draw_pole(p: Painter, x: float, z: float, kind: str) -> None:
+  """Lamp, traffic light, road sign or bollard; its class is 'pole'."""
   rng, metal, width = p.rng, p.pick(METALS), p.rng.uniform(0.08, 0.15)
   plane = facing(x, z, side=-math.copysign(1, x))
   top = {'lamp': rng.uniform(5, 8), 'bollard': 1.0}.get(kind, 2.9)
@@ -323,8 +360,8 @@ def draw_pole(p, x, z, kind):
     p.fill(plane, [box(1.2, top - 0.15, 2, top + 0.2)], p.pick(METALS), POLE)
   elif kind == 'light':
     p.fill(plane, [box(-0.28, 2.2, 0.28, 3.3)], BLACK, POLE)
-    t, colour = rng.choice(((3.0, (235, 40, 30)), (2.45, (40, 220, 120))))
-    p.fill(plane, [disc(0, t, 0.18)], colour)
+    t, color = rng.choice(((3.0, (235, 40, 30)), (2.45, (40, 220, 120))))
+    p.fill(plane, [disc(0, t, 0.18)], color)
   elif kind == 'sign':
     triangle = [(-0.5, 2.4), (0.5, 2.4), (0, 3.3)]
     plate = rng.choice((disc(0, 2.9, 0.45), triangle, box(-0.5, 2.3, 0.5, 3)))
@@ -332,8 +369,14 @@ def draw_pole(p, x, z, kind):
     p.fill(plane, [box(-0.25, 2.6, 0.25, 2.8)], p.pick(LINES))
 
 
-def draw_car_side(p, plane, class_id, paint=None, top=1.45):
-  """Side view, 4.2 m long, on any plane; bonnet at the end of s."""
+def draw_car_side(
+  p: Painter,
+  plane: Plane,
+  class_id: int | None,
+  paint: Color | None = None,
+  top: float = 1.45,
+) -> None:
+  """Side view of a car, 4.2 m long; its hood is where s is large."""
   paint = paint or p.pick(PAINTS)
   body = [(0, 0.3), (4.2, 0.3), (4.2, 0.75), (3.2, 0.95), (0.1, 0.95)]
   cabin = [(0.15, 0.9), (3.2, 0.9), (2.5, top), (0.5, top)]
@@ -345,18 +388,18 @@ def draw_car_side(p, plane, class_id, paint=None, top=1.45):
   p.fill(plane, [disc(s, 0.33, 0.34) for s in (0.8, 3.4)], BLACK, class_id)
 
 
-def draw_car(p, x, z, oncoming):
-  """Car or van that stands along the road with its near end at z."""
+def draw_car(p: Painter, x: float, z: float, oncoming: bool) -> None:
+  """Car or van, parallel to the road, whose near end is at z."""
   paint, top = p.pick(PAINTS), p.rng.choice((1.4, 1.5, 1.65, 2.0, 2.3))
   inward = -math.copysign(1, x)
 
-  def lean(t):  # The cabin is narrower at the top.
+  def lean(t: float) -> float:  # The cabin is narrower at the top.
     return min(max(0.0, t - 0.95) * 0.4, 0.24)
 
-  def flank(s, t):
+  def flank(s: float, t: float) -> tuple[float, float, float]:
     return x + inward * (0.9 - lean(t)), t, z + (4.2 - s if oncoming else s)
 
-  def end(s, t):
+  def end(s: float, t: float) -> tuple[float, float, float]:
     return x + s * (1 - lean(t)), t, z + lean(t)
 
   draw_car_side(p, flank, CAR, scaled(paint, p.rng.uniform(0.6, 1.1)), top)
@@ -369,7 +412,7 @@ def draw_car(p, x, z, oncoming):
   p.fill(end, [box(-0.3, 0.45, 0.3, 0.6)], LINES[0])
 
 
-def draw_person(p, plane, class_id):
+def draw_person(p: Painter, plane: Plane, class_id: int | None) -> None:
   """Person of height 1: legs, arms, body, perhaps a bag, hair and face."""
   rng, top, skin = p.rng, p.pick(PAINTS), p.rng.choice(SKINS)
   legs, arms, hands = [], [], []
@@ -392,8 +435,14 @@ def draw_person(p, plane, class_id):
   p.fill(plane, [disc(0.01, 0.9, 0.05)], skin, class_id)
 
 
-def furnish_side(p, side, edge):
-  """What stands beyond the kerb at x=edge."""
+def furnish_side(p: Painter, side: int, edge: float) -> None:
+  """Adds houses, trees, poles, people and parked cars beside the road.
+
+  Args:
+    p: the scene.
+    side: -1 for the left side, 1 for the right one.
+    edge: x of the curb.
+  """
   rng, pavement = p.rng, p.rng.uniform(2.5, 6)
   wall, z = edge + side * pavement, rng.uniform(1, 6)
   while z < 75:
@@ -401,10 +450,10 @@ def furnish_side(p, side, edge):
     if rng.random() < 0.2:
       p.gaps.append((wall, z, z + length))
     elif z + length > p.nearest(wall):
-      # Sorted by the far end: what stands before the wall is drawn later.
+      # Sorted by the far end, so that objects in front are drawn later.
       p.add(z + length, draw_building, wall, z, z + length)
     z += length
-  if side * p.sun < -0.3:  # These houses stand before the sun.
+  if side * p.sun < -0.3:  # These houses block the sun.
     reach = edge - side * rng.uniform(0, 4)
     p.shadows.append(strip(2 * wall, reach, 1, rng.uniform(20, 90)))
 
@@ -432,7 +481,8 @@ def furnish_side(p, side, edge):
       p.shadows.append(box(edge - side * 2.3, z - 0.3, edge, z + 4.5))
 
 
-def furnish_road(p):
+def furnish_road(p: Painter) -> None:
+  """Adds traffic, and perhaps a person or a car that crosses."""
   rng = p.rng
   for _ in range(rng.randrange(3)):  # Traffic.
     lane = rng.choice((0.28, 0.72))
@@ -448,8 +498,8 @@ def furnish_road(p):
       p.add(z, draw_car_side, facing(x, z, side=rng.choice((-1, 1))), CAR)
 
 
-def photograph(p):
-  """Canvas to image: smaller, with texture, a lens, noise and JPEG."""
+def photograph(p: Painter) -> np.ndarray:
+  """Shrinks the canvas; adds texture, vignette, noise and JPEG artifacts."""
   rng, shape = p.rng, (p.label.shape[0] // 2, p.label.shape[1] // 2)
   image = cv2.resize(p.image, shape[::-1], interpolation=cv2.INTER_AREA)
   if rng.random() < 0.5:
@@ -461,18 +511,23 @@ def photograph(p):
   columns = np.linspace(-1, 1, shape[1], dtype=np.float32)
   vignette = 1 - rng.uniform(0, 0.15) * (rows**2 + columns**2)
   gain = rng.uniform(0.85, 1.15) * vignette * (1 + texture)
-  cast = np.float32([rng.uniform(0.93, 1.07) for _ in range(3)])
+  cast = np.array([rng.uniform(0.93, 1.07) for _ in range(3)], np.float32)
   image = image * gain[..., None] * cast + noise * rng.uniform(2, 8)
   image = np.clip(image, 0, 255).astype(np.uint8)
   quality = [cv2.IMWRITE_JPEG_QUALITY, rng.randint(60, 98)]
-  return cv2.imdecode(cv2.imencode('.jpg', image, quality)[1], 1)
+  jpeg = cv2.imdecode(cv2.imencode('.jpg', image, quality)[1], 1)
+  assert jpeg is not None  # For type checkers.
+  return jpeg
 
 
-def render_scene(generator, height, width):
-  """RGB image, uint8 [h, w, 3], and label, uint8 [h, w], of one scene.
+def render_scene(
+  generator: np.random.Generator, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Renders a scene, which depends on the state of the generator alone.
 
-  A label is an index of CLASS_NAMES or 255 (ignored). The same state of the
-  generator gives the same scene.
+  Returns:
+    The image, uint8 [h, w, 3] RGB, and the label, uint8 [h, w], with indices of
+    CLASS_NAMES and 255 (ignored).
   """
   p = Painter(generator, height, width)
   furnish_side(p, -1, p.left)
@@ -483,60 +538,63 @@ def render_scene(generator, height, width):
   draw_skyline(p)
   for _, draw, arguments in sorted(p.things, key=lambda thing: -thing[0]):
     draw(p, *arguments)
-  if p.rng.random() < 0.25:  # Of the car that carries the camera.
-    bonnet = (width, 2 * height), (width, int(0.14 * height))
-    cv2.ellipse(p.image, *bonnet, 0, 0, 360, p.pick(PAINTS), -1)
-    cv2.ellipse(p.label, *bonnet, 0, 0, 360, IGNORE_LABEL, -1)
+  if p.rng.random() < 0.25:  # The hood of the car with the camera.
+    hood = (width, 2 * height), (width, int(0.14 * height))
+    cv2.ellipse(p.image, *hood, 0, 0, 360, p.pick(PAINTS), -1)
+    cv2.ellipse(p.label, *hood, 0, 0, 360, IGNORE_LABEL, -1)
   return photograph(p), p.label[::2, ::2].copy()
 
 
 class StreetScenes(pairs.Decoded):
-  """A source of scenes 0 to num_scenes - 1, drawn when asked for, then kept.
+  """A source of rendered scenes, which are kept in memory once rendered.
 
-  A scene is a pure function of (seed, index): sets with other seeds do not
-  overlap, and any reader may read in any order or process.
+  A scene is a pure function of (seed, index): sources with different seeds show
+  different scenes, and the order of reads and the process do not matter.
   """
 
-  def __init__(self, num_scenes, *, height, width, seed):
+  def __init__(self, num_scenes: int, *, height: int, width: int, seed: int):
     super().__init__(num_scenes, cache=True)
     within('num_scenes', num_scenes, 1)
     within('height', height, 32)
     within('width', width, 32)
     self._size, self._seed = (height, width), seed
 
-  def _read(self, index):
+  def _read(self, index: int) -> Record:
     if not 0 <= index < len(self):
       raise IndexError(f'{index=} is outside [0, {len(self)}).')
     generator = np.random.default_rng([self._seed, index])
     image, label = render_scene(generator, *self._size)
     return {'image': image, 'label': label}
 
-  def size(self, index):
+  def size(self, index: int) -> Size:
+    """Size of all scenes."""
     return self._size
 
-  def name(self, index):
+  def name(self, index: int) -> str:
+    """Name of a scene in messages."""
     return f'scene {index}'
 
-  def key(self, index):
+  def key(self, index: int) -> str:
+    """Name of a scene in names of files."""
     return f'scene_{index}'
 
 
-def scenes(config, splits):
-  """Drawn scenes; val is drawn from another seed than train."""
-  del splits  # Each is drawn where it is read.
+def scenes(config: DataConfig, splits: Iterable[str]) -> pairs.Dataset:
+  """Creates the data set of rendered scenes, with splits 'train' and 'val'."""
+  del splits  # Scenes are rendered only when read.
   height, width = config['image_size']
-  splits = {}
+  sources = {}
   for i, split in enumerate(('train', 'val')):
-    # Even and odd: no scene of val is one of another run's train.
+    # Even for train, odd for val: no two seeds share a scene between them.
     seed, count = 2 * config['scenes_seed'] + i, config[f'{split}_scenes']
-    splits[split] = StreetScenes(count, height=height, width=width, seed=seed)
-  return pairs.Dataset('scenes', CLASS_NAMES, PALETTE, splits)
+    sources[split] = StreetScenes(count, height=height, width=width, seed=seed)
+  return pairs.Dataset('scenes', CLASS_NAMES, PALETTE, sources)
 
 
-def unlabeled(config):
-  """As many scenes as train has, of neither train nor val, without labels."""
+def unlabeled(config: DataConfig) -> views.View:
+  """As many further scenes as train has, without their labels."""
   (height, width), count = config['image_size'], config['train_scenes']
-  # Beyond the seeds of labeled scenes.
+  # Larger than the seeds of train and val.
   seed = 2**40 + config['scenes_seed']
   source = StreetScenes(count, height=height, width=width, seed=seed)
-  return views.View(source, range(count), labeled=False)
+  return views.View(source, np.arange(count), labeled=False)

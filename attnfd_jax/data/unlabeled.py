@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images that nobody labeled: the split 'unlabeled', from which only the
-distilled student learns.
+"""Finds the images of the split 'unlabeled', which has no masks.
+
+Only the distilled student is trained with them.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import glob
 import os
 import pathlib
 
 from attnfd_jax.data import cityscapes, coco, files, pairs, synthetic, voc
-from attnfd_jax.data.pairs import Note, Pair, UNLABELED
+from attnfd_jax.data.pairs import Dataset, Entry, Note, Pair, UNLABELED
+from attnfd_jax.data.records import DataConfig
 from attnfd_jax.errors import DataError, InputError
 
-# Of config.data.unlabeled: the pairs beyond student.labeled_limit, and what a
-# data set has without masks.
+# Values of config.data.unlabeled besides paths: the pairs that
+# student.labeled_limit leaves out, and the data set's own images without masks.
 REST, OFFICIAL = 'rest', 'official'
 _OFFICIAL = {
   'cityscapes': cityscapes.unlabeled,
@@ -22,28 +25,28 @@ _OFFICIAL = {
 }
 
 
-def with_unlabeled(dataset, config):
-  """`dataset` with the split that the group `data` of a config names.
+def with_unlabeled(dataset: Dataset, config: DataConfig) -> Dataset:
+  """Adds the split that config['unlabeled'] names to a data set.
 
-  What is wrong with the images is in `problems`; the value 'rest' is of stages,
-  see subsets.py.
+  Images that cannot be used are in `problems` of the result. The value 'rest'
+  adds nothing here: it depends on the stage, see subsets.py.
 
   Raises:
-    InputError: 'official' for a data set without such images.
+    InputError: if 'official' is given for a data set without such images.
   """
   chosen, splits = config['unlabeled'], dict(dataset.splits)
   problems, notes = [], []
   if chosen in ('', REST):
-    splits.pop(UNLABELED, None)  # Of shards that hold one.
+    splits.pop(UNLABELED, None)  # Prepared shards may have one.
   elif chosen == OFFICIAL and config['name'] == 'scenes':
     splits[UNLABELED] = synthetic.unlabeled(config)
   elif UNLABELED not in splits:
     entries = _official(config) if chosen == OFFICIAL else _named(chosen)
-    found, problems, notes = pairs.sorted_out(UNLABELED, entries)
-    if found:
+    images, problems, notes = pairs.sorted_out(UNLABELED, entries)
+    if images:
       options = {key: config[key] for key in ('limit', 'cache')}
-      # As stored: there is no mask that a rotation by EXIF could leave behind.
-      splits[UNLABELED] = pairs.PairSource(found, None, **options)
+      # An EXIF rotation is ignored, since there is no mask to disagree with.
+      splits[UNLABELED] = pairs.PairSource(images, None, **options)
   return dataclasses.replace(
     dataset,
     splits=splits,
@@ -52,7 +55,8 @@ def with_unlabeled(dataset, config):
   )
 
 
-def _official(config):
+def _official(config: DataConfig) -> Iterator[Entry]:
+  """Yields the data set's own images without masks."""
   if prepared := config['prepared']:
     raise InputError(
       f'{prepared} has no unlabeled images; run prepare_data with '
@@ -62,51 +66,55 @@ def _official(config):
     others = ', '.join((*_OFFICIAL, 'scenes'))
     raise InputError(
       f'config.data.unlabeled={OFFICIAL}: {config["name"]} has no images '
-      f'without masks of its own ({others} have); name a folder, a glob or a '
-      f'text file of paths, or {REST!r} for what student.labeled_limit leaves.'
+      f'without masks of its own ({others} do); use a folder, a glob, a text '
+      f'file of paths, or {REST!r} for the pairs that student.labeled_limit '
+      'leaves out.'
     )
   for name, file in _OFFICIAL[config['name']](config).items():
     yield _pair(name, file)
 
 
-def _pair(name, file, named_by=None):
+def _pair(
+  name: str, file: files.File, listed_in: pathlib.Path | None = None
+) -> Pair | DataError:
+  """Pair of an image that may be listed in a text file."""
   if file.target:
     return file.broken()
-  if named_by and not os.path.isfile(file.path):
+  if listed_in and not os.path.isfile(file.path):
     return files.fault(
-      file, 'unreadable', f'not there, but {named_by} names it'
+      file, 'unreadable', f'not found, but listed in {listed_in}'
     )
   return Pair(os.path.splitext(name)[0], file)
 
 
-def _named(place):
-  """Entries of a folder, a zip, a text file of paths or a glob."""
-  path, others, named_by = pathlib.Path(place), [], None
+def _named(source: str) -> Iterator[Entry]:
+  """Yields the images of a folder, a zip, a text file of paths or a glob."""
+  path, others, listed_in = pathlib.Path(source), [], None
   if path.is_dir():
-    found, others = files.walk(path)
+    images, others = files.walk(path)
   elif path.is_file() and path.suffix.lower() == '.zip':
-    listed = files.list_zip(path, '', files.IMAGE_ENDINGS)
-    found = {file.member: file for file in listed}
+    members = files.list_zip(path, '', files.IMAGE_ENDINGS)
+    images = {file.member: file for file in members}
   elif path.is_file() and path.suffix.lower() in files.IMAGE_ENDINGS:
-    found = {path.name: files.File(str(path))}
+    images = {path.name: files.File(str(path))}
   elif path.is_file():
-    named_by = path
+    listed_in = path
     lines = dict.fromkeys(line for line in files.read_lines(path) if line)
-    found = {line: files.File(str(path.parent / line)) for line in lines}
+    images = {line: files.File(str(path.parent / line)) for line in lines}
   else:
-    names = sorted(glob.glob(place, recursive=True))
+    names = sorted(glob.glob(source, recursive=True))
     names = [name for name in names if os.path.isfile(name)]
-    images = [x for x in names if x.lower().endswith(files.IMAGE_ENDINGS)]
+    endings = files.IMAGE_ENDINGS
+    images = {x: files.File(x) for x in names if x.lower().endswith(endings)}
     others = [*{*names} - {*images}]
-    found = {name: files.File(name) for name in images}
-  for name, file in found.items():
-    yield _pair(name, file, named_by)
-  if not found:
-    what = 'no images there' if path.exists() else 'not found'
+  for name, file in images.items():
+    yield _pair(name, file, listed_in)
+  if not images:
+    what = 'no images found' if path.exists() else 'not found'
     if others:
       what += f', but {pairs.count_endings(others)}'
     what += '; config.data.unlabeled is a folder, a zip, a glob or a text file'
     what += f" of paths, '{REST}' or '{OFFICIAL}'"
-    raise DataError(f'{place}: {what}.', 'split', place)
+    raise DataError(f'{source}: {what}.', 'split', source)
   if others:
-    yield Note(f'{place}: left out {pairs.count_endings(others)}')
+    yield Note(f'{source}: left out {pairs.count_endings(others)}')

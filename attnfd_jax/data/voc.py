@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PASCAL VOC 2012 in its devkit, with the masks of SBD where asked for."""
+"""Reads PASCAL VOC 2012 from its devkit, optionally with the masks of SBD."""
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import io
 import itertools
 import os
@@ -10,87 +11,111 @@ import re
 import numpy as np
 
 from attnfd_jax.data import classes, files, masks, pairs
+from attnfd_jax.data.records import DataConfig
 from attnfd_jax.errors import InputError
+from attnfd_jax.types import StrPath
 
-# Folders of `root` beside SegmentationClass.
+# Folders of `root` besides SegmentationClass.
 _IMAGES, _AUGMENTED = 'JPEGImages', 'SegmentationClassAug'
 
 
-def read_list(path):
-  """Yields the lines of a list, without repetition."""
+def read_list(path: pathlib.Path) -> Iterator[str]:
+  """Yields the distinct lines of a list file.
+
+  Raises:
+    DataError: if the file does not exist or is empty.
+  """
   if not path.is_file():
     others = ', '.join(sorted(p.name for p in path.parent.glob('*.txt'))[:3])
     if not others:
       raise pairs.absent(path)
-    what = f'no such list, there is {others}; it names images without endings'
-    raise files.fault(path, 'split', what)
+    what = f'no such list, but there is {others}; a list has one image name'
+    raise files.fault(path, 'split', f'{what} without extension per line')
   lines = [line for line in dict.fromkeys(files.read_lines(path)) if line]
   if not lines:
     raise files.fault(path, 'split', 'no names in it')
   yield from lines
 
 
-def _stems(folder, endings=files.IMAGE_ENDINGS):
-  """{path in the folder without its ending: File}."""
-  found = files.walk(folder, endings).files
-  return {os.path.splitext(name)[0]: file for name, file in found.items()}
+def _stems(
+  folder: StrPath, endings: tuple[str, ...] = files.IMAGE_ENDINGS
+) -> dict[str, files.File]:
+  """Lists a folder by path relative to it, without extension."""
+  listed = files.walk(folder, endings).files
+  return {os.path.splitext(name)[0]: file for name, file in listed.items()}
 
 
-def pair_listed(ids, where, both):
-  """Yields the Pair, DataError or Note of ids in two folders, see `_stems`."""
-  found = [pairs.renamed(side, ids, all_items=False) for side in both]
-  for _, notes in found:
+def pair_listed(
+  ids: Sequence[str],
+  where: Sequence[pathlib.Path],
+  both: Sequence[Mapping[str, files.File]],
+) -> Iterator[pairs.Entry]:
+  """Yields the pairs of the listed ids, with notes and errors.
+
+  Args:
+    ids: names in the list of the split.
+    where: folders of the images and of the masks.
+    both: images and masks by path in their folder, without extension.
+  """
+  sides = [pairs.renamed(side, ids, all_items=False) for side in both]
+  for _, notes in sides:
     yield from notes
+  (images, _), (labels, _) = sides
   why = ', which the list of the split names'
-  yield from pairs.join(ids, where, *(side for side, _ in found), why)
+  yield from pairs.join(ids, where, images, labels, why)
 
 
 class _VocLabels(masks.IndexLabels):
-  """PNGs of VOC and .mat files of SBD to train ids."""
+  """Reads the PNGs of VOC and the .mat files of SBD as train ids."""
 
-  def __call__(self, file):
+  def __call__(self, file: files.File) -> np.ndarray:
     read = read_sbd if file.inner.suffix == '.mat' else masks.read_mask
     return self.from_ids(file, read(file))
 
 
-def read_sbd(file):
-  """Class ids 0 to 20 of a file of SBD's folder cls, uint8 [h, w]."""
-  import scipy.io  # Only for SBD.
+def read_sbd(file: files.File) -> np.ndarray:
+  """Reads the class ids, uint8 [h, w], 0 to 20, of a file in SBD's cls/."""
+  import scipy.io  # Needed only for SBD.
 
   data = io.BytesIO(file.read())
   with masks.decoding(file, 'SBD mask'):
     ids = scipy.io.loadmat(data)['GTcls'][0]['Segmentation'][0]
-    ids = np.ascontiguousarray(ids, np.uint8)  # It comes by columns.
+    ids = np.ascontiguousarray(ids, np.uint8)  # From column-major order.
     if ids.ndim != 2:
       raise ValueError(f'of shape {ids.shape}')
     return ids
 
 
-def _sbd_folder(root):
-  """The folder of SBD's lists: as unpacked, benchmark_RELEASE/dataset."""
+def _sbd_folder(root: StrPath) -> pathlib.Path:
+  """Returns benchmark_RELEASE/dataset, where SBD's lists are."""
   inner = pathlib.Path(root) / 'dataset'
   return inner if inner.is_dir() else inner.parent
 
 
-def _sbd_pairs(root, taken):
-  """Those of SBD's train and val, sorted, but for the ids in `taken`."""
+def _sbd_pairs(root: StrPath, exclude: set[str]) -> Iterator[pairs.Entry]:
+  """Yields the pairs of SBD's train and val, sorted, without some ids."""
   files.need('scipy.io', 'config.data.sbd_root')
-  root = _sbd_folder(root)
-  if not (root / 'cls').is_dir():
-    what = 'no such folder; config.data.sbd_root is that of benchmark_RELEASE'
-    raise files.fault(root / 'cls', 'split', what)
-  ids = {*read_list(root / 'train.txt'), *read_list(root / 'val.txt')} - taken
-  where = root / 'img', root / 'cls'
+  folder = _sbd_folder(root)
+  if not (folder / 'cls').is_dir():
+    what = 'no such folder; config.data.sbd_root must be benchmark_RELEASE'
+    raise files.fault(folder / 'cls', 'split', what)
+  lists = read_list(folder / 'train.txt'), read_list(folder / 'val.txt')
+  ids = {*itertools.chain(*lists)} - exclude
+  where = folder / 'img', folder / 'cls'
   both = _stems(where[0]), _stems(where[1], ('.mat',))
   yield from pair_listed(sorted(ids), where, both)
 
 
-def _letters(name):
+def _letters(name: str) -> str:
   return re.sub('[^a-z0-9]', '', name.lower())
 
 
-def list_path(root, name):
-  """The list of a split, or the only one that differs by case and signs."""
+def list_path(root: pathlib.Path, name: str) -> pathlib.Path:
+  """Returns the path of the list of a split.
+
+  If it does not exist, the only list whose name is the same except for case and
+  punctuation, if any.
+  """
   folder = root / 'ImageSets' / 'Segmentation'
   path = folder / f'{name}.txt'
   if not path.exists():
@@ -100,15 +125,15 @@ def list_path(root, name):
   return path
 
 
-def _parse(line):
-  """(id, folder of masks or '') of a line of names with endings or of paths.
+def _parse(line: str) -> tuple[str, str]:
+  """Parses a line of file names or paths; returns an id and a mask folder.
 
-  '/JPEGImages/X.jpg /Masks/X.png' is ('X', 'Masks'); what has no ending is an
-  id as it stands.
+  '/JPEGImages/X.jpg /Masks/X.png' becomes ('X', 'Masks'). Without a folder of
+  masks it is ''; a line without extensions is an id.
   """
   paths = [pathlib.PurePosixPath(part.lstrip('/')) for part in line.split()]
-  known = [path.suffix.lower() in files.IMAGE_ENDINGS for path in paths]
-  if not 1 <= len(paths) <= 2 or not all(known):
+  are_files = [path.suffix.lower() in files.IMAGE_ENDINGS for path in paths]
+  if not 1 <= len(paths) <= 2 or not all(are_files):
     return line, ''
   image, *labels = paths
   parts = image.with_suffix('').parts
@@ -116,47 +141,52 @@ def _parse(line):
   return '/'.join(parts[parts[0] == _IMAGES :]), folder
 
 
-def _ids(lines):
-  """All that lines of lists can mean: they themselves, and as `_parse` reads
-  them.
-  """
+def _ids(lines: Iterable[str]) -> set[str]:
+  """Returns all ids that lines can mean: as they are, and parsed."""
   lines = {*lines}
   return lines | {_parse(line)[0] for line in lines}
 
 
-def read_split(root, name, labels='SegmentationClass'):
-  """Yields what a list in VOC's layout names; `labels` is a folder of `root`.
+def read_split(
+  root: pathlib.Path, name: str, labels: str = 'SegmentationClass'
+) -> Iterator[pairs.Entry]:
+  """Yields the entries of a split in VOC's layout.
 
-  Lines may also be paths, see `_parse`. SegmentationClassAug is taken where it
-  has all masks and `labels` has not.
+  The lines of its list are ids, file names or paths. If some masks are missing
+  in `labels` and SegmentationClassAug has all of them, it is used instead.
+
+  Args:
+    root: folder with JPEGImages.
+    name: of the split or of its list.
+    labels: folder of the masks in `root`.
   """
   path, images = list_path(root, name), root / _IMAGES
   lines, stems = [*read_list(path)], _stems(images)
   if path.stem != name:
-    yield pairs.Note(f'{path.name} is read; there is no {name}.txt')
-  # What is a name is one, even if it looks like a path.
+    yield pairs.Note(f'{path.name} is read because there is no {name}.txt')
+  # The name of an image is an id, even if it looks like a path.
   rows = [(x, '') if x in stems else _parse(x) for x in lines]
   ids, folders = [x for x, _ in rows], {x for _, x in rows if x}
   if ids != lines:
-    yield pairs.Note(
-      f'{path}: {lines[0]!r} and the like are read as {ids[0]!r}'
-    )
+    what = f'lines such as {lines[0]!r} are read as {ids[0]!r}'
+    yield pairs.Note(f'{path}: {what}')
   if len(folders) > 1:
     what = f'masks in {len(folders)} folders ({", ".join(sorted(folders)[:3])})'
-    raise files.fault(path, 'split', f'{what}; needs one')
+    raise files.fault(path, 'split', f'{what}; use a single one')
   where = root / (folders or {labels}).pop()
-  found = _stems(where)
-  if not found.keys() >= {*ids}:
+  label_files = _stems(where)
+  if not label_files.keys() >= {*ids}:
     other = root / _AUGMENTED
     more = _stems(other)
     if more.keys() >= {*ids}:
-      yield pairs.Note(f'masks are read from {other}, for {where} lacks some')
-      where, found = other, more
-  yield from pair_listed(ids, (images, where), (stems, found))
+      what = f'masks are read from {other} because {where} does not have all'
+      yield pairs.Note(what)
+      where, label_files = other, more
+  yield from pair_listed(ids, (images, where), (stems, label_files))
 
 
-def _find_root(config):
-  """The folder that has JPEGImages."""
+def _find_root(config: DataConfig) -> pathlib.Path:
+  """Returns the folder that has JPEGImages."""
   root = pairs.check_root(config)
   for inner in ('VOC2012', 'VOCdevkit/VOC2012'):
     if not (root / _IMAGES).is_dir() and (root / inner).is_dir():
@@ -166,43 +196,53 @@ def _find_root(config):
   return root
 
 
-def unlabeled(config):
-  """{name: File} of JPEGImages that no list of the segmentation task names, and
-  SBD neither, where it is used.
+def unlabeled(config: DataConfig) -> dict[str, files.File]:
+  """Finds the images that are in no list, by name.
+
+  Those are the lists of the segmentation task, and of SBD if it is used.
+
+  Raises:
+    DataError: if there are none.
   """
   root = _find_root(config)
   lists = [*list_path(root, 'train').parent.glob('*.txt')]
   if sbd_root := config['sbd_root']:
     folder = _sbd_folder(sbd_root)
     lists += [folder / 'train.txt', folder / 'val.txt']
-  named = _ids(line for path in lists for line in read_list(path))
-  found = files.walk(root / _IMAGES).files
-  rest = {k: x for k, x in found.items() if os.path.splitext(k)[0] not in named}
-  if not rest:
+  listed = _ids(line for path in lists for line in read_list(path))
+  unlisted = {
+    name: file
+    for name, file in files.walk(root / _IMAGES).files.items()
+    if os.path.splitext(name)[0] not in listed
+  }
+  if not unlisted:
     raise pairs.absent(root / _IMAGES, 'the lists name all images in it')
-  return rest
+  return unlisted
 
 
-def pascal_voc(config, splits):
-  """VOCdevkit/VOC2012, with SBD's images or the ready-made list trainaug."""
+def pascal_voc(config: DataConfig, splits: Sequence[str]) -> pairs.Dataset:
+  """Reads VOCdevkit/VOC2012, with SBD's images or the list trainaug."""
   root = _find_root(config)
   train_list, sbd_root = config['train_list'], config['sbd_root']
   if sbd_root and train_list != 'train':
-    what = f'config.data.train_list={train_list!r} does not go with'
+    what = f'config.data.train_list={train_list!r} cannot be combined with'
     raise InputError(f"{what} config.data.sbd_root, which adds to 'train'.")
   labels = ()
   if _letters(train_list) == 'trainaug' and (root / _AUGMENTED).is_dir():
     labels = (_AUGMENTED,)
   train = read_split(root, train_list, *labels)
-  found = {'train': train, 'val': read_split(root, 'val')}
+  entries: dict[str, Iterable[pairs.Entry]] = {
+    'train': train,
+    'val': read_split(root, 'val'),
+  }
   if sbd_root:
-    lists = (read_list(list_path(root, split)) for split in found)
+    lists = (read_list(list_path(root, split)) for split in entries)
     lines = [line for x in lists for line in pairs.with_error(x)]
-    # As read_split reads them: no image of val may come in by SBD.
-    taken = _ids(line for line in lines if isinstance(line, str))
-    extra = _sbd_pairs(sbd_root, taken)
-    found['train'] = itertools.chain(pairs.with_error(train), extra)
-  splits = {split: found[split] for split in splits if split in found}
+    # Parsed as by read_split: SBD must not add images of val.
+    exclude = _ids(line for line in lines if isinstance(line, str))
+    extra = _sbd_pairs(sbd_root, exclude)
+    entries['train'] = itertools.chain(pairs.with_error(train), extra)
+  entries = {split: entries[split] for split in splits if split in entries}
   ids = _VocLabels(tuple(range(len(classes.VOC))))
-  # Annotated as stored.
-  return pairs.make_dataset(config, classes.VOC, splits, ids, upright=False)
+  # VOC's masks match the pixels as stored.
+  return pairs.make_dataset(config, classes.VOC, entries, ids, upright=False)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices and processes: mesh, shardings, who writes, memory."""
+"""Devices and processes: mesh, shardings, memory and diagnosis."""

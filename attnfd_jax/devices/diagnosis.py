@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a machine, and the remedy: what `doctor` prints."""
+"""Finds problems of a machine and their remedies, which `doctor` prints."""
 
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import functools
 import importlib.metadata
 import os
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 import time
 import tomllib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,31 +20,39 @@ import numpy as np
 
 from attnfd_jax import paths
 from attnfd_jax.errors import first_line, InputError
+from attnfd_jax.types import StrPath
 
 _LEAST_FREE = 2e9  # Bytes; three checkpoints of the largest network are 2 GB.
 _PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
-# Packages that bring a backend: (pattern, extra of jax, device).
+# Packages that provide a backend: (pattern, extra of jax, device).
 _PLUGINS = (('jax.cuda', 'cuda', 'NVIDIA GPU'), ('libtpu', 'tpu', 'TPU'))
 
 
 class Finding(NamedTuple):
-  """One line; with a remedy it is a problem."""
+  """One line of the report; a problem if it has a remedy."""
 
   text: str
   remedy: str = ''
 
 
-def _numbers(version):
-  """(0, 12, 4, 1) of '0.12.4.dev1'."""
+def _numbers(version: str) -> tuple[int, ...]:
+  """Numbers in a version: (0, 12, 4, 1) for '0.12.4.dev1'."""
   return tuple(map(int, re.findall(r'\d+', version)))
 
 
-def check_versions(requirements, find_version):
-  """Findings about packages, by bounds such as 'orbax-checkpoint>=0.12,<1'."""
+def check_versions(
+  requirements: Iterable[str], find_version: Callable[[str], str]
+) -> Iterator[Finding]:
+  """Checks the versions of installed packages.
+
+  Args:
+    requirements: such as 'orbax-checkpoint>=0.12,<1'.
+    find_version: importlib.metadata.version, or a function like it.
+  """
   for line in sorted(requirements):
     if ';' in line:
-      continue  # Of an extra.
-    name = re.match(r'[\w.-]+', line)[0]
+      continue  # Belongs to an extra.
+    name = re.split(r'[^\w.-]', line)[0]
     try:
       version = find_version(name)
       broken = ','.join(
@@ -57,13 +66,15 @@ def check_versions(requirements, find_version):
     except importlib.metadata.PackageNotFoundError:
       text = broken = f'{name} is not installed'
     remedy = f"pip install -U '{line}'"
-    if name == 'jax':  # Without it pip leaves jax and its plugin apart.
-      remedy += ', with jax[cuda13] or jax[tpu] for jax on such a device'
+    if name == 'jax':  # Else pip would not update the plugin of the device.
+      remedy += (
+        ', with jax[cuda13] or jax[tpu] in place of jax for a GPU or TPU'
+      )
     yield Finding(text, remedy if broken else '')
 
 
-def _requirements():
-  """Of the installed package, or of pyproject.toml beside it."""
+def _requirements() -> list[str]:
+  """Requirements of the installed package, else those of pyproject.toml."""
   try:
     return importlib.metadata.requires('attnfd_jax') or []
   except importlib.metadata.PackageNotFoundError:
@@ -72,8 +83,8 @@ def _requirements():
     return tomllib.loads(text)['project'].get('dependencies', [])
 
 
-def _has_nvidia_gpu():
-  """What the driver lists, without jax."""
+def _has_nvidia_gpu() -> bool:
+  """Whether the driver lists a GPU; does not use JAX."""
   command = ['nvidia-smi', '-L']
   try:
     done = subprocess.run(command, capture_output=True, timeout=20, check=True)
@@ -82,18 +93,28 @@ def _has_nvidia_gpu():
   return b'GPU' in done.stdout
 
 
-def check_backend(backend, *, platforms, installed, has_gpu):
-  """A Finding about what jax chose; `platforms` is JAX_PLATFORMS."""
+def check_backend(
+  backend: str, *, platforms: str, installed: Collection[str], has_gpu: bool
+) -> Finding:
+  """Checks whether JAX uses the accelerator of the machine.
+
+  Args:
+    backend: the backend that JAX chose.
+    platforms: value of JAX_PLATFORMS.
+    installed: names of all installed packages.
+    has_gpu: whether the machine has an NVIDIA GPU.
+  """
   if backend != 'cpu':
     return Finding(f'backend {backend}')
   if platforms:
-    return Finding(f'backend cpu, as JAX_PLATFORMS={platforms} asks for')
+    return Finding(f'backend cpu, as set by JAX_PLATFORMS={platforms}')
   for pattern, extra, kind in _PLUGINS:
     if any(re.match(pattern, name, re.IGNORECASE) for name in installed):
       return Finding(
         f'backend cpu, although support for {kind} is installed',
-        'versions of jax and its plugin must be the same: pip install -U '
-        f"'jax[{extra}]', then python -c 'import jax; jax.devices()' says more",
+        'jax and its plugin must have the same version: pip install -U '
+        f"'jax[{extra}]'; if that does not help, python -c 'import jax; "
+        "jax.devices()' shows the reason",
       )
   if not has_gpu:
     return Finding('backend cpu: no GPU or TPU and no plugin for one')
@@ -101,8 +122,14 @@ def check_backend(backend, *, platforms, installed, has_gpu):
   return Finding(text, "pip install -U 'jax[cuda13]'")
 
 
-def check_pages(mode, tunables, *, libc):
-  """A Finding about the pages of a CPU's memory; `mode` is Linux' text."""
+def check_pages(mode: str, tunables: str, *, libc: tuple[str, str]) -> Finding:
+  """Checks whether memory is in huge pages, which are faster on a CPU.
+
+  Args:
+    mode: content of Linux's transparent_hugepage/enabled.
+    tunables: value of GLIBC_TUNABLES.
+    libc: name and version of the C library.
+  """
   library, version = libc
   tunable = library == 'glibc' and _numbers(version) >= (2, 35)
   tunable = tunable and '[madvise]' in mode
@@ -114,35 +141,44 @@ def check_pages(mode, tunables, *, libc):
   return Finding(f'memory in small pages{hint}')
 
 
-def check_memory(backend, environment):
-  """A Finding about what jax takes of a device's memory."""
+def check_memory(backend: str, environment: Mapping[str, str]) -> Finding:
+  """Reports how much GPU memory JAX allocates in advance."""
   if backend != 'gpu':
     return Finding(f'memory preallocation: none on {backend}')
   variable = 'XLA_PYTHON_CLIENT_PREALLOCATE'
   if environment.get(variable, '').lower() == 'false':
     return Finding('memory preallocation off: grows as needed')
   share = float(environment.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.75'))
-  text = f'memory preallocation: {share:.0%} of each GPU, which is no leak'
+  text = f'memory preallocation: {share:.0%} of each GPU, not a leak'
   return Finding(f'{text}; {variable}=false turns it off')
 
 
-def check_folder(folder, what, option, *, least_free=_LEAST_FREE):
-  """A Finding: whether `folder` can be written and has so many bytes free."""
+def check_folder(
+  folder: StrPath, what: str, option: str, *, least_free: float = _LEAST_FREE
+) -> Finding:
+  """Checks whether a folder is writable and has space.
+
+  Args:
+    folder: may not exist yet.
+    what: what the folder is, for the message.
+    option: the flag or variable that names it.
+    least_free: number of bytes that must be free.
+  """
   folder = pathlib.Path(folder).absolute()
-  there = next(x for x in (folder, *folder.parents) if x.exists())
+  existing = next(x for x in (folder, *folder.parents) if x.exists())
   other = f'or name another by {option}'
   try:
-    paths.check_writable(there)
+    paths.check_writable(existing)
   except OSError as error:
     text = f'{what} {folder} cannot be written ({error.strerror})'
     return Finding(text, f'make it writable, {other}')
-  free = shutil.disk_usage(there).free
+  free = shutil.disk_usage(existing).free
   text = f'{what} {folder}: writable, {free / 1e9:.1f} GB free'
   return Finding(text, f'make room, {other}' if free < least_free else '')
 
 
-def require_writable(folder, option):
-  """Raises InputError unless `folder`, which need not be there, is writable."""
+def require_writable(folder: StrPath, option: str) -> None:
+  """Raises InputError unless `folder`, which may not exist yet, is writable."""
   finding = check_folder(folder, 'folder', option, least_free=0)
   if finding.remedy:
     raise InputError(f'{"; ".join(finding)}.')
@@ -150,7 +186,7 @@ def require_writable(folder, option):
 
 @jax.jit
 @functools.partial(jax.value_and_grad, argnums=1)
-def convolve(image, kernel):
+def convolve(image: jax.Array, kernel: jax.Array) -> jax.Array:
   """Mean square of a dilated convolution, and its gradient by the kernel."""
   layout = ('NHWC', 'HWIO', 'NHWC')
   out = jax.lax.conv_general_dilated(
@@ -159,8 +195,10 @@ def convolve(image, kernel):
   return jnp.mean(jnp.square(out))
 
 
-def check_device(device, convolve=convolve):
-  """A Finding: one convolution of ones, forward and backward, with its time."""
+def check_device(
+  device: Any, convolve: Callable[..., Any] = convolve
+) -> Finding:
+  """Checks and times a convolution on a jax.Device, forward and backward."""
   name = f'{device.platform}:{device.id} {device.device_kind}'
   try:
     with jax.default_device(device):
@@ -171,12 +209,14 @@ def check_device(device, convolve=convolve):
       seconds = time.perf_counter() - start
   except Exception as error:  # Whatever a driver may raise.
     text = f'{name}: a convolution fails ({first_line(error)})'
-    remedy = 'check the driver, that jax, jaxlib and plugin are of one version'
-    return Finding(text, f'{remedy}, and what else is on the device')
-  # Rows see 3 taps, the 2 at either border only 2; columns alike.
+    remedy = 'check the driver, and that jax, jaxlib and the plugin have the'
+    remedy += ' same version and that no other program fills the device'
+    return Finding(text, remedy)
+  # All inputs are 1. In each direction a pixel sees 3 taps of the kernel; the 2
+  # pixels next to either border see 2.
   taps = np.concatenate([np.full(28, 3.0), np.full(4, 2.0)])
   expected = np.mean(np.square(16 * taps)) * np.mean(np.square(taps))
-  # The gradient sums to twice the value: it is quadratic in a kernel of ones.
+  # The value is quadratic in the kernel, so its gradient sums to twice as much.
   if not np.allclose([value, np.sum(gradient) / 2], expected, rtol=0.02):
     return Finding(
       f'{name}: a convolution gives {float(value):.6g}, not {expected:.6g}',
@@ -185,12 +225,12 @@ def check_device(device, convolve=convolve):
   return Finding(f'{name}: convolution and gradient in {1e3 * seconds:.2f} ms')
 
 
-def check_start():
-  """A Finding with a remedy if JAX starts on no device, else None."""
+def check_start() -> Finding | None:
+  """Checks whether JAX starts; None if it does."""
   platforms = os.environ.get('JAX_PLATFORMS', '')
   try:
     jax.local_devices()
-  except Exception as error:  # RuntimeError, or jax's own AssertionError.
+  except Exception as error:  # RuntimeError, or an AssertionError in JAX.
     use = 'unset JAX_PLATFORMS to use what there is'
     return Finding(
       f'no backend starts with JAX_PLATFORMS={platforms!r} '
@@ -202,8 +242,8 @@ def check_start():
   return None
 
 
-def find_all(workdir):
-  """All findings, in the order in which they are worth reading."""
+def find_all(workdir: StrPath) -> Iterator[Finding]:
+  """Yields all findings; stops early if JAX does not start."""
   yield Finding(f'python {platform.python_version()}, {platform.platform()}')
   yield from check_versions(_requirements(), importlib.metadata.version)
   if problem := check_start():
@@ -224,5 +264,6 @@ def find_all(workdir):
   for device in jax.local_devices():
     yield check_device(device)
   yield check_folder(workdir, 'workdir', '--workdir')
-  cache = jax.config.jax_compilation_cache_dir
+  # JAX defines its options at run time.
+  cache: Any = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
   yield check_folder(cache, 'compiled programs', 'JAX_COMPILATION_CACHE_DIR')

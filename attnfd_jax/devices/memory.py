@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Out of memory in one line, with a batch that would probably fit."""
+"""Turns out-of-memory errors into one line with a batch size that may fit."""
 
+from collections.abc import Iterator
 import contextlib
 import re
 
@@ -10,11 +11,15 @@ from attnfd_jax.errors import InputError
 
 
 @contextlib.contextmanager
-def explained(batch_size, *, devices, accumulate=None):
+def explained(
+  batch_size: int, *, devices: int, accumulate: int | None = None
+) -> Iterator[None]:
   """Turns RESOURCE_EXHAUSTED of a device into an InputError.
 
-  `batch_size` is the global one, split over `devices`; `accumulate` are the
-  parts of a batch of training, None for an evaluation.
+  Args:
+    batch_size: of all devices together.
+    devices: number of devices that share a batch.
+    accumulate: number of parts of a training batch; None for evaluation.
   """
   try:
     yield
@@ -27,17 +32,17 @@ def explained(batch_size, *, devices, accumulate=None):
       parts, key = accumulate, 'config.batch_size'
       least = 2 * parts  # For batch statistics.
       more = (
-        '. For the same batch, --config.optim.remat=True computes blocks twice '
-        f'and --config.optim.accumulate={2 * parts} computes it in parts, with '
-        'statistics over a part'
+        '. To keep the batch size, --config.optim.remat=True recomputes blocks '
+        f'in the backward pass, and --config.optim.accumulate={2 * parts} '
+        'splits each batch into parts, with batch statistics of a part'
       )
     sizes, share = '', 0.5
-    if numbers := _numbers(str(error)):
-      wanted, free = numbers
-      sizes = f' ({wanted / 1e9:.1f} GB wanted, {free / 1e9:.1f} GB free)'
-      if free < wanted:  # Else memory is in pieces.
-        # Weights are there already: what is wanted grows with the batch.
-        share = 0.9 * free / wanted
+    if numbers := _needed_and_free(str(error)):
+      needed, free = numbers
+      sizes = f' ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free)'
+      if free < needed:  # Else memory is fragmented.
+        # Weights are already allocated; what is needed grows with the batch.
+        share = 0.9 * free / needed
     unit = devices * parts
     fits = int(share * batch_size) // unit * unit
     remedy = f'--{key}={fits} would probably fit'
@@ -48,18 +53,18 @@ def explained(batch_size, *, devices, accumulate=None):
     ) from error
 
 
-def _numbers(text):
-  """Bytes wanted and bytes free, None where nobody tells."""
+def _needed_and_free(text: str) -> tuple[float, float] | None:
+  """Bytes needed and bytes free, if the error or the device has them."""
   if used := re.search(r'Used ([\d.]+\w) of ([\d.]+\w)', text):
-    return _bytes(used[1]), _bytes(used[2])  # A TPU's compiler.
+    return _bytes(used[1]), _bytes(used[2])  # From the compiler for TPUs.
   stats = jax.local_devices()[0].memory_stats() or {}
-  wanted = re.search(r'allocat\w* ([\d.]+ ?\w)', text)
-  if not wanted or 'bytes_limit' not in stats:
+  needed = re.search(r'allocat\w* ([\d.]+ ?\w)', text)
+  if not needed or 'bytes_limit' not in stats:
     return None
-  return _bytes(wanted[1]), stats['bytes_limit'] - stats.get('bytes_in_use', 0)
+  return _bytes(needed[1]), stats['bytes_limit'] - stats.get('bytes_in_use', 0)
 
 
-def _bytes(text):
-  """Of '20.00G' or '300 b'."""
+def _bytes(text: str) -> float:
+  """Parses '20.00G' or '300 b'."""
   powers = {'K': 10, 'M': 20, 'G': 30, 'T': 40}
   return float(text[:-1]) * 2 ** powers.get(text[-1], 0)

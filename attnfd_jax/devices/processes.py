@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes in one job: joining them, and who writes.
+"""Connects the processes of a job and exchanges values between them.
 
-All of them run the same program on the same global arrays; each reads its
-share of the images, and the first one writes what people read.
+All run the same program on the same global arrays. Each reads its share of the
+images; the first one writes logs, results and reports.
 """
 
 import json
 import os
 import re
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -16,18 +17,30 @@ import numpy as np
 from attnfd_jax.errors import first_line, InputError, within
 
 _SLURM = 'SLURM_STEP_NODELIST'
-# Of processes that a launcher started to work together.
+# Set in processes that a launcher started as one job.
 _LAUNCHED = (_SLURM, 'OMPI_MCA_orte_hnp_uri', 'JOB_COMPLETION_INDEX')
 _ALL_THREE = '--coordinator, --num_processes and --process_id'
 
 
-def initialise(*, coordinator=None, num_processes=None, process_id=None):
-  """Joins the processes of a job; before any other call of jax.
+def initialize(
+  *,
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
+  """Connects the processes of a job; call it before any other function of JAX.
 
-  Without arguments JAX looks for Slurm, Open MPI, Kubernetes and Cloud TPU;
-  where it finds none of them this process is alone, and so it is, without
-  looking, with num_processes=1. `coordinator` is HOST:PORT of process 0.
-  InputError if one of the three is missing or wrong, or processes cannot meet.
+  Without arguments JAX detects Slurm, Open MPI, Kubernetes and Cloud TPU. If
+  there is none of them, this process runs alone.
+
+  Args:
+    coordinator: HOST:PORT of process 0.
+    num_processes: in the job. Given alone, 1 skips the detection.
+    process_id: of this process, from 0.
+
+  Raises:
+    InputError: if some of the three are missing or wrong, or the connection
+      fails.
   """
   flags = {
     '--coordinator': coordinator,
@@ -39,48 +52,53 @@ def initialise(*, coordinator=None, num_processes=None, process_id=None):
     return
   if 0 < len(missing) < 3:
     raise InputError(
-      f'{", ".join(missing)} missing: several processes need {_ALL_THREE}.'
+      f'{", ".join(missing)} missing: for several processes, give {_ALL_THREE}.'
     )
-  if not missing:
+  if coordinator is not None and num_processes is not None:
     if not re.fullmatch(r'.+:\d+', coordinator):
       raise InputError(f'--coordinator={coordinator} must be HOST:PORT.')
     within('--process_id', process_id, 0, num_processes - 1)
-  # An interactive shell of a cluster: it would lose all devices but one.
+  # An interactive shell of a cluster: joining would hide all devices but one.
   elif _SLURM in os.environ and os.environ.get('SLURM_NTASKS', '1') == '1':
     return
-  options = {'cluster_detection_method': None if missing else 'deactivate'}
+  detection = None if missing else 'deactivate'
   try:
-    jax.distributed.initialize(*flags.values(), **options)
-  except Exception as error:  # Of sockets, of clusters, of missing packages.
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      cluster_detection_method=detection,
+    )
+  except Exception as error:  # Sockets, clusters and missing packages raise.
     if missing and not any(marker in os.environ for marker in _LAUNCHED):
       return  # No cluster: a ValueError, or no metadata server.
     raise InputError(
-      f'The processes of this job cannot meet: {first_line(error)} Give '
+      f'The processes of this job cannot connect: {first_line(error)} Give '
       f'{_ALL_THREE}, or --num_processes=1 to run alone.'
     ) from error
 
 
-def is_first():
-  """True in the one process that writes; starts no backend."""
+def is_first() -> bool:
+  """True in the one process that writes; does not start a backend."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def wait(name):
-  """Returns when all processes have come here, with what they wrote."""
+def wait(name: str) -> None:
+  """Waits until all processes have made the same call."""
   multihost_utils.sync_global_devices(name)
 
 
-def any_of(flag):
-  """True in all processes if `flag` is in one of them; all must ask."""
+def any_of(flag: bool) -> bool:
+  """Whether `flag` is true in any process; all processes must call it."""
   return bool(multihost_utils.process_allgather(flag).any())
 
 
-def from_first(value):
-  """What the first process passes, as JSON can hold it, in all processes."""
+def from_first(value: Any) -> Any:
+  """Broadcasts a JSON value from the first process; all must call it."""
   if jax.process_count() == 1:
     return value
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)
   size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-  # Only that of the first one counts.
+  # The content matters only in the first process.
   data = multihost_utils.broadcast_one_to_all(np.resize(data, size))
   return json.loads(np.asarray(data).astype(np.uint8).tobytes())

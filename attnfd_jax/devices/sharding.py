@@ -1,36 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mesh, and where arrays live on it.
+"""Creates the device mesh and the shardings of arrays on it.
 
-Axis 'data' splits the batch, axis 'spatial' the height of the maps of an
-image; XLA exchanges the rows at the seams and sums what is over the whole
-batch. A result is the same on any mesh, up to rounding.
+Axis 'data' splits the batch, and axis 'spatial' the height of feature maps. XLA
+inserts the communication: the rows that neighboring devices need for
+convolutions, and sums over the batch. Results are the same on any mesh, up to
+rounding.
 """
 
 import functools
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from attnfd_jax.errors import InputError
+from attnfd_jax.types import PyTree
 
-# Arrays below this number of elements are not worth the exchange.
+# Number of elements below which sharding an array costs more than it saves.
 _SMALLEST_SHARDED = 4096
 
 
-def make_mesh(data=-1, spatial=1):
-  """A mesh with the axes 'data' and 'spatial' over the first devices.
+def make_mesh(data: int = -1, spatial: int = 1) -> jax.sharding.Mesh:
+  """Creates a mesh with the axes 'data' and 'spatial' over the first devices.
 
-  `data` are parts of the batch, -1 for all devices; `spatial` are parts of the
-  height of each image, on devices of one process. InputError if there are too
-  few devices, or some stay idle in a process.
+  Args:
+    data: number of parts of the batch; -1 uses all devices.
+    spatial: number of parts of the height of each image, which are on devices
+      of the same process.
+
+  Raises:
+    InputError: if there are too few devices, or if there are several processes
+      and some devices would be idle.
   """
-  # The rows that a process reads are the rows that its devices hold.
+  # In the order of processes: each reads the images that its devices hold.
   devices = sorted(jax.devices(), key=lambda x: (x.process_index, x.id))
   local = jax.local_device_count()
   if spatial < 1 or local % spatial:
     raise InputError(
-      f'config.mesh.spatial={spatial} must divide the {local} devices here.'
+      f'config.mesh.spatial={spatial} must divide the {local} devices of each '
+      'process.'
     )
   if data == -1:
     data = len(devices) // spatial
@@ -51,68 +60,77 @@ def make_mesh(data=-1, spatial=1):
   )
 
 
-def replicated(mesh):
-  """The same array on every device."""
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Sharding that copies an array to every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
-def by_batch(mesh):
-  """The first axis is split over 'data'.
+def by_batch(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Sharding that splits the first axis of an array over 'data'.
 
-  Images come so: of a program's arguments 'spatial' would have to divide them.
+  Images enter programs with it, not split over 'spatial' too, since the height
+  of an argument would have to be divisible.
   """
   return NamedSharding(mesh, PartitionSpec('data'))
 
 
-def split_height(x, mesh):
-  """Inside a program: [b, h, ...] is split over both axes, for any h."""
+def split_height(x: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
+  """Splits [b, h, ...] over both axes of the mesh, inside jit, for any h."""
   if mesh.shape['spatial'] == 1:
     return x
-  place = NamedSharding(mesh, PartitionSpec('data', 'spatial'))
-  return jax.lax.with_sharding_constraint(x, place)
+  sharding = NamedSharding(mesh, PartitionSpec('data', 'spatial'))
+  return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def split_state(shapes, mesh):
-  """Shardings of a TrainState whose large arrays are split over 'data'.
+def split_state(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Shardings of a TrainState, with large trained arrays split over 'data'.
 
-  Each along its largest axis that divides; small arrays and what is not
-  trained are replicated.
+  An array is split along its largest axis that is divisible. Small arrays and
+  those that are not trained are replicated.
+
+  Args:
+    shapes: TrainState of arrays or of their ShapeDtypeStructs.
+    mesh: from make_mesh.
+
+  Returns:
+    TrainState of NamedShardings.
   """
 
-  def split(x):
-    fitting = [0 if size % mesh.shape['data'] else size for size in x.shape]
-    if x.size < _SMALLEST_SHARDED or not any(fitting):
+  def split(x: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+    divisible = [0 if size % mesh.shape['data'] else size for size in x.shape]
+    if x.size < _SMALLEST_SHARDED or not any(divisible):
       return replicated(mesh)
-    axes = [None] * x.ndim
-    axes[fitting.index(max(fitting))] = 'data'
+    axes: list[str | None] = [None] * x.ndim
+    axes[divisible.index(max(divisible))] = 'data'
     return NamedSharding(mesh, PartitionSpec(*axes))
 
-  whole = jax.tree.map(lambda _: replicated(mesh), shapes)
+  shardings = jax.tree.map(lambda _: replicated(mesh), shapes)
   trained = ('params', 'opt_state', 'ema')
-  return whole.replace(
+  return shardings.replace(
     **{name: jax.tree.map(split, getattr(shapes, name)) for name in trained}
   )
 
 
 @functools.lru_cache
-def _mover(sharding):
+def _mover(sharding: jax.sharding.Sharding) -> Any:
   return jax.jit(lambda tree: tree, out_shardings=sharding)
 
 
-def place(tree, sharding):
-  """`tree`, the same in every process, on the devices of all of them."""
+def place(tree: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
+  """Puts a tree, which must be equal in all processes, on the devices."""
   if jax.process_count() == 1:
     return jax.device_put(tree, sharding)
-  # device_put takes no keys for devices of others.
+  # device_put does not take PRNG keys if other processes have devices.
   return _mover(sharding)(tree)
 
 
-def to_host(tree):
-  """NumPy arrays of the whole of `tree`, in every process."""
+def to_host(tree: PyTree) -> PyTree:
+  """Copies the global arrays of a tree to NumPy arrays, in every process."""
 
-  def gather(x):
+  def gather(x: Any) -> Any:
     if isinstance(x, jax.Array) and not x.is_fully_replicated:
-      x = place(x, replicated(x.sharding.mesh))
+      sharding: Any = x.sharding  # A NamedSharding.
+      x = place(x, replicated(sharding.mesh))
     return jax.device_get(x)
 
   return jax.tree.map(gather, tree)

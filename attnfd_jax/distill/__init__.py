@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is transferred from teacher to student, one file per method.
+"""Makes distillation methods by name; there is one file per method.
 
-method.py has the contract; to add a method, write its file and a line here.
+method.py defines the interface. To add a method, write its file and a line
+here.
 """
 
+from collections.abc import Mapping, Sequence
 import functools
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from attnfd_jax import user_code
 from attnfd_jax.distill.aicsd import AICSD
@@ -29,19 +34,27 @@ from attnfd_jax.distill.sp import SimilarityPreserving
 from attnfd_jax.distill.weighted_sum import SCHEDULES, WeightedSum
 from attnfd_jax.errors import explained, InputError, known, one_of, within
 from attnfd_jax.models import layers
+from attnfd_jax.models.network import Outputs
+from attnfd_jax.types import Variables
 
-METHODS = {}  # Name -> class.
-WEIGHTS = {}  # Name -> default weight.
-TITLES = {}  # Name -> as people write it.
-# Of other terms in the log of a step.
+METHODS: dict[str, type[nn.Module]] = {}
+WEIGHTS: dict[str, float] = {}  # Default weights.
+TITLES: dict[str, str] = {}  # Names for tables and reports.
+# Names of other terms in the log of a step.
 _TAKEN = ('loss', 'ce', 'ohem', 'focal', 'dice', 'grad_norm', 'learning_rate')
 _TAKEN += ('cosine', 'task_norm', 'distill_norm')
-# {field: default} of a Method's class: what its config has.
+# Defaults of the fields of a method class, for its config.
 option_defaults = layers.options_of
 
 
-def register(name, method, *, weight=1.0, title=None):
-  """Makes a Method's class known by name; its weight is published, or 1."""
+def register(
+  name: str,
+  method: type[nn.Module],
+  *,
+  weight: float = 1.0,
+  title: str | None = None,
+) -> None:
+  """Adds a method class to the registry; weights are published ones, or 1."""
   METHODS[name], WEIGHTS[name] = method, weight
   TITLES[name] = title or name.upper()
 
@@ -49,18 +62,18 @@ def register(name, method, *, weight=1.0, title=None):
 register('attnfd', AttnFDMethod, weight=2.0, title='AttnFD')
 register('kd', LogitKD)
 register('at', AttentionTransfer, weight=10_000.0)  # CIRKD.
-register('cwd', ChannelWise)  # Weights of its parts are options.
+register('cwd', ChannelWise)  # The weights of its terms are options.
 register('dist', Dist)
 register('fitnet', FitNet, weight=10.0, title='FitNet')  # CIRKD.
-# Weights of sp, pad, cad and ickd are chosen on val (experiments/methods);
+# The weights of sp, pad, cad and ickd were chosen on val (experiments/methods):
 # none is published for segmentation.
 register('ickd', ClassCorrelation, weight=0.1)
 register('sp', SimilarityPreserving, weight=10.0)
 register('lad', LAD, weight=10.0)
 register('pad', PAD, weight=0.1)
 register('cad', CAD, weight=0.1)
-register('aicsd', AICSD, weight=9500.0)  # README of the authors.
-register('cirkd', CIRKD)  # With weights of its terms as options.
+register('aicsd', AICSD, weight=9500.0)  # The authors' README.
+register('cirkd', CIRKD)  # The weights of its terms are options.
 register('ofd', OFD, weight=1e-5)
 register('skd', SKD)
 register('ifv', IFV, weight=200.0)
@@ -68,17 +81,23 @@ register('dsd', DSD)
 register('pseudo', PseudoLabels, title='Pseudo-labels')
 
 
-def make_method(name, student_outputs, teacher_outputs, **options):
-  """A method of the registry for the outputs of any two networks.
+def make_method(
+  name: str,
+  student_outputs: Outputs,
+  teacher_outputs: Outputs,
+  **options: Any,
+) -> nn.Module:
+  """Makes a method and checks that it can compare the outputs of two networks.
 
   Args:
     name: key of METHODS, or 'file.py:Class'.
-    student_outputs, teacher_outputs: Outputs, arrays or their shapes.
+    student_outputs: outputs of the student, arrays or ShapeDtypeStructs.
+    teacher_outputs: likewise of the teacher.
     **options: fields of the method.
 
   Raises:
-    InputError: for an unknown method or option, and for outputs that the method
-      cannot compare.
+    InputError: if the method or an option is unknown, or if the method cannot
+      compare these outputs.
   """
   method_class = _find(name)
   with explained(f'config.distill.{name}'):
@@ -87,8 +106,21 @@ def make_method(name, student_outputs, teacher_outputs, **options):
   return method
 
 
-def init_distiller(distiller, shapes, rng=None, *, train=False):
-  """Variables of a method, or a sum, for Outputs of these shapes."""
+def init_distiller(
+  distiller: nn.Module,
+  shapes: Sequence[Outputs],
+  rng: jax.Array | None = None,
+  *,
+  train: bool = False,
+) -> Variables:
+  """Initializes the variables of a method or a sum.
+
+  Args:
+    distiller: a Method or WeightedSum.
+    shapes: outputs of student and teacher, arrays or ShapeDtypeStructs.
+    rng: key of the initialization, by default jax.random.key(0).
+    train: see Method.
+  """
   rng = jax.random.key(0) if rng is None else rng
   outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   labels = jnp.full(outputs[0]['logits'].shape[:-1], 255, jnp.uint8)
@@ -96,50 +128,74 @@ def init_distiller(distiller, shapes, rng=None, *, train=False):
   return distiller.init(rngs, *outputs, labels, train=train, step=0)
 
 
-def abstract_variables(distiller, *shapes):
-  """Shapes of its variables; InputError if it cannot compare these Outputs."""
+def abstract_variables(distiller: nn.Module, *shapes: Outputs) -> Variables:
+  """Shapes of the variables of a method or a sum.
+
+  Args:
+    distiller: see init_distiller.
+    *shapes: see init_distiller.
+
+  Raises:
+    InputError: if it cannot compare these outputs.
+  """
   init = functools.partial(init_distiller, distiller, shapes, train=True)
   with explained('config.distill.method'):
     return jax.eval_shape(init)
 
 
-def _find(name):
+def _find(name: str) -> type[nn.Module]:
   if user_code.is_code(name):
     return user_code.load_object(name, option='config.distill.method')
   known('method', name, METHODS, others=', joined by "+", or "file.py:Class"')
   return METHODS[name]
 
 
-def title(method):
-  """'AttnFD + KD' of 'attnfd+kd'; of 'file.py:Class' the class."""
+def title(method: str) -> str:
+  """Name of a method for tables and reports.
+
+  >>> title('attnfd+kd'), title('file.py:MyMethod')
+  ('AttnFD + KD', 'MyMethod')
+  """
   if user_code.is_code(method):
     return method.rpartition(':')[2]
   return ' + '.join(TITLES[name] for name in method.split('+'))
 
 
 def make_distiller(
-  method, groups, *, options=None, num_steps=1, task_schedule='constant'
-):
-  """The WeightedSum of 'attnfd', 'attnfd+kd' or 'file.py:Class'.
+  method: str,
+  groups: Mapping[str, Any] | ml_collections.ConfigDict,
+  *,
+  options: Mapping[str, Any] | ml_collections.ConfigDict | None = None,
+  num_steps: int = 1,
+  task_schedule: str = 'constant',
+) -> WeightedSum:
+  """Makes the sum of the methods 'attnfd', 'attnfd+kd' or 'file.py:Class'.
 
-  `groups` are {name: {'weight', 'weight_schedule', fields ...}}, and `options`
-  is such a group of the user's class; `num_steps` is of the stage, for
-  schedules of weights, `task_schedule` that of the task loss.
+  Args:
+    method: names of METHODS joined by '+', or 'file.py:Class'.
+    groups: for each name 'weight', 'weight_schedule' and fields of the method.
+    options: such a group for 'file.py:Class'.
+    num_steps: number of steps of the stage, for the weight schedules.
+    task_schedule: schedule of the weight of the task loss.
+
+  Raises:
+    InputError: if a method or an option is invalid.
   """
+  chosen: dict[str, tuple[type[nn.Module], str, Any]]
   if user_code.is_code(method):
     name = title(method).lower()
     name = f'{name}_method' if name in _TAKEN else name
     chosen = {name: (_find(method), 'options', options or {})}
   elif options:
     raise InputError(
-      f'config.distill.options={dict(options)} are of a class of your own; '
-      f'those of {method} are keys of config.distill.{method.split("+")[0]}.'
+      f'config.distill.options={dict(options)} is only for a class of your '
+      f'own; set options of {method} in config.distill.{method.split("+")[0]}.'
     )
   else:
     names = method.split('+')
-    if twice := [x for x in names if names.count(x) > 1]:
+    if repeated := [x for x in names if names.count(x) > 1]:
       raise InputError(
-        f'config.distill.method={method} names {twice[0]} twice.'
+        f'config.distill.method={method} names {repeated[0]} twice.'
       )
     chosen = {x: (_find(x), x, groups[x]) for x in names}
   methods, weights, schedules = {}, {}, {}

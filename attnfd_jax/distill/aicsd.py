@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AICSD: similarity of the logit maps of classes (arXiv 2308.04243).
+"""Compares similarities of class maps in logits (AICSD, arXiv 2308.04243).
 
 With p_i the softmax over positions of the logit map of class i,
 
   D_ij = KL(p_i || p_j),  d_i = D_i / |D_i|  for each image,
   loss = mean over images, i and j of (d_ij of the student - of the teacher)^2
 
-The paper's adaptive weights are schedules, see docs/methods.md.
+For the paper's adaptive weights use weight schedules, see docs/methods.md.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from attnfd_jax.distill import taps
 from attnfd_jax.distill.attnfd import unit
+from attnfd_jax.distill.method import LossAndTerms, Step
 from attnfd_jax.errors import one_of
-from attnfd_jax.losses import Mean
+from attnfd_jax.losses import Labels, Logits, Mean
 from attnfd_jax.models import layers
+from attnfd_jax.models.network import Outputs
 
 CHOICES = {
   'softmax_over': ('positions', 'height'),
@@ -26,57 +29,88 @@ CHOICES = {
 }
 
 
-def class_divergences(logits, *, softmax_over='positions', form='paper'):
-  """KL divergences of the maps of all pairs of classes, [b, k, k] of [b, h, w,
-  k] in at least float32; 'code' has one matrix [1, k, k] for the batch. See
-  AICSD for the options.
+def class_divergences(
+  logits: Logits, *, softmax_over: str = 'positions', form: str = 'paper'
+) -> Float[Array, 'b_or_1 k k']:
+  """KL divergences between the maps of all pairs of classes, at least float32.
+
+  >>> logits = jnp.array([2.0, 0.0, 0.0, 0.0]).reshape(1, 1, 2, 2)
+  >>> class_divergences(logits).round(4).tolist()
+  [[[0.0, 0.3278...], [0.4337..., 0.0]]]
+
+  Args:
+    logits: of each pixel and class.
+    softmax_over: see AICSD.
+    form: see AICSD; 'code' gives one matrix for the whole batch.
   """
   logits = logits.astype(layers.at_least_float32(logits.dtype))
   b, h, w, k = logits.shape
   groups = logits.reshape(b, 1, h * w, k)
   if softmax_over == 'height':
     groups = jnp.moveaxis(logits, 2, 1)
-  # A softmax does not see the mean, and without it small differences keep
+  # The softmax does not depend on the mean; without it, small differences keep
   # their digits.
   groups = groups - jnp.mean(groups, 2, keepdims=True)
   p = jax.nn.softmax(groups, 2)
-  matrix = {'precision': 'highest'}
   if form == 'code':
     entropies = jnp.sum(p * jax.nn.log_softmax(groups, 2), (0, 1, 2))
-    products = jnp.einsum('bgni,bgnj->ij', p, p, **matrix)
+    products = jnp.einsum('bgni,bgnj->ij', p, p, precision='highest')
     upper = jnp.triu(entropies[None] - products)
     return (upper + jnp.triu(upper, 1).T)[None]
-  # Without the sum of exponentials, which is the same for all positions.
+  # The log of the sum of exponentials is the same for all positions.
   shift = jax.nn.logsumexp(groups, 2)  # [b, g, k]
-  products = jnp.einsum('bgni,bgnj->bgij', p, groups, **matrix)
+  products = jnp.einsum('bgni,bgnj->bgij', p, groups, precision='highest')
   own = jnp.diagonal(products, axis1=2, axis2=3) - shift
   divergences = own[..., None] - (products - shift[..., None, :])
   return jnp.sum(divergences, 1)
 
 
-def similarity_distance(student, teacher, **options):
-  """Mean over images of the squared distance of two `class_divergences`, with
-  rows of length 1; the teacher's are constants.
+def similarity_distance(
+  student: Logits,
+  teacher: Logits,
+  *,
+  softmax_over: str = 'positions',
+  form: str = 'paper',
+) -> Mean:
+  """Mean squared difference of class divergences with rows of length 1.
+
+  >>> logits = jnp.array([2.0, 0.0, 0.0, 0.0]).reshape(1, 1, 2, 2)
+  >>> round(float(similarity_distance(logits, 0 * logits).value), 3)
+  0.5
+
+  Args:
+    student: logits.
+    teacher: logits of the same shape; they get no gradient.
+    softmax_over: see AICSD.
+    form: see AICSD.
+
+  Raises:
+    ValueError: if the shapes differ.
   """
   taps.check_logits(student, teacher)
   teacher = jax.lax.stop_gradient(teacher)
-  ours, theirs = (
-    unit(class_divergences(x, **options), (-1,)) for x in (student, teacher)
+  student_rows, teacher_rows = (
+    unit(class_divergences(x, softmax_over=softmax_over, form=form), (-1,))
+    for x in (student, teacher)
   )
-  return Mean.of(jnp.mean(jnp.square(ours - theirs), (1, 2)))
+  return Mean.of(jnp.mean(jnp.square(student_rows - teacher_rows), (1, 2)))
 
 
 class AICSD(nn.Module):
-  """Of the logits before the last resize, where both networks have them.
+  """Similarity of class maps, from coarse logits if both networks have them.
+
+  Example:
+    `--config.distill.method=kd+aicsd --config.distill.aicsd.form=code`
 
   Attributes:
-    softmax_over: 'positions', or 'height' as branch `main` of the authors: each
-      column of a map is a distribution of its own.
-    form: 'paper', or 'code' as the authors' two branches: KLDivLoss is given a
-      probability where it expects a logarithm, only i <= j is computed and
-      mirrored, and one matrix is of the whole batch.
-    reduction: 'mean', or 'batchmean' as the authors: divided by the number of
-      images once more, as they divide the cross-entropy, see ce_batch_division.
+    softmax_over: 'positions', or 'height' as in the authors' branch `main`:
+      each column of a map is a distribution of its own.
+    form: 'paper', or 'code' as in both of the authors' branches: KLDivLoss
+      receives probabilities where it expects logarithms, only i <= j is
+      computed and mirrored, and there is one matrix for the whole batch.
+    reduction: 'mean', or 'batchmean' as the authors: divided by the effective
+      batch size once more, as they do with the cross-entropy, see
+      ce_batch_division.
   """
 
   softmax_over: str = 'positions'
@@ -89,11 +123,19 @@ class AICSD(nn.Module):
     super().__post_init__()
 
   @property
-  def divides_by_batch(self):
-    """Beside the mean over images."""
+  def divides_by_batch(self) -> bool:
+    """Whether to divide once more, after the mean over images."""
     return self.reduction == 'batchmean'
 
-  def __call__(self, student, teacher, labels, *, train, step):
+  def __call__(
+    self,
+    student: Outputs,
+    teacher: Outputs,
+    labels: Labels,
+    *,
+    train: bool,
+    step: Step,
+  ) -> LossAndTerms:
     """See distill/method.py."""
     del labels, train, step
     pair = taps.logits(student, teacher)

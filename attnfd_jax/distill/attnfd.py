@@ -2,36 +2,47 @@
 """Attention-guided feature distillation (AttnFD, arXiv 2403.05451).
 
 At every tap k, with student map S, teacher map T, attention A and connector
-phi (1x1 convolution and batch normalisation):
+phi (1x1 convolution and batch normalization):
 
   s = phi(A_student(S)),  t = A_teacher(T),
   loss = sum over k of || s / ||s|| - t / ||t|| ||^2 / b
 
-where ||.|| runs over the whole batch (distiller.py:40-51 of the authors).
+where the norm ||.|| is over the whole batch (the authors' distiller.py:40-51).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import math
+from typing import Any
 
 import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from attnfd_jax.distill import taps as matching
-from attnfd_jax.distill.method import CONNECTOR_SCHEDULES
+from attnfd_jax.distill.method import (
+  CONNECTOR_SCHEDULES,
+  FeatureMaps,
+  LossAndTerms,
+  Scalar,
+  Step,
+)
 from attnfd_jax.errors import InputError, one_of
+from attnfd_jax.losses import Labels
 from attnfd_jax.models import layers, resizing
 from attnfd_jax.models.attention import CBAM
+from attnfd_jax.models.network import Outputs
+from attnfd_jax.types import AnyArray, PyTree, Variables
 
-# The arrays that are scaled to unit length: axes of [b, h, w, c].
+# Axes of [b, h, w, c] that are jointly scaled to unit length.
 NORM_AXES = {
   'batch': (0, 1, 2, 3),
   'image': (1, 2, 3),
   'pixel': (3,),
   'channel': (1, 2),
 }
-# Those of teachers' gates that have parameters of their own.
+# Kinds of teacher gates with parameters.
 STORED = ('checkpoint', 'random')
 CHOICES = {
   'teacher_attention': (*STORED, 'parameter_free', 'in_path', 'none'),
@@ -42,32 +53,49 @@ CHOICES = {
   'match_size': ('none', 'to_teacher', 'to_student'),
   'connector_schedule': CONNECTOR_SCHEDULES,  # Of the Method alone.
 }
-# Squared length below which a map has no direction.
+# A map with a smaller squared length counts as zero.
 TINY = 1e-12
 
 
-def unit(x, axes):
-  """x scaled to length 1 over `axes`, in float32; zeros stay zeros.
+def unit(
+  x: Float[AnyArray, '*shape'], axes: tuple[int, ...]
+) -> Float[Array, '*shape']:
+  """Scales x to length 1 over `axes`, in at least float32; zeros stay zeros.
 
-  The authors divide by the bare norm, which is NaN for a map of zeros.
+  The authors divide by the plain norm, which gives NaN for a map of zeros.
+
+  >>> unit(jnp.array([3.0, 4.0]), (0,)).round(3).tolist()
+  [0.6..., 0.8...]
   """
   x = x.astype(layers.at_least_float32(x.dtype))
   square = jnp.sum(jnp.square(x), axes, keepdims=True)
   has_length = square > TINY
   scale = jax.lax.rsqrt(jnp.where(has_length, square, 1))
-  return x * jnp.where(has_length, scale, 0)
+  return jnp.multiply(x, jnp.where(has_length, scale, 0))
 
 
-def direction_distance(student, teacher, *, norm_scope, reduction):
-  """Squared distance of two maps [b, h, w, c], each scaled to unit length.
+def direction_distance(
+  student: Float[AnyArray, 'b h w c'],
+  teacher: Float[AnyArray, 'b h w c'],
+  *,
+  norm_scope: str,
+  reduction: str,
+) -> Scalar:
+  """Squared distance of two feature maps after scaling to unit length.
 
-  With the cosine of each pair of unit arrays a distance is 2 - 2 cos. The
-  teacher's map is a constant; a float32 scalar, finite also for maps of zeros.
+  With the cosine of each pair of unit vectors, a distance is 2 - 2 cos. Finite
+  also for maps of zeros.
+
+  >>> x, options = jnp.ones((3, 1, 1, 4)), {'norm_scope': 'pixel'}
+  >>> float(direction_distance(x, -x, **options, reduction='unitmean'))
+  4.0
 
   Args:
-    norm_scope: key of NORM_AXES; 'batch' is global on a sharded batch, too.
-    reduction: of the distances: 'batchmean' sums and divides by b, 'unitmean'
-      averages, 'mean' divides by the number of elements.
+    student: the student's map.
+    teacher: the teacher's map, which gets no gradient.
+    norm_scope: key of NORM_AXES; 'batch' spans all devices.
+    reduction: 'batchmean' divides the sum of the distances by b, 'unitmean' by
+      the number of unit vectors, 'mean' by the number of elements.
   """
   axes = NORM_AXES[norm_scope]
   target = jax.lax.stop_gradient(unit(teacher, axes))
@@ -79,12 +107,15 @@ def direction_distance(student, teacher, *, norm_scope, reduction):
 
 
 class Connector(nn.Module):
-  """1x1 convolution and normalisation to the teacher's channels."""
+  """1x1 convolution and batch normalization to the teacher's channels."""
 
   features: int
 
   @nn.compact
-  def __call__(self, x, *, train):
+  def __call__(
+    self, x: Float[AnyArray, 'b h w c'], *, train: bool
+  ) -> Float[Array, 'b h w {self.features}']:
+    """Maps the channels to `features`."""
     init = layers.fan_out_normal  # N(0, 2 / c_teacher), distiller.py:10-22.
     conv_norm = layers.ConvNorm(
       self.features, 1, kernel_init=init, dtype=x.dtype, name='conv_norm'
@@ -93,7 +124,7 @@ class Connector(nn.Module):
 
 
 class AttnFDOptions(nn.Module, kw_only=True):
-  """The options of AttnFD, which describes them, and of its Method."""
+  """Options that AttnFD and AttnFDMethod share, described at AttnFD."""
 
   teacher_attention: str = 'parameter_free'
   student_attention: str = 'learnable'
@@ -101,7 +132,7 @@ class AttnFDOptions(nn.Module, kw_only=True):
   reduction: str = 'unitmean'
   teacher_bn: str = 'running'
   match_size: str = 'none'
-  fan_out_taps: tuple[str, ...] = ()
+  fan_out_taps: Sequence[str] = ()
 
   def __post_init__(self):
     for name, choices in CHOICES.items():
@@ -114,22 +145,22 @@ class AttnFD(AttnFDOptions):
   """Attention gates, connectors and the distance of refined maps.
 
   Attributes:
-    student_channels: tap -> channels of the student's map.
-    teacher_channels: tap -> channels of the teacher's map, the same taps.
+    student_channels: channels of the student's map at each tap.
+    teacher_channels: channels of the teacher's map at the same taps.
     teacher_attention: 'checkpoint' or 'random': frozen CBAMs in the collection
-      'teacher', to be replaced by stored ones in the first case;
-      'parameter_free'; 'in_path' if the maps were refined by the teacher
-      itself; 'none'. As the three others have no parameters, no such
-      collection exists for them.
-    student_attention: 'learnable', 'mlp_frozen' (the authors' optimiser never
-      sees the MLP of the channel gate), 'parameter_free' or 'none'.
+      'teacher', for 'checkpoint' to be replaced by stored ones;
+      'parameter_free'; 'in_path' if the teacher itself has refined the maps;
+      'none'. The last three have no parameters and no such collection.
+    student_attention: 'learnable', 'mlp_frozen' (the authors' optimizer never
+      updates the MLP of the channel gate), 'parameter_free' or 'none'.
     norm_scope: see `direction_distance`.
-    reduction: likewise.
-    teacher_bn: 'running' or 'batch' statistics in the teacher's gates while
+    reduction: see `direction_distance`.
+    teacher_bn: 'running' or 'batch' statistics in the teacher's gates during
       training; the update is discarded.
-    match_size: when heights or widths differ, 'to_teacher' or 'to_student'
-      resizes the other map before the distance; 'none' is an error.
-    fan_out_taps: taps whose spatial gate starts as a ResNet convolution.
+    match_size: if heights or widths differ, 'to_teacher' or 'to_student'
+      resizes the other map before the distance; 'none' raises an error.
+    fan_out_taps: taps whose spatial gate is initialized as a ResNet
+      convolution.
   """
 
   student_channels: Mapping[str, int]
@@ -148,13 +179,14 @@ class AttnFD(AttnFDOptions):
     super().__post_init__()
 
   def setup(self):
+    """Creates gates, connectors and the collection 'teacher'."""
     taps, channels = sorted(self.student_channels), self.teacher_channels
     if self.student_attention != 'none':
       self.student_gates = {
         tap: self._gate(tap, self.student_attention) for tap in taps
       }
     self.connectors = {tap: Connector(channels[tap]) for tap in taps}
-    # The teacher's gates are constants: a collection of their own, not params.
+    # The teacher's gates are constants, so they are not in 'params'.
     stored, gates = self.teacher_attention in STORED, {}
     parts = ('params', 'batch_stats') if stored else ()
     if parts and not self.has_variable('teacher', 'params'):
@@ -170,7 +202,7 @@ class AttnFD(AttnFDOptions):
       for part in parts
     }
 
-  def _gate(self, tap, attention, **options):
+  def _gate(self, tap: str, attention: str, **options: Any) -> CBAM:
     fan_out = tap in self.fan_out_taps
     return CBAM(
       parameter_free=attention == 'parameter_free',
@@ -179,7 +211,9 @@ class AttnFD(AttnFDOptions):
       **options,
     )
 
-  def _check(self, student_features, teacher_features):
+  def _check(
+    self, student_features: FeatureMaps, teacher_features: FeatureMaps
+  ) -> None:
     for role, features, channels in (
       ('student', student_features, self.student_channels),
       ('teacher', teacher_features, self.teacher_channels),
@@ -194,34 +228,51 @@ class AttnFD(AttnFDOptions):
             f'[b, h, w, {expected}] as in {role}_channels.'
           )
     for tap in self.student_channels:
-      ours, theirs = student_features[tap].shape, teacher_features[tap].shape
-      if ours[0] != theirs[0]:
-        raise ValueError(f'Batches differ at {tap!r}: {ours} and {theirs}.')
-      if self.match_size == 'none' and ours[1:3] != theirs[1:3]:
+      student, teacher = (
+        student_features[tap].shape,
+        teacher_features[tap].shape,
+      )
+      if student[0] != teacher[0]:
+        raise ValueError(f'Batches differ at {tap!r}: {student} and {teacher}.')
+      if self.match_size == 'none' and student[1:3] != teacher[1:3]:
         raise ValueError(
-          f'Sizes differ at {tap!r}: student {ours}, teacher {theirs}. Pass '
-          "match_size='to_teacher' or 'to_student' to resize."
+          f'Sizes differ at {tap!r}: student {student}, teacher {teacher}. '
+          "Pass match_size='to_teacher' or 'to_student' to resize."
         )
 
-  def refined_maps(self, student_features, teacher_features, *, train):
-    """The maps after attention: two dicts tap -> [b, h, w, c]."""
+  def refined_maps(
+    self,
+    student_features: FeatureMaps,
+    teacher_features: FeatureMaps,
+    *,
+    train: bool,
+  ) -> tuple[FeatureMaps, FeatureMaps]:
+    """Applies attention to the maps of both networks."""
     self._check(student_features, teacher_features)
     students, teachers = {}, {}
     for tap in sorted(self.student_channels):
-      ours, theirs = student_features[tap], teacher_features[tap]
+      student_map, teacher_map = student_features[tap], teacher_features[tap]
       if self.student_attention != 'none':
-        ours = self.student_gates[tap](ours, train=train)
+        student_map = self.student_gates[tap](student_map, train=train)
       if self.teacher_attention in (*STORED, 'parameter_free'):
         gate = self._gate(tap, self.teacher_attention, parent=None)
         variables = {k: x.value[tap] for k, x in self.teacher_variables.items()}
         batch = train and self.teacher_bn == 'batch'
-        theirs = gate.apply(variables, theirs, train=batch)
-      students[tap], teachers[tap] = ours, theirs
+        teacher_map = gate.apply(variables, teacher_map, train=batch)
+      students[tap], teachers[tap] = student_map, teacher_map
     return students, jax.lax.stop_gradient(teachers)
 
-  def __call__(self, student_features, teacher_features, *, train):
-    """Sum over the taps, and {tap: its term}; see `attnfd_loss`. ValueError
-    names a tap and both shapes that do not fit.
+  def __call__(
+    self,
+    student_features: FeatureMaps,
+    teacher_features: FeatureMaps,
+    *,
+    train: bool,
+  ) -> tuple[Scalar, dict[str, Scalar]]:
+    """Computes the sum over the taps, and the term of each; see `attnfd_loss`.
+
+    Raises:
+      ValueError: if a map is missing or has a wrong shape.
     """
     maps = student_features, teacher_features
     students, teachers = self.refined_maps(*maps, train=train)
@@ -235,26 +286,33 @@ class AttnFD(AttnFDOptions):
       terms[tap] = direction_distance(
         student, target, norm_scope=self.norm_scope, reduction=self.reduction
       )
-    return sum(terms.values()), terms
+    return matching.total(terms.values()), terms
 
 
 def attnfd_loss(
-  params, state, student_features, teacher_features, *, distiller, train
-):
+  params: PyTree,
+  state: Variables,
+  student_features: FeatureMaps,
+  teacher_features: FeatureMaps,
+  *,
+  distiller: AttnFD,
+  train: bool,
+) -> tuple[Scalar, dict[str, Any]]:
   """AttnFD loss of two sets of feature maps, before its weight lambda.
 
-  Pure: use it in any training step, under jit, grad, vmap or a sharded batch.
+  A pure function: use it in any training step, under jit, grad, vmap or with a
+  sharded batch. docs/functional_api.md has an example.
 
   Args:
-    params: trained variables of `distiller`: student gates and connectors.
+    params: trained parameters of `distiller`: student gates and connectors.
     state: its other collections, e.g. running statistics.
-    student_features: tap -> [b, h, w, c].
-    teacher_features: tap -> [b, h, w, c]; no gradient reaches them.
-    distiller: an AttnFD module.
-    train: use and update batch statistics.
+    student_features: the student's maps by tap.
+    teacher_features: the teacher's maps by tap, which get no gradient.
+    distiller: the module.
+    train: whether to use and update batch statistics.
 
   Returns:
-    float32 scalar, and {'state': the new state, 'terms': {tap: scalar}}.
+    The loss, and {'state': the new state, 'terms': the loss of each tap}.
   """
   (loss, terms), updated = distiller.apply(
     {'params': params, **state},
@@ -267,33 +325,45 @@ def attnfd_loss(
 
 
 class AttnFDMethod(AttnFDOptions):
-  """`AttnFD` between the taps that two networks share.
+  """AttnFD at the taps that two networks share.
+
+  The other options are described at AttnFD.
+
+  Example:
+    `--config.distill.method=attnfd --config.distill.attnfd.norm_scope=image`
 
   Attributes:
-    taps: names of maps; those that both sides have are compared.
-    teacher_attention: see AttnFD. 'in_path' and 'checkpoint' are what is asked
-      for, `adapted` finds out what the teacher has: 'in_path' becomes
-      'parameter_free' for a teacher without trained gates, 'checkpoint' becomes
-      'random' for one without stored gates, as the authors' own training leaves
-      them.
-    connector_schedule: see training/optim.py; 'first_epoch' is the authors'.
+    taps: names of feature maps; those that both networks have are compared.
+    teacher_attention: see AttnFD. `adapted` replaces what the teacher does not
+      have: 'in_path' becomes 'parameter_free' for a teacher without trained
+      gates; 'checkpoint' becomes 'random' for one without stored gates, as
+      after the authors' own training.
+    connector_schedule: see training/optim.py; the authors use 'first_epoch'.
   """
 
-  taps: tuple[str, ...] = ('backbone', 'aspp', 'decoder')
+  taps: Sequence[str] = ('backbone', 'aspp', 'decoder')
   connector_schedule: str = 'always'
 
   pictures_note = (
-    'Where the refined features of the teacher and of the student are strong, '
-    'at the taps where they are compared.'
+    'Magnitude of the refined features of teacher and student at the compared '
+    'taps.'
   )
 
   @property
-  def divides_by_batch(self):
-    """One unit for the whole batch, and a sum divided by its images."""
+  def divides_by_batch(self) -> bool:
+    """Whether the distance of the one unit is divided by the batch size."""
     return self.reduction == 'batchmean' and self.norm_scope == 'batch'
 
-  def adapted(self, student, teacher):
-    """With the attention that this teacher has, and starts by the networks."""
+  def adapted(self, student: Any, teacher: Any) -> 'AttnFDMethod':
+    """Sets the teacher's attention, and the initialization of the gates.
+
+    Args:
+      student: the student network.
+      teacher: a Teacher.
+
+    Raises:
+      ValueError: if teacher_attention does not fit the teacher.
+    """
     attention = self.teacher_attention
     if getattr(teacher, 'in_path_attention', False):
       if attention not in ('in_path', 'checkpoint'):
@@ -303,18 +373,22 @@ class AttnFDMethod(AttnFDOptions):
         )
       attention = 'in_path'
     elif attention == 'in_path':
-      attention = 'parameter_free'  # Gates that nobody trained would be noise.
+      attention = 'parameter_free'  # Untrained gates would be noise.
     elif attention == 'checkpoint' and getattr(teacher, 'gates', None) is None:
       attention = 'random'
     networks = student, getattr(teacher, 'network', None)
     backbones = [str(getattr(x, 'backbone', '')) for x in networks]
-    # Those of ResNets start as their convolutions, resnet.py of the authors.
+    # As in the authors' resnet.py, where all convolutions start alike.
     resnets = all(name.startswith('resnet') for name in backbones)
     taps = self.fan_out_taps or (('backbone',) if resnets else ())
     return self.clone(teacher_attention=attention, fan_out_taps=taps)
 
-  def adopt(self, variables, teacher):
-    """`variables` with the gates of the teacher's checkpoint."""
+  def adopt(self, variables: Variables, teacher: Any) -> Variables:
+    """Takes over the gates of the teacher's checkpoint.
+
+    Raises:
+      InputError: if they do not fit the teacher's maps.
+    """
     gates = getattr(teacher, 'gates', None)
     if self.teacher_attention != 'checkpoint' or gates is None:
       return variables
@@ -330,8 +404,8 @@ class AttnFDMethod(AttnFDOptions):
       )
     return {**variables, 'teacher': chosen}
 
-  def parameter_groups(self):
-    """As the authors group them; their optimiser never sees the MLP."""
+  def parameter_groups(self) -> tuple[tuple[str, str], ...]:
+    """The authors' groups; their optimizer never updates the MLP."""
     groups = [(r'connectors_\w+/.*', 'connectors')]
     if self.student_attention == 'mlp_frozen':
       groups += [
@@ -340,34 +414,54 @@ class AttnFDMethod(AttnFDOptions):
       ]
     return tuple(groups)
 
-  def student_attention_variables(self, variables):
-    """{'params', 'batch_stats'} of the student's gates by tap, or None."""
+  def student_attention_variables(
+    self, variables: Variables
+  ) -> dict[str, PyTree] | None:
+    """Selects 'params' and 'batch_stats' of the student's gates by tap."""
     if self.student_attention not in ('learnable', 'mlp_frozen'):
       return None
-    prefix, found = 'student_gates_', {}
+    prefix, gates = 'student_gates_', {}
     for part in ('params', 'batch_stats'):
       names = [x for x in variables[part] if x.startswith(prefix)]
-      found[part] = {x.removeprefix(prefix): variables[part][x] for x in names}
-    return found
+      gates[part] = {x.removeprefix(prefix): variables[part][x] for x in names}
+    return gates
 
-  def __call__(self, student, teacher, labels, *, train, step):
+  def __call__(
+    self,
+    student: Outputs,
+    teacher: Outputs,
+    labels: Labels,
+    *,
+    train: bool,
+    step: Step,
+  ) -> LossAndTerms:
     """See distill/method.py; one term for each tap."""
     del labels, step
     distiller, maps = self._distiller(student, teacher)
     return distiller(*maps, train=train)
 
-  def pictures(self, student, teacher, *, train):
-    """Length of the refined vector at each pixel of each tap."""
+  def pictures(
+    self, student: Outputs, teacher: Outputs, *, train: bool
+  ) -> dict[str, dict[str, Float[Array, 'b _h _w']]]:
+    """Length of the refined vector at each pixel, by role and tap."""
     distiller, maps = self._distiller(student, teacher)
     refined = distiller.refined_maps(*maps, train=train)
     lengths = jax.tree.map(lambda x: jnp.linalg.norm(x, axis=-1), refined)
     return dict(zip(('student', 'teacher'), lengths, strict=True))
 
-  def _distiller(self, student, teacher):
-    """The AttnFD, in the scope of this module, and its two sets of maps."""
+  def _distiller(
+    self, student: Outputs, teacher: Outputs
+  ) -> tuple[AttnFD, list[FeatureMaps]]:
+    """The AttnFD in the scope of this module, and the maps of both networks."""
     maps = matching.shared(student, teacher, self.taps)
     channels = [{tap: x.shape[-1] for tap, x in side.items()} for side in maps]
     options = layers.options_of(self, AttnFDOptions)
     if self.divides_by_batch:
       options['reduction'] = 'unitmean'
-    return AttnFD(*channels, **options, parent=self.scope), maps
+    distiller = AttnFD(
+      *channels,
+      **options,
+      # Flax accepts scopes as well.
+      parent=self.scope,  # pyright: ignore[reportArgumentType]
+    )
+    return distiller, maps

@@ -1,24 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Channel-wise distillation (Shu et al., arXiv 2011.13256).
+"""Distills channel by channel (CWD, Shu et al., arXiv 2011.13256).
 
 With the softmax p of each channel over its pixels, at temperature T:
 
   loss = T^2 * mean over images and channels of KL(p_teacher || p_student)
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from attnfd_jax.distill import taps as matching
 from attnfd_jax.distill.fitnet import Regressor
+from attnfd_jax.distill.method import LossAndTerms, Step
 from attnfd_jax.errors import InputError, within
+from attnfd_jax.losses import Labels
+from attnfd_jax.models.network import Outputs
+from attnfd_jax.types import AnyArray
 
 
-def channel_distance(student, teacher, *, temperature):
-  """The loss of each image, [b], of maps or logits [b, h, w, c].
+def channel_distance(
+  student: Float[AnyArray, 'b h w c'],
+  teacher: Float[AnyArray, 'b h w c'],
+  *,
+  temperature: float,
+) -> Float[Array, ' b']:
+  """T^2 times the mean over channels of KL(teacher || student), per image.
 
-  0 iff they differ by a constant in each channel of each image.
+  0 iff both differ by a constant in each channel of each image.
+
+  >>> student, teacher = jnp.zeros((1, 1, 2, 1)), jnp.array([[[[2.0], [0.0]]]])
+  >>> channel_distance(student, teacher, temperature=1.0).tolist()
+  [0.3278...]
+
+  Args:
+    student: feature maps or logits.
+    teacher: of the same shape; gets no gradient.
+    temperature: T.
   """
   student, teacher = matching.in_float32(student, teacher)
   target = jax.nn.log_softmax(teacher / temperature, (1, 2))
@@ -28,26 +49,30 @@ def channel_distance(student, teacher, *, temperature):
 
 
 class ChannelWise(nn.Module):
-  """feature_weight * sum over the taps + logits_weight * that of the logits.
+  """Weighted sum of the channel distances of feature maps and of logits.
 
-  A weight of 0 leaves its part out. Where channels differ the student's map
-  first goes through a 1x1 convolution without bias, which is trained. Values
-  are CIRKD's; its SegFormer has weights 5 and 0.3, and MMRazor weights 0 and 5
-  with temperature 1. CIRKD adds `kd` and an adversarial pair.
+  If the channel counts differ, the student's map first goes through a trained
+  1x1 convolution without bias. The defaults are CIRKD's; its SegFormer uses
+  weights of 5 and 0.3, and MMRazor 0 and 5 with temperature 1. CIRKD adds `kd`
+  and an adversarial pair.
+
+  Example:
+    `--config.distill.method=kd+cwd --config.distill.cwd.logits_weight=0`
 
   Attributes:
-    feature_weight, logits_weight: of the two parts.
+    feature_weight: weight of the sum over the taps; 0 omits it.
+    logits_weight: weight of the logits; 0 omits them.
     temperature: T.
-    taps: names of maps; those that both sides have are compared.
-    match_size: 'to_teacher' or 'to_student' where heights or widths of maps
+    taps: names of feature maps; those that both networks have are compared.
+    match_size: 'to_teacher' or 'to_student' if heights or widths of the maps
       differ.
-    full_size: compare logits of the size of the image.
+    full_size: compare logits at the size of the image.
   """
 
   feature_weight: float = 50.0
   logits_weight: float = 3.0
   temperature: float = 4.0
-  taps: tuple[str, ...] = ('aspp',)
+  taps: Sequence[str] = ('aspp',)
   match_size: str = 'none'
   full_size: bool = False
 
@@ -61,18 +86,28 @@ class ChannelWise(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(self, student, teacher, labels, *, train, step):
-    """See distill/method.py; the parts before their weights are terms."""
+  def __call__(
+    self,
+    student: Outputs,
+    teacher: Outputs,
+    labels: Labels,
+    *,
+    train: bool,
+    step: Step,
+  ) -> LossAndTerms:
+    """See distill/method.py; the terms are the distances before weighting."""
     del labels, train, step
     distances, weights, maps = {}, {}, {}
     if self.feature_weight:
       maps = matching.pairs(
         student, teacher, self.taps, match_size=self.match_size
       )
-    for tap, (ours, theirs) in maps.items():
-      if ours.shape[-1] != theirs.shape[-1]:
-        ours = Regressor(theirs.shape[-1], name=f'regressor_{tap}')(ours)
-      distances[tap] = self._distance(ours, theirs)
+    for tap, (student_map, teacher_map) in maps.items():
+      channels = teacher_map.shape[-1]
+      if student_map.shape[-1] != channels:
+        regressor = Regressor(channels, name=f'regressor_{tap}')
+        student_map = regressor(student_map)
+      distances[tap] = self._distance(student_map, teacher_map)
       weights[tap] = self.feature_weight
     if self.logits_weight:
       pair = matching.logits(student, teacher, full_size=self.full_size)
@@ -83,5 +118,5 @@ class ChannelWise(nn.Module):
     loss, _ = matching.mean_over_images(weighted)
     return loss, {name: jnp.mean(x) for name, x in distances.items()}
 
-  def _distance(self, ours, theirs):
-    return channel_distance(ours, theirs, temperature=self.temperature)
+  def _distance(self, student, teacher):
+    return channel_distance(student, teacher, temperature=self.temperature)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Correlation of predictions, DIST (Huang et al., arXiv 2205.10536).
+"""Correlates predictions, DIST (Huang et al., arXiv 2205.10536).
 
 With probabilities p [b, h, w, k] at temperature T and Pearson's correlation r:
 
@@ -11,30 +11,59 @@ With probabilities p [b, h, w, k] at temperature T and Pearson's correlation r:
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from attnfd_jax.distill import taps
+from attnfd_jax.distill.method import LossAndTerms, Scalar, Step
 from attnfd_jax.errors import within
+from attnfd_jax.losses import Labels, Logits
+from attnfd_jax.models.network import Outputs
+from attnfd_jax.types import AnyArray
 
-EPSILON = 1e-8  # Of the authors' denominator.
+EPSILON = 1e-8  # In the authors' denominator.
 
 
-def correlation(x, y, axes):
-  """Pearson's over `axes`, which it removes; 0 where x or y is constant."""
+def correlation(
+  x: Float[AnyArray, '*shape'],
+  y: Float[AnyArray, '*shape'],
+  axes: tuple[int, ...],
+) -> Float[Array, '...']:
+  """Pearson's correlation along `axes`; 0 where x or y is constant.
+
+  >>> x, y = jnp.array([0.0, 1.0, 2.0]), jnp.array([0.0, 2.0, 4.0])
+  >>> float(correlation(x, y, (0,)).round(3))
+  1.0
+  """
   x, y = (x - jnp.mean(x, axes, keepdims=True) for x in (x, y))
 
   def length(x):
     square = jnp.sum(jnp.square(x), axes)
-    known = square > 0  # A root has no derivative at 0.
-    return jnp.where(known, jnp.sqrt(jnp.where(known, square, 1)), 0)
+    positive = square > 0  # The square root has no derivative at 0.
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
 
   return jnp.sum(x * y, axes) / (length(x) * length(y) + EPSILON)
 
 
-def prediction_distances(student, teacher, *, temperature=1.0):
-  """inter and intra of two logits [b, h, w, k], scalars from 0 to 2.
+def prediction_distances(
+  student: Logits, teacher: Logits, *, temperature: float = 1.0
+) -> tuple[Scalar, Scalar]:
+  """The terms inter and intra, each from 0 to 2.
 
-  intra is over the whole batch, on any number of devices. A class of which one
-  side has the same probability everywhere has no correlation, and adds 1 / k.
+  The term intra spans the whole batch, on any number of devices. A class to
+  which one network gives the same probability everywhere has no correlation and
+  adds 1 / k.
+
+  >>> logits = jnp.array([2.0, 0.0, 0.0, 1.0]).reshape(1, 1, 2, 2)
+  >>> [round(float(x), 3) for x in prediction_distances(logits, -logits)]
+  [2.0, 2.0]
+
+  Args:
+    student: logits.
+    teacher: logits of the same shape; they get no gradient.
+    temperature: T.
+
+  Raises:
+    ValueError: if the shapes differ.
   """
   taps.check_logits(student, teacher)
   student, teacher = (
@@ -46,18 +75,23 @@ def prediction_distances(student, teacher, *, temperature=1.0):
 
 
 class Dist(nn.Module):
-  """DIST of the logits before the last resize, where both networks have them.
+  """DIST, from coarse logits if both networks have them.
 
-  MMRazor and torchdistill correlate over the images alone in intra, at each
-  pixel, as their code is written for images with one label; that is not here.
-  A batch that is accumulated in parts is compared within each part.
+  For intra, MMRazor and torchdistill correlate over the images only, at each
+  pixel, because their code is written for image classification; that variant
+  is not implemented. With gradient accumulation, each part of the batch is
+  compared separately.
+
+  Example:
+    `--config.distill.method=dist --config.distill.dist.intra_weight=2`
 
   Attributes:
-    inter_weight, intra_weight: of the two terms, the paper's beta and gamma.
+    inter_weight: weight of inter, the paper's beta.
+    intra_weight: weight of intra, the paper's gamma.
     temperature: T.
-    full_size: compare logits of the size of the image, as AttnFD's authors do.
-    divides_by_batch: whether `train` divides the loss by the number of images,
-      as AttnFD's authors do.
+    full_size: compare logits at the size of the image, as AttnFD's authors do.
+    divides_by_batch: whether `train` divides the loss by the effective batch
+      size, as AttnFD's authors do.
   """
 
   inter_weight: float = 1.0
@@ -72,7 +106,15 @@ class Dist(nn.Module):
     within('temperature', self.temperature, 1e-3, 1e6)
     super().__post_init__()
 
-  def __call__(self, student, teacher, labels, *, train, step):
+  def __call__(
+    self,
+    student: Outputs,
+    teacher: Outputs,
+    labels: Labels,
+    *,
+    train: bool,
+    step: Step,
+  ) -> LossAndTerms:
     """See distill/method.py; the terms are inter and intra."""
     del labels, train, step
     pair = taps.logits(student, teacher, full_size=self.full_size)

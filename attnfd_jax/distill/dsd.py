@@ -1,70 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
 """Double similarity distillation (DSD; Feng et al., TIP 2021), as in CIRKD.
 
-Pixels: how attention, the energy of a map at each pixel, differs between the
-maps of a network. Categories: how alike the classes' score maps are.
+Pixel similarity compares, between student and teacher, how attention (the
+energy of a feature map at each pixel) differs between the maps of a network.
+Category similarity compares how similar the logit maps of the classes are.
 """
 
+from collections.abc import Sequence
 import itertools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from attnfd_jax.distill import taps as matching
+from attnfd_jax.distill.method import LossAndTerms, Step
 from attnfd_jax.distill.pooling import average_pool
 from attnfd_jax.distill.vectors import scaled, unit
 from attnfd_jax.errors import InputError, within
-from attnfd_jax.losses import Mean
+from attnfd_jax.losses import Labels, Logits, Mean
 from attnfd_jax.models import layers, resizing
+from attnfd_jax.models.network import Outputs
+from attnfd_jax.types import AnyArray
 
-# Squared length below which the difference of unit vectors is rounding.
+# A difference of unit vectors with a smaller squared length is rounding.
 ROUNDING = 1e-12
 
 
-def attention(x):
-  """Mean square over the channels, [b, h, w, c] -> [b, h, w, 1], up to a
-  factor of each image.
-  """
+def attention(x: Float[AnyArray, 'b h w c']) -> Float[Array, 'b h w 1']:
+  """Mean square over the channels, up to a constant factor per image."""
   x = scaled(x.astype(layers.at_least_float32(x.dtype)), (1, 2, 3))
   return jnp.mean(jnp.square(x), -1, keepdims=True)
 
 
-def residual_attention(maps):
-  """Directions of the differences of attention: a list of [b, h, w, 1].
+def residual_attention(
+  maps: Sequence[Float[AnyArray, 'b _h _w _c']],
+) -> list[Float[Array, 'b h w 1']]:
+  """Difference in attention of each pair of maps, scaled to length 1.
 
-  One for each pair of maps [b, h', w', c'] of a network. Smaller maps are
-  resized to the largest, so that maps of several strides can be compared; in
-  CIRKD's network all are of one size. Zeros where two maps have the same
-  attention.
+  Smaller maps are resized to the largest, so that maps of several strides can
+  be compared; in CIRKD's network all have the same size. Zeros where two maps
+  have the same attention.
+
+  Args:
+    maps: feature maps of one network, of any size.
   """
   size = max((x.shape[1:3] for x in maps), key=lambda size: size[0] * size[1])
-  found = [resizing.resize(attention(x), *size) for x in maps]
-  found = [unit(x, (1, 2)) for x in found]
+  resized = [resizing.resize(attention(x), *size) for x in maps]
+  attentions = [unit(x, (1, 2)) for x in resized]
   residuals = []
-  for a, b in itertools.combinations(found, 2):
+  for a, b in itertools.combinations(attentions, 2):
     square = jnp.sum(jnp.square(a - b), (1, 2), keepdims=True)
     residuals.append(unit(jnp.where(square > ROUNDING, a - b, 0), (1, 2)))
   return residuals
 
 
-def pixel_distance(students, teachers):
-  """Of each image, the mean over pairs of maps and pixels, [b].
+def pixel_distance(
+  students: Sequence[Float[AnyArray, 'b _h _w _c']],
+  teachers: Sequence[Float[AnyArray, 'b _h _w _c']],
+) -> Float[Array, ' b']:
+  """Mean squared difference of residual attention, per image.
+
+  >>> one, two = jnp.array([[[[1.0], [0.0]]]]), jnp.array([[[[0.0], [1.0]]]])
+  >>> pixel_distance([one, two], [two, one]).round(3).tolist()
+  [2.0]
 
   Args:
-    students, teachers: lists of at least two maps [b, h, w, c], of the same
-      places in both networks; the teacher's are constants.
+    students: at least two feature maps of the student.
+    teachers: the teacher's maps at the same taps; they get no gradient.
   """
-  ours, theirs = residual_attention(students), residual_attention(teachers)
+  student_residuals = residual_attention(students)
+  teacher_residuals = residual_attention(teachers)
   distances = [
     jnp.mean(jnp.square(a - jax.lax.stop_gradient(b)), (1, 2, 3))
-    for a, b in zip(ours, theirs, strict=True)
+    for a, b in zip(student_residuals, teacher_residuals, strict=True)
   ]
-  return sum(distances) / len(distances)
+  return matching.total(distances) / len(distances)
 
 
-def category_similarity(logits, *, temperature, pool):
-  """Products of the classes' distributions over pixels, [b, k, k]."""
+def category_similarity(
+  logits: Logits, *, temperature: float, pool: int
+) -> Float[Array, 'b k k']:
+  """Products of the distributions of all pairs of classes over the pixels.
+
+  Args:
+    logits: of each pixel and class.
+    temperature: divides the logits before the softmax over pixels.
+    pool: side of the windows over which logits are averaged first.
+  """
   logits = logits.astype(layers.at_least_float32(logits.dtype))
   logits = average_pool(logits, pool)
   b, h, w, k = logits.shape
@@ -72,30 +96,48 @@ def category_similarity(logits, *, temperature, pool):
   return jnp.einsum('bni,bnj->bij', p, p)
 
 
-def category_distance(student, teacher, *, temperature, pool):
-  """Of each image, the mean over pairs of classes, [b]."""
-  options = {'temperature': temperature, 'pool': pool}
-  ours = category_similarity(student, **options)
-  theirs = category_similarity(jax.lax.stop_gradient(teacher), **options)
-  return jnp.mean(jnp.square(ours - theirs), (1, 2))
+def category_distance(
+  student: Logits, teacher: Logits, *, temperature: float, pool: int
+) -> Float[Array, ' b']:
+  """Mean squared difference of category similarity, per image.
+
+  >>> student = jnp.array([[[[9.0], [-9.0]]]])
+  >>> category_distance(student, 0 * student, temperature=1, pool=1).tolist()
+  [0.25]
+
+  Args:
+    student: logits.
+    teacher: logits of the same shape; they get no gradient.
+    temperature: see category_similarity.
+    pool: see category_similarity.
+  """
+  student_similarity, teacher_similarity = (
+    category_similarity(x, temperature=temperature, pool=pool)
+    for x in (student, jax.lax.stop_gradient(teacher))
+  )
+  return jnp.mean(jnp.square(student_similarity - teacher_similarity), (1, 2))
 
 
 class DSD(nn.Module):
   """Both similarities; CIRKD trains with them and without KD.
 
+  Example:
+    `--config.distill.method=dsd --config.distill.dsd.category_weight=0`
+
   Attributes:
-    taps: maps that are compared beside the logits; those that both networks
-      have. CIRKD takes the scores of an auxiliary head, which our networks do
-      not have, and the map before the classifier.
-    pixel_weight, category_weight: of the two terms; 0 leaves one out.
+    taps: names of the feature maps to compare along with the logits; those that
+      both networks have. CIRKD uses the logits of an auxiliary head, which our
+      networks do not have, and the map before the classifier.
+    pixel_weight: weight of the pixel similarity; 0 omits it.
+    category_weight: weight of the category similarity; 0 omits it.
     temperature: of the distributions over pixels.
-    pool: side of the windows over which logits are averaged before.
-    match_size: 'to_teacher' or 'to_student' where heights or widths of the maps
-      of a tap differ.
-    full_size: take logits of the size of the image.
+    pool: side of the windows over which logits are averaged first.
+    match_size: 'to_teacher' or 'to_student' if heights or widths of the maps
+      differ.
+    full_size: use logits at the size of the image.
   """
 
-  taps: tuple[str, ...] = ('aspp', 'decoder')
+  taps: Sequence[str] = ('aspp', 'decoder')
   pixel_weight: float = 1000.0
   category_weight: float = 10.0
   temperature: float = 4.0
@@ -113,8 +155,16 @@ class DSD(nn.Module):
       raise InputError('pixel_weight or category_weight must be above 0.')
     super().__post_init__()
 
-  def __call__(self, student, teacher, labels, *, train, step):
-    """See distill/method.py; terms before their weights."""
+  def __call__(
+    self,
+    student: Outputs,
+    teacher: Outputs,
+    labels: Labels,
+    *,
+    train: bool,
+    step: Step,
+  ) -> LossAndTerms:
+    """See distill/method.py; the terms are before weighting."""
     del labels, train, step
     logits = matching.logits(student, teacher, full_size=self.full_size)
     matching.check_logits(*logits)
@@ -131,5 +181,5 @@ class DSD(nn.Module):
       distances['category'] = category_distance(
         *logits, temperature=self.temperature, pool=self.pool
       )
-    loss = sum(weights[name] * x for name, x in distances.items())
+    loss = matching.total(weights[name] * x for name, x in distances.items())
     return Mean.of(loss), {name: jnp.mean(x) for name, x in distances.items()}

@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels at the size of a map."""
+"""Resizes labels to the size of a feature map."""
 
+from jaxtyping import Integer
 import numpy as np
 
+from attnfd_jax.types import AnyArray
 
-def nearest(labels, height, width):
-  """[b, H, W] -> [b, height, width], as PyTorch's interpolate(mode='nearest').
 
-  Pixel i of the result is pixel floor(i H / height) of the labels, in float32
-  as there.
+def nearest(
+  labels: Integer[AnyArray, 'b _ _'], height: int, width: int
+) -> Integer[AnyArray, 'b {height} {width}']:
+  """Resizes labels as PyTorch's interpolate(mode='nearest').
+
+  Row i of the result is row floor(i H / height) of the labels, computed in
+  float32 as in PyTorch; likewise for columns.
+
+  >>> nearest(np.arange(4).reshape(1, 1, 4), 1, 2).tolist()
+  [[[0, 2]]]
   """
   rows, columns = (
     _nearest_indices(old, new)

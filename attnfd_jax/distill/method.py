@@ -1,67 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of a distillation method.
+"""Defines the interface of a distillation method, and its types.
 
-A method is a Linen module whose fields are its options, with their defaults:
-they appear in the config as `config.distill.<name>.<field>`. A file and a line
-`register(...)` in distill/__init__.py add one; `config.distill.method` also
-takes 'file.py:Class'.
+A method is a Linen module whose fields are its options, with defaults; they
+appear in the config as `config.distill.<name>.<field>`. To add one, write a
+file and a line `register(...)` in distill/__init__.py. Without changing the
+package, set `config.distill.method` to 'file.py:Class'.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
-import jax
+from jaxtyping import Array, Float, Integer
 
-from attnfd_jax.losses import Mean
+from attnfd_jax.losses import Labels, Mean
 from attnfd_jax.models.network import Outputs
+from attnfd_jax.types import AnyArray
 
 CONNECTOR_SCHEDULES = ('always', 'first_epoch', 'warmup')
 
+Scalar: TypeAlias = Float[Array, '']
+# Number of updates applied so far.
+Step: TypeAlias = int | Integer[AnyArray, '']
+# Feature maps by tap; heights, widths and channels may differ between taps.
+FeatureMaps: TypeAlias = Mapping[str, Float[AnyArray, 'b _h _w _c']]
+# Named scalars for the log.
+Terms: TypeAlias = Mapping[str, Scalar]
+LossAndTerms: TypeAlias = tuple[Scalar | Mean, Terms]
+
 
 class Method(Protocol):
-  """What the training step calls, in `init` and in `apply`.
+  """What the training step calls, through `init` and `apply`.
 
-  Parameters are what is trained (gates, connectors, projections); running
-  statistics and memories are other collections, which are updated when
-  `train`. No gradient reaches `teacher`.
+  Parameters are trained (gates, connectors, projections). Running statistics
+  and memory banks belong to other collections, updated when `train` is true.
+  No gradient reaches `teacher`.
 
-  Optional members, each used where it is there:
+  Optional members:
 
-    adapted(student, teacher) -> Method: this method for two networks, before
-      `init`; see DeepLabV3Plus and teachers.Teacher for what they tell.
-    extra_taps: names of maps that networks return only when they are asked,
+    adapted(student, teacher) -> Method: this method, configured for a student
+      network and a Teacher; called before `init`. See DeepLabV3Plus and
+      teachers.Teacher for their attributes.
+    extra_taps: names of feature maps that a network returns only on request,
       see DeepLabV3Plus.
-    adopt(variables, teacher) -> variables: after `init`, with what the teacher
-      has stored for the method.
-    parameter_groups() -> ((regex, group), ...): of paths of its parameters, the
-      first full match wins: 'head' (as those that match nothing), 'backbone'
-      (no tenfold rate), 'connectors' (see connector_schedule), 'frozen', or a
-      key of optimizers(...).
-    optimizers(num_steps) -> {group: optax.GradientTransformation}: of its own,
-      for a stage of so many steps.
+    adopt(variables, teacher) -> variables: called after `init`, to take over
+      what the teacher has stored for this method.
+    parameter_groups() -> ((regex, group), ...): optimizer groups by parameter
+      path; the first regex that matches the whole path wins. A group is 'head'
+      (the default), 'backbone' (without the tenfold learning rate),
+      'connectors' (see connector_schedule), 'frozen', or a key of
+      optimizers(...).
+    optimizers(num_steps) -> {group: optax.GradientTransformation}: optimizers
+      of its own, for a stage of that many steps.
     connector_schedule: one of CONNECTOR_SCHEDULES, see training/optim.py.
-    needs_unlabeled: whether it only looks at images without labels.
-    divides_by_batch: whether the loss is divided by the number of images of the
-      whole batch, though it is no sum over images.
-    pictures(student, teacher, *, train) -> {'student', 'teacher'}: each
-      {name: [b, h, w]}, called through apply(..., method='pictures'), and
-      pictures_note, a sentence: maps for the report.
-    student_attention_variables(variables) -> {collection: tree} or None: gates
-      of the student that are stored beside it.
+    needs_unlabeled: whether it uses unlabeled images only.
+    divides_by_batch: whether to divide the loss by the effective batch size,
+      although it is not a sum over images.
+    pictures(student, teacher, *, train) -> {'student', 'teacher'}: for each
+      {name: [b, h, w]}, maps for the report, called through
+      apply(..., method='pictures').
+    pictures_note: a sentence that describes them.
+    student_attention_variables(variables) -> {collection: tree} or None: the
+      student's gates, which are stored with it.
   """
 
   def __call__(
-    self, student: Outputs, teacher: Outputs, labels, *, train: bool, step
-  ) -> tuple[jax.Array | Mean, Mapping[str, jax.Array]]:
-    """The loss before its weight, and named scalars for the log.
+    self,
+    student: Outputs,
+    teacher: Outputs,
+    labels: Labels,
+    *,
+    train: bool,
+    step: Step,
+  ) -> LossAndTerms:
+    """Computes the loss before its weight, and scalars for the log.
+
+    Random operations use the rng 'distill'.
 
     Args:
-      student, teacher: Outputs of the two networks for the same images.
-      labels: integers [b, H, W], 255 is ignored; all of an unlabeled image.
-      train: use, and update, the statistics of the batch.
-      step: updates applied so far, an int32 scalar.
+      student: outputs of the student.
+      teacher: outputs of the teacher for the same images.
+      labels: class indices, or 255 for ignored pixels; every pixel of an
+        unlabeled image is 255.
+      train: whether to use and update batch statistics.
+      step: number of updates applied so far.
 
     Returns:
-      float32 scalar, or a Mean where it is a mean over pixels or images, and
-      {name: float32 scalar}. The rng 'distill' is there for what is random.
+      The loss, a Mean if it is a mean over pixels or images, and the terms.
     """
+    ...

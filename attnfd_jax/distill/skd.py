@@ -1,35 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """Structured knowledge distillation (SKD; Liu et al., arXiv 1903.04197).
 
-Pair-wise: how alike any two places of a map are. Holistic: a discriminator
-learns to tell logits of the teacher from those of the student, which learns to
-deceive it. Their pixel-wise term is KD: 'kd+skd'.
+The pair-wise term compares the similarity of all pairs of positions of a
+feature map. The holistic term is adversarial: a discriminator learns to tell
+logits of the teacher from those of the student, which learns to fool it. The
+authors' pixel-wise term is KD: 'kd+skd'.
 """
+
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import optax
 
 from attnfd_jax.distill import adversarial
 from attnfd_jax.distill import taps as matching
 from attnfd_jax.distill.discriminator import Discriminator
+from attnfd_jax.distill.method import LossAndTerms, Scalar, Step
 from attnfd_jax.distill.pooling import max_pool
 from attnfd_jax.distill.vectors import unit
 from attnfd_jax.errors import InputError, one_of, within
-from attnfd_jax.losses import Mean
+from attnfd_jax.losses import Labels, Mean
 from attnfd_jax.models import layers
+from attnfd_jax.models.network import Outputs
+from attnfd_jax.types import AnyArray
 
 OPTIMIZERS = ('adam', 'sgd')
 
 
-def place_cosines(x, kernel, *, detach_norm=False):
-  """Cosines of any two places of a map after pooling: [b, m, m].
+def place_cosines(
+  x: Float[AnyArray, 'b h w c'],
+  kernel: Sequence[int],
+  *,
+  detach_norm: bool = False,
+) -> Float[Array, 'b m m']:
+  """Cosine similarity of all pairs of positions after max-pooling.
 
   Args:
-    x: [b, h, w, c].
-    kernel: height and width of the windows of which a place is the maximum.
-    detach_norm: lengths are constants to the gradient, as in the authors' code.
+    x: a feature map.
+    kernel: height and width of the pooling windows.
+    detach_norm: no gradient through the lengths, as in the authors' code.
   """
   x = max_pool(x.astype(layers.at_least_float32(x.dtype)), *kernel)
   x = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -41,52 +53,74 @@ def place_cosines(x, kernel, *, detach_norm=False):
   return jnp.einsum('bic,bjc->bij', x, x)
 
 
-def pair_distance(student, teacher, kernel, *, detach_norm=False):
-  """Of each image, the mean squared difference of its cosines, [b], 0 to 4.
+def pair_distance(
+  student: Float[AnyArray, 'b h w c'],
+  teacher: Float[AnyArray, 'b h w d'],
+  kernel: Sequence[int],
+  *,
+  detach_norm: bool = False,
+) -> Float[Array, ' b']:
+  """Mean squared difference of the cosines, per image; from 0 to 4.
 
-  Of maps [b, h, w, c], channels may differ; the teacher's is a constant.
+  >>> student, teacher = jnp.ones((1, 1, 2, 1)), jnp.array([[[[1.0], [-1.0]]]])
+  >>> pair_distance(student, teacher, (1, 1)).round(3).tolist()
+  [2.0]
+
+  Args:
+    student: the student's feature map.
+    teacher: the teacher's feature map, which gets no gradient.
+    kernel: see place_cosines.
+    detach_norm: see place_cosines; for the student.
   """
-  ours = place_cosines(student, kernel, detach_norm=detach_norm)
-  theirs = place_cosines(jax.lax.stop_gradient(teacher), kernel)
-  return jnp.mean(jnp.square(ours - theirs), (1, 2))
+  student_cosines = place_cosines(student, kernel, detach_norm=detach_norm)
+  teacher_cosines = place_cosines(jax.lax.stop_gradient(teacher), kernel)
+  return jnp.mean(jnp.square(student_cosines - teacher_cosines), (1, 2))
 
 
 class SKD(nn.Module):
-  """Both terms with the weights of the authors' script; 0 leaves one out.
+  """Both terms, with the weights of the authors' script.
 
-  The loss is pair_weight times the pair-wise term, adversarial_weight times
-  what the student has to gain by deceiving, discriminator_weight times what
-  the discriminator has to lose. Each player's term sees the other as a
-  constant, so that one gradient of the sum trains both. The discriminator has
-  an optimizer of its own. Its statistics are over the batch, or the part of it
-  that is computed at a time.
+  The loss is pair_weight times the pair-wise term, plus adversarial_weight
+  times the student's loss for being recognized, plus discriminator_weight times
+  the discriminator's loss. Each player's loss treats the other as a constant,
+  so that one gradient of the sum trains both. The discriminator has its own
+  optimizer. Its batch statistics are those of the batch, or with gradient
+  accumulation of each part.
+
+  Example:
+    `--config.distill.method=kd+skd --config.distill.skd.game=hinge`
 
   Attributes:
-    taps: maps of the pair-wise term; those that both networks have, their
-      terms are added.
-    match_size: 'to_teacher' or 'to_student' where heights or widths of the maps
-      of a tap differ.
-    full_size: give the discriminator logits of the size of the image. Its
-      attention compares all pixels of a sixteenth and an eighth of that size.
-    pair_weight: the script has 0.5, the paper and CIRKD 10.
-    adversarial_weight, discriminator_weight: 0.1 both; IFVD and CIRKD have
-      1e-3 and 0.1.
-    pool_scale: side of a window for max-pooling over that of the map, rounded
-      down to pixels: 2 x 2 places for even sizes, 3 x 3 for odd ones.
-    pool_size: side in pixels in place of pool_scale, 2 in CIRKD; 0 is off.
-    detach_norm: lengths of features have no gradient, as in the authors' code.
-    game: 'wgan_gp', or 'hinge' as in CIRKD, which several users found stable
-      where the other ended in NaN.
-    penalty_weight: of the gradient penalty in 'wgan_gp'.
-    discriminator_channels: of its first convolution.
-    discriminator_optimizer: 'adam' with decays 0.9 and 0.99, as in IFVD and
-      CIRKD, or 'sgd' with momentum 0.9 and weight decay 5e-4, as SKD's script.
+    taps: feature maps of the pair-wise term; the terms of those that both
+      networks have are added up.
+    match_size: 'to_teacher' or 'to_student' if heights or widths of the maps
+      differ.
+    full_size: feed the discriminator logits at the size of the image. Its
+      attention compares all pixels at a sixteenth and an eighth of that size.
+    pair_weight: weight of the pair-wise term, 0 omits it; 0.5 in the script, 10
+      in the paper and CIRKD.
+    adversarial_weight: weight of the student's loss; 0.1 in the script, 1e-3 in
+      IFVD and CIRKD.
+    discriminator_weight: weight of the discriminator's loss; 0.1 in all three.
+      If this and adversarial_weight are 0, there is no discriminator.
+    pool_scale: side of a max-pooling window as a fraction of the side of the
+      map, rounded down to pixels: 0.5 gives 2 x 2 positions for even sizes and
+      3 x 3 for odd ones.
+    pool_size: side in pixels instead of pool_scale, 2 in CIRKD; 0 is off.
+    detach_norm: no gradient through the lengths of feature vectors, as in the
+      authors' code.
+    game: 'wgan_gp', or 'hinge' as in CIRKD, which is stable for several users
+      for whom the other ended in NaN.
+    penalty_weight: weight of the gradient penalty in 'wgan_gp'.
+    discriminator_channels: channels of its first convolution.
+    discriminator_optimizer: 'adam' with decays of 0.9 and 0.99, as in IFVD and
+      CIRKD, or 'sgd' with momentum 0.9 and weight decay 5e-4, as in the script.
     discriminator_lr: its learning rate.
-    discriminator_schedule: 'poly', the rate falls by poly 0.9 to 0 at the end,
-      as in SKD and IFVD; or 'constant', as in CIRKD.
+    discriminator_schedule: 'poly' decays the learning rate to 0 with power 0.9,
+      as in SKD and IFVD; 'constant' is CIRKD's.
   """
 
-  taps: tuple[str, ...] = ('aspp',)
+  taps: Sequence[str] = ('aspp',)
   match_size: str = 'none'
   full_size: bool = False
   pair_weight: float = 0.5
@@ -119,12 +153,14 @@ class SKD(nn.Module):
     one_of('discriminator_schedule', schedule, ('poly', 'constant'))
     super().__post_init__()
 
-  def parameter_groups(self):
-    """The student's optimizer, and its weight decay, leave it alone."""
+  def parameter_groups(self) -> tuple[tuple[str, str], ...]:
+    """Keeps the discriminator out of the student's optimizer."""
     return ((r'discriminator/.*', 'discriminator'),)
 
-  def optimizers(self, num_steps):
-    """That of the discriminator."""
+  def optimizers(
+    self, num_steps: int
+  ) -> dict[str, optax.GradientTransformation]:
+    """Makes the optimizer of the discriminator."""
     rate = self.discriminator_lr
     if self.discriminator_schedule == 'poly':
       rate = optax.polynomial_schedule(rate, 0.0, 0.9, num_steps)
@@ -134,8 +170,16 @@ class SKD(nn.Module):
     return {'discriminator': sgd}
 
   @nn.compact
-  def __call__(self, student, teacher, labels, *, train, step):
-    """See distill/method.py; terms before their weights."""
+  def __call__(
+    self,
+    student: Outputs,
+    teacher: Outputs,
+    labels: Labels,
+    *,
+    train: bool,
+    step: Step,
+  ) -> LossAndTerms:
+    """See distill/method.py; the terms are before weighting."""
     del labels, step
     terms, loss = {}, 0.0
     if self.pair_weight:
@@ -145,11 +189,12 @@ class SKD(nn.Module):
       terms |= self._play(student, teacher, train=train)
       loss += self.adversarial_weight * terms['adversarial']
       loss += self.discriminator_weight * terms['discriminator']
-    # Means over images: parts of a batch weigh by how many they have.
+    assert isinstance(loss, jax.Array)  # One of the weights is above 0.
+    # A mean over images: parts of a batch have weights by their sizes.
     images = jnp.asarray(student['logits'].shape[0], loss.dtype)
     return Mean(images * loss, images), terms
 
-  def _pair_term(self, student, teacher):
+  def _pair_term(self, student: Outputs, teacher: Outputs) -> Scalar:
     maps = matching.pairs(
       student, teacher, self.taps, match_size=self.match_size
     )
@@ -162,20 +207,24 @@ class SKD(nn.Module):
         pair_distance(student, teacher, kernel, detach_norm=self.detach_norm)
       )
 
-    return sum(distance(*pair) for pair in maps.values())
+    return matching.total(distance(*pair) for pair in maps.values())
 
-  def _play(self, student, teacher, *, train):
-    """Both players' terms; 'teacher_score', the mean over the teacher's logits
-    (that over the student's is minus 'adversarial'); the 'penalty' of wgan_gp,
-    which is a part of 'discriminator'.
+  def _play(
+    self, student: Outputs, teacher: Outputs, *, train: bool
+  ) -> dict[str, Scalar]:
+    """Runs the discriminator once, and updates its statistics.
+
+    The terms are the losses of both players, 'adversarial' and 'discriminator';
+    'teacher_score', its mean score for the teacher (that for the student is
+    minus 'adversarial'); and the 'penalty' of wgan_gp, part of 'discriminator'.
     """
     logits = matching.logits(student, teacher, full_size=self.full_size)
     matching.check_logits(*logits)
-    ours, theirs = matching.in_float32(*logits)
+    student_logits, teacher_logits = matching.in_float32(*logits)
     owner = Discriminator(self.discriminator_channels, name='discriminator')
     if self.is_initializing():
-      owner(ours, train=False)
-    # As a function of its parameters: each player needs its own constants.
+      owner(student_logits, train=False)
+    # A function of the parameters, since each player has its own constants.
     state = dict(owner.variables)
     params = state.pop('params')
     network = Discriminator(self.discriminator_channels, parent=None)
@@ -188,21 +237,22 @@ class SKD(nn.Module):
       scores, state = score(params, x, state)
       return jnp.sum(scores), state
 
-    # In the order of the authors: statistics and singular vectors move once in
-    # each pass.
-    deceived, state = score(jax.lax.stop_gradient(params), ours, state)
-    ours = jax.lax.stop_gradient(ours)
-    real, state = score(params, theirs, state)
-    fake, state = score(params, ours, state)
+    # In the authors' order: each pass updates statistics and singular vectors.
+    constants = jax.lax.stop_gradient(params)
+    student_score, state = score(constants, student_logits, state)
+    student_logits = jax.lax.stop_gradient(student_logits)
+    real, state = score(params, teacher_logits, state)
+    fake, state = score(params, student_logits, state)
     loss = adversarial.discriminator_loss(real, fake, self.game)
-    terms = {'adversarial': -jnp.mean(deceived)}
+    terms = {'adversarial': -jnp.mean(student_score)}
     terms['teacher_score'] = jnp.mean(real)
     if self.game == 'wgan_gp':
-      share = jnp.full(ours.shape[:1], 0.5, ours.dtype)
+      dtype = student_logits.dtype
+      share = jnp.full(student_logits.shape[:1], 0.5, dtype)
       if train:
         rng = self.make_rng('distill')
         share = jax.random.uniform(rng, share.shape, share.dtype)
-      between = adversarial.mixed(theirs, ours, share)
+      between = adversarial.mixed(teacher_logits, student_logits, share)
       slopes, state = jax.grad(total, has_aux=True)(between, state)
       terms['penalty'] = adversarial.gradient_penalty(slopes)
       loss += self.penalty_weight * terms['penalty']

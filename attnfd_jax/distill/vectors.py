@@ -1,39 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directions of vectors of any length, with finite gradients."""
+"""Normalizes vectors of any length, with finite gradients."""
 
 import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-# Below this largest magnitude a vector is zero.
+from attnfd_jax.types import AnyArray
+
+# A vector whose largest magnitude is smaller counts as zero.
 TINY = 1e-12
-# Below this share of the values, what is left of them without their mean is
-# rounding.
+# Deviations from the mean below this fraction of the values are rounding.
 ROUNDING = 1e-6
 
 
-def scaled(x, axes):
-  """x over its largest magnitude along `axes`; zeros stay zeros.
+def scaled(
+  x: Float[AnyArray, '*shape'], axes: tuple[int, ...]
+) -> Float[Array, '*shape']:
+  """Divides x by its largest magnitude along `axes`; zeros stay zeros.
 
-  For what is computed next and does not depend on a factor: squares and
-  products then neither vanish nor overflow. The divisor is a constant.
+  For computations whose result does not depend on a factor: squares and
+  products then neither underflow nor overflow. The divisor gets no gradient.
+
+  >>> scaled(jnp.array([1.0, -4.0]), (0,)).tolist()
+  [0.25, -1.0]
   """
   largest = _largest(x, axes)
   return jnp.where(largest > TINY, x / jnp.maximum(largest, TINY), 0)
 
 
-def unit(x, axes):
-  """x of length 1 along `axes`; zeros stay zeros, and get no gradient."""
+def unit(
+  x: Float[AnyArray, '*shape'], axes: tuple[int, ...]
+) -> Float[Array, '*shape']:
+  """Scales x to length 1 along `axes`; zeros stay zeros and get no gradient.
+
+  >>> unit(jnp.array([3.0, 4.0]), (0,)).round(3).tolist()
+  [0.6..., 0.8...]
+  """
   x = scaled(x, axes)
   square = jnp.sum(jnp.square(x), axes, keepdims=True)
   return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1))
 
 
-def standardized(x, axes):
-  """(x - mean) / deviation along the tuple `axes`; zeros where all are equal.
+def standardized(
+  x: Float[AnyArray, '*shape'], axes: tuple[int, ...]
+) -> Float[Array, '*shape']:
+  """Returns (x - mean) / deviation along `axes`; zeros where x is constant.
 
-  The deviation is that of these values, divided by their number.
+  The deviation divides by n, not by n - 1.
+
+  >>> standardized(jnp.array([1.0, 5.0]), (0,)).round(3).tolist()
+  [-1.0, 1.0]
   """
   centered = x - jnp.mean(x, axes, keepdims=True)
   varies = _largest(centered, axes) > ROUNDING * _largest(x, axes)

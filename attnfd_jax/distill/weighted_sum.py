@@ -1,50 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods that are trained together: 'attnfd+kd', each times its weight."""
+"""Adds up the weighted losses of several methods, as in 'attnfd+kd'."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.core
 import flax.linen as nn
 import jax.numpy as jnp
+import optax
 
-from attnfd_jax.losses import Mean
+from attnfd_jax.distill.method import Scalar, Step
+from attnfd_jax.losses import Labels, Mean
 from attnfd_jax.models.layers import options_of
+from attnfd_jax.models.network import Outputs
+from attnfd_jax.types import AnyArray, PyTree, Variables
 
-# 'linear_to_zero' arrives with the stage; 'linear_from_zero' is 1 minus it.
+# 'linear_to_zero' is 0 at the end of the stage; 'linear_from_zero' is 1 minus
+# it.
 SCHEDULES = ('constant', 'linear_to_zero', 'linear_from_zero')
 
 
 class WeightedSum(nn.Module):
-  """Methods by name; has each optional member that one of them has."""
+  """Methods by name; has every optional member that one of them has.
+
+  Attributes:
+    methods: methods by name.
+    weights: the weight of each method.
+    weight_schedules: one of SCHEDULES for each method; the default is
+      'constant'.
+    num_steps: number of steps of the stage, for the schedules.
+    task_schedule: schedule of the weight of the task loss.
+  """
 
   methods: Mapping[str, nn.Module]
   weights: Mapping[str, float]
-  weight_schedules: Mapping[str, str] = flax.core.FrozenDict()  # Of SCHEDULES
-  num_steps: int = 1  # Of the stage.
-  task_schedule: str = 'constant'  # Of SCHEDULES, of the task loss.
+  weight_schedules: Mapping[str, str] = flax.core.FrozenDict()
+  num_steps: int = 1
+  task_schedule: str = 'constant'
 
   @nn.nowrap
-  def weight(self, name, step):
-    """Of a method at a step."""
+  def weight(self, name: str, step: Step) -> float | Scalar:
+    """Weight of a method at a step."""
     schedule = self.weight_schedules.get(name, 'constant')
     return self.weights[name] * self._scale(schedule, step)
 
   @nn.nowrap
-  def task_weight(self, step):
-    """Of the loss of the task at a step."""
+  def task_weight(self, step: Step) -> float | Scalar:
+    """Weight of the task loss at a step."""
     return self._scale(self.task_schedule, step)
 
   @nn.nowrap
-  def _scale(self, schedule, step):
+  def _scale(self, schedule: str, step: Step) -> float | Scalar:
     if schedule == 'constant':
       return 1.0
     done = jnp.minimum(jnp.asarray(step, jnp.float32) / self.num_steps, 1)
     return done if schedule == 'linear_from_zero' else 1 - done
 
-  def __call__(self, student, teacher, labels, *, train, step, batch_size=None):
-    """{name: Mean} of the losses before their weights, and {'<name>_<term>':
-    scalar} for the log; `batch_size` is that of the whole batch, where this is
-    a part of it.
+  def __call__(
+    self,
+    student: Outputs,
+    teacher: Outputs,
+    labels: Labels,
+    *,
+    train: bool,
+    step: Step,
+    batch_size: int | None = None,
+  ) -> tuple[dict[str, Mean], dict[str, Scalar]]:
+    """Computes the losses of all methods before their weights.
+
+    Args:
+      student: see distill/method.py.
+      teacher: likewise.
+      labels: likewise.
+      train: likewise.
+      step: likewise.
+      batch_size: effective batch size, if this is only a part of a batch.
+
+    Returns:
+      The loss of each method, and the terms '<method>_<term>' for the log.
     """
     batch_size = batch_size or student['logits'].shape[0]
     losses, terms = {}, {}
@@ -60,83 +93,91 @@ class WeightedSum(nn.Module):
     return losses, terms
 
   @nn.nowrap
-  def _having(self, member):
-    """(name, its `member`) of the methods that have it."""
+  def _members(self, member: str) -> list[tuple[str, Any]]:
+    """That member of the methods that have it, with their names."""
     items = self.methods.items()
     return [(k, getattr(x, member)) for k, x in items if hasattr(x, member)]
 
-  def adapted(self, student, teacher):
-    """With each method for these networks."""
-    found = self._having('adapted')
-    changed = {name: adapted(student, teacher) for name, adapted in found}
+  def adapted(self, student: Any, teacher: Any) -> 'WeightedSum':
+    """Configures each method for a student network and a Teacher."""
+    changed = {
+      name: adapted(student, teacher)
+      for name, adapted in self._members('adapted')
+    }
     return self.clone(methods={**self.methods, **changed})
 
-  def adopt(self, variables, teacher):
-    """Variables with what the teacher has stored for the methods."""
-    for name, adopt in self._having('adopt'):
+  def adopt(self, variables: Variables, teacher: Any) -> Variables:
+    """Takes over what the teacher has stored for the methods."""
+    for name, adopt in self._members('adopt'):
       own = _variables_of(name, variables)
       for part, tree in adopt(own, teacher).items():
         if tree is not own.get(part):
-          whole = variables[part] | {f'methods_{name}': tree}
-          variables = {**variables, part: whole}
+          collection = variables[part] | {f'methods_{name}': tree}
+          variables = {**variables, part: collection}
     return variables
 
-  def pictures(self, student, teacher, *, train):
-    """Maps of all methods that have some: {role: {name: [b, h, w]}}."""
-    found = {}
-    for _, pictures in self._having('pictures'):
+  def pictures(
+    self, student: Outputs, teacher: Outputs, *, train: bool
+  ) -> dict[str, dict[str, AnyArray]]:
+    """Maps of all methods for the report: {role: {name: [b, h, w]}}."""
+    maps_by_role = {}
+    for _, pictures in self._members('pictures'):
       for role, maps in pictures(student, teacher, train=train).items():
-        found[role] = found.get(role, {}) | maps
-    return found
+        maps_by_role[role] = maps_by_role.get(role, {}) | maps
+    return maps_by_role
 
   @property
-  def pictures_note(self):
-    """Sentences about the pictures of the methods."""
-    return ' '.join(note for _, note in self._having('pictures_note') if note)
+  def pictures_note(self) -> str:
+    """Sentences that describe the pictures."""
+    return ' '.join(note for _, note in self._members('pictures_note') if note)
 
-  def student_attention_variables(self, variables):
-    """Of the first method that has some, or None."""
-    found = self._having('student_attention_variables')
-    gates = (of(_variables_of(name, variables)) for name, of in found)
+  def student_attention_variables(
+    self, variables: Variables
+  ) -> Variables | None:
+    """Gates of the student, from the first method that has any."""
+    gates = (
+      of(_variables_of(name, variables))
+      for name, of in self._members('student_attention_variables')
+    )
     return next(gates, None)
 
   @property
-  def connector_schedule(self):
-    """Of the first method that has connectors; 'always' without one."""
-    return next((x for _, x in self._having('connector_schedule')), 'always')
+  def connector_schedule(self) -> str:
+    """Of the first method that has connectors; otherwise 'always'."""
+    return next((x for _, x in self._members('connector_schedule')), 'always')
 
   @property
-  def extra_taps(self):
-    """Names of further maps that one of the methods asks for."""
-    asked = [tap for _, taps in self._having('extra_taps') for tap in taps]
-    return tuple(sorted({*asked}))
+  def extra_taps(self) -> tuple[str, ...]:
+    """Names of the feature maps that methods request from the networks."""
+    names = [tap for _, taps in self._members('extra_taps') for tap in taps]
+    return tuple(sorted({*names}))
 
   @property
-  def needs_unlabeled(self):
-    """Names of the methods that only look at images without labels."""
-    return [name for name, needed in self._having('needs_unlabeled') if needed]
+  def needs_unlabeled(self) -> list[str]:
+    """Names of the methods that use unlabeled images only."""
+    return [name for name, needed in self._members('needs_unlabeled') if needed]
 
-  def parameter_groups(self):
-    """((regex, group), ...) of all methods; own groups get a prefix."""
-    found, own = [], self.optimizers()
-    for name, groups in self._having('parameter_groups'):
+  def parameter_groups(self) -> tuple[tuple[str, str], ...]:
+    """Pairs (regex, group) of all methods; groups of their own get a prefix."""
+    all_groups, own = [], self.optimizers()
+    for name, groups in self._members('parameter_groups'):
       for regex, group in groups():
         prefixed = f'{name}_{group}'
         group = prefixed if prefixed in own else group
-        found.append((f'methods_{name}/(?:{regex})', group))
-    return tuple(found)
+        all_groups.append((f'methods_{name}/(?:{regex})', group))
+    return tuple(all_groups)
 
-  def optimizers(self):
-    """{'<name>_<group>': GradientTransformation} that methods bring."""
+  def optimizers(self) -> dict[str, optax.GradientTransformation]:
+    """The optimizers '<method>_<group>' that methods define."""
     return {
       f'{name}_{group}': tx
-      for name, optimizers in self._having('optimizers')
+      for name, optimizers in self._members('optimizers')
       for group, tx in optimizers(self.num_steps).items()
     }
 
   @nn.nowrap
-  def options(self):
-    """{name: its weight and fields as they are used}, as JSON can hold them."""
+  def options(self) -> dict[str, dict[str, Any]]:
+    """Weight and options in use for each method, for a JSON file."""
     return {
       name: {
         'weight': self.weights[name],
@@ -147,7 +188,7 @@ class WeightedSum(nn.Module):
     }
 
 
-def _variables_of(name, variables):
-  """{collection: tree} of one method."""
+def _variables_of(name: str, variables: Variables) -> dict[str, PyTree]:
+  """The collections of one method."""
   key = f'methods_{name}'
   return {part: tree[key] for part, tree in variables.items() if key in tree}

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Students for other programs, with proof that they agree."""
+"""Exports students for other programs and verifies the exported files."""

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder to hand over: weights, config, ONNX file, model card, pictures.
+"""Exports a folder: weights, config, ONNX file, model card and pictures.
 
-Laid out as a repository of a model hub, and read back by `attnfd_jax.load`.
+It has the layout of a repository on a model hub; `attnfd_jax.load` reads it.
 """
 
+from collections.abc import Mapping
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -18,14 +20,15 @@ from attnfd_jax.inference import predictor
 from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import names, weights
 from attnfd_jax.runs import conversion, loading, logs
+from attnfd_jax.types import StrPath
 
 FORMAT = 'folder'
-# Flags of export that a folder takes; its files are all of one form.
+# Flags of export that apply to a folder.
 _TAKES = ('checkpoint', 'output', 'images', 'num_images', 'allow_code')
 _SEPARATOR = 4  # Pixels between two pictures.
 
 
-def options_of(flags):
+def options_of(flags: Mapping[str, Any]) -> dict[str, Any]:
   """Arguments of `export_folder` from {flag: value}; InputError for others."""
   for name, value in flags.items():
     if name not in _TAKES and value not in (None, False, 'float32'):
@@ -33,7 +36,7 @@ def options_of(flags):
   return {name: flags[name] for name in _TAKES}
 
 
-def _check_target(output):
+def _check_target(output: StrPath | None) -> pathlib.Path:
   if not output:
     raise InputError('--output is missing; name a folder.')
   if os.path.lexists(output):
@@ -41,18 +44,24 @@ def _check_target(output):
   return pathlib.Path(output)
 
 
-def export_folder(checkpoint, output, *, allow_code=False, **comparison):
-  """Writes the folder of a stage's best checkpoint; returns lines to print.
+def export_folder(
+  checkpoint: StrPath | None,
+  output: StrPath | None,
+  *,
+  allow_code: bool = False,
+  **comparison: Any,
+) -> list[str]:
+  """Exports a stage's best checkpoint to a folder; returns lines to print.
 
   Args:
-    checkpoint: folder of a stage.
-    output: a new folder; it appears whole, or not at all.
+    checkpoint: folder of a stage of a DeepLabV3Plus.
+    output: a new folder; after an error it does not exist.
     allow_code: see loading.load_network.
     **comparison: images and num_images of student.export_student, for the
-      ONNX file, which is of DeepLabV3Plus.
+      ONNX file.
 
   Raises:
-    InputError: whenever the user can fix it.
+    InputError: for errors that the user can fix.
   """
   target = _check_target(output)
   student.require_packages('onnx', needed_by=FORMAT)
@@ -70,20 +79,20 @@ def export_folder(checkpoint, output, *, allow_code=False, **comparison):
   if not result:
     raise InputError(
       f'{source}: no result.json, so there are no scores for the card; finish '
-      'the stage by main, or use --format=onnx or safetensors.'
+      'training the stage, or use --format=onnx or safetensors.'
     )
   target.parent.mkdir(parents=True, exist_ok=True)
   hidden = f'.{target.name}.'
   with tempfile.TemporaryDirectory('', hidden, target.parent) as temporary:
     new = pathlib.Path(temporary, 'folder')
     new.mkdir()
-    described = info | {'palette': info['palette'].tolist()}
-    logs.write_json(new / 'config.json', conversion.without_places(described))
-    # Without the gates at its taps, which the forward path does not use.
+    config = info | {'palette': info['palette'].tolist()}
+    logs.write_json(new / 'config.json', conversion.without_places(config))
+    # Without attention at the taps, which the forward path does not use.
     path = new / loading.WEIGHTS_FILE
     conversion.write_weights(path, None, network, variables, info)
-    _, found, _ = loading.load_network(new)
-    agreement.require_equal(variables, names.flatten(found))
+    _, restored, _ = loading.load_network(new)
+    agreement.require_equal(variables, names.flatten(restored))
     lines = student.export_student(
       source, str(new / 'student.onnx'), kind='onnx', uint8=True, **comparison
     )
@@ -91,23 +100,24 @@ def export_folder(checkpoint, output, *, allow_code=False, **comparison):
     card = make_card(info, result, _baseline(source, info), shown=shown)
     (new / 'README.md').write_text(card)
     new.rename(target)
-  # The last line names the file where it was made.
+  # Without the last line, which has the temporary path of the ONNX file.
   listed = ', '.join(sorted(path.name for path in target.iterdir()))
   remark = 'fill in license and limits in README.md before you publish it'
   return [*lines[:-1], f'{target}: {listed}', remark]
 
 
-def _baseline(source, info):
-  """mIoU of the student on labels alone, where it lies beside the stage."""
+def _baseline(source: pathlib.Path, info: Mapping[str, Any]) -> float | None:
+  """Val mIoU of the stage `student` of the same run, which has no teacher."""
   path = source.parent / 'student' / 'result.json'
   if info['stage'] != 'distill' or not path.is_file():
     return None
   return logs.read_json(path).get('miou')
 
 
-def _write_pictures(source, target):
-  """predictions.png, rows of images, labels and predictions of a pictures.npz;
-  False if there are none.
+def _write_pictures(source: pathlib.Path, target: pathlib.Path) -> bool:
+  """Writes predictions.png: rows of images, labels and predictions.
+
+  Returns False if the stage has no pictures.npz.
   """
   if not source.is_file():
     return False
@@ -115,7 +125,7 @@ def _write_pictures(source, target):
     image, label, prediction, palette = (
       arrays[key] for key in ('image', 'label', 'prediction', 'palette')
     )
-  colors = np.zeros((256, 3), np.uint8)  # What is ignored stays black.
+  colors = np.zeros((256, 3), np.uint8)  # Ignored pixels are black.
   colors[: len(palette)] = palette
   edge = ((0, 0), *[(_SEPARATOR // 2,) * 2] * 2, (0, 0))
   rows = [
@@ -127,27 +137,33 @@ def _write_pictures(source, target):
   return True
 
 
-def _first_weights(pretrained):
-  """Words about `pretrained` of a result.json; of a path the file's name."""
+def _initial_weights(pretrained: dict[str, Any] | str | None) -> str:
+  """Describes `pretrained` of a result.json; of a path, the file name."""
   if isinstance(pretrained, dict):
     return weights.in_words(pretrained)
   return os.path.basename(pretrained or '')
 
 
-def make_card(info, result, baseline=None, *, shown=False):
-  """The model card of a stage, Markdown with the fields of a hub at the top.
+def make_card(
+  info: Mapping[str, Any],
+  result: Mapping[str, Any],
+  baseline: float | None = None,
+  *,
+  shown: bool = False,
+) -> str:
+  """The model card of a stage: Markdown, with a hub's fields at the top.
 
   Args:
     info: as of loading.load_network.
     result: the stage's result.json.
-    baseline: mIoU of the same network on labels alone, or None.
+    baseline: mIoU of the same network trained on labels alone, if known.
     shown: whether there is pictures/predictions.png.
   """
   method = result.get('method') or {}
   teacher = result.get('teacher') or {}
-  about = teacher.get('name', '')
+  teacher_text = teacher.get('name', '')
   if teacher.get('miou') is not None:
-    about += f' (val mIoU {logs.percent(teacher["miou"])} %)'
+    teacher_text += f' (val mIoU {logs.percent(teacher["miou"])} %)'
   labels = ''
   if count := result.get('labeled_images'):
     labels = f', {count} labeled images'
@@ -165,7 +181,7 @@ def make_card(info, result, baseline=None, *, shown=False):
     network=result['network'],
     dataset=result['dataset'],
     class_names=info['class_names'],
-    # JSON has them sorted; here in the order of their ids.
+    # In the order of their ids; JSON has them sorted by name.
     classes={
       name: logs.percent(result['iou_per_class'].get(name))
       for name in info['class_names']
@@ -174,8 +190,8 @@ def make_card(info, result, baseline=None, *, shown=False):
     gflops=f'{result["gflops"]:.3g}',
     size=' x '.join(map(str, result['image_size'])),
     method=method.get('title', ''),
-    teacher=about,
-    pretrained=_first_weights(result.get('pretrained')),
+    teacher=teacher_text,
+    pretrained=_initial_weights(result.get('pretrained')),
     labels=labels,
     miou=logs.percent(result['miou']),
     pixel_accuracy=logs.percent(result['pixel_accuracy']),

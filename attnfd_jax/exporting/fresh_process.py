@@ -1,44 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a file of `export` in a process that has nothing else of ours.
+"""Runs a file of `export` in a process that imports nothing else of ours.
 
   python -P fresh_process.py FORMAT FILE FOLDER OPTIONS
 
-Reads images from FOLDER/images.npz; writes what the file makes of them, and
-the seconds, to FOLDER/found.npz. OPTIONS are of the loader, in JSON. All that a
-program needs to use a file of StableHLO or ONNX is in its loader.
+Reads images from FOLDER/images.npz; writes the outputs of the file and the
+seconds to FOLDER/found.npz. OPTIONS are those of the loader, in JSON. The
+loaders of StableHLO and ONNX show all that a program needs to use such a file.
 """
 
+from collections.abc import Callable, Iterable
 import json
 import pathlib
 import sys
 import timeit
+from typing import Any
 
 import numpy as np
 
 
-def load_stablehlo(path):
+def load_stablehlo(path: str) -> Callable[[np.ndarray], Any]:
+  """Loads a .stablehlo file."""
   import jax.export
 
   data = bytearray(pathlib.Path(path).read_bytes())
   return jax.jit(jax.export.deserialize(data).call)
 
 
-def load_onnx(path):
+def load_onnx(path: str) -> Callable[[np.ndarray], Any]:
+  """Loads an .onnx file."""
   import onnxruntime
 
   model = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
   return lambda image: model.run(None, {'image': image})[0]
 
 
-def load_weights(path, **options):
-  """Of .pth and .safetensors; this one needs the package."""
+def load_weights(path: str, **options: Any) -> Callable[[np.ndarray], Any]:
+  """Loads a .pth or .safetensors file; this one needs attnfd_jax."""
   import jax
 
   from attnfd_jax.models.deeplab import DeepLabV3Plus
   from attnfd_jax.pytorch.networks import load_torch
 
   variables, _ = load_torch(path, **options)
-  network = DeepLabV3Plus(**options)
+  network: Any = DeepLabV3Plus(**options)
   return jax.jit(lambda x: network.apply(variables, x, train=False)['logits'])
 
 
@@ -46,16 +50,19 @@ LOADERS = {'stablehlo': load_stablehlo, 'onnx': load_onnx}
 LOADERS |= dict.fromkeys(('safetensors', 'pth'), load_weights)
 
 
-def measure(run, images):
-  """Results of `run` for each image, and the seconds of its best of 3 calls."""
+def measure(
+  run: Callable[[np.ndarray], Any], images: Iterable[np.ndarray]
+) -> tuple[list[np.ndarray], list[float]]:
+  """Outputs of `run` for each image, and the seconds of the best of 3 calls."""
   calls = [lambda image=image: np.asarray(run(image)) for image in images]
-  found = [call() for call in calls]  # Compiles.
-  return found, [min(timeit.repeat(call, number=1, repeat=3)) for call in calls]
+  outputs = [call() for call in calls]  # Compiles.
+  seconds = [min(timeit.repeat(call, number=1, repeat=3)) for call in calls]
+  return outputs, seconds
 
 
 if __name__ == '__main__':
   kind, path, folder, options = sys.argv[1:]
   run = LOADERS[kind](path, **json.loads(options))
   with np.load(f'{folder}/images.npz') as images:
-    found, seconds = measure(run, [*images.values()])
-  np.savez(f'{folder}/found.npz', *found, seconds)
+    outputs, seconds = measure(run, [*images.values()])
+  np.savez(f'{folder}/found.npz', *outputs, seconds)

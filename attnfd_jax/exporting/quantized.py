@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX files that compute in int8, held to the scores of the float file.
+"""Exports ONNX files that compute in int8, with mIoU close to the float file.
 
 Static quantization by onnxruntime: QuantizeLinear and DequantizeLinear around
-the operations, kernels with a scale per output channel, maps with one scale and
-zero point whose range comes from images (the calibration).
+the operations. Kernels have a scale per output channel, feature maps one scale
+and zero point, from the range of their values on images (the calibration).
 """
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
 import difflib
 import errno
@@ -16,6 +17,7 @@ import os
 import pathlib
 import shutil
 import time
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -23,78 +25,99 @@ from onnxruntime import quantization
 
 from attnfd_jax import metrics
 from attnfd_jax.data import masks
+from attnfd_jax.data.records import Source
 from attnfd_jax.errors import explained, InputError, one_of, within
 from attnfd_jax.exporting import agreement
 from attnfd_jax.inference import evaluation, image_files
 from attnfd_jax.inference.onnx_model import OnnxNetwork
 from attnfd_jax.progress import progress
 from attnfd_jax.runs.logs import percent
+from attnfd_jax.types import StrPath
 
 METHODS = ('minmax', 'entropy', 'percentile')
-NUM_IMAGES = 64  # Of the calibration, at most.
-_NUM_PROXY = 4  # Of those, for the search of layers.
-_NUM_NAMED = 3  # Layers that are named.
-# What computes in int8. Resize is not among them: its time is the same, and
-# logits lose (docs/deployment.md).
+NUM_IMAGES = 64  # For the calibration, at most.
+_NUM_PROXY = 4  # Of those, used to find the layers that hurt.
+_NUM_NAMED = 3  # Layers named in the error.
+# Operations in int8. Resize is not among them: it would not be faster, and the
+# logits would lose accuracy (docs/deployment.md).
 _OPERATIONS = ['Conv', 'Relu', 'Clip', 'Add', 'MaxPool', 'Pad', 'Concat']
 _OPERATIONS += ['GlobalAveragePool']
-# Parts that stay in float: the shift of the image is a slow sum in int8, the
-# logits decide, and gates multiply whole maps.
+# These stay in float: the shift of the image is slow in int8, the classifier
+# is sensitive, and attention multiplies whole feature maps.
 _IN_FLOAT = ('input', 'classifier')
 _GATES = 'attention_'
 # Flags of /proc/cpuinfo: x86 with AVX-512, x86 without, Arm.
 _DOT_PRODUCTS = ('avx512_vnni', 'avx_vnni', 'asimddp')
+# (text with the scores, drop as a fraction, lines of a table).
+_Score: TypeAlias = tuple[str, float, list[str]]
 
 
-def check_options(*, calibration='minmax', max_drop=0.01, **others):
-  """Raises InputError for options of `write` that are wrong in themselves."""
+def _count(images: Sequence[Any], kind: str = 'image') -> str:
+  return f'{len(images)} {kind}{"s" * (len(images) != 1)}'
+
+
+def check_options(
+  *, calibration: str = 'minmax', max_drop: float = 0.01, **others: Any
+) -> None:
+  """Raises InputError for options of `write` with invalid values."""
   del others
   one_of('--calibration', calibration, METHODS)
   within('--max_drop', max_drop, 0, 1)
 
 
-def calibration_images(pattern, info, *, short_side):
-  """Images as the network sees them, uint8 [1, h, w, 3], and what they are.
+def calibration_images(
+  pattern: str | None, info: Mapping[str, Any], *, short_side: int
+) -> tuple[list[np.ndarray], str]:
+  """Images for the calibration, uint8 [1, h, w, 3], and a description of them.
 
-  Those of a file, a folder or a glob; by default of the train split.
+  Args:
+    pattern: a file, a folder or a glob; by default the train split is used.
+    info: config.json of the stage.
+    short_side: that images are resized to; 0 keeps their size.
+
+  Raises:
+    InputError: if there are no images, or they are too small.
   """
   if pattern:
-    name, read = f'images of {pattern}', masks.read_image
+    origin, read = pattern, masks.read_image
     source = image_files.find_images(pattern, option='--calibrate')
     source = [*source.values()]
   else:
     dataset, read = info['data']['name'], operator.itemgetter('image')
-    name = f'images of the train split of {dataset}'
+    origin = f'the train split of {dataset}'
     source = agreement.split_source(info, 'train')
     if not source:
-      what = f'the train split of {dataset} cannot be read here'
-      remedy = 'name a folder of images like those it will see'
-      raise InputError(f'--calibrate is missing, and {what}; {remedy}.')
+      problem = f'{origin} cannot be read here'
+      remedy = 'name a folder of images like those the network will be used on'
+      raise InputError(f'--calibrate is missing, and {problem}; {remedy}.')
   images = agreement.spread(
     source, NUM_IMAGES, read=read, short_side=short_side
   )
-  agreement.check_sizes(images, name, option='--calibrate')
-  return [x[None] for x in images], f'{len(images)} {name}'
+  agreement.check_sizes(images, f'images of {origin}', option='--calibrate')
+  return [x[None] for x in images], f'{_count(images)} of {origin}'
 
 
 class _OneImage(quantization.CalibrationDataReader):
-  """What a calibrator of onnxruntime reads."""
+  """A reader of one image for onnxruntime's calibrators."""
 
-  def __init__(self, image):
+  def __init__(self, image: np.ndarray):
     self._images = iter([{'image': image}])
 
-  def get_next(self):
+  # None at the end, as onnxruntime documents but does not annotate.
+  def get_next(self) -> Any:
     return next(self._images, None)
 
 
-def find_ranges(path, images, *, method, folder):
-  """Ranges of the maps of a file, as onnxruntime has them.
+def find_ranges(
+  path: StrPath, images: Sequence[np.ndarray], *, method: str, folder: StrPath
+) -> Any:
+  """Value ranges of the feature maps of a file, as onnxruntime's TensorsData.
 
   Args:
-    path: a float file of ours.
-    images: uint8 [b, h, w, 3], each of its own size.
+    path: a float ONNX file of `export`.
+    images: uint8 [b, h, w, 3] each, of any sizes.
     method: of METHODS.
-    folder: for a file with all maps as outputs.
+    folder: for a temporary file that outputs all feature maps.
   """
   prepare = OnnxNetwork(path).prepared
   with contextlib.redirect_stdout(io.StringIO()):  # It prints its progress.
@@ -106,23 +129,27 @@ def find_ranges(path, images, *, method, folder):
         {'minmax': 'MinMax'}.get(method, method.capitalize())
       ],
     )
-    # One at a time: the maps of all images do not fit into memory, arrays of
-    # several sizes fail, and CalibMaxIntermediateOutputs forgets ranges.
+    # One at a time: the maps of all images do not fit into memory, mixed sizes
+    # fail, and CalibMaxIntermediateOutputs forgets ranges.
     for image in progress(len(images), 'calibration', iterable=images):
       calibrator.collect_data(_OneImage(prepare(image)))
     return calibrator.compute_data()
 
 
-def layers_of(model):
-  """Names of the convolutions that can compute in int8, in their order."""
+def layers_of(model: onnx.ModelProto) -> list[str]:
+  """Names of the convolutions that can compute in int8, in graph order."""
   convs = [node.name for node in model.graph.node if node.op_type == 'Conv']
   return [x for x in convs if x not in _IN_FLOAT and not x.startswith(_GATES)]
 
 
-def expand(names, layers):
-  """The layers that `names` mean: one, or all below a path such as 'aspp'."""
+def expand(names: Iterable[str], layers: Sequence[str]) -> list[str]:
+  """The layers with these names, or below them, as in 'aspp'.
+
+  Raises:
+    InputError: if a name matches none; it suggests others.
+  """
   parts = {x[:i] for x in layers for i, c in enumerate(x) if c == '/'}
-  found = []
+  expanded = []
   for name in names:
     below = [x for x in layers if f'{x}/'.startswith(f'{name}/')]
     if not below and name not in _IN_FLOAT:
@@ -130,37 +157,48 @@ def expand(names, layers):
       near = near or [x for x in sorted(parts) if '/' not in x]
       problem = f'--keep_float={name}: no such layer'
       raise InputError(f'{problem}; try {", ".join(near)}.')
-    found += [x for x in below if x not in found]
-  return found
+    expanded += [x for x in below if x not in expanded]
+  return expanded
 
 
-def _float_nodes(model, kept):
-  """Names of the operations that stay in float with the layers `kept`.
+def _float_nodes(model: onnx.ModelProto, kept: Iterable[str]) -> list[str]:
+  """Names of the operations that stay in float if the layers `kept` do.
 
-  What follows a layer in float does so up to the next convolution: its result
-  would else be rounded there.
+  Operations after a float layer stay in float as well, up to the next
+  convolution; otherwise they would round its output.
   """
-  found = {*kept, *_IN_FLOAT}
-  for node in model.graph.node:  # Each has the name of its result.
-    follows = node.op_type != 'Conv' and not found.isdisjoint(node.input)
+  names = {*kept, *_IN_FLOAT}
+  for node in model.graph.node:  # Each has the name of its output.
+    follows = node.op_type != 'Conv' and not names.isdisjoint(node.input)
     if follows or node.name.startswith(_GATES):
-      found.add(node.name)
-  return sorted(found)
+      names.add(node.name)
+  return sorted(names)
 
 
-def make_int8(model, ranges, *, kept=(), facts=()):
-  """An onnx.ModelProto with all layers but `kept` in int8; `facts` are added to
-  its metadata.
+def make_int8(
+  model: onnx.ModelProto,
+  ranges: Any,
+  *,
+  kept: Iterable[str] = (),
+  facts: Mapping[str, Any] | None = None,
+) -> onnx.ModelProto:
+  """The model with all layers in int8, except those in `kept`.
+
+  Args:
+    model: a float model of onnx_graph.
+    ranges: of find_ranges.
+    kept: names of layers that stay in float.
+    facts: {name: value}, added to the metadata as JSON.
   """
   # quantize_static would calibrate again at each call.
   quantizer = quantization.QDQQuantizer(
     onnx.shape_inference.infer_shapes(model),
     per_channel=True,
-    # Weights of 7 bits: without integer dot products x86 adds two products in
-    # 16 bits, where those of 8 overflow and the result is another one.
+    # 7-bit weights: without integer dot products x86 adds two products in 16
+    # bits, where 8-bit weights would overflow and give wrong results.
     reduce_range=True,
     weight_qType=quantization.QuantType.QInt8,
-    # Signed ones take twice as long on x86.
+    # Signed activations take twice as long on x86.
     activation_qType=quantization.QuantType.QUInt8,
     tensors_range=ranges,
     nodes_to_quantize=[],
@@ -170,16 +208,19 @@ def make_int8(model, ranges, *, kept=(), facts=()):
   )
   quantizer.quantize_model()
   quantizer.model.topological_sort()
-  made = quantizer.model.model
-  for name, value in dict(facts).items():
-    made.metadata_props.add(key=name, value=json.dumps(value))
-  onnx.checker.check_model(made)
-  return made
+  int8 = quantizer.model.model
+  for name, value in (facts or {}).items():
+    int8.metadata_props.add(key=name, value=json.dumps(value))
+  onnx.checker.check_model(int8)
+  return int8
 
 
-def share_of_equal(first, second, images):
-  """Share of the pixels of uint8 images [b, h, w, 3] of which two files that
-  take the same find the same class.
+def share_of_equal(
+  first: OnnxNetwork, second: OnnxNetwork, images: Iterable[np.ndarray]
+) -> float:
+  """Fraction of the pixels where two files predict the same class.
+
+  Both must take the same input; images are uint8 [b, h, w, 3] each.
   """
   same = total = 0
   for image in images:
@@ -190,8 +231,10 @@ def share_of_equal(first, second, images):
   return float(same / total)
 
 
-def count_pixels(network, source, info, *, text):
-  """Confusion matrix, int64 [k, k], of a file on a source."""
+def count_pixels(
+  network: OnnxNetwork, source: Source, info: Mapping[str, Any], *, text: str
+) -> np.ndarray:
+  """Confusion matrix, int64 [k, k], of a file; `text` labels the progress."""
   reading = {
     key: info['eval'][key]
     for key in ('protocol', 'short_side', 'size_multiple')
@@ -199,14 +242,23 @@ def count_pixels(network, source, info, *, text):
   }
   reading['threads'] = info['data']['threads']
   pairs = evaluation.predictions(network, None, source, **reading)
-  num_classes, counts = len(info['class_names']), 0
+  num_classes = len(info['class_names'])
+  counts = np.zeros((num_classes,) * 2, np.int64)
   for pair in progress(len(source), text, iterable=pairs):
     counts += metrics.host_confusion_matrix(*pair, num_classes=num_classes)
   return counts
 
 
-def describe_classes(before, after, class_names):
-  """Lines of a table: IoU of each class in percent, float and int8."""
+def describe_classes(
+  before: np.ndarray, after: np.ndarray, class_names: Iterable[str]
+) -> list[str]:
+  """Lines of a table of the IoU of each class, in float and in int8.
+
+  Args:
+    before: confusion matrix of the float file.
+    after: confusion matrix of the int8 file.
+    class_names: of the rows of the matrices.
+  """
   pairs = zip(*map(metrics.iou_per_class, (before, after)), strict=True)
   rows = [
     (name, *map(percent, pair), f'{100 * (pair[1] - pair[0]):+.2f}')
@@ -220,8 +272,8 @@ def describe_classes(before, after, class_names):
   ]
 
 
-def dot_products(path='/proc/cpuinfo'):
-  """'has integer dot products (...)' and so on, of this CPU."""
+def dot_products(path: StrPath = '/proc/cpuinfo') -> str:
+  """'has integer dot products (...)' or similar, about this CPU."""
   try:
     words = pathlib.Path(path).read_text().split()
   except OSError:
@@ -229,11 +281,13 @@ def dot_products(path='/proc/cpuinfo'):
   if found := [x for x in _DOT_PRODUCTS if x in words]:
     return f'has integer dot products ({", ".join(found)})'
   none = ', '.join(_DOT_PRODUCTS)
-  return f'has no integer dot products ({none}), so expect less'
+  return f'has no integer dot products ({none}), so expect less speedup'
 
 
-def alternate(networks, image, *, rounds=11):
-  """Median seconds of each network on what it takes, measured in turns."""
+def alternate(
+  networks: Sequence[OnnxNetwork], image: np.ndarray, *, rounds: int = 11
+) -> np.ndarray:
+  """Median seconds of each network on a prepared image, measured in turns."""
   seconds = []
   for _ in range(rounds + 1):
     seconds.append([])
@@ -241,12 +295,25 @@ def alternate(networks, image, *, rounds=11):
       start = time.perf_counter()
       network.find(image)
       seconds[-1].append(time.perf_counter() - start)
-  return np.median(seconds[1:], axis=0)  # The first call allocates.
+  return np.median(seconds[1:], axis=0)  # The first call allocates memory.
 
 
-def rank_layers(write, layers, exact, images):
-  """[(share of equal classes, layer)], the best first, for each layer that is
-  kept in float alone; `write` makes a network of layers to keep.
+def rank_layers(
+  write: Callable[[list[str]], OnnxNetwork],
+  layers: Sequence[str],
+  exact: OnnxNetwork,
+  images: Sequence[np.ndarray],
+) -> list[tuple[float, str]]:
+  """Ranks layers by what keeping only this one in float improves, best first.
+
+  Args:
+    write: makes a network from the layers to keep in float.
+    layers: to rank.
+    exact: the float file.
+    images: see share_of_equal.
+
+  Returns:
+    pairs of the fraction of pixels with the same class, and the layer.
   """
   shares = [
     (share_of_equal(exact, write([layer]), images), layer)
@@ -258,9 +325,16 @@ def rank_layers(write, layers, exact, images):
 
 
 class _Files:
-  """int8 files of one float file that differ in what they keep in float."""
+  """Makes int8 files from a float file, with different layers in float."""
 
-  def __init__(self, path, images, *, method, facts):
+  def __init__(
+    self,
+    path: pathlib.Path,
+    images: Sequence[np.ndarray],
+    *,
+    method: str,
+    facts: dict[str, Any],
+  ):
     self._path, self._facts = path, facts
     self._model = onnx.load(path)
     self.layers = layers_of(self._model)
@@ -269,8 +343,8 @@ class _Files:
         path, images, method=method, folder=path.parent
       )
 
-  def write(self, kept, name='trial.onnx'):
-    """The network of a new file beside the float one."""
+  def write(self, kept: Sequence[str], name: str = 'trial.onnx') -> OnnxNetwork:
+    """Writes a file beside the float file."""
     facts = {'quantized': self._facts | {'keep_float': [*kept]}}
     model = make_int8(self._model, self._ranges, kept=kept, facts=facts)
     path = self._path.with_name(name)
@@ -278,11 +352,19 @@ class _Files:
     return OnnxNetwork(path)
 
 
-def _remedy(files, kept, exact, images, *, score, max_drop):
-  """What can be done about a file that is too different, measured.
+def _remedy(
+  files: _Files,
+  kept: list[str],
+  exact: OnnxNetwork,
+  images: Sequence[np.ndarray],
+  *,
+  score: Callable[[OnnxNetwork], _Score],
+  max_drop: float,
+) -> str:
+  """Finds out what to do if the drop is too large.
 
-  `score` is of _make_scorer; layers are looked for by the share of equal
-  classes on a few images, which is quick.
+  `score` is of _make_scorer. Layers are compared by the fraction of pixels with
+  the same class on a few images, which is quick.
   """
   images = images[:: -(-len(images) // _NUM_PROXY)]
   before = share_of_equal(exact, files.write(kept), images)
@@ -291,79 +373,92 @@ def _remedy(files, kept, exact, images, *, score, max_drop):
   best = [(share, x) for share, x in ranked[:_NUM_NAMED] if share > before]
   others = 'try another --calibration, or more images like those of val'
   if not best:
-    return f'no single layer is the reason; {others}'
+    return f'no single layer is the cause; {others}'
   named = [x for _, x in best]
   text = ', '.join(f'{x} {100 * (share - before):+.2f}' for share, x in best)
   result, drop, _ = score(files.write(kept + named))
   option = f'--keep_float={",".join(kept + named)}'
-  mended = f'{option} mends it ({result})'
+  outcome = f'{option} fixes it ({result})'
   if not drop <= max_drop:
-    mended = f'{option} is not enough ({result}); {others}'
+    outcome = f'{option} is not enough ({result}); {others}'
   return (
-    f'the layers that hurt most, by the percent of the pixels of {len(images)} '
-    f'calibration images that have the same class as in float (now '
-    f'{100 * before:.2f}) when one of them is kept in float: {text}; {mended}'
+    f'{100 * before:.2f} % of the pixels of '
+    f'{_count(images, "calibration image")} have the same class as in float; '
+    f'most is gained if one of these layers is kept in float: {text}; {outcome}'
   )
 
 
-def _make_scorer(exact, images, info):
-  """A function: network -> (text, drop of a fraction, lines of a table)."""
-  source, before = agreement.split_source(info), None
-  if source:
-    before = count_pixels(exact, source, info, text='val, float')
+def _make_scorer(
+  exact: OnnxNetwork, images: Sequence[np.ndarray], info: Mapping[str, Any]
+) -> Callable[[OnnxNetwork], _Score]:
+  """A function that compares an int8 file with the float file.
 
-  def score(network):
-    after = count_pixels(network, source, info, text='val, int8')
-    first, second = map(metrics.mean_iou, (before, after))
-    text = f'val mIoU {percent(first)} with float, {percent(second)} with int8'
-    table = describe_classes(before, after, info['class_names'])
-    return text, first - second, table
+  By val mIoU or, if val cannot be read or has no labels, by the classes on the
+  calibration images.
+  """
 
-  def compare(network):
+  def compare(network: OnnxNetwork) -> _Score:
     share = share_of_equal(exact, network, images)
-    text = f'same class at {100 * share:.2f} % of the calibration images, as '
-    return f'{text}val cannot be read here', 1 - share, []
+    text = f'same class at {100 * share:.2f} % of the pixels of the calibration'
+    return f'{text} images, as val cannot be read here', 1 - share, []
 
+  source = agreement.split_source(info)
+  if not source:
+    return compare
+  before = count_pixels(exact, source, info, text='val, float')
   # Without a labeled pixel the mean is NaN.
-  is_scored = source and np.isfinite(metrics.mean_iou(before))
-  return score if is_scored else compare
+  if not np.isfinite(metrics.mean_iou(before)):
+    return compare
+
+  def score(network: OnnxNetwork) -> _Score:
+    after = count_pixels(network, source, info, text='val, int8')
+    miou, int8_miou = map(metrics.mean_iou, (before, after))
+    text = (
+      f'val mIoU {percent(miou)} with float, {percent(int8_miou)} with int8'
+    )
+    table = describe_classes(before, after, info['class_names'])
+    return text, miou - int8_miou, table
+
+  return score
 
 
 def write(
-  path,
-  info,
-  batches,
+  path: pathlib.Path,
+  info: Mapping[str, Any],
+  batches: Sequence[np.ndarray],
   *,
-  expected,
-  text,
-  short_side,
-  calibrate=None,
-  calibration='minmax',
-  keep_float=(),
-  max_drop=0.01,
-):
-  """Writes an int8 file beside a float file of ours.
+  expected: Sequence[np.ndarray],
+  text: str,
+  short_side: int,
+  calibrate: str | None = None,
+  calibration: str = 'minmax',
+  keep_float: Sequence[str] = (),
+  max_drop: float = 0.01,
+) -> tuple[pathlib.Path, list[str]]:
+  """Writes an int8 file beside a float file of `export`.
 
   Args:
-    path: the float file, in a folder for temporary ones.
+    path: the float file, in a folder for temporary files.
     info: config.json of its stage.
-    batches, expected, text: what a fresh process is asked, the results of the
-      network, and a text about the former.
-    short_side: of the images that the network sees; 0 leaves their size.
+    batches: inputs of both files, for a comparison.
+    expected: the outputs of the network for the batches.
+    text: describes the batches.
+    short_side: that images are resized to; 0 keeps their size.
     calibrate: file, folder or glob of images; by default the train split.
-    calibration: of METHODS (see check_options), how ranges come from values.
+    calibration: of METHODS: how ranges are computed from values.
     keep_float: names of layers, or of their parts, that stay in float.
-    max_drop: the most that val mIoU may drop, a fraction; where val cannot be
-      read, the most pixels of the calibration images that may change class.
+    max_drop: largest drop of val mIoU, as a fraction; if val cannot be read,
+      the largest fraction of the pixels of the calibration images whose class
+      changes.
 
   Returns:
     the path of the int8 file and lines to print.
 
   Raises:
-    InputError: whenever the user can fix it, and if the drop is larger.
+    InputError: for errors that the user can fix, and if the drop is too large.
     OSError: if the disk is full.
   """
-  # What onnxruntime writes on a full disk is cut off without a word.
+  # On a full disk onnxruntime truncates files without an error.
   if shutil.disk_usage(path.parent).free < 3 * path.stat().st_size:
     reason = os.strerror(errno.ENOSPC)
     raise OSError(errno.ENOSPC, reason, str(path.parent.parent))
@@ -381,20 +476,22 @@ def write(
   score = _make_scorer(exact, images, info)
   result, drop, table = score(network)
   lines += [result, *table]
-  if not drop <= max_drop:  # Nor NaN.
+  if not drop <= max_drop:  # Too large, or NaN.
     print('\n'.join(lines))
-    options = {'score': score, 'max_drop': max_drop}
-    remedy = _remedy(files, kept, exact, images, **options)
+    remedy = _remedy(files, kept, exact, images, score=score, max_drop=max_drop)
     raise InputError(
-      f'{result}: {drop:.4f} lost, more than --max_drop={max_drop:g}, so '
-      f'nothing was kept; {remedy}.'
+      f'{result}: a drop of {drop:.4f}, more than --max_drop={max_drop:g}, so '
+      f'no file was written; {remedy}.'
     )
-  found, _ = agreement.run_fresh('onnx', new, batches, {})
-  ours = [network.find(x) for x in batches]
-  if not agreement.describe(ours, found, '')[1]:
-    raise InputError('A fresh process finds other classes than this one.')
+  outputs, _ = agreement.run_fresh('onnx', new, batches, {})
+  here = [network.find(x) for x in batches]
+  if not agreement.describe(here, outputs, '')[1]:
+    raise InputError(
+      'The int8 file predicts other classes in a fresh process than here; '
+      'please report it.'
+    )
   line = f'In a fresh process, int8 against the network, on {text}: '
-  lines.append(agreement.describe(expected, found, line)[0])
+  lines.append(agreement.describe(expected, outputs, line)[0])
   share = share_of_equal(exact, network, images)
   lines.append(
     f'same class as the float file at {100 * share:.2f} % of the pixels of '
@@ -403,15 +500,21 @@ def write(
   return new, [*lines, *_describe_cost(path, new, exact, network, images[0])]
 
 
-def _describe_cost(path, new, exact, network, image):
-  """Lines about the sizes of the two files, and their time for an image."""
+def _describe_cost(
+  path: pathlib.Path,
+  new: pathlib.Path,
+  exact: OnnxNetwork,
+  network: OnnxNetwork,
+  image: np.ndarray,
+) -> list[str]:
+  """Lines about the sizes of the two files and their time per image."""
   sizes = [x.stat().st_size / 1e6 for x in (path, new)]
   before, after = 1e3 * alternate([exact, network], exact.prepared(image))
   h, w = image.shape[1:3]
   return [
     f'{sizes[1]:.2f} MB, {sizes[0] / sizes[1]:.2f}x smaller than float '
     f'({sizes[0]:.2f} MB)',
-    f'{after:.1f} ms an image of {h}x{w} in int8, {before:.1f} ms in float, '
-    f'speedup {before / after:.2f}: medians of calls in turns on this CPU, '
+    f'{after:.1f} ms per image of {h}x{w} in int8, {before:.1f} ms in float, '
+    f'speedup {before / after:.2f}: medians of alternating calls on this CPU, '
     f'which {dot_products()}',
   ]

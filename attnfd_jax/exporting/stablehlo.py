@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network as one StableHLO program, its weights in fewer bits if asked."""
+"""Exports networks as StableHLO programs, also with smaller weights."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 from jax import export
@@ -10,24 +12,28 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.models.deeplab import normalize
+from attnfd_jax.types import PyTree, Variables
 
 WEIGHTS = ('float32', 'bfloat16', 'int8')
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-# Smaller images have maps of single pixels.
+# With smaller images the last feature maps have a single pixel.
 SMALLEST = 32
 
 
 @dataclasses.dataclass
 class Small:
-  """A kernel in fewer bits: `values` times `scale`, of the same rank."""
+  """A kernel in bfloat16 or int8: `values` times `scale`, of the same rank."""
 
   values: np.ndarray
   scale: np.ndarray
 
 
-def shrink(variables, weights):
-  """The variables with kernels as `Small`, in int8 with a scale by channel."""
+def shrink(variables: Variables, weights: str) -> PyTree:
+  """The variables with kernels as `Small`; int8 has a scale per channel.
+
+  `weights` is one of WEIGHTS; float32 changes nothing.
+  """
 
   def store(x):
     if x.ndim != 4:
@@ -41,36 +47,48 @@ def shrink(variables, weights):
   return variables if weights == 'float32' else jax.tree.map(store, variables)
 
 
-def grow(stored):
-  """float32 variables of what `shrink` returns."""
+def grow(stored: PyTree) -> PyTree:
+  """float32 variables from the result of `shrink`."""
 
   def load(x):
     if not isinstance(x, Small):
       return x
-    # In the program: as NumPy arrays they would be in it in float32.
+    # Converted inside the program, which would otherwise contain float32.
     return jnp.asarray(x.values).astype(jnp.float32) * x.scale
 
   return jax.tree.map(load, stored)
 
 
 @functools.lru_cache
-def make_forward(network, *, uint8, argmax):
-  """Jitted (variables, image [b, h, w, 3]) -> what a file finds: of RGB bytes
-  or normalized float32, class ids [b, h, w], uint8, or float32 logits.
+def make_forward(
+  network: Any, *, uint8: bool, argmax: bool
+) -> jax.stages.Wrapped:
+  """Jitted (variables, image [b, h, w, 3]) -> the output of an exported file.
+
+  Args:
+    network: see evaluation.evaluate.
+    uint8: images are RGB bytes, not normalized float32.
+    argmax: return class ids, uint8 [b, h, w], not float32 logits [b, h, w, k].
   """
 
   @jax.jit
   def forward(variables, image):
-    image = normalise(image) if uint8 else image
+    image = normalize(image) if uint8 else image
     logits = network.apply(variables, image, train=False)['logits']
     return jnp.argmax(logits, -1).astype(jnp.uint8) if argmax else logits
 
   return forward
 
 
-def make_program(forward, stored, *, uint8):
-  """`forward`, made with the same `uint8`, and what `shrink` stored, as bytes
-  that jax.export.deserialize reads, for any [b, h, w] from 32 x 32.
+def make_program(
+  forward: Callable[..., Any], stored: PyTree, *, uint8: bool
+) -> bytearray:
+  """A program for any [b, h, w] from 32 x 32, for jax.export.deserialize.
+
+  Args:
+    forward: of make_forward, with the same `uint8`.
+    stored: of `shrink`; becomes part of the program.
+    uint8: images are RGB bytes.
   """
   limits = [f'{n} >= {SMALLEST}' for n in 'hw']
   sizes = export.symbolic_shape('b, h, w', constraints=limits)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained networks on images: scores, predictions, tiles, video."""
+"""Runs trained networks on images: scores, predictions, tiles, video."""

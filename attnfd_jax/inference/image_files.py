@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of images in, folders of class ids and pictures out."""
+"""Segments image files into a folder of class ids, pictures and areas."""
 
 import codecs
+from collections.abc import Iterable, Mapping, Sequence
 import contextlib
 import csv
 import glob
@@ -9,6 +10,7 @@ import os
 import pathlib
 import re
 import threading
+from typing import Any
 
 import grain
 import jax
@@ -23,33 +25,44 @@ from attnfd_jax.inference import video as videos
 from attnfd_jax.inference.predictor import Predictor
 from attnfd_jax.losses import IGNORE_LABEL
 from attnfd_jax.progress import progress, write
+from attnfd_jax.types import StrPath, Variables
 
-# Of the class ids, in colors, over the image, and with `confidence`.
-_RESULTS = ('.png', '_colour.png', '_overlay.jpg', '_confidence.png')
-# Results hold whole frames: only so many are ahead of the one waited for.
+# Class ids, the same in colors, colors over the image, and confidence.
+_RESULTS = ('.png', '_color.png', '_overlay.jpg', '_confidence.png')
+# Small, because the results in the buffer hold frames of full size.
 _READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
-_LONGEST = 65500  # Pixels of a side in libjpeg, which writes the overlay.
+_LONGEST = 65500  # Limit of a side in libjpeg, which writes the overlay.
 
 
-def _natural(path):
-  """Sorts frame_2 before frame_10; paths of equal numbers as they are."""
+def _natural(path: pathlib.Path) -> tuple[list, pathlib.Path]:
+  """Sort key with frame_2 before frame_10; ties are broken by the path."""
   parts = [re.split(r'(\d+)', part) for part in path.parts]
   for part in parts:
     part[1::2] = map(int, part[1::2])
   return parts, path
 
 
-def _is_file(path):
-  """Also a link to nothing, which is said to be broken, and not left out."""
+def _is_file(path: pathlib.Path) -> bool:
+  """True also for broken links: reading them reports the error."""
   return path.is_file() or (path.is_symlink() and not path.exists())
 
 
-def find_images(pattern, option='--input', *, output=None):
-  """{name: path} of an image, a folder with those below it, or a glob, in the
-  order of their numbers; what is left out of a folder is printed.
+def find_images(
+  pattern: StrPath, option: str = '--input', *, output: StrPath | None = None
+) -> dict[pathlib.Path, pathlib.Path]:
+  """Finds images as {name: path}, sorted by the numbers in their names.
 
-  Names are relative to the folder, or to the folders that a glob begins with.
-  What `output`, a folder below those, has is no input.
+  Names are relative to the folder, or to the folder where the glob begins.
+  Files of a folder that are no images are counted in a line on the screen.
+
+  Args:
+    pattern: an image, a folder, which is searched recursively, or a glob.
+    option: the flag to name in errors.
+    output: folder whose files are not used as inputs, if it is below the
+      folder that is searched.
+
+  Raises:
+    InputError: if there are no images.
   """
   root, others = pathlib.Path(pattern), []
   if root.is_dir():
@@ -57,16 +70,17 @@ def find_images(pattern, option='--input', *, output=None):
     problem = f'no {", ".join(files.IMAGE_ENDINGS)} files in it'
   elif root.is_file():
     root, names = root.parent, [root.name]
+    problem = 'the file is in the output folder'
   else:
-    # A folder that is there may have brackets in its name.
+    # Existing folders may have brackets in their names.
     root = next(x for x in root.parents if x.is_dir())
-    rest = pathlib.Path(pattern).relative_to(root)
-    if '..' in rest.parts:  # Results would leave their folder.
+    below = pathlib.Path(pattern).relative_to(root)
+    if '..' in below.parts:  # Results would be outside of the output folder.
       raise InputError(f'{option}={pattern}: write it without ..')
-    names = glob.glob(str(rest), root_dir=root, recursive=True)
+    names = glob.glob(str(below), root_dir=root, recursive=True)
     problem = 'no such file, and nothing matches it as a pattern'
-    if '[' in str(rest):
-      problem += ', in which [[] is a bracket'
+    if '[' in str(below):
+      problem += '; write [[] for a bracket'
   searched, results = (
     os.path.join(os.path.realpath(x), '') for x in (root, output or root)
   )
@@ -76,21 +90,33 @@ def find_images(pattern, option='--input', *, output=None):
     return results == searched or not path.startswith(results)
 
   names, others = filter(is_input, names), [*filter(is_input, others)]
-  found = {pathlib.Path(x): root / x for x in names if _is_file(root / x)}
+  images = {pathlib.Path(x): root / x for x in names if _is_file(root / x)}
   shown = ', '.join(others[:3]) + ', ...' * (len(others) > 3)
-  left_out = f'{len(others)} of other endings: {shown}' * bool(others)
-  if not found:
+  plural = 's' * (len(others) != 1)
+  left_out = f'{len(others)} file{plural} of other types: {shown}'
+  left_out *= bool(others)
+  if not images:
     raise InputError(
       f'{option}={pattern}: {problem}{left_out and ", "}{left_out}.'
     )
   if left_out:
     print(f'{pattern}: left out {left_out}', flush=True)
-  return {x: found[x] for x in sorted(found, key=_natural)}
+  return {x: images[x] for x in sorted(images, key=_natural)}
 
 
-def check_outputs(results, others, *, overwrite):
-  """Raises InputError if what {input: paths} or `others` name would be written
-  over each other, over an input, or over anything without `overwrite`.
+def check_outputs(
+  results: Mapping[pathlib.Path, Iterable[pathlib.Path]],
+  others: Iterable[pathlib.Path],
+  *,
+  overwrite: bool,
+) -> None:
+  """Raises InputError if files to be written would replace others.
+
+  Args:
+    results: {input: files to be written for it}.
+    others: further files to be written.
+    overwrite: allow to replace existing files, but never an input or another
+      result.
   """
   writers = {}
   for path, targets in results.items():
@@ -106,11 +132,15 @@ def check_outputs(results, others, *, overwrite):
       raise InputError(f'{target} exists; add --overwrite or write elsewhere.')
 
 
-def frame_size(paths):
-  """(height, width) of all frames by their headers; None without a readable."""
+def frame_size(paths: Iterable[pathlib.Path]) -> tuple[int, int] | None:
+  """(height, width) of all frames, by their headers; None if all are damaged.
+
+  Raises:
+    InputError: if the sizes differ.
+  """
   sizes = {}
   for path in paths:
-    with contextlib.suppress(InputError, OSError):  # It will be skipped.
+    with contextlib.suppress(InputError, OSError):  # Skipped later.
       sizes.setdefault(masks.read_size(path), path)
   if len(sizes) > 1:
     first, other, *_ = (f'{path} is {w}x{h}' for (h, w), path in sizes.items())
@@ -118,82 +148,104 @@ def frame_size(paths):
   return next(iter(sizes), None)
 
 
-def write_ids(path, ids, palette):
-  """Palette PNG whose pixels are exactly `ids`, uint8 [h, w]."""
+def write_ids(path: StrPath, ids: np.ndarray, palette: np.ndarray) -> None:
+  """Writes a palette PNG whose pixel values are `ids`, uint8 [h, w]."""
   file = Image.fromarray(ids)
-  # With fewer colors Pillow packs pixels into 1, 2 or 4 bits.
+  # With fewer colors Pillow would pack pixels into 1, 2 or 4 bits.
   file.putpalette(np.pad(palette, ((0, 256 - len(palette)), (0, 0))).tobytes())
   file.save(path)
 
 
-def _write(targets, image, ids, confidence, palette):
-  """Returns the overlay, uint8 [h, w, 3]; confidence has a target if asked, and
-  without any but the first there is no overlay.
-  """
-  plain, *others = targets
-  write_ids(plain, ids, palette)
+def _write(
+  targets: Sequence[pathlib.Path],
+  image: np.ndarray,
+  ids: np.ndarray,
+  confidence: np.ndarray,
+  palette: np.ndarray,
+) -> np.ndarray | None:
+  """Writes the first of _RESULTS to `targets`; returns the overlay, if any."""
+  ids_path, *others = targets
+  write_ids(ids_path, ids, palette)
   if not others:
     return None
-  colored, mixed, *certain = others
-  # Of ids that are no class, black.
+  color_path, overlay_path, *confidence_paths = others
+  # Ids without a class are black.
   palette = np.pad(palette, ((0, 256 - len(palette)), (0, 0)))
   colors = Image.fromarray(palette[ids])
-  colors.save(colored, compress_level=1)
+  colors.save(color_path, compress_level=1)
   overlay = Image.blend(Image.fromarray(image), colors, 0.5)
-  overlay.save(mixed, quality=90)
-  for path in certain:
+  overlay.save(overlay_path, quality=90)
+  for path in confidence_paths:
     Image.fromarray(confidence).save(path, compress_level=1)
   return np.asarray(overlay)
 
 
-def _write_areas(output, rows):
+def _write_areas(output: pathlib.Path, rows: Iterable[Sequence[str]]) -> None:
   with run_paths.replacing(output / 'areas.csv') as file:
-    # Names of files are bytes, and not always text.
+    # File names are bytes, not always valid text.
     text = codecs.getwriter('utf-8')(file, 'surrogateescape')
     csv.writer(text).writerows(rows)
 
 
 def predict_files(
-  checkpoint,
-  pattern,
-  output,
+  checkpoint: StrPath | tuple[Any, Variables, dict[str, Any]],
+  pattern: StrPath,
+  output: StrPath,
   *,
-  overwrite=False,
-  confidence=False,
-  min_confidence=0.0,
-  masks_only=False,
-  video=None,
-  fps=25.0,
-  **options,
-):
-  """Segments files into a folder, see predict.py; returns their number and the
-  share of the pixels that are at least of `min_confidence`, a mean over images.
+  overwrite: bool = False,
+  confidence: bool = False,
+  min_confidence: float = 0.0,
+  masks_only: bool = False,
+  video: StrPath | None = None,
+  fps: float = 25.0,
+  **options: Any,
+) -> tuple[int, float]:
+  """Segments image files into a folder, as described in predict.py.
 
-  InputError before any work if it could not be done as a whole; after it, if
-  single files were not readable or too large, and were skipped.
+  Args:
+    checkpoint: as of Predictor.
+    pattern: see find_images.
+    output: folder for the results.
+    overwrite: replace existing files.
+    confidence: write the confidence as well.
+    min_confidence: pixels with a lower probability become 255, in [0, 1].
+    masks_only: write the class ids only.
+    video: file for the overlays.
+    fps: its frames per second.
+    **options: of Predictor.
+
+  Returns:
+    the number of images, and the fraction of their pixels with a confidence of
+    at least `min_confidence`, averaged over the images.
+
+  Raises:
+    InputError: before any work, if the results cannot be written; at the end,
+      if some images were unreadable or too large, and were skipped.
   """
   output = pathlib.Path(output)
   if output.exists() and not output.is_dir():
     raise InputError(f'--output={output} is a file; name a folder.')
   images = find_images(pattern, output=output)
   within('--min_confidence', min_confidence, 0, 1)
-  for flag, given in (('--confidence', confidence), ('--video', video)):
-    if masks_only and given:
-      raise InputError(f'{flag} is more than masks; leave out --masks_only.')
+  for flag, value in (('--confidence', confidence), ('--video', video)):
+    if masks_only and value:
+      raise InputError(
+        f'{flag} writes more than masks; leave out --masks_only.'
+      )
   endings = _RESULTS[:1] if masks_only else _RESULTS[: 3 + confidence]
   targets, skipped = {}, []
   for name, path in images.items():
     results = [name.with_name(f'{name.stem}{end}') for end in endings]
     longest = max(len(os.fsencode(x.name)) for x in results)
     if longest > run_paths.LONGEST_NAME:
-      what = f'names of more than {run_paths.LONGEST_NAME} bytes'
-      skipped.append(f'{path}: its results would have {what}; rename it.')
+      problem = f'names of more than {run_paths.LONGEST_NAME} bytes'
+      skipped.append(f'{path}: its results would have {problem}; rename it.')
     else:
       targets[path] = [output / x for x in results]
   names, paths = {path: name for name, path in images.items()}, [*targets]
   others, size = [output / 'areas.csv'] * (not masks_only), None
+  video = pathlib.Path(video) if video else None
   if video:
-    video = pathlib.Path(video)
     videos.check(video, fps)
     others, size = [*others, video], frame_size(paths)
   check_outputs(targets, others, overwrite=overwrite)
@@ -202,67 +254,66 @@ def predict_files(
   if (confidence or min_confidence) and not predictor.has_confidence:
     flag = '--confidence' if confidence else '--min_confidence'
     remedy = 'export it again without --argmax'
-    raise InputError(f'{flag}: the file finds class ids alone; {remedy}.')
+    raise InputError(f'{flag}: the file returns class ids only; {remedy}.')
   for folder in {
     output,
     *(x.parent for results in targets.values() for x in results),
   }:
     folder.mkdir(parents=True, exist_ok=True)
-  print(
-    f'{predictor.description}, on {len(images)} images; writing to {output}'
-  )
+  count = f'{len(images)} image{"s" * (len(images) != 1)}'
+  print(f'{predictor.description}, on {count}; writing to {output}')
   for text in skipped:
     write(f'skipped {text}')
-  device = threading.Lock()  # One image there, others in reading and writing.
+  device = threading.Lock()  # The other threads read and write meanwhile.
 
   def work(path):
-    """Share of each class and the overlay, or (None, why it was skipped)."""
+    """Area of each class and the overlay, or (None, why it was skipped)."""
+    h = w = 0
     try:
       image = sources.read_image(path)
       h, w = image.shape[:2]
       if max(h, w) > _LONGEST:
         return None, f'{path}: {w}x{h}, a side is longer than {_LONGEST}.'
       if size and (h, w) != size:
-        return None, f'{path}: {w}x{h}, and its header said another size.'
+        return None, f'{path}: {w}x{h}, which differs from its header.'
       with device:
-        found = predictor(image)
+        ids, certainty = predictor(image)
     except (InputError, OSError) as error:
       return None, str(error)
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
       problem = f'{path}: {w}x{h} needs more memory than the device has'
-      return None, f'{problem}; use --tile, or a smaller one.'
-    ids, certain = found
-    ids = np.where(certain < 255 * min_confidence, IGNORE_LABEL, ids)
+      return None, f'{problem}; use --tile, or a smaller image.'
+    ids = np.where(certainty < 255 * min_confidence, IGNORE_LABEL, ids)
     ids = ids.astype(np.uint8)
-    overlay = _write(targets[path], image, ids, certain, predictor.palette)
+    overlay = _write(targets[path], image, ids, certainty, predictor.palette)
     num_classes = len(predictor.class_names)
     counts = np.bincount(ids.ravel(), minlength=num_classes)[:num_classes]
     return counts / ids.size, overlay if size else None
 
   results = grain.MapDataset.source(paths).map(work).to_iter_dataset(_READING)
   results = progress(len(paths), iterable=results)
-  rows, kept, frames = [], [], contextlib.nullcontext()
-  if size:
+  rows, confident, frames = [], [], contextlib.nullcontext()
+  if video and size:
     video.parent.mkdir(parents=True, exist_ok=True)
     frames = videos.writer(video, size, fps)
   try:
     with frames as add_frame:
-      for path, (shares, found) in zip(paths, results, strict=True):
-        if shares is None:
-          write(f'skipped {found}')
+      for path, (areas, result) in zip(paths, results, strict=True):
+        if areas is None:
+          write(f'skipped {result}')
           continue
-        kept.append(shares.sum())
-        shares = (f'{share:.6f}' for share in shares)
-        rows.append([names[path].as_posix(), *shares])
+        confident.append(areas.sum())
+        areas = (f'{area:.6f}' for area in areas)
+        rows.append([names[path].as_posix(), *areas])
         if add_frame:
-          add_frame(found)
-  finally:  # Of what there is, whatever stopped it.
+          add_frame(result)
+  finally:  # Also after an error or an interruption.
     if not masks_only:
       _write_areas(output, [['image', *predictor.class_names], *rows])
   if len(rows) < len(images):
     places = f'{output} and {video}' if video and rows else output
-    skipped = f'{len(images) - len(rows)} of {len(images)} images were skipped'
-    raise InputError(f'{skipped}, see above; the others are in {places}.')
-  return len(images), float(np.mean(kept))
+    problem = f'{len(images) - len(rows)} of {len(images)} images were skipped'
+    raise InputError(f'{problem}, see above; the others are in {places}.')
+  return len(images), float(np.mean(confident))

@@ -1,66 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class ids of images of any size, whole, in tiles, averaged over views."""
+"""Predicts class ids of images of any size: whole, in tiles, or averaged."""
 
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import operator
+from types import ModuleType
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attnfd_jax.data import transforms
+from attnfd_jax.data.records import Size
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import tiling
+from attnfd_jax.inference.onnx_model import OnnxNetwork
 from attnfd_jax.models import network as networks
-from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.models.deeplab import normalize
 from attnfd_jax.models.resizing import resize
 from attnfd_jax.runs import loading
+from attnfd_jax.types import AnyArray, StrPath, Variables
 
 # Short side of image and label in protocol `reference`; train_kd.py:281.
 REFERENCE_SHORT_SIDE = 513
 
 
-def seen_short_side(protocol, short_side=0):
-  """Short side of the images that a network sees; 0 leaves their size."""
+def seen_short_side(protocol: str, short_side: int = 0) -> int:
+  """Short side that images are resized to for a network; 0 keeps their size."""
   return REFERENCE_SHORT_SIDE if protocol == 'reference' else short_side
 
 
-def seen_short_side_of(info):
-  """As `seen_short_side`, of the stage with that config.json."""
+def seen_short_side_of(info: Mapping[str, Any]) -> int:
+  """`seen_short_side` for the config.json of a stage."""
   settings = info['eval']
   return seen_short_side(settings['protocol'], settings.get('short_side', 0))
 
 
-def seen_size(size, settings):
-  """(height, width) at which a network sees an image of `size` when it is
-  scored by the group `eval` of a config.
+def seen_size(size: Size, settings: Any) -> Size:
+  """(height, width) of an image of `size` as the network gets it in evaluation.
+
+  `settings` is the group `eval` of a config.
   """
   side = seen_short_side(settings['protocol'], settings['short_side'])
   size = transforms.fit_short_side(size, side) if side else size
   return transforms.next_multiple(size, settings['size_multiple'])
 
 
-def describe(checkpoint, info):
-  """'runs/quickstart/distill, step 320: resnet18 x0.125', or what it says."""
+def describe(checkpoint: Any, info: Mapping[str, Any]) -> str:
+  """'runs/quickstart/distill, step 320: resnet18 x0.125', or as info has it."""
   if 'description' in info:
     return info['description']
   name = networks.describe(info[loading.role_of(info)])
   return f'{checkpoint}, step {info["checkpoint_step"]}: {name}'
 
 
-def scores_at(outputs, height, width, *, ratio=None):
-  """Logits [b, height, width, k] of Outputs in one bilinear step.
+def scores_at(
+  outputs: Mapping[str, Any],
+  height: int,
+  width: int,
+  *,
+  ratio: AnyArray | None = None,
+) -> AnyArray:
+  """Logits [b, height, width, k] from Outputs, resized only once.
 
-  `ratio`, float32 [2], is the size of a pixel of the image in the result; by
-  default both end at the same place, corners aligned.
+  Args:
+    outputs: of a network; the coarse logits are preferred.
+    height: of the result.
+    width: of the result.
+    ratio: float32 [2], the size of a pixel of the image in the result, where
+      the two cover different areas; by default their corners are aligned.
   """
   logits = outputs['logits']
   maps = outputs.get('coarse_logits', logits)
   if ratio is None:
     return resize(maps, height, width)
   if 1 in maps.shape[1:3]:
-    maps = logits  # A single pixel has no distance to scale.
+    maps = logits  # The distance between pixels is undefined for one pixel.
   sizes = zip(logits.shape[1:3], maps.shape[1:3], strict=True)
   steps = [(n - 1) / (m - 1) for n, m in sizes]
   scale = ratio * jnp.array(steps, jnp.float32)
@@ -71,14 +88,21 @@ def scores_at(outputs, height, width, *, ratio=None):
 
 
 @functools.partial(jax.jit, static_argnames=('network', 'size'))
-def compute_scores(network, variables, image, ratio=None, *, size):
-  """`scores_at` of uint8 images [b, h, w, 3], compiled once for a size."""
-  outputs = network.apply(variables, normalise(image), train=False)
+def compute_scores(
+  network: Any,
+  variables: Variables,
+  image: AnyArray,
+  ratio: AnyArray | None = None,
+  *,
+  size: Size,
+) -> AnyArray:
+  """Logits of uint8 images [b, h, w, 3], see `scores_at`; jitted per size."""
+  outputs = network.apply(variables, normalize(image), train=False)
   return scores_at(outputs, *size, ratio=ratio)
 
 
-def _decide(logits, xp):
-  """Class ids and probabilities times 255, uint8; `xp` is NumPy or JAX's."""
+def _decide(logits: Any, xp: ModuleType) -> tuple[Any, Any]:
+  """Class ids and confidence, uint8; `xp` is numpy or jax.numpy."""
   largest = xp.max(logits, -1, keepdims=True)
   odds = xp.sum(xp.exp(logits - largest), -1)
   ids = xp.argmax(logits, -1)
@@ -86,49 +110,85 @@ def _decide(logits, xp):
 
 
 @functools.partial(jax.jit, static_argnames=('network', 'size'))
-def classify(network, variables, image, ratio=None, *, size):
+def classify(
+  network: Any,
+  variables: Variables,
+  image: AnyArray,
+  ratio: AnyArray | None = None,
+  *,
+  size: Size,
+) -> tuple[jax.Array, jax.Array]:
   """Class ids and confidence, uint8 [b, *size] each; see `segment`."""
   logits = compute_scores(network, variables, image, ratio, size=size)
   return _decide(logits, jnp)
 
 
-def is_file(network):
+def is_file(network: Any) -> TypeGuard[OnnxNetwork]:
   """Whether a network is an exported file, which runs outside of JAX."""
-  return getattr(network, 'is_file', False)
+  return isinstance(network, OnnxNetwork)
 
 
 @functools.partial(jax.jit, static_argnames='size')
-def _fit_scores(logits, ratio, *, size):
+def _resize_logits(logits, ratio, *, size):
   return scores_at({'logits': logits}, *size, ratio=ratio)
 
 
-def _scores(network, variables, image, ratio=None, *, size):
-  """`compute_scores`, also of a file."""
+def _logits(
+  network: Any,
+  variables: Variables | None,
+  image: np.ndarray,
+  ratio: np.ndarray | None = None,
+  *,
+  size: Size,
+) -> AnyArray:
+  """`compute_scores`, also for an exported file."""
   if not is_file(network):
     return compute_scores(network, variables, image, ratio, size=size)
   logits = network.run(image)
-  if ratio is None and logits.shape[1:3] == tuple(size):
+  if ratio is None and logits.shape[1:3] == size:
     return logits
-  return _fit_scores(logits, ratio, size=size)
+  return _resize_logits(logits, ratio, size=size)
 
 
-def _classes(network, variables, image, ratio=None, *, size):
-  """`classify`, also of a file."""
+def _classes(
+  network: Any,
+  variables: Variables | None,
+  image: np.ndarray,
+  ratio: np.ndarray | None,
+  *,
+  size: Size,
+) -> Iterable[AnyArray]:
+  """`classify`, also for an exported file."""
   if not is_file(network):
     return classify(network, variables, image, ratio, size=size)
-  return _decide(
-    np.asarray(_scores(network, None, image, ratio, size=size)), np
-  )
+  logits = _logits(network, variables, image, ratio, size=size)
+  return _decide(np.asarray(logits), np)
 
 
 def segment(
-  network, variables, image, size, *, tile=None, overlap=0.25, size_multiple=1
-):
-  """Class ids of one image and their probabilities times 255, uint8 of `size`.
+  network: Any,
+  variables: Variables | None,
+  image: np.ndarray,
+  size: Size,
+  *,
+  tile: Sequence[int] | None = None,
+  overlap: float = 0.25,
+  size_multiple: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Class ids of one image and their confidence, uint8 [*size] each.
 
-  The network sees the image, uint8 [h, w, 3], whole if `tile` is None or covers
-  it, see tiling.bands, and padded to multiples of `size_multiple` by repeating
-  the edge, for fewer compilations.
+  The confidence is the probability of the class times 255.
+
+  Args:
+    network: see evaluation.evaluate; or a file, see `is_file`.
+    variables: of the network; None for a file.
+    image: uint8 RGB [h, w, 3].
+    size: (height, width) of the result.
+    tile: (height, width) of overlapping tiles, see tiling.bands. By default,
+      and if a tile covers the image, the network gets the image in one piece.
+    overlap: see tiling.bands.
+    size_multiple: images and tiles are padded to multiples of this, by
+      repeating the edge, so that few sizes are compiled.
   """
   seen = image.shape[:2]
   padded = functools.partial(transforms.next_multiple, multiple=size_multiple)
@@ -137,50 +197,54 @@ def segment(
     if size_multiple > 1 and tuple(size) != seen:
       # Both are padded, but not in proportion.
       last, last_seen = np.maximum((size, seen), 2) - 1
-      ratio = np.float32(last / last_seen)
+      ratio = np.asarray(last / last_seen, np.float32)
     image = transforms.pad_edges(image, padded(seen))[None]
-    found = _classes(network, variables, image, ratio, size=padded(size))
-    return tuple(np.asarray(x)[0, : size[0], : size[1]] for x in found)
+    maps = _classes(network, variables, image, ratio, size=padded(size))
+    ids, confidence = (np.asarray(x)[0, : size[0], : size[1]] for x in maps)
+    return ids, confidence
 
-  def score_tile(part):
+  def tile_logits(part):
     h, w = part.shape[:2]
-    # Where the image is smaller than a tile, few sizes are compiled, too.
-    full = tuple(map(min, padded((h, w)), tile))
+    # Few sizes are compiled, too, where the image is smaller than a tile.
+    rows, columns = padded((h, w))
+    full = min(rows, tile[0]), min(columns, tile[1])
     part = transforms.pad_edges(part, full)[None]
-    logits = _scores(network, variables, part, size=full)
+    logits = _logits(network, variables, part, size=full)
     return np.asarray(logits)[0, :h, :w]
 
-  bands = tiling.bands(score_tile, image, tile=tile, overlap=overlap)
-  if tuple(size) != seen:  # All logits of the image are held.
+  bands = tiling.bands(tile_logits, image, tile=tile, overlap=overlap)
+  if tuple(size) != seen:  # Here all logits of the image are in memory.
     bands = tiling.resized(np.concatenate(list(bands)), size)
-  found = [_decide(band, np) for band in bands]
-  return tuple(np.concatenate(x) for x in zip(*found, strict=True))
+  ids, confidence = zip(*(_decide(band, np) for band in bands), strict=True)
+  return np.concatenate(ids), np.concatenate(confidence)
 
 
 @dataclasses.dataclass(frozen=True)
 class Averaged:
-  """A network whose probabilities are means over scales and mirror images.
+  """A network whose probabilities are averaged over scales and mirror images.
 
-  Takes the place of a network wherever `apply` is called for its logits;
-  hashable, so that compiled steps are shared.
+  It can replace a network wherever `apply` is called for its logits, and is
+  hashable, so that compiled functions are shared.
   """
 
-  network: object  # Called with (variables, image, train=False).
+  network: Any  # Called with (variables, image, train=False).
   scales: tuple[float, ...] = (1.0,)  # Each is one more forward pass, or two.
   flip: bool = False  # Average with the mirror image as well.
 
-  def apply(self, variables, image, *, train):
+  def apply(
+    self, variables: Variables, image: jax.Array, *, train: bool
+  ) -> dict[str, jax.Array]:
     """{'logits'}: log of the mean probabilities, float32 [b, h, w, k]."""
     b, h, w, _ = image.shape
-    total = 0.0
+    total: Any = 0.0
     for scale in self.scales:
-      # Antialiased when it shrinks, half-pixel centers there and back.
+      # Antialiased where it shrinks; half-pixel centers both ways.
       size = [max(round(n * scale), 1) for n in (h, w)]
       scaled = jax.image.resize(image, (b, *size, 3), 'linear')
-      for way in (1, -1)[: 1 + self.flip]:
-        x = scaled[:, :, ::way]
+      for step in (1, -1)[: 1 + self.flip]:
+        x = scaled[:, :, ::step]
         outputs = self.network.apply(variables, x, train=train)
-        logits = outputs['logits'][:, :, ::way]
+        logits = outputs['logits'][:, :, ::step]
         logits = jax.image.resize(logits, (b, h, w, logits.shape[-1]), 'linear')
         total = total + jax.nn.softmax(logits)
     mean = total / (len(self.scales) * (1 + self.flip))
@@ -188,25 +252,32 @@ class Averaged:
 
 
 class Predictor:
-  """A stage's network, ready for one image after another.
+  """The network of a stage, ready to segment one image after another.
 
   Args:
     checkpoint: folder of a stage, or what teachers.sources.load_given or
       onnx_model.load returns.
-    scales, flip: averages over them; see `Averaged`.
-    tile: (height, width) that the network sees at a time, of images that are
-      larger; logits of overlapping tiles are averaged.
-    overlap: least share of a tile that the next one covers again, in [0, 1).
+    scales: probabilities are averaged over these; see `Averaged`.
+    flip: average with the mirror image as well.
+    tile: (height, width) of the overlapping tiles in which larger images are
+      processed; their logits are averaged.
+    overlap: least fraction of a tile that the next one covers as well, in [0,
+      1).
     **options: of loading.load_network: step, allow_code.
 
   Attributes:
-    network, variables, info: as of loading.load_network; averaged if asked.
-    class_names, palette: in the order of the ids; uint8 [k, 3].
+    network: as of loading.load_network, or `Averaged`.
+    variables: as of loading.load_network.
+    info: as of loading.load_network.
+    class_names: in the order of the class ids.
+    palette: colors in the same order, uint8 [k, 3].
     description: one line about the network.
-    short_side: of what the network sees, as when the stage was scored; 0 is
-      the size of the image.
-    has_confidence: whether confidences are more than 255 everywhere.
-    views, tiles: dicts of scales and flip, of tile and overlap.
+    short_side: that images are resized to, as in the evaluation of the stage;
+      0 keeps their size.
+    has_confidence: False for a file that returns class ids, where the
+      confidence is 255 everywhere.
+    views: dict of scales and flip.
+    tiles: dict of tile and overlap.
 
   Raises:
     InputError: as load_network; if the overlap is out of its range.
@@ -214,24 +285,27 @@ class Predictor:
 
   def __init__(
     self,
-    checkpoint,
+    checkpoint: StrPath | tuple[Any, Variables, dict[str, Any]],
     *,
-    scales=(1.0,),
-    flip=False,
-    tile=None,
-    overlap=0.25,
-    **options,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    tile: Sequence[int] | None = None,
+    overlap: float = 0.25,
+    **options: Any,
   ):
     if not 0 <= overlap < 1:
       raise InputError(f'--overlap={overlap} must be from 0 to below 1.')
     self.views = {'scales': list(scales), 'flip': flip}
-    self.tiles = {'tile': tile and list(tile), 'overlap': tile and overlap}
+    self.tiles: dict[str, Any] = {
+      'tile': tile and list(tile),
+      'overlap': tile and overlap,
+    }
     if isinstance(checkpoint, tuple):
       network, self.variables, info = checkpoint
     else:
       loaded = loading.load_network(checkpoint, **options)
       network, self.variables, info = loaded
-    self.has_confidence = getattr(network, 'has_logits', True)
+    self.has_confidence = not is_file(network) or network.has_logits
     if flip or tuple(scales) != (1,):
       if is_file(network):
         raise InputError('--scales and --flip are for a stage, not for a file.')
@@ -241,26 +315,30 @@ class Predictor:
     self.class_names, self.palette = info['class_names'], info['palette']
     self.short_side = seen_short_side_of(info)
 
-  def __call__(self, image):
-    """Class ids and confidence, uint8 [h, w], of uint8 RGB [h, w, 3].
+  def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Class ids and confidence, uint8 [h, w] each, of uint8 RGB [h, w, 3].
 
-    The latter is the probability of the id times 255; see `segment`.
+    The confidence is the probability of the class times 255; see `segment`.
     """
     if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
-      what = f'image is {image.dtype} {image.shape}'
-      raise ValueError(f'{what}; it must be uint8 [h, w, 3].')
+      problem = f'image is {image.dtype} {image.shape}'
+      raise ValueError(f'{problem}; it must be uint8 [h, w, 3].')
     seen, size = transforms.fit_image(image, self.short_side), image.shape[:2]
-    options = self.tiles | {'size_multiple': 64}  # To compile for few sizes.
-    return segment(self.network, self.variables, seen, size, **options)
+    # Multiples of 64: few sizes are compiled.
+    return segment(
+      self.network, self.variables, seen, size, size_multiple=64, **self.tiles
+    )
 
 
-def predict(images, checkpoint, **options):
-  """Class ids of images, a list of uint8 [h, w].
+def predict(
+  images: Iterable[np.ndarray], checkpoint: StrPath, **options: Any
+) -> list[np.ndarray]:
+  """Class ids of images, uint8 [h, w] each.
 
   Args:
-    images: list of uint8 RGB [h, w, 3], each of its own size.
-    checkpoint: folder of a stage, e.g. runs/camvid/distill. It is read at each
-      call; for images that come one by one keep a `Predictor`.
+    images: uint8 RGB [h, w, 3] each, of any sizes.
+    checkpoint: folder of a stage, e.g. runs/camvid/distill. Each call reads it;
+      for images that arrive one by one, keep a `Predictor`.
     **options: scales, flip, tile, overlap, step, allow_code; see `Predictor`.
   """
   predictor = Predictor(checkpoint, **options)

@@ -1,29 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of a stored stage on a split of its data set, and their text."""
+"""Scores a stored stage on a split of its data set, and prints the scores."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from attnfd_jax import metrics
-from attnfd_jax.data.sources import load_dataset, SPLITS
+from attnfd_jax.data.records import Source
+from attnfd_jax.data.sources import Dataset, load_dataset, SPLITS
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import InputError, one_of
 from attnfd_jax.inference import evaluation, predictor
 from attnfd_jax.inference import submission as submissions
 from attnfd_jax.progress import progress
 from attnfd_jax.runs import logs
+from attnfd_jax.types import StrPath, Variables
 
 PROTOCOLS = {
-  'native': 'scored at the size of the untouched labels',
+  'native': 'scored at the size of the original labels',
   'reference': 'images and labels resized to a short side of '
   f'{predictor.REFERENCE_SHORT_SIDE} first, as the authors do',
 }
 
 
 class _Counted:
-  """A source that advances a progress bar by each image that is read."""
+  """A source that advances a progress bar with each image that is read."""
 
-  def __init__(self, source, bar):
-    self._source, self._bar, self.size = source, bar, source.size
+  def __init__(self, source: Source, bar: tqdm):
+    self._source, self._bar = source, bar
+    self.size, self.name, self.key = source.size, source.name, source.key
 
   def __len__(self):
     return len(self._source)
@@ -33,13 +40,29 @@ class _Counted:
     return self._source[index]
 
 
-def load_split(info, data_root, split, *, hidden=False):
-  """The data set of a stage, and the source of one of its splits; if `hidden`,
-  also that of Cityscapes whose labels nobody has.
+def load_split(
+  info: Mapping[str, Any],
+  data_root: StrPath | None,
+  split: str,
+  *,
+  hidden: bool = False,
+) -> tuple[Dataset, Source]:
+  """The data set of a stage and the source of one of its splits.
+
+  Args:
+    info: config.json of the stage.
+    data_root: where the data set is; by default where it was in training.
+    split: 'train', 'val' or 'test'.
+    hidden: allow the test split of Cityscapes, whose labels are not public.
+
+  Raises:
+    InputError: if the data set or the split is not there, or its classes are
+      not those of the stage.
   """
   if data_root is not None:
-    # A run that was trained from shards would otherwise still read them.
-    info = info | {'data': info['data'] | {'root': data_root, 'prepared': ''}}
+    # Without this, a run that was trained from shards would read those.
+    data = info['data'] | {'root': data_root, 'prepared': ''}
+    info = {**info, 'data': data}
   one_of('--split', split, SPLITS)
   try:
     dataset = load_dataset(info['data'], splits=(split,))
@@ -47,46 +70,50 @@ def load_split(info, data_root, split, *, hidden=False):
     hidden = hidden and (dataset.name, split) == ('cityscapes', 'test')
     if hidden and split not in splits:
       splits[split] = submissions.test_images(info['data']['root'])
-  except InputError as error:  # The flag has another name here.
+  except InputError as error:  # The flag has a different name here.
     text = str(error).replace('--config.data.root', '--data_root')
     raise InputError(text) from error
   if split not in splits:
-    have = f', but {", ".join(splits)}' if splits else ''
-    what = f'{dataset.name} has no such split'
-    raise InputError(f'--split={split}: {what}{have}.')
+    others = f'; it has {", ".join(splits)}' if splits else ''
+    raise InputError(
+      f'--split={split}: {dataset.name} has no such split{others}.'
+    )
   for note in dataset.notes:
     print(note)
-  ours, theirs = list(info['class_names']), list(dataset.class_names)
-  if ours != theirs:
-    raise InputError(f'The network has classes {ours}, the data set {theirs}.')
+  trained, given = list(info['class_names']), list(dataset.class_names)
+  if trained != given:
+    raise InputError(
+      f'The network was trained with the classes {trained}, but the data set '
+      f'has {given}; give the data set that it was trained with.'
+    )
   return dataset, splits[split]
 
 
 def evaluate_checkpoint(
-  checkpoint,
+  checkpoint: StrPath | tuple[Any, Variables, dict[str, Any]],
   *,
-  data_root=None,
-  split='val',
-  protocol=None,
-  boundary=False,
-  submission=None,
-  **options,
-):
+  data_root: StrPath | None = None,
+  split: str = 'val',
+  protocol: str | None = None,
+  boundary: bool = False,
+  submission: StrPath | None = None,
+  **options: Any,
+) -> tuple[np.ndarray, dict[str, Any]]:
   """Scores of a stage's network on one split of its data set.
 
   Args:
     checkpoint: as of predictor.Predictor.
     data_root: where the data set is; by default where it was in training.
-    split: 'train', 'val' or 'test', as far as the data set has it.
+    split: 'train', 'val' or 'test', if the data set has it.
     protocol: a key of PROTOCOLS; by default that of the stage.
-    boundary: boundary IoU as well.
-    submission: folder for the files of submission.py, or None. It allows the
-      split 'test' of Cityscapes, whose scores are all absent.
+    boundary: compute the boundary IoU as well.
+    submission: folder for the files of submission.py. It allows the split
+      'test' of Cityscapes, where all scores are absent.
     **options: scales, flip, tile, overlap and others; see predictor.Predictor.
 
   Returns:
-    confusion matrix int64 [k, k] (rows are labels), and a dict for a JSON file:
-    scores, None where no pixel counts, and what they depend on.
+    confusion matrix, int64 [k, k] (rows are labels), and a dict for a JSON
+    file: the scores (None where no pixel is labeled) and the settings.
   """
   if protocol is not None:
     one_of('--protocol', protocol, PROTOCOLS)
@@ -99,14 +126,17 @@ def evaluate_checkpoint(
   reading = seen | {'size_multiple': settings['size_multiple']}
   reading['threads'], name = info['data']['threads'], dataset.name
   facts = {'dataset': name, 'protocol': protocol}
-  write = submission and submissions.make_writer(submission, **facts)
-  images = f'{len(source)} images of the {split} split of {name}'
-  print(f'{stage.description}, on the {images}')
-  num_classes, counts, edges = dataset.num_classes, 0, 0
+  write = submissions.make_writer(submission, **facts) if submission else None
+  images = f'{len(source)} image{"s" * (len(source) != 1)}'
+  print(f'{stage.description}, on the {images} of the {split} split of {name}')
+  num_classes = dataset.num_classes
+  counts = np.zeros((num_classes,) * 2, np.int64)
+  edges = np.zeros((num_classes + 1,) * 2, np.int64)
   with progress(len(source)) as bar:
     given = (stage.network, stage.variables, _Counted(source, bar))
-    whole = not (stage.tiles['tile'] or boundary or write)
-    if whole and not predictor.is_file(stage.network):
+    # In batches, unless single predictions are needed.
+    batched = not (stage.tiles['tile'] or boundary or write)
+    if batched and not predictor.is_file(stage.network):
       sizes = {'num_classes': num_classes, 'batch_size': settings['batch_size']}
       mesh = sharding.make_mesh()
       counts = evaluation.evaluate(*given, mesh=mesh, **sizes, **reading)
@@ -118,9 +148,9 @@ def evaluate_checkpoint(
           edges += metrics.boundary_matrix(*pair, num_classes=num_classes)
         if write:
           write(source.name(index), pair[0])
-  result = metrics.summarise(counts, dataset.class_names)
+  result = metrics.summarize(counts, dataset.class_names)
   if boundary:
-    result |= metrics.summarise_boundary(edges, dataset.class_names)
+    result |= metrics.summarize_boundary(edges, dataset.class_names)
   return counts, logs.without_nan(result) | seen | stage.views | stage.tiles | {
     'checkpoint': info.get('description') or str(checkpoint),
     'stage': info['stage'],
@@ -133,24 +163,24 @@ def evaluate_checkpoint(
   }
 
 
-def _describe_protocol(result):
-  """'protocol native: ...' and what else the scores depend on."""
+def _describe_protocol(result: Mapping[str, Any]) -> str:
+  """'protocol native: ...' and the other settings."""
   words = [f'protocol {result["protocol"]}: {PROTOCOLS[result["protocol"]]}']
   if result['protocol'] == 'native' and result['short_side']:
-    words.append(f'images seen at a short side of {result["short_side"]}')
+    words.append(f'images resized to a short side of {result["short_side"]}')
   if result['scales'] != [1]:
     scales = ', '.join(f'{scale:g}' for scale in result['scales'])
-    words.append(f'mean over scales {scales}')
+    words.append(f'averaged over scales {scales}')
   if result['flip']:
-    words.append('mean with the mirror image')
+    words.append('averaged with the mirror image')
   if result['tile']:
     height, width = result['tile']
     words.append(f'tiles of {height}x{width}, overlap {result["overlap"]:g}')
   return '; '.join(words)
 
 
-def as_text(counts, result):
-  """The scores in percent with a table of classes, for the screen."""
+def as_text(counts: np.ndarray, result: Mapping[str, Any]) -> str:
+  """The scores in percent with a table of classes, for the terminal."""
   lines = [f'{result["split"]} split, {_describe_protocol(result)}', '']
   for key, name in (
     ('miou', 'mIoU'),
@@ -165,7 +195,7 @@ def as_text(counts, result):
   columns = {
     'IoU %': result['iou_per_class'],
     'accuracy %': result['accuracy_per_class'],
-    'share %': dict(zip(result['iou_per_class'], shares, strict=True)),
+    'pixels %': dict(zip(result['iou_per_class'], shares, strict=True)),
   }
   if 'boundary_iou_per_class' in result:
     columns['boundary %'] = result['boundary_iou_per_class']

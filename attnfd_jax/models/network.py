@@ -1,76 +1,122 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of a network, and networks by name.
+"""Defines what a network is, and builds networks by name.
 
-A network is a Linen module, ours or the user's, that is built with
+A network is a Linen module, built-in or the user's. It is constructed with
 `num_classes`, `dtype` (None computes in float32) and options of its own, and
-that maps normalized images to `Outputs`. To add one by name: a row in NETWORKS.
+maps normalized images to `Outputs`. To add one by name, add it to NETWORKS.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import (
+  Any,
+  NotRequired,
+  Protocol,
+  runtime_checkable,
+  TypeAlias,
+  TypedDict,
+  TypeGuard,
+)
 
 import jax
 from jax.extend import core
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
 from attnfd_jax import user_code
 from attnfd_jax.errors import explained, first_line, InputError, one_of
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
+from attnfd_jax.types import PyTree, Variables
+
+_Rngs: TypeAlias = jax.Array | dict[str, jax.Array]
 
 
 class Outputs(TypedDict):
-  """What a network, or a teacher, makes of images [b, H, W, 3].
+  """What a network or a teacher returns for images [b, H, W, 3].
 
   Attributes:
-    logits: float [b, H, W, k], at the size of the image.
-    features: {tap: [b, h, w, c]}, the maps that methods compare; {} is allowed.
-    coarse_logits: [b, h', w', k], whose align-corners resize `logits` is. Leave
-      it out where that is not so.
-    norms: {tap: {'scale', 'bias'}}, each [c], of the batch normalization that a
-      map comes from, where a method asks for it.
+    logits: at the resolution of the images.
+    features: feature maps by tap, of any sizes; distillation methods compare
+      them. May be empty.
+    coarse_logits: logits at a lower resolution, present only if `logits` is
+      their bilinear resize with aligned corners.
+    norms: 'scale' and 'bias' by tap, of the batch normalization that produces
+      the feature map; present only if a method asks for them.
   """
 
-  logits: jax.Array
-  features: Mapping[str, jax.Array]
-  coarse_logits: NotRequired[jax.Array]
-  norms: NotRequired[Mapping[str, Mapping[str, jax.Array]]]
+  logits: Float[Array, 'b H W k']
+  features: Mapping[str, Float[Array, 'b h w c']]
+  coarse_logits: NotRequired[Float[Array, 'b h w k']]
+  norms: NotRequired[Mapping[str, Mapping[str, Float[Array, ' c']]]]
 
 
+@runtime_checkable
 class Network(Protocol):
-  """A Linen module, or anything with these two pure functions."""
+  """A Linen module, or any object with these two pure functions."""
 
-  def init(self, rngs, image, *, train) -> Any:
-    """Variables: 'params' and, if it has any, other collections."""
+  def init(
+    self, rngs: _Rngs, image: Float[Array, 'b H W 3'], *, train: bool
+  ) -> Variables:
+    """Returns the variables: 'params' and other collections, if any."""
+    ...
 
-  def apply(self, variables, image, *, train, rngs=None, mutable=False) -> Any:
-    """Outputs of normalized images; with `mutable` also those collections.
+  def apply(
+    self,
+    variables: Variables,
+    image: Float[Array, 'b H W 3'],
+    *,
+    train: bool,
+    rngs: _Rngs | None = None,
+    mutable: bool | Sequence[str] = False,
+  ) -> Any:
+    """Returns the Outputs for normalized images.
 
-    `train` uses the statistics of the batch, and drops at random by the rng
-    'dropout'.
+    Args:
+      variables: as `init` returns them.
+      image: normalized images.
+      train: whether to normalize by batch statistics and to apply dropout,
+        which uses the rng 'dropout'.
+      rngs: random keys by name.
+      mutable: names of the collections to update; if given, the result is
+        (Outputs, updated collections).
     """
+    ...
 
 
-NETWORKS = {'deeplabv3plus': DeepLabV3Plus}
+NETWORKS: dict[str, Any] = {'deeplabv3plus': DeepLabV3Plus}
 
 
-def compute_dtype(name):
-  """The `dtype` of modules: None leaves float32 images in float32."""
+def compute_dtype(name: str) -> jnp.dtype | None:
+  """Returns the `dtype` field of modules; None is float32, that of images."""
   one_of('config.optim.dtype', name, ('float32', 'bfloat16'))
   return None if name == 'float32' else jnp.dtype(name)
 
 
 def make_network(
-  config, num_classes, *, dtype='float32', source=None, **changes
-):
-  """The network of a group `student` or `teacher` of a config.
+  config: Any,
+  num_classes: int,
+  *,
+  dtype: str = 'float32',
+  source: bytes | None = None,
+  **changes: Any,
+) -> Any:
+  """Builds the network of a `student` or `teacher` config group.
 
-  Its 'network' is one of NETWORKS, whose fields are keys of the group; or a
-  class of the user's, whose fields are 'options'; `source`: see load_object.
-  `changes` are fields that differ; those that the network lacks are left out.
+  Args:
+    config: the group, a ConfigDict or a dict. Its 'network' is a key of
+      NETWORKS, whose fields are further keys of the group, or names a class of
+      the user, whose fields are in 'options'.
+    num_classes: number of classes.
+    dtype: name of the compute dtype.
+    source: content of the user's file, see user_code.load_object.
+    **changes: fields that differ from the config; those that the network does
+      not have are ignored.
+
+  Raises:
+    InputError: if the network does not exist or cannot be built.
   """
   name = config['network']
   if user_code.is_code(name):
@@ -80,8 +126,8 @@ def make_network(
     one_of('network', name, (*NETWORKS, "or 'file.py:Class' of your own"))
     if config['options']:
       raise InputError(
-        f'options={dict(config["options"])} are of a class of your own; those '
-        f'of {name} are keys of the group, such as width_multiplier.'
+        f'options={dict(config["options"])} are for a class of your own; set '
+        f'those of {name} as keys of the group, such as width_multiplier.'
       )
     network_class = NETWORKS[name]
     keys = network_class.__dataclass_fields__.keys() & set(config)
@@ -94,38 +140,52 @@ def make_network(
     )
 
 
-def with_taps(network, taps):
-  """`network` that returns these maps, too, if it has a field `extra_taps`.
+def with_taps(network: Any, taps: Sequence[str]) -> Any:
+  """Makes a network return these feature maps, too, if it has `extra_taps`.
 
-  Other networks are what they are: a method that misses a map says so.
+  Other networks are returned as they are; a method that needs a map that is
+  missing raises an error.
   """
   if not taps or not hasattr(network, 'extra_taps'):
     return network
   return network.clone(extra_taps=tuple(taps))
 
 
-def is_ours(network):
-  """Whether ONNX and PyTorch files can be written of a network."""
+def is_ours(network: object) -> bool:
+  """Whether a network is built-in, which exports to ONNX and PyTorch need."""
   return isinstance(network, tuple(NETWORKS.values()))
 
 
-def describe(config):
-  """'resnet18 x0.25', or the name of a class of the user's, for tables."""
+def describe(config: Any) -> str:
+  """Names a network in tables: 'resnet18 x0.25', or the user's class."""
   if user_code.is_code(config['network']):
     return config['network'].rpartition(':')[2]
   width = config['width_multiplier']
   return config['backbone'] + ('' if width == 1 else f' x{width:g}')
 
 
-def abstract_variables(network):
-  """Shapes and types of the variables, without computing or compiling."""
+def abstract_variables(network: Network) -> Variables:
+  """Shapes and dtypes of the variables, without computing or compiling."""
   image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
   init = functools.partial(network.init, jax.random.key(0), train=False)
   return jax.eval_shape(init, image)
 
 
-def abstract_outputs(network, image_size, *, variables=None, **options):
-  """Shapes and types of its Outputs for two images of `image_size`."""
+def abstract_outputs(
+  network: Any,
+  image_size: Sequence[int],
+  *,
+  variables: PyTree | None = None,
+  **options: Any,
+) -> Any:
+  """Shapes and dtypes of the Outputs for two images.
+
+  Args:
+    network: a Network, or a Teacher with its `variables` and `options`.
+    image_size: height and width.
+    variables: arrays or their shapes; default: those of the network.
+    **options: keyword arguments of `apply`; default: train=False.
+  """
   image = jax.ShapeDtypeStruct((2, *image_size, 3), jnp.float32)
   if variables is None:
     variables = abstract_variables(network)
@@ -133,13 +193,15 @@ def abstract_outputs(network, image_size, *, variables=None, **options):
   return jax.eval_shape(forward, variables, image)
 
 
-def check_network(network, num_classes, image_size):
-  """Holds a user's network to the contract; InputError names what differs."""
+def check_network(
+  network: Network, num_classes: int, image_size: Sequence[int]
+) -> None:
+  """Raises InputError unless a user's network returns valid Outputs."""
   out = checked_outputs(network, num_classes, image_size)
   if 'coarse_logits' not in out:
     return
 
-  # The loss of large batches, and evaluation, resize coarse_logits.
+  # Evaluation and the loss of large batches resize coarse_logits.
   @jax.jit
   def both(image):
     variables = network.init(jax.random.key(0), image, train=False)
@@ -153,35 +215,53 @@ def check_network(network, num_classes, image_size):
   if logits.shape != resized.shape or np.max(abs(logits - resized)) > allowed:
     raise InputError(
       f'{type(network).__name__}: logits are not the align-corners resize of '
-      "coarse_logits; leave 'coarse_logits' out of what it returns."
+      "coarse_logits; leave 'coarse_logits' out of the returned dict."
     )
 
 
-def checked_outputs(network, num_classes, image_size, **options):
-  """`abstract_outputs`, held to the contract; of a Teacher, too."""
+def _has_logits_and_features(out: Any) -> TypeGuard[Outputs]:
+  return (
+    isinstance(out, Mapping)
+    and isinstance(out.get('features'), Mapping)
+    and hasattr(out.get('logits'), 'shape')
+  )
+
+
+def checked_outputs(
+  network: Any, num_classes: int, image_size: Sequence[int], **options: Any
+) -> Outputs:
+  """Returns `abstract_outputs` if they are valid.
+
+  Args:
+    network: a Network or a Teacher.
+    num_classes: expected number of classes.
+    image_size: height and width.
+    **options: of `abstract_outputs`.
+
+  Raises:
+    InputError: says which part of Outputs is missing or has a wrong shape.
+  """
   name = getattr(network, 'name', None) or type(network).__name__
   try:
     out = abstract_outputs(network, image_size, **options)
   except InputError:
     raise
   except Exception as error:
-    what = f'{name} fails on images {tuple(image_size)}'
-    raise InputError(f'{what}: {first_line(error)}') from error
-  found = out if isinstance(out, Mapping) else {}
-  whole = isinstance(found.get('features'), Mapping)
-  if not whole or not hasattr(found.get('logits'), 'shape'):
+    failure = f'{name} fails on images {tuple(image_size)}'
+    raise InputError(f'{failure}: {first_line(error)}') from error
+  if not _has_logits_and_features(out):
     raise InputError(f"{name} must return a dict with 'logits' and 'features'.")
   expected = (2, *image_size, num_classes)
   *size, count = out['logits'].shape
   if tuple(size) == expected[:-1] and count != num_classes:
     raise InputError(
-      f'{name} has {count} classes, expected {num_classes}; for a teacher '
-      "config.teacher.class_map names its index of each of the data set's."
+      f'{name} has {count} classes, expected {num_classes}; for a teacher, set '
+      'config.teacher.class_map to its index of each class of the data set.'
     )
   if out['logits'].shape != expected:
     raise InputError(
-      f'{name}: logits are {out["logits"].shape}, expected {expected}: scores '
-      'at the size of the image; resize them where they are made.'
+      f'{name}: logits are {out["logits"].shape}, expected {expected}; resize '
+      'them to the size of the image.'
     )
   for tap, x in out['features'].items():
     shape = getattr(x, 'shape', x)
@@ -190,21 +270,23 @@ def checked_outputs(network, num_classes, image_size, **options):
   return out
 
 
-def count_gflops(network, height, width):
-  """1e9 operations of the convolutions of one image's forward pass."""
+def count_gflops(network: Network, height: int, width: int) -> float:
+  """GFLOPs of the convolutions in a forward pass on one image."""
   image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
   forward = functools.partial(network.apply, train=False)
   return count_flops(forward, abstract_variables(network), image) / 1e9
 
 
-def count_flops(function, *args):
-  """Operations of the convolutions in the trace of one call, the same on every
-  platform; multiply and add are two.
+def count_flops(function: Callable[..., Any], *args: PyTree) -> int:
+  """FLOPs of the convolutions that `function(*args)` traces.
+
+  A multiply-add counts as two. The result does not depend on the platform.
   """
   return _convolution_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _convolution_flops(jaxpr):
+# Any: for pyright, the values of a Jaxpr have no shapes.
+def _convolution_flops(jaxpr: Any) -> int:
   total = 0
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
@@ -214,7 +296,8 @@ def _convolution_flops(jaxpr):
       features = kernel[params['dimension_numbers'].rhs_spec[0]]
       total += 2 * equation.outvars[0].aval.size * math.prod(kernel) // features
     elif name == 'cond':
-      # lax.platform_dependent: forms of one convolution, last the plain one.
+      # From lax.platform_dependent: implementations of one convolution, of
+      # which the last is the plain one.
       inner = params['branches'][-1:]
     total += sum(_convolution_flops(x.jaxpr) for x in inner)
   return total

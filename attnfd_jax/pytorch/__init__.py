@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch files without PyTorch: containers, names, networks."""
+"""Reads and writes PyTorch checkpoints without PyTorch."""

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of our variables in the authors' PyTorch checkpoints, both ways.
+"""Maps our variables to names in the authors' PyTorch checkpoints and back.
 
-Every leaf of a tree of ours has one name there (METHOD section 3), so import
-and export walk the same table: nothing is guessed from shapes.
+Every leaf of our variables has one name there (METHOD section 3). Import and
+export use the same tables; nothing is guessed from shapes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from flax import traverse_util
 import numpy as np
 
-# (regex of our module, its name there); first full match wins. Both lie below
-# the same 'backbone', 'aspp' or 'decoder'. A ConvNorm ends in conv or bn here,
-# and in two names that the last two columns give there.
+from attnfd_jax.types import AnyArray, PyTree
+
+_Rows: TypeAlias = tuple[tuple[str, str, str, str], ...]
+# From the path of a leaf, such as 'aspp/pool/bn/scale', to its PyTorch name.
+NameOf: TypeAlias = Callable[[str], str]
+
+# (regex of our module, PyTorch prefix, its names of conv and bn), all below
+# 'backbone', 'aspp' or 'decoder'. The first full match is used.
 _RESNET = (
   (r'stem', '', 'conv1', 'bn1'),
   (r'layer(\d)_(\d+)/conv(\d)', r'layer\1.\2.', r'conv\3', r'bn\3'),
@@ -22,7 +27,7 @@ _RESNET = (
 )
 _MOBILENET = (
   (r'stem', 'features.0.', '0', '1'),
-  # Block 1 has no expansion: its convolutions are numbered from there.
+  # Block 1 has no expansion: numbers start at its depthwise convolution.
   (r'block1/depthwise', 'features.1.conv.', '0', '1'),
   (r'block1/project', 'features.1.conv.', '3', '4'),
   (r'block(\d+)/expand', r'features.\1.conv.', '0', '1'),
@@ -31,18 +36,18 @@ _MOBILENET = (
 )
 _EFFICIENTNET = (
   (r'stem', '', '_conv_stem', '_bn0'),
-  # Block 0 has no expansion; the numbers of its norms leave that one out.
+  # Block 0 has no expansion, but its norms are numbered as in other blocks.
   (r'block(\d+)/expand', r'_blocks.\1.', '_expand_conv', '_bn0'),
   (r'block(\d+)/depthwise', r'_blocks.\1.', '_depthwise_conv', '_bn1'),
   (r'block(\d+)/project', r'_blocks.\1.', '_project_conv', '_bn2'),
 )
-# By what the names of their backbones begin with.
-_TRUNKS = {
+# By the start of the name of a backbone.
+_TRUNKS: dict[str, _Rows] = {
   'resnet': _RESNET,
   'mobilenet': _MOBILENET,
   'efficientnet': _EFFICIENTNET,
 }
-_HEADS = (
+_HEADS: _Rows = (
   (r'point', 'aspp1.', 'atrous_conv', 'bn'),
   (r'atrous1', 'aspp2.', 'atrous_conv', 'bn'),
   (r'atrous2', 'aspp3.', 'atrous_conv', 'bn'),
@@ -66,13 +71,14 @@ _GATES = {
   'spatial_conv': 'SpatialGate.spatial.conv',
   'spatial_bn': 'SpatialGate.spatial.bn',
 }
-# Ours is [in, out] or [h, w, in, out], theirs [out, in] or [out, in, h, w].
-_TO_OURS = {2: (1, 0), 4: (2, 3, 1, 0)}
-_TO_THEIRS = {2: (1, 0), 4: (3, 2, 0, 1)}
+# By rank: kernels are [in, out] or [h, w, in, out] in Flax, and [out, in] or
+# [out, in, h, w] in torch.
+_TO_FLAX = {2: (1, 0), 4: (2, 3, 1, 0)}
+_TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
 
 
-def network_name(path, backbone):
-  """Name of a leaf of DeepLabV3Plus, given as 'aspp/pool/bn/scale'."""
+def network_name(path: str, backbone: str) -> str:
+  """PyTorch name of a leaf of DeepLabV3Plus, such as 'aspp/pool/bn/scale'."""
   if gate := re.fullmatch(r'attention_(\w+?)/(.*)', path):
     return gate_name(*gate.groups())
   if path.startswith('classifier/'):
@@ -86,33 +92,38 @@ def network_name(path, backbone):
   raise KeyError(path)
 
 
-def gate_name(tap, path):
-  """Name of a leaf of the CBAM at `tap`."""
-  # The MLP has its leaves in its own names: mlp_reduce_kernel.
+def gate_name(tap: str, path: str) -> str:
+  """PyTorch name of a leaf of the CBAM at `tap`."""
+  # Leaves of the MLP are not nested: mlp_reduce_kernel.
   module, leaf = re.split('/|_(?=kernel$|bias$)', path)
   return f'{tap}.cbam.{_GATES[module]}.{_LEAVES[leaf]}'
 
 
-def connector_name(tap, path):
-  """Name of a leaf of the Connector at `tap`: the last three of their six."""
+def connector_name(tap: str, path: str) -> str:
+  """PyTorch name of a leaf of the connector at `tap`.
+
+  The authors register six connectors and use the last three.
+  """
   *_, part, leaf = path.split('/')
   index = 0 if part == 'conv' else 1
   return f'Connectors.{_CONNECTOR_NUMBER[tap]}.{index}.{_LEAVES[leaf]}'
 
 
-def distiller_name(path):
-  """Name of a leaf of AttnFD; the teacher's gates are params or batch_stats."""
-  module, rest = path.split('/', 1)
+def distiller_name(path: str) -> str:
+  """PyTorch name of a leaf of AttnFD."""
+  module, inner = path.split('/', 1)
   kind, _, tap = module.rpartition('_')
   if kind == 'connectors':
-    return connector_name(tap, rest)
+    return connector_name(tap, inner)
   if kind == 'student_gates':
-    return f's_net.{gate_name(tap, rest)}'
-  return f't_net.{gate_name(*rest.split("/", 1))}'
+    return f's_net.{gate_name(tap, inner)}'
+  # The teacher's gates are in a collection of their own, in 'params' and
+  # 'batch_stats'.
+  return f't_net.{gate_name(*inner.split("/", 1))}'
 
 
-def aliases(name):
-  """Other names of one tensor: MobileNetV2's trunk is registered twice."""
+def aliases(name: str) -> list[str]:
+  """Other names of the same tensor: MobileNetV2's trunk is registered twice."""
   match = re.match(r'(.*backbone\.)(features\.(\d+)\..*)', name)
   if not match:
     return []
@@ -121,28 +132,41 @@ def aliases(name):
 
 
 class Report(NamedTuple):
-  """What an import found, by the names of the file."""
+  """Which tensors an import used, by their names in the file.
+
+  Attributes:
+    loaded: tensors that were used.
+    missing: needed by the network, but not in the file.
+    unexpected: in the file, but not needed by the network.
+    reshaped: of another shape, and so not used: (shape in the file, expected).
+    remarks: how the network was located in the file.
+  """
 
   loaded: list[str]
-  missing: list[str]  # The network needs them.
-  unexpected: list[str]  # The network has no place for them.
-  reshaped: dict[str, tuple]  # Not used: (its shape, the shape that fits).
-  remarks: Sequence[str] = ()  # What was done to find the network.
+  missing: list[str]
+  unexpected: list[str]
+  reshaped: dict[str, tuple]
+  remarks: Sequence[str] = ()
 
   @property
-  def complete(self):
+  def complete(self) -> bool:
+    """Whether the file and the network match exactly."""
     return not (self.missing or self.unexpected or self.reshaped)
 
   @property
-  def fills_backbone(self):
-    holes = [*self.missing, *self.reshaped]
-    return not any(re.match(r'backbone\.(?!cbam\.)', name) for name in holes)
+  def fills_backbone(self) -> bool:
+    """Whether the whole backbone was loaded."""
+    not_loaded = [*self.missing, *self.reshaped]
+    return not any(
+      re.match(r'backbone\.(?!cbam\.)', name) for name in not_loaded
+    )
 
   @property
-  def backbone_only(self):
+  def backbone_only(self) -> bool:
+    """Whether nothing but the backbone was loaded."""
     return all(name.startswith('backbone.') for name in self.loaded)
 
-  def __str__(self):
+  def __str__(self) -> str:
     kinds = ('loaded', 'missing', 'unexpected', 'reshaped')
     counts = (f'{kind} {len(getattr(self, kind))}' for kind in kinds)
     parts = [', '.join(counts), *self.remarks]
@@ -150,21 +174,30 @@ class Report(NamedTuple):
       if names := getattr(self, kind):
         more = f' and {len(names) - 5} more' if len(names) > 5 else ''
         parts.append(f'{kind}: {", ".join(names[:5])}{more}')
-    for name, (found, fits) in [*self.reshaped.items()][:5]:
-      parts.append(f'{name}: has {found}, needs {fits}')
+    for name, (shape, expected) in [*self.reshaped.items()][:5]:
+      parts.append(f'{name}: has {shape}, needs {expected}')
     return '; '.join(parts)
 
 
-def flatten(tree):
-  """{'collection/path': leaf} of a tree of collections."""
+def flatten(tree: Any) -> dict[str, Any]:
+  """Flattens nested dicts to {'collection/path': leaf}."""
   return traverse_util.flatten_dict(tree, sep='/')
 
 
-def fill(target, tensors, name_of):
-  """{their name: array} in the structure of `target`, and a Report.
+def fill(
+  target: PyTree, tensors: Mapping[str, AnyArray], name_of: NameOf
+) -> tuple[PyTree, Report]:
+  """Arranges PyTorch tensors in the structure of Flax variables.
 
-  A leaf without a tensor that fits is None. `name_of` gives their name of a
-  path without its collection.
+  Args:
+    target: variables or their abstract values.
+    tensors: by PyTorch name.
+    name_of: from the path of a leaf, without its collection, to its PyTorch
+      name.
+
+  Returns:
+    Variables, with None for leaves without a tensor of the right shape; and a
+    report.
   """
   filled, loaded, missing, reshaped = {}, [], [], {}
   for path, leaf in flatten(target).items():
@@ -175,7 +208,7 @@ def fill(target, tensors, name_of):
       continue
     value = np.asarray(tensors[name])
     if path.endswith('kernel'):
-      value = value.transpose(_TO_OURS.get(value.ndim, range(value.ndim)))
+      value = value.transpose(_TO_FLAX.get(value.ndim, range(value.ndim)))
     if value.shape == leaf.shape:
       loaded.append(name)
       filled[path] = np.ascontiguousarray(value, dtype=leaf.dtype)
@@ -186,14 +219,17 @@ def fill(target, tensors, name_of):
   return traverse_util.unflatten_dict(filled, sep='/'), report
 
 
-def export(tree, name_of):
-  """{their name: array} of a tree of collections, with batch counters."""
+def export(tree: PyTree, name_of: NameOf) -> dict[str, np.ndarray]:
+  """PyTorch tensors by name of Flax variables; `fill` is the inverse.
+
+  Adds a num_batches_tracked of 0 for each batch normalization.
+  """
   tensors = {}
   for path, leaf in flatten(tree).items():
     name = name_of(path.split('/', 1)[1])
     value = np.asarray(leaf)
     if path.endswith('kernel'):
-      value = value.transpose(_TO_THEIRS[value.ndim])
+      value = value.transpose(_TO_TORCH[value.ndim])
     tensors[name] = np.ascontiguousarray(value)
     if name.endswith('.running_var'):
       counter = name.removesuffix('running_var') + 'num_batches_tracked'

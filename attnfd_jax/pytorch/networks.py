@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch checkpoints as our variables, and back; torch is not needed.
+"""Converts PyTorch checkpoints to Flax variables and back, without torch.
 
-Recognized: the authors' models and Distiller, plain DeepLabV3+ of the same
-family, trunks of torchvision (ResNet, MobileNetV2), tonylins (MobileNetV2) and
+Reads the authors' models and Distiller, plain DeepLabV3+ of the same family,
+and backbones of torchvision (ResNet, MobileNetV2), tonylins (MobileNetV2) and
 efficientnet_lite_pytorch, below any prefix (recognition.py).
 """
 
+from collections.abc import Mapping
 import difflib
 import functools
 import itertools
 import math
-from typing import NamedTuple
+import pathlib
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -21,9 +23,14 @@ from attnfd_jax.models import efficientnet_lite
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import DeepLabV3Plus, TAPS
 from attnfd_jax.pytorch import files, names, recognition, weights
+from attnfd_jax.pytorch.files import Tensors
+from attnfd_jax.pytorch.names import Report
 from attnfd_jax.pytorch.recognition import Found, read_network
+from attnfd_jax.types import PyTree, StrPath, Variables
 
-# Options that the first axis of a tensor shows, as a multiple of the last.
+Source: TypeAlias = StrPath | Mapping[str, Any]
+
+# (option, tensor, n): the first axis of the tensor has n times the option.
 _SHOWN = (
   ('num_classes', 'decoder.last_conv.8.weight', 1),
   ('aspp_channels', 'aspp.bn1.weight', 1),
@@ -48,25 +55,38 @@ _EFFICIENTNETS = {
 _IMAGENET = f'pretrained={weights.NAME!r}'
 
 
-# Tracing a whole network takes seconds.
+# Tracing a network takes seconds.
 _abstract = functools.lru_cache(networks.abstract_variables)
 
 
-def split_gates(variables):
-  """The variables without the CBAMs of the forward path, and these by tap."""
-  rest, gates = {}, {}
+def split_gates(variables: Variables) -> tuple[dict, dict]:
+  """Moves the CBAMs out of the variables of a network, into a tree by tap."""
+  network, gates = {}, {}
   for part, tree in variables.items():
     gates[part] = {tap: tree[f'attention_{tap}'] for tap in TAPS}
-    rest[part] = {k: x for k, x in tree.items() if k[:10] != 'attention_'}
-  return rest, gates
+    network[part] = {k: x for k, x in tree.items() if k[:10] != 'attention_'}
+  return network, gates
 
 
-def import_network(source, network, *, trunk=False):
-  """Variables of a DeepLabV3Plus, None where no tensor fits; gates; a Report.
+def import_network(
+  source: Source | Found, network: Any, *, trunk: bool = False
+) -> tuple[dict, dict | None, Report]:
+  """Reads the variables of a DeepLabV3Plus from PyTorch tensors.
 
-  The gates are {'params', 'batch_stats'} of the three CBAMs, if they are in the
-  file and not in the forward path, else None. InputError for the networks of
-  other projects, unless the `trunk` of one is enough.
+  Args:
+    source: path of a file, mapping of names to tensors, or a network found in
+      one of these.
+    network: the module whose variables are read.
+    trunk: accept networks of other projects that contain the backbone.
+
+  Returns:
+    The variables, with None for leaves without a tensor of the right shape; the
+    gates, {'params', 'batch_stats'} of the three CBAMs, if they are in the file
+    and not in the network's forward path, else None; and a report.
+
+  Raises:
+    InputError: if `network` is not a DeepLabV3Plus, the source holds a network
+      of another project, or a tensor has NaN or infinite values.
   """
   found = source if isinstance(source, Found) else read_network(source)
   if not networks.is_ours(network):
@@ -79,13 +99,18 @@ def import_network(source, network, *, trunk=False):
   return _fill(found, network)
 
 
-def _fill(found, network):
+def _fill(
+  found: Found, network: DeepLabV3Plus
+) -> tuple[dict, dict | None, Report]:
+  """See import_network."""
   tensors, in_path, gates = found.tensors, network.in_path_attention, None
-  # A parameter-free CBAM leaves its unused convolution in the file.
+  # Files of parameter-free CBAMs have convolutions that are not used.
   has_gates = 'backbone.cbam.ChannelGate.mlp.1.weight' in tensors
   if not has_gates:
     tensors = {k: x for k, x in tensors.items() if '.cbam.' not in k}
-  target = _abstract(network.clone(in_path_attention=in_path or has_gates))
+  gated = network.clone(in_path_attention=in_path or has_gates)
+  # Linen makes dataclasses hashable.
+  target = _abstract(gated)  # pyright: ignore[reportArgumentType]
   name_of = functools.partial(names.network_name, backbone=network.backbone)
   variables, report = _fill_finite(target, tensors, name_of, where=found.where)
   if has_gates and not in_path:
@@ -93,27 +118,29 @@ def _fill(found, network):
   return variables, gates, report._replace(remarks=found.remarks)
 
 
-def _fill_finite(target, tensors, name_of, *, where):
-  """`names.fill`; InputError if a number that it reads is none in float32."""
+def _fill_finite(
+  target: PyTree, tensors: Tensors, name_of: names.NameOf, *, where: str
+) -> tuple[PyTree, Report]:
+  """Like names.fill; InputError if a value is not finite in float32."""
   with np.errstate(over='ignore'):
     variables, report = names.fill(target, tensors, name_of)
     used = [*report.loaded, *report.reshaped]
-    wrong = [
+    bad = [
       name
       for name in used
       if not np.isfinite(np.asarray(tensors[name], np.float32)).all()
     ]
-  if wrong:
+  if bad:
     raise InputError(
-      f'{where}: {len(wrong)} of {len(used)} tensors hold NaN or infinity: '
-      f'{recognition.show(wrong[:3])}; the run diverged or float16 overflowed, '
+      f'{where}: {len(bad)} of {len(used)} tensors hold NaN or infinity: '
+      f'{recognition.show(bad[:3])}; the run diverged or float16 overflowed, '
       'take an earlier checkpoint.'
     )
   return variables, report
 
 
-def check_is_ours(found):
-  """InputError about a network of another project, with what can be done."""
+def check_is_ours(found: Found) -> None:
+  """Raises InputError, with alternatives, for a network of another project."""
   if not found.foreign:
     return
   text = f'{found.where}: {found.foreign}'
@@ -125,76 +152,78 @@ def check_is_ours(found):
     if report.fills_backbone:
       flags = [f'{key}={x}' for key, x in options.items() if x != 1]
       flags = [f'--config.student.{x}' for x in (*flags, 'pretrained=FILE')]
-      text += f'; its trunk can start a student: {" ".join(flags)}'
+      text += f'; its backbone can initialize a student: {" ".join(flags)}'
   raise InputError(
     f'{text}; the whole network can be a teacher through PyTorch: '
     'config.teacher.factory (docs/any_teacher.md).'
   )
 
 
-def infer_options(tensors):
-  """Options of DeepLabV3Plus, as far as tensors of `read_network` show."""
-  found = {}
+def infer_options(tensors: Tensors) -> dict[str, Any]:
+  """Infers fields of DeepLabV3Plus from tensors, as far as they show them."""
+  options: dict[str, Any] = {}
   for option, name, unit in _SHOWN:
     shape = tensors[name].shape if name in tensors else ()
     if shape and shape[0]:
-      found[option] = shape[0] if unit == 1 else shape[0] / unit
+      options[option] = shape[0] if unit == 1 else shape[0] / unit
   if any(name.startswith('backbone.features.') for name in tensors):
-    return found | {'backbone': 'mobilenet_v2'}
+    return options | {'backbone': 'mobilenet_v2'}
   if 'backbone._conv_stem.weight' in tensors:
-    return found | _infer_efficientnet(tensors)
+    return options | _infer_efficientnet(tensors)
   layer3 = [name for name in tensors if name.startswith('backbone.layer3.')]
   blocks = len({name.split('.')[2] for name in layer3})
   kind = (blocks, 'backbone.layer3.0.conv3.weight' in tensors)
-  return found | ({'backbone': _RESNETS[kind]} if kind in _RESNETS else {})
+  return options | ({'backbone': _RESNETS[kind]} if kind in _RESNETS else {})
 
 
-def _infer_efficientnet(tensors):
-  """'backbone' and 'width_multiplier' of a trunk; {} if it is of no variant.
+def _infer_efficientnet(tensors: Tensors) -> dict[str, Any]:
+  """The 'backbone' and 'width_multiplier' of a trunk; {} if it fits no variant.
 
-  Channels are multiples of 8, so that other multipliers make the same network,
-  also of another variant; the roundest one is meant.
+  Channels are rounded to multiples of 8, so that several multipliers, even of
+  other variants, give the same network; the roundest multiplier is returned.
   """
 
-  def channels(name):
-    shape = np.shape(tensors.get(f'backbone.{name}.weight'))
+  def channels(name: str) -> int:
+    shape = np.shape(tensors.get(f'backbone.{name}.weight', 0))
     return shape[0] if shape else 0
 
   blocks = (f'_blocks.{i}._project_conv' for i in itertools.count())
-  found = [*itertools.takewhile(bool, map(channels, blocks))]
+  in_file = [*itertools.takewhile(bool, map(channels, blocks))]
   for divisor in (1, 2, 4, 8, 16, 10, 20, 100, 1000):
     for (width, depth), name in _EFFICIENTNETS.items():
       table = [row[3] for row in efficientnet_lite.block_table(depth, 16)]
-      if len(found) != len(table):
+      if len(in_file) != len(table):
         continue
-      least, most = ((found[-1] + n) / table[-1] / width for n in (-4, 4))
+      least, most = ((in_file[-1] + n) / table[-1] / width for n in (-4, 4))
       first, last = (math.ceil(x * divisor) for x in (least, most))
       for i in range(max(1, first), last):
         multiplier = i / divisor
         widths = [efficientnet_lite.scaled(32, multiplier)]
         scale = width * multiplier
         widths += [efficientnet_lite.scaled(n, scale) for n in table]
-        if widths == [channels('_conv_stem'), *found]:
+        if widths == [channels('_conv_stem'), *in_file]:
           return {'backbone': name, 'width_multiplier': multiplier}
   return {}
 
 
-def load_torch(source, *, backbone, num_classes, **options):
-  """A DeepLabV3Plus and its attention from a PyTorch checkpoint.
+def load_torch(
+  source: Source, *, backbone: str, num_classes: int, **options: Any
+) -> tuple[dict, dict | None]:
+  """Loads a DeepLabV3Plus and its attention from a PyTorch checkpoint.
 
   Args:
     source: path of a .pth, .pth.tar or .safetensors file, or a mapping of
       names to arrays or torch tensors, with any prefix and below any key.
     backbone: key of BACKBONES.
     num_classes: of the classifier in the file.
-    **options: of DeepLabV3Plus.
+    **options: other fields of DeepLabV3Plus.
 
   Returns:
-    variables {'params', 'batch_stats'} of DeepLabV3Plus, and the three CBAMs
-    as {'params', 'batch_stats'} with the taps as keys, or None.
+    The variables {'params', 'batch_stats'} of the DeepLabV3Plus, and those of
+    its three CBAMs by tap, or None if the file has none.
 
   Raises:
-    InputError: if any tensor is missing, unexpected or of another shape.
+    InputError: if a tensor is missing, unexpected or of another shape.
   """
   network = DeepLabV3Plus(backbone, num_classes, **options)
   variables, attention, report = import_network(source, network)
@@ -203,7 +232,7 @@ def load_torch(source, *, backbone, num_classes, **options):
   return variables, attention
 
 
-def find_imagenet(network):
+def find_imagenet(network: Any) -> pathlib.Path:
   """Path of the ImageNet weights of a network; InputError if it has none."""
   if not networks.is_ours(network):
     problem = 'is a network of your own; load them in its own code'
@@ -215,16 +244,24 @@ def find_imagenet(network):
   if width != 1:
     raise InputError(
       f'{_IMAGENET}: width_multiplier={width:g} of {backbone} must be 1; set '
-      "it, or pretrained='' to start at random."
+      "it, or pretrained='' to start from random weights."
     )
   return weights.find(backbone)
 
 
-def load_pretrained(path, network):
-  """Variables, None where the file has none, as for other classes; and a line.
+def load_pretrained(path: StrPath, network: Any) -> tuple[dict, str]:
+  """Loads the backbone, and what else fits, of a file of pretrained weights.
 
-  The path 'imagenet' is the name of published weights, see weights.py; a file
-  of that name is './imagenet'. InputError, unless the whole backbone is there.
+  Args:
+    path: of the file, or 'imagenet' for published weights (weights.py). A file
+      with that name is './imagenet'.
+    network: the module to initialize.
+
+  Returns:
+    The variables, with None for leaves that are not loaded; and a log line.
+
+  Raises:
+    InputError: if the file cannot be read or lacks a part of the backbone.
   """
   source = path
   if path == weights.NAME:
@@ -243,23 +280,28 @@ def load_pretrained(path, network):
     raise InputError(
       f'{path}: does not fill the backbone {network.backbone}: {report}.'
     )
-  what = 'whole network' if report.complete else 'backbone and what else fits'
-  what = 'backbone' if report.backbone_only else what
-  return variables, f'starts from the {what} of {source}: {report}'
+  parts = 'whole network' if report.complete else 'backbone and what else fits'
+  parts = 'backbone' if report.backbone_only else parts
+  return variables, f'starts from the {parts} of {source}: {report}'
 
 
-def export_torch(variables, attention=None, *, backbone):
-  """{name: array} that the authors' DeepLab loads strictly.
+def export_torch(
+  variables: Variables, attention: Variables | None = None, *, backbone: str
+) -> dict[str, np.ndarray]:
+  """The state dict of a DeepLabV3Plus, as the authors' code loads it strictly.
 
-  Without its three CBAMs, `attention` as of `load_torch`, it is that of a plain
-  DeepLabV3+ of the same family.
+  Args:
+    variables: of the network.
+    attention: the three CBAMs, as from `load_torch`. Without them the result is
+      that of a plain DeepLabV3+ of the same family.
+    backbone: key of BACKBONES.
   """
   for part, gates in (attention or {}).items():
     gates = {f'attention_{tap}': x for tap, x in gates.items()}
-    variables = variables | {part: variables[part] | gates}
+    variables = {**variables, part: variables[part] | gates}
   name_of = functools.partial(names.network_name, backbone=backbone)
   tensors = names.export(variables, name_of)
-  # The same array under two names is one storage in the file.
+  # An array under two names is stored once.
   return tensors | {
     alias: x for name, x in tensors.items() for alias in names.aliases(name)
   }
@@ -277,13 +319,19 @@ class DistillationPair(NamedTuple):
 
 
 def load_torch_distiller(
-  state_dict, *, student_backbone, teacher_backbone, num_classes
-):
-  """The authors' Distiller (t_net.*, s_net.*, Connectors.*), recipe reference.
+  state_dict: Source,
+  *,
+  student_backbone: str,
+  teacher_backbone: str,
+  num_classes: int,
+) -> DistillationPair:
+  """Loads the authors' Distiller, with the options of the recipe reference.
 
   Args:
-    state_dict: names to arrays or torch tensors, or the path of a file.
-    student_backbone, teacher_backbone: keys of BACKBONES.
+    state_dict: names to arrays or torch tensors, or the path of a file; names
+      start with t_net, s_net or Connectors.
+    student_backbone: key of BACKBONES.
+    teacher_backbone: key of BACKBONES.
     num_classes: of both networks.
 
   Raises:
@@ -296,8 +344,11 @@ def load_torch_distiller(
   teacher = DeepLabV3Plus(teacher_backbone, num_classes, aspp_dropout=0.0)
   loaded, maps = [], []
   for network, prefix in ((student, 's_net.'), (teacher, 't_net.')):
-    found = [name for name in tensors if name.startswith(prefix)]
-    own = {name.removeprefix(prefix): tensors[name] for name in found}
+    own = {
+      name.removeprefix(prefix): x
+      for name, x in tensors.items()
+      if name.startswith(prefix)
+    }
     variables, gates, report = import_network(own, network)
     if not report.complete or gates is None:
       raise InputError(f'{prefix}* is not a {network.backbone}: {report}.')
@@ -314,10 +365,18 @@ def load_torch_distiller(
   )
   init = functools.partial(distiller.init, jax.random.key(0), train=False)
   target = jax.eval_shape(init, *maps)
-  variables, report = _fill_finite(
+  distiller_variables, report = _fill_finite(
     target, tensors, names.distiller_name, where='Connectors'
   )
   if report.missing or report.reshaped:
-    report = report._replace(unexpected=[])  # Those of the networks.
+    report = report._replace(unexpected=[])  # These are of the networks.
     raise InputError(f'Connectors do not fit: {report}.')
-  return DistillationPair(student, teacher, distiller, *loaded, variables)
+  student_variables, teacher_variables = loaded
+  return DistillationPair(
+    student,
+    teacher,
+    distiller,
+    student_variables,
+    teacher_variables,
+    distiller_variables,
+  )

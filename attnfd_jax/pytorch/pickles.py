@@ -1,26 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the pickles of PyTorch checkpoints on a small machine of our own.
+"""Unpickles PyTorch checkpoints without executing anything in them.
 
-A pickle is a program. Here it runs over `pickletools.genops`: each opcode and
-each global is on a list below, and everything else is refused by name.
+A pickle is a program for a stack machine. This interpreter iterates over
+`pickletools.genops` and allows only the opcodes and globals listed below.
 `pickle.Unpickler` with a strict `find_class` is not enough: its BUILD sets
-attributes on whatever is on the stack, one LONG_BINPUT can ask for gigabytes,
-and a nested tuple as a dict key hashes for ever.
+attributes on anything on the stack, a single LONG_BINPUT can ask for gigabytes,
+and hashing a nested tuple as a dict key can take forever.
 """
 
+from collections.abc import Callable, Iterable
+import io
 import math
 import pickletools
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 
 from attnfd_jax.errors import InputError
 
+Storages: TypeAlias = dict[str, np.ndarray]
+LoadStorage: TypeAlias = Callable[[str, np.dtype, int], np.ndarray]
+
 # Real pickles are under 1 MB; each byte can cost 100 bytes of memory.
 MAX_PICKLE = 2**24
-# A view may repeat elements (torch's expand); bounded, since copies grow.
+# A view may repeat elements (as of torch's expand), and a copy of it is larger;
+# this many elements at most.
 _MAX_REPEATED = 2**20
-# torch's name of a storage, the name in safetensors, the type.
+# torch's name of a storage, the name in safetensors, the dtype.
 _DTYPES = (
   ('DoubleStorage', 'F64', np.float64),
   ('FloatStorage', 'F32', np.float32),
@@ -39,36 +46,39 @@ WAY_OUT = 'get a file of tensors only, torch.save(model.state_dict(), ...)'
 
 
 class TorchFileError(InputError):
-  """A file that cannot be read or written; one line: file, fault, way out."""
+  """A file cannot be read or written: one line with file, cause and remedy."""
 
 
-def damaged(what):
+def damaged(what: str) -> TorchFileError:
+  """The error for a file whose content is inconsistent."""
   return TorchFileError(f'damaged: {what}; copy or download it again')
 
 
-def _refused(name):
+def _refused(name: str) -> TorchFileError:
   return TorchFileError(
-    f'refuses to load {name[:80]!r}: not a tensor file we trust; {WAY_OUT}'
+    f'refuses to load {name[:80]!r}: not allowed in a tensor file; {WAY_OUT}'
   )
 
 
-def as_text(value):
-  """A text itself, of others their type: nested lists could print for ever."""
+def as_text(value: object) -> str:
+  """A string as it is; of other values, which may be huge, the type."""
   return value if type(value) is str else type(value).__name__
 
 
-def _set_items(target, items):
+def _set_items(target: Any, items: Iterable[tuple[Any, Any]]) -> dict:
   if type(target) is not dict:
     raise _refused(f'items set on {type(target).__name__}')
   for key, value in items:
-    # Tuples as keys could hash for ever: (a, a) of (b, b) of ...
+    # Nested tuples, (a, a) of (b, b) of ..., could take forever to hash.
     if not isinstance(key, (str, bytes, int, float, type(None))):
       raise _refused(f'a dict key of type {type(key).__name__}')
     target[key] = value
   return target
 
 
-def _make_tensor(storage, offset, size, stride, *_):
+def _make_tensor(
+  storage: Any, offset: Any, size: Any, stride: Any, *_: Any
+) -> np.ndarray:
   if type(storage) is not np.ndarray:
     raise _refused(f'a tensor on {type(storage).__name__}')
   numbers = (offset, *size, *stride)
@@ -78,37 +88,38 @@ def _make_tensor(storage, offset, size, stride, *_):
   count = math.prod(size)
   if not count:
     return np.empty(size, storage.dtype)
-  reach = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-  if reach >= storage.size or count > max(storage.size, _MAX_REPEATED):
+  last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+  if last >= storage.size or count > max(storage.size, _MAX_REPEATED):
     raise damaged(f'a tensor {size} outside of its {storage.size} elements')
-  # NumPy checks the bounds once more.
+  # NumPy checks the bounds again.
   width, data = storage.itemsize, storage.view(np.uint8)
   strides = [s * width for s in stride]
   return np.ndarray(size, storage.dtype, data, offset * width, strides)
 
 
-def _make_dtype(code, *_):
+def _make_dtype(code: Any, *_: Any) -> np.dtype:
   # Bool, int, uint, float only: object dtypes would hold pointers.
   if code not in 'b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8'.split():
     raise _refused(f'numpy.dtype({as_text(code)!r})')
   return np.dtype(code).newbyteorder('<')
 
 
-def _make_scalar(dtype, data):
+def _make_scalar(dtype: Any, data: Any) -> np.generic:
   data = data.encode('latin1') if isinstance(data, str) else data
   if not isinstance(dtype, np.dtype) or len(data) != dtype.itemsize:
     raise damaged('a NumPy scalar of the wrong size')
   return np.frombuffer(data, dtype).astype(dtype.newbyteorder('='))[0]
 
 
-def _encode(text, encoding='latin1'):
-  # How protocol 2 spells bytes.
+def _encode(text: Any, encoding: Any = 'latin1') -> bytes:
+  # Protocol 2 writes bytes this way.
   if encoding != 'latin1':
     raise _refused(f'_codecs.encode to {as_text(encoding)!r}')
   return str.encode(text, 'latin1')
 
 
-# What a pickle can name: what REDUCE may call, and the dtypes of storages.
+# The globals that a pickle may name: functions for REDUCE to call, and the
+# dtypes of storages.
 GLOBALS = {
   'collections OrderedDict': lambda items=(): _set_items({}, items),
   'torch._utils _rebuild_tensor': _make_tensor,  # Before 0.4.
@@ -130,8 +141,8 @@ _LITERALS = set(
 )
 
 
-def _find(reference, storages, load):
-  """The storage that a persistent id means, or a view of it."""
+def _find(reference: Any, storages: Storages, load: LoadStorage) -> np.ndarray:
+  """The storage that a persistent id refers to, or a view of it."""
   kind, dtype, key, _, count, *view = reference
   if kind != 'storage' or not isinstance(dtype, np.dtype):
     raise _refused(f'persistent {as_text(kind)!r}')
@@ -150,19 +161,30 @@ def _find(reference, storages, load):
   return storage
 
 
-def unpickle(data, storages, load=None):
-  """The value of one pickle in bytes, or at the position of a stream of them.
+def unpickle(
+  data: bytes | io.BytesIO, storages: Storages, load: LoadStorage | None = None
+) -> Any:
+  """Returns the value of one pickle.
 
-  `storages` is {key: array} of what was loaded; more are added by `load`, (key,
-  dtype, count) -> array [count]. Without it the pickle may not name storages.
+  Args:
+    data: the pickle, or a stream whose position is at its start.
+    storages: those loaded so far; new ones are added.
+    load: (key, dtype, count) -> a 1-D array. Without it, a pickle with
+      references to storages is refused.
+
+  Raises:
+    TorchFileError: if the pickle is damaged or holds anything but plain values
+      and tensors. Hostile data can raise other exceptions, too.
   """
-  stack, marks, memo = [], [], {}
+  stack: list[Any] = []
+  marks: list[int] = []
+  memo: dict[Any, Any] = {}
   copied = 0
   for opcode, arg, _ in pickletools.genops(data):
-    name, taken = opcode.name, opcode.stack_before
-    start = len(stack) - len(taken)
-    if pickletools.markobject in taken:
-      start = marks.pop() - taken.index(pickletools.markobject)
+    name, operands = opcode.name, opcode.stack_before
+    start = len(stack) - len(operands)
+    if pickletools.markobject in operands:
+      start = marks.pop() - operands.index(pickletools.markobject)
     if start < 0:
       raise damaged('truncated')
     items = stack[start:]
@@ -193,27 +215,28 @@ def unpickle(data, storages, load=None):
         value = {} if 'DICT' in name else items.pop(0)
         _set_items(value, zip(items[::2], items[1::2], strict=True))
       case 'GLOBAL' | 'STACK_GLOBAL':
-        # An argument, or two texts on the stack.
-        known = arg or ' '.join(map(as_text, items))
-        if known not in GLOBALS:
-          raise _refused(known.replace(' ', '.', 1))
-        value = GLOBALS[known]
+        # An argument, or two strings on the stack.
+        path = arg or ' '.join(map(as_text, items))
+        if path not in GLOBALS:
+          raise _refused(path.replace(' ', '.', 1))
+        value = GLOBALS[path]
       case 'REDUCE':
         function, args = items
-        # Nothing but what GLOBALS holds is callable on this stack.
+        # The only callables on this stack are those of GLOBALS.
         if not callable(function):
           raise _refused(f'a call of {type(function).__name__}')
         value = function(*args)
-        # A few bytes can ask for one more copy of a list, table or text.
-        if type(value) in (tuple, dict, bytes):
+        # A few bytes of the pickle can ask for another copy of a large value.
+        if isinstance(value, (tuple, dict, bytes)):
           copied += len(value)
         if copied > MAX_PICKLE:
           raise damaged('calls that fill the memory')
       case 'BUILD':
-        # Versions of modules for an OrderedDict, byte order for a dtype.
+        # An OrderedDict has module versions as its state, a dtype its byte
+        # order.
         value, state = items
-        known = isinstance(value, np.dtype) and state[1] in ('<', '|', '=')
-        if not known and type(value) is not dict:
+        is_dtype = isinstance(value, np.dtype) and state[1] in ('<', '|', '=')
+        if not is_dtype and type(value) is not dict:
           raise _refused(f'state for {type(value).__name__}')
       case 'BINPERSID' if load:
         value = _find(items[0], storages, load)

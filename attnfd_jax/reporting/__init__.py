@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people look at: the report page, figures, contact sheets."""
+"""Writes output for people: the report page, figures, contact sheets."""

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page and the Markdown table of a comparison, from its compare.json."""
+"""Writes a comparison as an HTML page and as Markdown tables."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 import itertools
 import shlex
+from typing import Any, TypeAlias
 
+from etils import epath
 import numpy as np
 
 from attnfd_jax import paths
@@ -12,27 +15,34 @@ from attnfd_jax.reporting import page
 from attnfd_jax.reporting.run_folder import read_pictures
 from attnfd_jax.runs import logs
 
-_SCENES = 3
-_BAR = '\\|'  # Which does not end a cell of Markdown.
-# In what rows can be equal to the baseline.
+_SCENES = 3  # Images with predictions.
+_BAR = '\\|'  # A bar that does not end a cell of Markdown.
+# Values of --equal: what rows and baseline have in common.
 TITLES = {'steps': 'Equal steps', 'seconds': 'Equal seconds'}
 
+# The content of a compare.json, see docs/comparing.md, and parts of it.
+_Comparison: TypeAlias = Mapping[str, Any]
+_Row: TypeAlias = Mapping[str, Any]
+_Spread: TypeAlias = Mapping[str, Any]  # {'mean', 'std', 'n'}
 
-def write(found, workdir):
-  """compare.md and compare.html in the folder of the comparison.
 
-  `found` is compare.json; curves and pictures come from the runs beside it.
+def write(comparison: _Comparison, workdir: epath.Path) -> None:
+  """Writes compare.md and compare.html.
+
+  Args:
+    comparison: content of compare.json.
+    workdir: folder of the comparison, with the runs' curves and pictures.
   """
   with paths.replacing(workdir / 'compare.md') as file:
-    file.write(markdown(found).encode())
-  palette, class_names = _classes(workdir, found)
+    file.write(markdown(comparison).encode())
+  palette, class_names = _classes(workdir, comparison)
   page.render(
     'comparison.html',
     workdir / 'compare.html',
-    found=found,
-    tables=[_Table(found, kind, workdir) for kind in _kinds(found)],
-    head=_head(found),
-    cells=functools.partial(_cells, found),
+    comparison=comparison,
+    tables=[_Table(comparison, kind, workdir) for kind in _kinds(comparison)],
+    head=_head(comparison),
+    cells=functools.partial(_cells, comparison),
     palette=palette,
     class_names=class_names,
     difference=difference,
@@ -40,67 +50,80 @@ def write(found, workdir):
   )
 
 
-def score(spread, show=page.number):
-  """'43.51 ± 0.42' of {'mean', 'std', 'n'} of fractions, as percent."""
+def score(
+  spread: _Spread | None,
+  show: Callable[[float | None], str] = page.number,
+) -> str:
+  """Formats a spread of fractions in percent, '43.51 ± 0.42'."""
   if spread is None:
     return '–'
   std = spread['std']
   return page.plus_minus(100 * spread['mean'], std and 100 * std, show)
 
 
-def difference(spread):
-  """'+1.20 ± 0.30' points."""
+def difference(spread: _Spread | None) -> str:
+  """Formats a spread of differences in points, '+1.20 ± 0.30'."""
   return score(spread, page.signed)
 
 
-def _splits(found):
-  tested = found['baseline'].get('test') is not None
+def _splits(comparison: _Comparison) -> tuple[str, ...]:
+  tested = comparison['baseline'].get('test') is not None
   return ('val', 'test') if tested else ('val',)
 
 
-def markdown(found, level=2):
-  """The tables of a compare.json as text, under headings of this level."""
-  lines, head = [], ['method', 'seeds', *_head(found)]
-  for kind in _kinds(found):
-    rows = [row for row in found['rows'] if row['equal'] == kind]
+def markdown(comparison: _Comparison, level: int = 2) -> str:
+  """Formats the tables of a comparison in Markdown.
+
+  Args:
+    comparison: content of compare.json.
+    level: level of the headings.
+  """
+  lines, head = [], ['method', 'seeds', *_head(comparison)]
+  for kind in _kinds(comparison):
+    rows = [row for row in comparison['rows'] if row['equal'] == kind]
     lines += [f'{"#" * level} {TITLES[kind]}', '', f'| {" | ".join(head)} |']
     lines += [f'|{" --- |" * len(head)}']
-    lines += [_line(found, row) for row in (found['baseline'], *in_order(rows))]
+    lines += [
+      _line(comparison, row)
+      for row in (comparison['baseline'], *in_order(rows))
+    ]
     lines += ['']
-  teacher = found['teacher']
+  teacher = comparison['teacher']
   if teacher:
     scores = [f'val {page.percent(teacher["val"])}']
     if teacher.get('test') is not None:
       scores += [f'test {page.percent(teacher["test"])}']
     lines += [f'Teacher {teacher["name"]}: {", ".join(scores)}.', '']
-  text = 'mIoU in percent, mean ± standard deviation over seeds (n − 1); the '
-  text += 'difference to the baseline is paired by seed; parameters are those '
-  lines += [f'{text}of the method, in training only.']
+  lines += [
+    'mIoU in percent, mean ± standard deviation over seeds (n − 1). The gain '
+    'over the baseline is paired by seed. Extra parameters are those of the '
+    'method, which are not deployed.'
+  ]
   return '\n'.join(lines) + '\n'
 
 
-def _kinds(found):
-  """Those that have rows."""
+def _kinds(comparison: _Comparison) -> list[str]:
+  """Returns the values of --equal that have rows."""
   return [
     kind
     for kind in TITLES
-    if any(row['equal'] == kind for row in found['rows'])
+    if any(row['equal'] == kind for row in comparison['rows'])
   ] or ['steps']
 
 
-def _head(found):
-  """Of the columns after method and seeds."""
-  of_splits = [(f'mIoU {split}, %', 'difference') for split in _splits(found)]
-  costs = ('steps', 's a step', 'training', 'GB', 'parameters')
+def _head(comparison: _Comparison) -> list[str]:
+  """Returns the headings of the columns after method and seeds."""
+  of_splits = [(f'mIoU {split}, %', 'gain') for split in _splits(comparison)]
+  costs = ('steps', 's/step', 'training time', 'GB', 'extra parameters')
   return [*itertools.chain(*of_splits), *costs]
 
 
-def _cells(found, row):
-  """Of a row that was measured, as text."""
-  differences = row.get('difference', {})  # Not of the baseline.
+def _cells(comparison: _Comparison, row: _Row) -> list[str]:
+  """Returns the cells after method and seeds of a row that was measured."""
+  differences = row.get('difference', {})  # The baseline has none.
   scores = (
     (score(row[split]), difference(differences.get(split)))
-    for split in _splits(found)
+    for split in _splits(comparison)
   )
   return [
     *itertools.chain(*scores),
@@ -112,42 +135,51 @@ def _cells(found, row):
   ]
 
 
-def _line(found, row):
-  """Of Markdown."""
+def _line(comparison: _Comparison, row: _Row) -> str:
+  """Returns a row of a Markdown table."""
   if 'failed' in row:
     cells = [row['title'], f'failed: {row["failed"]}']
   else:
-    cells = [row['title'], seeds(row), *_cells(found, row)]
+    cells = [row['title'], seeds(row), *_cells(comparison, row)]
   return f'| {" | ".join(x.replace("|", _BAR) for x in cells)} |'
 
 
-def seeds(row):
-  """'0, 1, 2 failed: Loss is not finite at step 3.'"""
+def seeds(row: _Row) -> str:
+  """Formats the seeds of a row, '0, 1, 2 failed: Loss is not finite.'."""
   done = [str(run['seed']) for run in row['runs'] if 'val' in run]
   failed = [run for run in row['runs'] if 'failed' in run]
   texts = [f'{run["seed"]} failed: {run["failed"]}' for run in failed]
   return ', '.join(done + texts) or '–'
 
 
-def in_order(rows):
-  """The best on val first; what failed last."""
+def in_order(rows: Sequence[_Row]) -> list[_Row]:
+  """Sorts rows: the best on val first, failed ones last."""
 
   def key(row):
     paired, value = row['difference']['val'], row['val']
-    best = (paired or value or {'mean': 0})['mean']
-    return value is None, paired is None, -best
+    mean = (paired or value or {'mean': 0})['mean']
+    return value is None, paired is None, -mean
 
   return sorted(rows, key=key)
 
 
 class _Table:
-  """What the page shows of the rows that are equal in steps, or in seconds."""
+  """The part of the page about one value of --equal.
 
-  def __init__(self, found, kind, workdir):
+  Attributes:
+    rows: all rows, sorted.
+    done: rows with at least one finished run.
+    over_steps: title -> steps and mIoU [2, n].
+    over_seconds: title -> seconds of training and mIoU [2, n].
+    classes: pairs of a title and the difference of each class.
+    pictures: pairs of a title and the arrays of a pictures.npz.
+  """
+
+  def __init__(self, comparison: _Comparison, kind: str, workdir: epath.Path):
     self.title = TITLES[kind]
-    self.rows = in_order([r for r in found['rows'] if r['equal'] == kind])
+    self.rows = in_order([r for r in comparison['rows'] if r['equal'] == kind])
     self.done = [row for row in self.rows if row['val'] is not None]
-    baseline = found['baseline']
+    baseline = comparison['baseline']
     self._workdir = workdir
     shown = [row for row in (baseline, *self.done) if row['val'] is not None]
     curves = {self._label(row): (row, _mean_curve(row)) for row in shown}
@@ -167,26 +199,29 @@ class _Table:
       if (arrays := self._pictures(row))
     ]
 
-  def _label(self, row):
-    """Its title, or its name where two have the same title."""
+  def _label(self, row: _Row) -> str:
+    """Returns a row's title, or its name if the title is not unique."""
     titles = [other['title'] for other in self.rows]
     return row['title'] if titles.count(row['title']) < 2 else row['name']
 
-  def _folders(self, row):
+  def _folders(self, row: _Row) -> Iterator[epath.Path]:
+    """Yields the stage folders of the finished runs."""
     stage = 'distill' if row['method'] else 'student'
     for run in row['runs']:
       if 'val' in run:
         yield self._workdir / run['folder'] / stage
 
-  def _pictures(self, row):
-    """Of the first seed."""
+  def _pictures(self, row: _Row) -> dict[str, np.ndarray]:
+    """Reads the pictures of the first finished run."""
     return next(
       (read_pictures(x / 'pictures.npz') for x in self._folders(row)), {}
     )
 
   @property
-  def scenes(self):
-    """(image, label, [(title, prediction)]) of some images."""
+  def scenes(
+    self,
+  ) -> list[tuple[np.ndarray, np.ndarray, list[tuple[str, np.ndarray]]]]:
+    """Image, label and the prediction of each row, for some images."""
     if not self.pictures:
       return []
     first = self.pictures[0][1]
@@ -205,17 +240,22 @@ class _Table:
     ]
 
 
-def _mean_curve(row):
-  """[2, n]: steps, and the mean over seeds of the mIoU on val; or None."""
+def _mean_curve(row: _Row) -> np.ndarray | None:
+  """Returns steps and mean mIoU on val over the seeds [2, n], if there are any.
+
+  Seeds that were evaluated at other steps than the first one do not count.
+  """
   curves = [np.array(run['curve']).T for run in row['runs'] if 'val' in run]
   curves = [x for x in curves if x.size]
   same = [x for x in curves if np.array_equal(x[0], curves[0][0])]
   return np.mean(same, axis=0) if same else None
 
 
-def _classes(workdir, found):
-  """Palette [k, 3] and names in the order of ids, from a run's config.json."""
-  for run in found['baseline']['runs']:
+def _classes(
+  workdir: epath.Path, comparison: _Comparison
+) -> tuple[np.ndarray, Sequence[str]]:
+  """Reads palette [k, 3] and class names from the config.json of a run."""
+  for run in comparison['baseline']['runs']:
     path = workdir / run['folder'] / 'student' / 'config.json'
     if config := logs.read_json(path):
       return np.array(config['palette'], np.uint8), config['class_names']

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawings of the report as text: charts in SVG, pictures as data URIs."""
+"""Draws the figures of the report: charts as SVG, pictures as data URIs."""
 
 import base64
-import collections
+from collections.abc import Mapping
 import io
 import itertools
 import pathlib
 import re
+from typing import Any, NamedTuple
 import warnings
 
 import matplotlib
@@ -15,23 +16,35 @@ from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image
 
-# How a network is called and drawn, the same on the whole page. Colors by Okabe
-# and Ito, 2008: told apart with every common color blindness.
-Role = collections.namedtuple('Role', 'title color marker')
+
+class Role(NamedTuple):
+  """Name and style of a network, the same on the whole page."""
+
+  title: str
+  color: str
+  marker: str
+
+
+# Colors by Okabe and Ito, 2008, which can be distinguished with all common
+# types of color blindness.
 ROLES = {
   'teacher': Role('Teacher', '#0072B2', 's'),
   'student': Role('Student', '#E69F00', 'o'),
   'distill': Role('Distilled', '#009E73', 'D'),
 }
-# Of methods that are compared, beside the baseline; then the same, dashed.
+# Colors of the methods in a comparison; with each dash style in turn.
 _METHOD_COLORS = ('#009E73', '#0072B2', '#D55E00', '#CC79A7', '#56B4E9')
 _METHOD_COLORS += ('#8C8C8C', '#8C564B')
 _DASHES = ('-', '--', ':')
-_LONGEST = 400  # Pixels of a side; the page enlarges smaller pictures.
+_LONGEST = 400  # Maximum side of a picture; the page enlarges smaller ones.
 
 
-def miou_chart(curves):
-  """SVG text of role -> [2, n], steps and mIoU as fractions."""
+def miou_chart(curves: Mapping[str, np.ndarray]) -> str:
+  """Draws the mIoU during training as SVG.
+
+  Args:
+    curves: steps and mIoU as a fraction [2, n] of each role.
+  """
   lines = {}
   for role, (steps, values) in curves.items():
     marker = ROLES[role].marker if len(steps) <= 40 else None
@@ -39,19 +52,30 @@ def miou_chart(curves):
   return _line_chart(lines, ylabel='mIoU val, %')
 
 
-def loss_chart(curves, role):
-  """SVG text of name -> [2, n], steps and values; 'loss' is the total."""
-  lines = {'total': (*curves['loss'], _line(role))}
+def loss_chart(curves: Mapping[str, np.ndarray], role: str) -> str:
+  """Draws the loss and its terms as SVG.
+
+  Args:
+    curves: steps and values [2, n] of 'loss', the total, and of each term.
+    role: role whose color the total has.
+  """
+  steps, values = curves['loss']
+  lines = {'total': (steps, values, _line(role))}
   terms = [name for name in curves if name != 'loss']
-  # The only term of a stage without distillation is its total.
+  # Without distillation, the only term is the total.
   for name in terms if len(terms) > 1 else ():
-    lines[name] = (*curves[name], {'linewidth': 1.5})
+    steps, values = curves[name]
+    lines[name] = (steps, values, {'linewidth': 1.5})
   return _line_chart(lines, ylabel='loss')
 
 
-def methods_chart(curves, xlabel):
-  """SVG text of title -> [2, n], steps or seconds, and mIoU as fractions; the
-  first is the baseline.
+def methods_chart(curves: Mapping[str, np.ndarray], xlabel: str) -> str:
+  """Draws the mIoU of several methods as SVG.
+
+  Args:
+    curves: steps or seconds, and mIoU as a fraction [2, n], of each title; the
+      baseline is the first.
+    xlabel: label of the x axis.
   """
   others = (
     {'color': color, 'linestyle': dash, 'linewidth': 1.5}
@@ -67,24 +91,37 @@ def methods_chart(curves, xlabel):
   return _line_chart(lines, ylabel='mIoU val, %', xlabel=xlabel)
 
 
-def _line(role, **options):
+def _line(role: str, **options: Any) -> dict[str, Any]:
+  """Returns options of Axes.plot for a role."""
   return {'color': ROLES[role].color, 'linestyle': '-', **options}
 
 
 @style.context(pathlib.Path(__file__).with_name('charts.mplstyle'))
-def _line_chart(lines, *, ylabel, xlabel='step'):
-  """Inline SVG; `lines` has name -> (steps, values, options of Axes.plot)."""
-  # Few long names fit side by side; a legend of many rows needs its height.
+def _line_chart(
+  lines: Mapping[str, tuple[np.ndarray, np.ndarray, dict[str, Any]]],
+  *,
+  ylabel: str,
+  xlabel: str = 'step',
+) -> str:
+  """Draws a line chart as inline SVG.
+
+  Args:
+    lines: x and y values and options of Axes.plot for each name.
+    ylabel: label of the y axis.
+    xlabel: label of the x axis.
+  """
+  # Columns and rows of the legend: long names need fewer columns.
   columns = max(1, min(3, 60 // max(map(len, lines))))
   rows = -(-len(lines) // columns)
-  axes = Figure(figsize=(5.2, 3.2 + 0.2 * rows)).subplots()
+  figure = Figure(figsize=(5.2, 3.2 + 0.2 * rows))
+  axes = figure.subplots()
   for name, (steps, values, options) in lines.items():
     axes.plot(_thin(steps), _thin(values), label=name, **options)
   values = np.concatenate([values for _, values, _ in lines.values()])
   low, high = values.min(), values.max()
   if low > 0 and high / low > 20:
-    # A small term beside a large one is invisible on a linear axis; an SVG
-    # text knows no exponents.
+    # On a linear axis, a small term next to a large one would be invisible.
+    # Plain numbers, because text in an SVG cannot show exponents.
     axes.set_yscale('log')
     subs = (1, 2, 5) if high / low < 100 else (1,)
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=9))
@@ -95,41 +132,44 @@ def _line_chart(lines, *, ylabel, xlabel='step'):
   axes.set(xlabel=xlabel, ylabel=ylabel)
   axes.legend(loc='lower left', bbox_to_anchor=(-0.02, 1), ncols=columns)
   stream = io.StringIO()
-  nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
+  no_metadata = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
   with warnings.catch_warnings():
-    # An SVG has its text as text: what draws the page has the font.
+    # The browser draws the text, with its own fonts.
     warnings.filterwarnings('ignore', 'Glyph')
-    axes.figure.savefig(
-      stream, format='svg', transparent=True, metadata=nothing
-    )
+    figure.savefig(stream, format='svg', transparent=True, metadata=no_metadata)
   _, start, text = stream.getvalue().partition('<svg')
-  # Several drawings share the page: names such as axes_1 would repeat.
+  # With several charts on a page, ids such as axes_1 would not be unique.
   text = re.sub(r'<g id="[^"]*"', '<g', start + text)
   # The placeholders of charts.mplstyle.
   text = text.replace('#010203', 'var(--ink)').replace('#040506', 'var(--line)')
   return re.sub(r'\n\s*', '\n', text)
 
 
-def _thin(values):
-  """Means over neighbors, so that a long run stays a small drawing."""
+def _thin(values: np.ndarray) -> list[float]:
+  """Averages neighboring values, so that charts of long runs stay small."""
   return [x.mean() for x in np.array_split(values, min(len(values), 150))]
 
 
-def photo(image):
-  """uint8 [h, w, 3] as a data URI."""
+def photo(image: np.ndarray) -> str:
+  """Encodes an image, uint8 [h, w, 3], as a data URI."""
   return _uri(_shrunk(image), 'JPEG', quality=90)
 
 
-def class_map(classes, palette):
-  """uint8 [h, w] as a data URI in colors of the palette; no color for 255."""
+def class_map(classes: np.ndarray, palette: np.ndarray) -> str:
+  """Draws class ids, uint8 [h, w], as a data URI; 255 is transparent."""
   picture = _shrunk(classes, Image.Resampling.NEAREST)
   table = np.pad(palette, ((0, 256 - len(palette)), (0, 0)))
   picture.putpalette(table.tobytes())
   return _uri(picture, 'PNG', optimize=True, transparency=255)
 
 
-def heat_map(image, heat):
-  """Heat, float [th, tw] from 0 to 1, over the gray image; a data URI."""
+def heat_map(image: np.ndarray, heat: np.ndarray) -> str:
+  """Draws a map over the grayscale image as a data URI.
+
+  Args:
+    image: uint8 [h, w, 3].
+    heat: float of any height and width, from 0 to 1.
+  """
   gray = _shrunk(image).convert('L')
   level = Image.fromarray(np.nan_to_num(heat.astype(np.float32)))
   level = level.resize(gray.size, Image.Resampling.BILINEAR)
@@ -138,13 +178,16 @@ def heat_map(image, heat):
   return _uri(Image.fromarray(np.uint8(255 * mixed)), 'JPEG', quality=90)
 
 
-def _shrunk(array, how=Image.Resampling.BICUBIC):
+def _shrunk(
+  array: np.ndarray,
+  resampling: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Image.Image:
   picture = Image.fromarray(np.ascontiguousarray(array))
-  picture.thumbnail((_LONGEST, _LONGEST), how)
+  picture.thumbnail((_LONGEST, _LONGEST), resampling)
   return picture
 
 
-def _uri(picture, kind, **options):
+def _uri(picture: Image.Image, kind: str, **options: Any) -> str:
   stream = io.BytesIO()
   picture.save(stream, kind, **options)
   data = base64.b64encode(stream.getvalue()).decode()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's folder: checkpoints, logs, and loading a stage back."""
+"""The folder of a run: checkpoints, logs, and loading trained networks."""

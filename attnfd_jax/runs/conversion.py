@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch files as stages of ours, and stages as PyTorch files."""
+"""Converts PyTorch files to folders of stages, and stages to PyTorch files."""
 
+from collections.abc import Mapping, Sequence
 import json
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 from flax import traverse_util
 import jax
@@ -20,9 +22,10 @@ from attnfd_jax.pytorch import files
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.runs import checkpoints, loading, logs
+from attnfd_jax.types import PyTree, StrPath, Variables
 
 ENDINGS = ('.pth', '.pth.tar', '.safetensors')
-# Data sets that a number of classes, or their names, show.
+# Data sets that are recognized by the number or the names of their classes.
 _DATASETS = {
   'pascal_voc': classes.VOC,
   'cityscapes': classes.CITYSCAPES,
@@ -30,53 +33,73 @@ _DATASETS = {
 }
 
 
-def convert(source, target, *, config, allow_code=False, **options):
-  """`import_stage` of a file, with options, or `export_stage` of a folder."""
+def convert(
+  source: StrPath | None,
+  target: StrPath | None,
+  *,
+  config: Mapping[str, Any],
+  allow_code: bool = False,
+  **options: Any,
+) -> list[str]:
+  """Converts a PyTorch file to the folder of a stage, or the reverse.
+
+  Args:
+    source: file or folder to convert.
+    target: folder or file to write.
+    config: see `import_stage`.
+    allow_code: see `export_stage`.
+    **options: of `import_stage`.
+
+  Returns:
+    Lines to print.
+  """
   if not (source and target):
-    raise InputError('--source and --target must name a file and a folder.')
+    raise InputError(
+      '--source and --target must be given, one a file and one a folder.'
+    )
   source = paths.as_path(source)
   if not source.exists():
     raise InputError(f'--source={source}: no such file or folder.')
   if source.is_dir() != str(target).endswith(ENDINGS):
     raise InputError(
-      f'--target={target}: a folder becomes a file that ends in '
-      f'{", ".join(ENDINGS)}, and a file becomes a folder.'
+      f'--target={target}: it must end in {", ".join(ENDINGS)} if --source is '
+      'a folder, and must be a folder if --source is a file.'
     )
   if source.is_file():
     return import_stage(source, target, config=config, **options)
   if given := [name for name, value in options.items() if value]:
-    raise InputError(f'--{given[0]} is for PyTorch files as --source.')
+    raise InputError(f'--{given[0]} needs a PyTorch file as --source.')
   return export_stage(source, target, allow_code=allow_code)
 
 
-def _new(target):
+def _new(target: StrPath) -> pathlib.Path:
   if os.path.lexists(target):
-    raise InputError(f'--target={target}: exists; name another one.')
+    raise InputError(f'--target={target}: exists; choose another name.')
   return pathlib.Path(target)
 
 
-def _holes(tree):
+def _missing(tree: PyTree) -> list[str]:
   """Paths of the leaves that are None."""
   return [path for path, x in torch_names.flatten(tree).items() if x is None]
 
 
-def _fill(variables, holes, network):
-  """The variables with random values, as networks start, in place of None."""
+def _fill(variables: PyTree, missing: list[str], network: Any) -> Variables:
+  """Initializes the missing variables at random, as for training."""
 
   @jax.jit
   def init(rng):
     fresh = network.init(rng, jnp.zeros((1, 64, 64, 3)), train=False)
     fresh = torch_names.flatten(fresh)
-    # Only what is returned is compiled.
-    return {path: fresh[path] for path in holes}
+    # The compiler drops the others.
+    return {path: fresh[path] for path in missing}
 
   filled = jax.device_get(init(jax.random.key(0)))
   filled = torch_names.flatten(variables) | filled
   return traverse_util.unflatten_dict(filled, sep='/')
 
 
-def _metadata(path):
-  """What `export_stage` left in a .safetensors file, or {}."""
+def _metadata(path: pathlib.Path) -> dict[str, Any]:
+  """Metadata that `export_stage` wrote to a .safetensors file, or {}."""
   if path.suffix != '.safetensors':
     return {}
   metadata = files.read_torch(path)['metadata']
@@ -84,19 +107,21 @@ def _metadata(path):
   try:
     return {key: json.loads(metadata[key]) for key in keys}
   except ValueError:
-    return {}  # Keys of somebody else.
+    return {}  # Written by another program.
 
 
-def _describe_classes(num_classes, class_names, metadata):
+def _describe_classes(
+  num_classes: int, class_names: Sequence[str], metadata: Mapping[str, Any]
+) -> tuple[str, list[str], list]:
   """Name of the data set, names of its classes, palette as a list."""
   names, count = list(class_names), len({*class_names})
   if names and not len(names) == count == num_classes:
-    text = f'--class_names has {len(names)} names, {count} of them different'
+    text = f'--class_names has {len(names)} names ({count} distinct)'
     raise InputError(f'{text}; the network has {num_classes} classes.')
   names = names or metadata.get('class_names')
   if not isinstance(names, list) or len(names) != num_classes:
-    alike = [list(x) for x in _DATASETS.values() if len(x) == num_classes]
-    names = [*alike, [f'class_{i}' for i in range(num_classes)]][0]
+    guesses = [list(x) for x in _DATASETS.values() if len(x) == num_classes]
+    names = [*guesses, [f'class_{i}' for i in range(num_classes)]][0]
   for dataset, table in _DATASETS.items():
     if names == [*table]:
       return dataset, names, [*map(list, table.values())]
@@ -107,15 +132,33 @@ def _describe_classes(num_classes, class_names, metadata):
 
 
 def import_stage(
-  source, target, *, config, class_names=(), allow_missing=False, **options
-):
-  """Writes the folder `target` from a PyTorch file; returns lines to print.
+  source: StrPath,
+  target: StrPath,
+  *,
+  config: Mapping[str, Any],
+  class_names: Sequence[str] = (),
+  allow_missing: bool = False,
+  **options: Any,
+) -> list[str]:
+  """Writes the folder of a stage from a PyTorch file.
 
-  `config` is a resolved one as plain values, for what the file does not show;
-  `options` are of DeepLabV3Plus, None as in the file. The CBAMs are in the
-  forward path if our own .safetensors says so; in the authors' code they are
-  not. `allow_missing` fills what does not fit at random. Nothing is written on
-  InputError.
+  CBAMs are in the forward path only if a .safetensors file from `export_stage`
+  says so; in the authors' code they are not.
+
+  Args:
+    source: PyTorch file.
+    target: new folder.
+    config: plain values of a resolved config, for what the file does not show.
+    class_names: names of the classes; by default, those of a data set with as
+      many classes.
+    allow_missing: whether to initialize missing tensors at random.
+    **options: fields of DeepLabV3Plus; None is as in the file.
+
+  Returns:
+    Lines to print.
+
+  Raises:
+    InputError: if the file does not fit; nothing is written.
   """
   source, target = pathlib.Path(source), _new(target)
   read = torch_networks.read_network(source)
@@ -134,26 +177,33 @@ def import_stage(
   network = networks.make_network(student, num_classes)
   variables, attention, report = torch_networks.import_network(read, network)
   name = f'{networks.describe(student)}, {num_classes} classes'
-  found = f'{source.name} as {name}: {report}'
+  summary = f'{source.name} as {name}: {report}'
   if not report.loaded:
-    raise InputError(f'{found}; nothing in it fits.')
+    raise InputError(f'{summary}; no tensor matches.')
   if not report.complete and not allow_missing:
-    raise InputError(f'{found}; --allow_missing fills the rest at random.')
-  described = _describe_classes(num_classes, class_names, metadata)
-  dataset, class_names, palette = described
-  data = {'name': dataset}
+    raise InputError(
+      f'{summary}; --allow_missing initializes the others at random.'
+    )
+  dataset, class_names, palette = _describe_classes(
+    num_classes, class_names, metadata
+  )
+  data: dict[str, Any] = {'name': dataset}
   if dataset == 'folder':
     data['class_names'] = class_names
-  lines = [found]
+  lines = [summary]
   if report.backbone_only:
-    lines.append('the file holds a backbone and nothing else')
-  if holes := _holes(variables):
-    variables = _fill(variables, holes, network)
-    lines.append(f'{len(holes)} tensors are random: not in the file, or unfit')
-  if _holes(attention or {}):
+    lines.append('the file contains only a backbone')
+  if missing := _missing(variables):
+    variables = _fill(variables, missing, network)
+    lines.append(
+      f'{len(missing)} tensors are random: missing in the file, or of another '
+      'shape'
+    )
+  if _missing(attention or {}):
     attention = None
-    lines.append('its attention is incomplete and was left out')
-  info = config | {
+    lines.append('its attention is incomplete and was dropped')
+  info = {
+    **config,
     'stage': 'converted',
     'student': student,
     'data': config['data'] | data,
@@ -162,11 +212,16 @@ def import_stage(
     'palette': palette,
   }
   _write_folder(target, info, variables, attention)
-  gates = 'no attention' if attention is None else 'attention kept'
-  return [*lines, f'{target}: {name} ({dataset}), {gates}']
+  gates = 'without' if attention is None else 'with'
+  return [*lines, f'{target}: {name} ({dataset}), {gates} attention']
 
 
-def _write_folder(target, info, variables, attention):
+def _write_folder(
+  target: pathlib.Path,
+  info: Mapping[str, Any],
+  variables: Variables,
+  attention: Variables | None,
+) -> None:
   target.parent.mkdir(parents=True, exist_ok=True)
   hidden = f'.{target.name}.'
   with tempfile.TemporaryDirectory('', hidden, target.parent) as temporary:
@@ -176,7 +231,7 @@ def _write_folder(target, info, variables, attention):
     logs.write_json(stage / 'environment.json', logs.environment())
     if attention is not None:
       loading.write_attention(stage, attention)
-    # What loading.load_network reads of a state in training.
+    # The part of a TrainState that loading.load_network reads.
     collections = jax.tree.map(jnp.asarray, variables)
     state = {
       'params': {'student': collections.pop('params')},
@@ -187,8 +242,8 @@ def _write_folder(target, info, variables, attention):
     stage.rename(target)
 
 
-def check_format(network, kind):
-  """InputError for 'onnx' and 'pth', which name the layers of DeepLabV3Plus."""
+def check_format(network: Any, kind: str) -> None:
+  """Raises InputError if a network cannot be written as 'onnx' or 'pth'."""
   if kind in ('onnx', 'pth') and not networks.is_ours(network):
     raise InputError(
       f'{kind} is written for DeepLabV3Plus only; use --format=stablehlo or '
@@ -196,8 +251,12 @@ def check_format(network, kind):
     )
 
 
-def describe_data(info):
-  """What a file says about images and classes, of a stage's config.json."""
+def describe_data(info: Mapping[str, Any]) -> dict[str, Any]:
+  """Facts on images and classes for an exported file.
+
+  Args:
+    info: the stage's config.json from `load_network`.
+  """
   return {
     'class_names': info['class_names'],
     'palette': info['palette'].tolist(),
@@ -208,20 +267,21 @@ def describe_data(info):
   }
 
 
-def without_places(value):
-  """A part of a config with '' for absolute paths: they say where things are on
-  one machine, and files are given away.
+def without_places(value: Any) -> Any:
+  """Replaces absolute paths in a part of a config by ''.
+
+  Exported files are shared, and such paths exist on one machine only.
   """
   if isinstance(value, dict):
     return {key: without_places(x) for key, x in value.items()}
-  is_place = isinstance(value, str) and os.path.isabs(os.path.expanduser(value))
-  return '' if is_place else value
+  is_path = isinstance(value, str) and os.path.isabs(os.path.expanduser(value))
+  return '' if is_path else value
 
 
-def describe_stage(info):
-  """What is left to know to score a file: a part of a stage's config.json."""
-  seen = ('protocol', 'short_side', 'size_multiple')
-  settings = {k: info['eval'][k] for k in seen if k in info['eval']}
+def describe_stage(info: Mapping[str, Any]) -> dict[str, Any]:
+  """The part of a stage's config.json that scoring an exported file needs."""
+  keys = ('protocol', 'short_side', 'size_multiple')
+  settings = {k: info['eval'][k] for k in keys if k in info['eval']}
   network = networks.describe(info[loading.role_of(info)])
   return {
     'stage': info['stage'],
@@ -232,13 +292,31 @@ def describe_stage(info):
   }
 
 
-def write_weights(path, directory, network, variables, info):
-  """Writes what `load_network` returned for the stage in `directory`, with the
-  gates of that folder unless it is None.
+def write_weights(
+  path: pathlib.Path,
+  directory: StrPath | None,
+  network: Any,
+  variables: Variables,
+  info: Mapping[str, Any],
+) -> tuple[int, list[str]]:
+  """Writes the network of a stage to a PyTorch file.
 
-  DeepLabV3Plus gets the authors' names, another network '<collection>/<path>'.
-  The ending of `path` decides the format. Returns number of tensors and lines
-  to print; InputError if the network cannot be written so.
+  DeepLabV3Plus gets the authors' names of tensors, other networks
+  '<collection>/<path>'.
+
+  Args:
+    path: file to write; its ending decides the format.
+    directory: folder of the stage, whose gates are written as well; None
+      writes no gates.
+    network: from `load_network`, as the next two.
+    variables: of the network.
+    info: the stage's config.json.
+
+  Returns:
+    The number of tensors, and lines to print.
+
+  Raises:
+    InputError: if the format does not support the network.
   """
   is_safetensors, remarks = path.suffix == '.safetensors', []
   check_format(network, 'safetensors' if is_safetensors else 'pth')
@@ -252,17 +330,15 @@ def write_weights(path, directory, network, variables, info):
     spec = {x: getattr(network, x) for x in ('backbone', 'in_path_attention')}
     if network.in_path_attention:
       remarks.append(
-        "its attention is in the forward path; the authors' DeepLab loads it "
-        'and computes something else'
+        "its attention is in the forward path; the authors' DeepLab loads it, "
+        'but does not apply it there'
       )
     elif attention is None:
-      remarks.append(
-        "no attention, as in plain DeepLabV3+; the authors' strict load fails"
-      )
+      remarks.append("it has no attention, so the authors' strict load fails")
   else:
     tensors = torch_names.flatten(jax.device_get(variables))
     group = info[loading.role_of(info)]
-    # Where its file lay on this machine says nothing elsewhere.
+    # Without the folder, which exists on this machine only.
     name = pathlib.Path(group['network']).name
     spec = {'network': name, 'options': group['options']}
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,13 +352,25 @@ def write_weights(path, directory, network, variables, info):
   return len(tensors), remarks
 
 
-def export_stage(source, target, *, allow_code=False):
-  """Writes a PyTorch file from a stage's best checkpoint; lines to print.
+def export_stage(
+  source: StrPath, target: StrPath, *, allow_code: bool = False
+) -> list[str]:
+  """Writes a PyTorch file from the best checkpoint of a stage.
 
-  The ending of `target` decides the format. Nothing is written on InputError.
+  Args:
+    source: folder of the stage.
+    target: new file; its ending decides the format.
+    allow_code: whether to run a Python file of the folder, if it defines the
+      network.
+
+  Returns:
+    Lines to print.
+
+  Raises:
+    InputError: if the stage cannot be written; there is no file then.
   """
   target = _new(target)
-  *network, info = loading.load_network(source, allow_code=allow_code)
-  count, remarks = write_weights(target, source, *network, info)
+  network, variables, info = loading.load_network(source, allow_code=allow_code)
+  count, remarks = write_weights(target, source, network, variables, info)
   name = networks.describe(info[loading.role_of(info)])
-  return [f'{target}: {name}, {count} entries', *remarks]
+  return [f'{target}: {name}, {count} tensors', *remarks]

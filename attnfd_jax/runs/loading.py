@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks of stored stages."""
+"""Loads the networks of stored stages."""
 
+from collections.abc import Mapping
 import json
+import pathlib
+from typing import Any
 
+from etils import epath
 from flax import traverse_util
 import jax
 import numpy as np
@@ -14,23 +18,24 @@ from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import files, names
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.runs import checkpoints
+from attnfd_jax.types import StrPath, Variables
 
 # Gates at the taps of a network, outside its forward path: those of an imported
 # file, or the ones a student was distilled with; '<collection>/<tap>/<leaf>'.
 ATTENTION_FILE = 'attention.safetensors'
-# Of a folder that export wrote, in place of checkpoints.
+# In a folder that export wrote, instead of checkpoints.
 WEIGHTS_FILE = 'model.safetensors'
-# What a stage's config.json has for sure.
-_DESCRIBED = ('class_names', 'palette', 'data', 'distill', 'eval', 'optim')
+# Keys that the config.json of any stage has.
+_STAGE_KEYS = ('class_names', 'palette', 'data', 'distill', 'eval', 'optim')
 
 
-def role_of(info):
+def role_of(info: Mapping[str, Any]) -> str:
   """The group of a stage's config.json that describes its network."""
   return 'teacher' if info['stage'] == 'teacher' else 'student'
 
 
-def _read_info(directory):
-  """The config.json of a stage; InputError if the folder is none."""
+def _read_info(directory: epath.Path) -> dict[str, Any]:
+  """Reads config.json; raises InputError if the folder is not of a stage."""
   path = directory / 'config.json'
   if not path.is_file():
     raise InputError(
@@ -39,11 +44,11 @@ def _read_info(directory):
     )
   try:
     info = dict(json.loads(path.read_text()))
-    if 'stage' in info and not {role_of(info), *_DESCRIBED} <= info.keys():
-      raise ValueError('Some groups of the config are absent.')
+    if 'stage' in info and not {role_of(info), *_STAGE_KEYS} <= info.keys():
+      raise ValueError('Some groups of the config are missing.')
   except (TypeError, ValueError) as error:
     raise InputError(
-      f'{path}: damaged, or of no stage; put a copy back.'
+      f'{path}: damaged, or not of a stage; restore a copy.'
     ) from error
   if 'stage' not in info:
     raise InputError(
@@ -53,25 +58,31 @@ def _read_info(directory):
 
 
 def load_network(
-  directory, *, sharding=None, step=None, network=None, allow_code=False
-):
-  """Network, variables and description of a finished or running stage.
+  directory: StrPath,
+  *,
+  sharding: jax.sharding.Sharding | None = None,
+  step: int | None = None,
+  network: Any = None,
+  allow_code: bool = False,
+) -> tuple[Any, Variables, dict[str, Any]]:
+  """Loads the network of a finished or running stage.
 
   Args:
-    directory: of a stage, e.g. runs/camvid/distill, or of `export
-      --format=folder`.
+    directory: folder of a stage, such as runs/camvid/distill, or one written by
+      `export --format=folder`.
     sharding: of the variables; the first device by default.
     step: which checkpoint; the best by default.
-    network: of the stage, where the caller has it.
-    allow_code: run a Python file of the folder, where its network is one.
+    network: the module, if the caller has built it.
+    allow_code: whether to run a Python file of the folder, if it defines the
+      network.
 
   Returns:
-    module, which computes in the type of the stage, its variables, and a dict:
-    the stage's config.json with 'checkpoint_step'.
+    The module, with the compute dtype of the stage; its variables; and the
+    stage's config.json with 'checkpoint_step' added.
 
   Raises:
-    InputError: if the folder is no stage, has no such checkpoint, or names code
-      that is not allowed.
+    InputError: if the folder is not of a stage, has no such checkpoint, or
+      needs code that is not allowed.
   """
   directory = paths.as_path(directory)
   info = _read_info(directory)
@@ -89,42 +100,53 @@ def load_network(
   if path.is_file() and not (directory / 'checkpoints').is_dir():
     if step not in (None, info.setdefault('checkpoint_step', 0)):
       raise InputError(
-        f'{directory}: has the weights of step {info["checkpoint_step"]} alone.'
+        f'{directory}: has the weights of step {info["checkpoint_step"]} only.'
       )
     return network, jax.device_put(_read_weights(path, network), sharding), info
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     dict(networks.abstract_variables(network)),
   )
-  # As a TrainState has them; an average of the weights is what was evaluated.
+  # The layout of a TrainState; evaluation used the moving averages, if any.
   weights = 'ema' if info['optim']['ema_decay'] > 0 else 'params'
-  wanted = {
+  state_shapes = {
     weights: {'student': shapes.pop('params')},
     'collections': {'student': shapes},
   }
-  found, info['checkpoint_step'] = checkpoints.restore(
-    directory / 'checkpoints', wanted, step=step
+  state, info['checkpoint_step'] = checkpoints.restore(
+    directory / 'checkpoints', state_shapes, step=step
   )
-  rest = found['collections']['student']
-  return network, {'params': found[weights]['student'], **rest}, info
+  collections = state['collections']['student']
+  return network, {'params': state[weights]['student'], **collections}, info
 
 
-def _read_weights(path, network):
-  """Variables of a file of conversion.write_weights; InputError if some are
-  missing.
+def _read_weights(path: epath.Path, network: Any) -> Variables:
+  """Variables from a file of conversion.write_weights.
+
+  Raises:
+    InputError: if some are missing.
   """
   if not networks.is_ours(network):
     tensors = files.read_torch(path)['state_dict']
     return traverse_util.unflatten_dict(tensors, sep='/')
   variables, _, report = torch_networks.import_network(path, network)
   if not report.complete:
-    raise InputError(f'{path}: {report}; put a copy of the file back.')
+    raise InputError(f'{path}: {report}; restore a copy of the file.')
   return variables
 
 
-def load_attention(directory, network):
-  """The CBAMs at the taps of a stored network, outside its forward path:
-  {'params', 'batch_stats'} with the taps as keys, or None.
+def load_attention(
+  directory: epath.Path, network: Any
+) -> dict[str, Any] | None:
+  """Loads the CBAMs at the taps of a network, outside its forward path.
+
+  Args:
+    directory: folder of a stage.
+    network: its module.
+
+  Returns:
+    {'params', 'batch_stats'} with the taps as keys, or None if the folder has
+    none, or they are in the forward path.
   """
   path = directory / ATTENTION_FILE
   if getattr(network, 'in_path_attention', False) or not path.is_file():
@@ -133,7 +155,9 @@ def load_attention(directory, network):
   return traverse_util.unflatten_dict(tensors, sep='/')
 
 
-def write_attention(directory, gates):
-  """Stores what `load_attention` reads."""
+def write_attention(
+  directory: epath.Path | pathlib.Path, gates: Variables
+) -> None:
+  """Writes gates for `load_attention`."""
   tensors = names.flatten(jax.device_get(gates))
   files.write_safetensors(directory / ATTENTION_FILE, tensors)

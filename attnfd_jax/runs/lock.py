@@ -1,31 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One writer for a run's folder: two would delete each other's checkpoints."""
+"""Locks a run's folder: two writers would delete each other's checkpoints."""
 
+from collections.abc import Iterator
 import contextlib
 import errno
 import fcntl
 import json
 import os
+import pathlib
 import socket
+from typing import TextIO
+
+from etils import epath
 
 from attnfd_jax import paths
 from attnfd_jax.errors import InputError
 
-# Some network disks have no locks.
+# On some network file systems, which do not support locks.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class InUse(InputError):
-  """Another process writes there."""
+  """Another process has locked the folder."""
 
 
 @contextlib.contextmanager
-def locked(workdir, *, name='.lock', wait=False):
-  """Holds `workdir` for this process; the kernel lets go when it ends.
+def locked(
+  workdir: epath.Path | pathlib.Path, *, name: str = '.lock', wait: bool = False
+) -> Iterator[None]:
+  """Locks `workdir` for this process; the kernel unlocks it when it ends.
 
-  The file stays: removing it would let two processes hold two files of one
-  name. At gs:// there are no locks. InUse if another process holds it, unless
-  this is to `wait`. Each `name` of a file is a lock of its own.
+  The lock file is never removed: otherwise two processes could lock two files
+  of the same name. At gs:// there are no locks.
+
+  Args:
+    workdir: folder of a run.
+    name: of the lock file; different names are different locks.
+    wait: whether to wait for another process that holds the lock.
+
+  Raises:
+    InUse: if another process holds the lock, and `wait` is false.
   """
   if paths.is_remote(workdir):
     yield
@@ -40,7 +54,7 @@ def locked(workdir, *, name='.lock', wait=False):
     except OSError as error:
       if error.errno not in _UNSUPPORTED:
         raise
-      text = 'this disk has no locks; let one process write there'
+      text = 'this disk has no locks; use this folder in one process only'
       print(f'{workdir}: {text}.', flush=True)
     file.truncate(0)
     json.dump({'pid': os.getpid(), 'host': socket.gethostname()}, file)
@@ -48,9 +62,9 @@ def locked(workdir, *, name='.lock', wait=False):
     yield
 
 
-def _owner(file):
+def _owner(file: TextIO) -> str:
   file.seek(0)
   try:
     return 'process {pid} on {host}'.format(**json.load(file))
   except (ValueError, KeyError):
-    return 'another process'  # It has not written who it is yet.
+    return 'another process'  # It has not written its id yet.

@@ -1,26 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where numbers go besides metrics.jsonl: TensorBoard, Weights & Biases.
+"""Sends the records of metrics.jsonl to TensorBoard or Weights & Biases.
 
-Their packages are imported for config.loggers alone. A logger gets every record
-of metrics.jsonl, those of before a restart again: it keeps no state that could
-disagree with a checkpoint. One that fails is left out.
+Their packages are imported only if config.loggers names them. A logger gets
+every record, and after a restart the earlier ones again: it has no state that
+could disagree with a checkpoint. A logger that fails is turned off.
 """
 
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 import contextlib
 import importlib
 import os
+import pathlib
+from typing import Any, TypeAlias
 import uuid
 
+from etils import epath
 from flax import traverse_util
 
 from attnfd_jax import paths
 from attnfd_jax.devices import processes
 from attnfd_jax.errors import InputError
-from attnfd_jax.runs.logs import reason
+from attnfd_jax.runs.logs import reason, StageLog
+
+# Is sent (step, {name: number}) until it is closed.
+_Sink: TypeAlias = Generator[None, tuple[int, dict[str, float]], None]
+_Path: TypeAlias = epath.Path | pathlib.Path
 
 
-def check(names):
-  """Raises InputError, before any work, for a missing package or account."""
+def check(names: Collection[str]) -> None:
+  """Raises InputError if a logger's package or account is missing."""
   given = f'config.loggers={tuple(names)}'
   for name in names:
     package, _ = _SINKS[name]
@@ -41,50 +49,57 @@ def check(names):
 
 
 @contextlib.contextmanager
-def attached(names, log, facts):
-  """Loggers get the records of a StageLog: now the past, then the rest.
+def attached(
+  names: Collection[str], log: StageLog, facts: Mapping[str, Any]
+) -> Iterator[None]:
+  """Sends loggers the records of a StageLog: the earlier ones, then new ones.
 
-  There are none but in process 0. `facts` is what a page shows of the config.
+  Only in process 0.
+
+  Args:
+    names: keys of config.loggers.
+    log: of the stage.
+    facts: config of the stage, which Weights & Biases shows.
   """
   names = sorted({*names}) if processes.is_first() else ()
   sinks = {name: _SINKS[name][1](log.local, facts) for name in names}
 
-  def each(call):
+  def call_all(function: Callable[[_Sink], Any]) -> None:
     for name, sink in sinks.items():
       try:
-        call(sink)
+        function(sink)
       except StopIteration:
-        pass  # It has failed before.
-      except Exception as error:  # Whatever the packages of others raise.
-        text = f'{name} fails ({reason(error)}) and is left out'
+        pass  # It failed before.
+      except Exception as error:  # Anything that these packages raise.
+        text = f'{name} failed ({reason(error)}) and is turned off'
         log.line(f'{text}; all numbers are in metrics.jsonl')
 
-  def write(record):
-    each(lambda sink: sink.send((record['step'], _scalars(record))))
+  def write(record: dict[str, Any]) -> None:
+    call_all(lambda sink: sink.send((record['step'], _scalars(record))))
 
-  each(next)
+  call_all(next)
   for record in log.records():
     write(record)
   log.on_record = write
   try:
     yield
   finally:
-    each(lambda sink: sink.close())
+    call_all(lambda sink: sink.close())
 
 
-def _scalars(record):
-  """{'kind/name': number}; of a table 'kind/name/entry'."""
+def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
+  """Numbers of a record by 'kind/name', or 'kind/name/entry' of a table."""
   values = {k: x for k, x in record.items() if k not in ('kind', 'step')}
-  flat = traverse_util.flatten_dict({record['kind']: values}, sep='/')
-  # A class that does not occur has None.
+  flat: Any = traverse_util.flatten_dict({record['kind']: values}, sep='/')
+  # None is the score of a class that does not occur.
   return {name: x for name, x in flat.items() if x is not None}
 
 
-def _tensorboard(directory, facts):
+def _tensorboard(directory: _Path, facts: Mapping[str, Any]) -> _Sink:
   del facts
   import tensorboardX
 
-  # What earlier processes wrote is told again: TensorBoard then hides it.
+  # The records of earlier processes are sent again: TensorBoard hides the old.
   writer = tensorboardX.SummaryWriter(str(directory), purge_step=0)
   with contextlib.closing(writer):
     while True:
@@ -93,10 +108,10 @@ def _tensorboard(directory, facts):
         writer.add_scalar(name, value, step)
 
 
-def _wandb(directory, facts):
-  import wandb
+def _wandb(directory: _Path, facts: Mapping[str, Any]) -> _Sink:
+  import wandb  # pyright: ignore[reportMissingImports]  # Optional.
 
-  identity = directory / 'wandb_id.txt'  # One page for all parts of a stage.
+  identity = directory / 'wandb_id.txt'  # One page, also after restarts.
   if not identity.exists():
     with paths.replacing(identity) as file:
       file.write(uuid.uuid4().hex[:16].encode())
@@ -112,16 +127,16 @@ def _wandb(directory, facts):
   try:
     while True:
       step, values = yield
-      # A page never goes back: what it has of a killed process stays, and is
-      # what this one would write.
+      # Steps of a page only increase. Records of a killed process stay there,
+      # and equal those that this process would write.
       if step >= run.step:
         run.log(values, step=step)
   finally:
     run.finish()
 
 
-# Packages, and generators that are sent (step, {name: number}) until closed.
-_SINKS = {
+# Package and sink of each logger.
+_SINKS: dict[str, tuple[str, Callable[..., _Sink]]] = {
   'tensorboard': ('tensorboardX', _tensorboard),
   'wandb': ('wandb', _wandb),
 }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run writes for people and programs: lines, JSON, environment."""
+"""Writes the logs of a run: lines for people, JSON for programs."""
 
+from collections.abc import Callable, Mapping
 import contextlib
 import datetime
 import importlib.metadata
@@ -12,25 +13,35 @@ import platform
 import re
 import sys
 import tempfile
+from typing import Any, TypeAlias
 
+from etils import epath
 import jax
 import tqdm
 
 from attnfd_jax import paths
 from attnfd_jax.devices import processes
 from attnfd_jax.errors import InputError
+from attnfd_jax.progress import write
+from attnfd_jax.types import StrPath
+
+_Path: TypeAlias = epath.Path | pathlib.Path
 
 
-def write_json(path, value):
-  """Writes a file, the old or the new one and never half, in process 0."""
+def write_json(path: StrPath, value: Any) -> None:
+  """Replaces a JSON file atomically; only process 0 writes."""
   if processes.is_first():
     text = json.dumps(value, indent=2, sort_keys=True) + '\n'
     with paths.replacing(path) as file:
       file.write(text.encode())
 
 
-def read_json(path):
-  """The object in a file, {} without a file; InputError if it is damaged."""
+def read_json(path: _Path) -> dict[str, Any]:
+  """Reads the object in a JSON file; {} if there is no such file.
+
+  Raises:
+    InputError: if the file is damaged.
+  """
   try:
     return dict(json.loads(path.read_text(encoding='utf-8')))
   except FileNotFoundError:
@@ -39,26 +50,27 @@ def read_json(path):
     raise InputError(f'{path}: not JSON ({error}); restore the file.') from None
 
 
-def versions():
-  """Versions of what a number depends on."""
+def versions() -> dict[str, str]:
+  """Versions of the packages that results depend on."""
   packages = ('attnfd_jax', 'jax', 'jaxlib', 'flax', 'optax', 'grain', 'numpy')
-  found = {'python': platform.python_version()}
+  result = {'python': platform.python_version()}
   for package in (*packages, 'orbax-checkpoint', 'opencv-python-headless'):
     try:
-      found[package] = importlib.metadata.version(package)
+      result[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-      found[package] = 'unknown'
-  return found
+      result[package] = 'unknown'
+  return result
 
 
-def device_name():
-  """Kind and number of the devices, e.g. '1 x NVIDIA H100 80GB HBM3'."""
+def device_name() -> str:
+  """Number and kind of the devices, e.g. '1 x NVIDIA H100 80GB HBM3'."""
   kind = jax.devices()[0].device_kind
   kind = f'CPU ({os.cpu_count()} cores)' if kind == 'cpu' else kind
   return f'{jax.device_count()} x {kind}'
 
 
-def environment():
+def environment() -> dict[str, Any]:
+  """Command, devices and versions, for environment.json."""
   return {
     'command': [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
     'device': device_name(),
@@ -68,76 +80,90 @@ def environment():
   }
 
 
-def duration(seconds):
-  """'1:02:03' or '02:03'."""
+def duration(seconds: float) -> str:
+  """Formats a duration as '1:02:03' or '02:03'."""
   return tqdm.tqdm.format_interval(round(max(seconds, 0)))
 
 
-def reason(error):
-  """What the system said, or the first line: messages can be pages of JSON."""
+def reason(error: BaseException) -> str:
+  """The system's message of an error, or its first line, shortened."""
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
   text = str(error).strip() or type(error).__name__
-  system = re.search(r"os_error_code='(\d+)'", text)  # Of Orbax.
+  # Orbax puts the number into pages of JSON.
+  system = re.search(r"os_error_code='(\d+)'", text)
   return os.strerror(int(system[1])) if system else text.splitlines()[0][:160]
 
 
-def percent(fraction):
-  """'43.55', or 'absent' where there is no such score: None or NaN."""
-  absent = fraction is None or math.isnan(fraction)
-  return 'absent' if absent else f'{100 * fraction:.2f}'
+def percent(fraction: float | None) -> str:
+  """Formats a score as '43.55', or 'absent' if it is None or NaN."""
+  if fraction is None or math.isnan(fraction):
+    return 'absent'
+  return f'{100 * fraction:.2f}'
 
 
 class StageLog:
-  """log.txt and metrics.jsonl of a stage; lines also go to the screen.
+  """Writes log.txt and metrics.jsonl of a stage; prints the lines as well.
 
-  Of several processes the first one writes. Objects at gs:// cannot grow: their
-  files are written in `local`, a folder of this machine, until `upload`.
-  `on_record` is called with every record of `metrics`.
+  Only process 0 writes.
+
+  Attributes:
+    name: of the stage.
+    local: folder with the files, on this machine. Objects at gs:// cannot be
+      appended to, so that `upload` has to copy them.
+    on_record: called with every record of `metrics`, if it is set.
   """
 
-  def __init__(self, directory):
+  def __init__(self, directory: _Path):
     self._directory = self.local = directory
+    self.name = directory.name
     if paths.is_remote(directory):
       self.local = pathlib.Path(tempfile.mkdtemp(prefix='attnfd_jax_'))
       for name in ('log.txt', 'metrics.jsonl', 'wandb_id.txt'):
         if (directory / name).exists():
           (self.local / name).write_bytes((directory / name).read_bytes())
     self._metrics = self.local / 'metrics.jsonl'
-    self.on_record = None
+    self.on_record: Callable[[dict[str, Any]], None] | None = None
 
-  def upload(self):
-    """Called at each save: what is written so far is in the run's folder."""
+  def upload(self) -> None:
+    """Copies the files to a remote folder; called after each checkpoint."""
     if self.local is not self._directory and processes.is_first():
-      for path in filter(pathlib.Path.is_file, self.local.iterdir()):
-        (self._directory / path.name).write_bytes(path.read_bytes())
+      for path in self.local.iterdir():
+        if path.is_file():
+          (self._directory / path.name).write_bytes(path.read_bytes())
 
-  def forget_after(self, step):
-    """Drops metrics that a run which resumes at `step` will write again."""
+  def forget_after(self, step: int) -> None:
+    """Drops the records that a run resumed from `step` will write again."""
     if not self._metrics.exists() or not processes.is_first():
       return
     kept = []
-    # At step 0 the teacher is scored: a fresh start does that again.
+    # At step 0 none: the score of the teacher is written again as well.
     for line in self._metrics.read_bytes().splitlines() if step else ():
-      # The last one of a killed process may be anything.
+      # A killed process may leave an incomplete last line.
       with contextlib.suppress(ValueError, TypeError, KeyError):
         if json.loads(line)['step'] <= step:
           kept.append(line + b'\n')
     with paths.replacing(self._metrics) as file:
       file.writelines(kept)
 
-  def line(self, text, *, shown=True):
-    """One line for people; not `shown`, in the file alone."""
+  def line(self, text: str, *, shown: bool = True) -> None:
+    """Writes a line to log.txt and, if `shown`, to the screen."""
     if not processes.is_first():
       return
     if shown:
-      print(f'[{self._directory.name}] {text}', flush=True)
+      write(f'[{self.name}] {text}', file=sys.stdout)
     now = datetime.datetime.now().isoformat(timespec='seconds')
     with (self.local / 'log.txt').open('a') as file:
       file.write(f'{now} {text}\n')
 
-  def metrics(self, kind, step, values):
-    """One JSON object for programs."""
+  def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+    """Appends a record to metrics.jsonl.
+
+    Args:
+      kind: 'train', 'eval' or 'teacher'.
+      step: number of updates applied so far.
+      values: numbers, or dicts of numbers; None is left out.
+    """
     if not processes.is_first():
       return
     record = {
@@ -151,30 +177,31 @@ class StageLog:
     if self.on_record:
       self.on_record(record)
 
-  def records(self):
-    """All that `metrics` got, also before a restart."""
+  def records(self) -> list[dict[str, Any]]:
+    """All records of metrics.jsonl, including those from before a restart."""
     if not self._metrics.exists():
       return []
     return [json.loads(x) for x in self._metrics.read_text().splitlines()]
 
-  def last(self, kind, name, *, default=None):
-    """The last value of a name in the records of a kind."""
-    found = [x[name] for x in self.records() if x['kind'] == kind and name in x]
-    return found[-1] if found else default
+  def last(self, kind: str, name: str, *, default: Any = None) -> Any:
+    """The last value of `name` in the records of a kind, or `default`."""
+    records = self.records()
+    values = [x[name] for x in records if x['kind'] == kind and name in x]
+    return values[-1] if values else default
 
-  def train_seconds(self):
-    """Of all steps, over restarts; no compilation, no evaluation."""
+  def train_seconds(self) -> float:
+    """Time of all steps, before restarts too, without compilation."""
     total, last = 0.0, 0
     for record in self.records():
       if record['kind'] == 'train':
-        # The first step after a start has no time of its own.
+        # The first record after a start has no time: it includes compilation.
         total += record.get('step_seconds', 0.0) * (record['step'] - last)
         last = record['step']
     return total
 
 
-def without_nan(value):
-  """NaN is not JSON: null."""
+def without_nan(value: Any) -> Any:
+  """Replaces NaN, which JSON lacks, by None; also in nested dicts."""
   if isinstance(value, dict):
     return {key: without_nan(item) for key, item in value.items()}
   return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a teacher can be, and where it comes from."""
+"""Teachers: what the training step needs of one, and how to load one."""

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a teacher comes from: a stage, a PyTorch file, a function of a user's.
+"""Loads teachers from stages, PyTorch files and functions of the user.
 
-In a config: `teacher.factory`, 'file.py:make', a function without arguments
-that returns a torch.nn.Module, such a module and a dict of facts about it, or a
-Teacher; `teacher.checkpoint`, the folder of a stage or a PyTorch file; neither:
-the stage `teacher` of the run.
+The config decides: `teacher.factory`, such as 'file.py:make', is a function
+without arguments that returns a torch.nn.Module, a tuple of one and a dict of
+facts about it, or a Teacher. `teacher.checkpoint` is the folder of a stage or a
+PyTorch file. Without both it is the stage `teacher` of the run.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import json
 from typing import Any, NamedTuple
+
+import jax
 
 from attnfd_jax import paths
 from attnfd_jax.data.sources import load_dataset
@@ -21,13 +24,25 @@ from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.runs import loading
 from attnfd_jax.teachers import class_order, factory
 from attnfd_jax.teachers.teacher import FrozenNetwork, Scored
+from attnfd_jax.types import PyTree, StrPath
 
 
-def from_config(config, workdir, class_names, mesh):
-  """The teacher of a resolved config, its variables on the mesh.
+def from_config(
+  config: Any,
+  workdir: Any,
+  class_names: Sequence[str],
+  mesh: jax.sharding.Mesh,
+) -> Any:
+  """Loads the Teacher of a config.
 
-  `workdir` has the teacher of its own, `class_names` are those of the data set.
-  InputError if the teacher is absent, damaged or of other classes.
+  Args:
+    config: a resolved ConfigDict.
+    workdir: path of the run; not used if the config names a teacher.
+    class_names: of the data set.
+    mesh: the variables are replicated on its devices.
+
+  Raises:
+    InputError: if the teacher does not exist, is damaged or has other classes.
   """
   options, everywhere = config.teacher, sharding.replicated(mesh)
   if options.factory:
@@ -35,15 +50,17 @@ def from_config(config, workdir, class_names, mesh):
   given, class_map = options.checkpoint, options.class_map
   directory = paths.as_path(given or workdir / 'teacher')
   if class_map and not given:
-    what = 'is for a teacher given by teacher.checkpoint or teacher.factory'
-    raise InputError(f'config.teacher.class_map={class_map} {what}.')
+    raise InputError(
+      f'config.teacher.class_map={class_map} needs teacher.checkpoint or '
+      'teacher.factory.'
+    )
   if given and directory.is_file():
     return _from_file(given, config, class_names, everywhere)
   teacher = _without_variables(config, class_names)
   network, variables, info = loading.load_network(
     directory,
     sharding=everywhere,
-    # The code of this run's own stage is that of its config.
+    # A stage of this run has the network of this config.
     network=None if given else teacher.network,
     allow_code=options.allow_code,
   )
@@ -64,14 +81,16 @@ def from_config(config, workdir, class_names, mesh):
   return class_order.in_order(directory, teacher, class_names, class_map)
 
 
-def abstract(config, class_names):
-  """The teacher that a stage of this run will train: shapes as variables."""
+def abstract(config: Any, class_names: Sequence[str]) -> FrozenNetwork:
+  """The teacher that this run will train; its variables are abstract."""
   teacher = _without_variables(config, class_names)
   variables = networks.abstract_variables(teacher.network)
   return dataclasses.replace(teacher, variables=variables)
 
 
-def _without_variables(config, class_names):
+def _without_variables(
+  config: Any, class_names: Sequence[str]
+) -> FrozenNetwork:
   dtype, size = config.optim.dtype, len(class_names)
   return FrozenNetwork(
     networks.make_network(config.teacher, size, dtype=dtype, aspp_dropout=0.0),
@@ -83,19 +102,26 @@ def _without_variables(config, class_names):
   )
 
 
-def _from_file(path, config, class_names, everywhere):
-  source, count = torch_networks.read_network(path), len(class_names)
+def _from_file(
+  path: StrPath,
+  config: Any,
+  class_names: Sequence[str],
+  everywhere: jax.sharding.Sharding,
+) -> Any:
+  source = torch_networks.read_network(path)
+  count, teacher_names = len(class_names), class_names
   if class_map := config.teacher.class_map:
     count = torch_networks.infer_options(source.tensors).get('num_classes', 0)
     class_order.check_class_map(class_map, len(class_names), count)
-    class_names, ours = [str(i) for i in range(count)], class_names
-  teacher = _without_variables(config, class_names)
-  found = torch_networks.import_network(source, teacher.network)
-  variables, gates, report = found
+    teacher_names = [str(i) for i in range(count)]
+  teacher = _without_variables(config, teacher_names)
+  variables, gates, report = torch_networks.import_network(
+    source, teacher.network
+  )
   if not report.complete:
     raise InputError(
-      f'{path}: not a whole {teacher.name} with {count} classes: {report}. A '
-      'part can be config.teacher.pretrained.'
+      f'{path}: not a complete {teacher.name} with {count} classes: {report}. '
+      'For a part of one, use config.teacher.pretrained.'
     )
   variables = sharding.place(variables, everywhere)
   teacher = dataclasses.replace(
@@ -105,29 +131,32 @@ def _from_file(path, config, class_names, everywhere):
     source=str(path),
     remarks=report.remarks,
   )
-  return (
-    class_order.Reordered(teacher, class_map, ours) if class_map else teacher
-  )
+  if not class_map:
+    return teacher
+  return class_order.Reordered(teacher, class_map, class_names)
 
 
 class Alone(NamedTuple):
-  """A given teacher where a stage's network is expected."""
+  """A teacher in the form that `loading.load_network` returns for a stage."""
 
   network: Scored
-  variables: Any
-  info: dict
+  variables: PyTree
+  info: dict[str, Any]
 
 
-def load_given(config):
-  """The teacher that a resolved config gives, as `loading.load_network` returns
-  a stage: to be scored on the config's data, and to predict.
+def load_given(config: Any) -> Alone:
+  """Loads the teacher that a config names, to evaluate it or predict with it.
 
-  InputError if the config gives none, or the data set is not there.
+  Args:
+    config: a resolved ConfigDict; its data set is the one to evaluate on.
+
+  Raises:
+    InputError: if the config names no teacher, or the data set does not exist.
   """
   if not (config.teacher.factory or config.teacher.checkpoint):
     raise InputError(
-      'The config gives no teacher (config.teacher.factory or '
-      'config.teacher.checkpoint); a stage of a run is --checkpoint=DIR.'
+      'The config names no teacher (config.teacher.factory or '
+      'config.teacher.checkpoint); for a stage of a run use --checkpoint=DIR.'
     )
   dataset = load_dataset(config.data, splits=('val',))
   names = dataset.class_names

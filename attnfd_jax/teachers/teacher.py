@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of a teacher, and a frozen network as one.
+"""Defines what a teacher is, and makes one of a frozen network.
 
-A teacher is never in a checkpoint, the optimizer or the gradient. Its sources
-are in teachers/sources.py.
+A teacher is never part of a checkpoint, the optimizer state or the gradient.
+teachers/sources.py loads teachers.
 """
 
 from collections.abc import Sequence
@@ -10,86 +10,126 @@ import dataclasses
 from typing import Any, Protocol
 
 import jax
+from jaxtyping import Float
 
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.network import Outputs
+from attnfd_jax.types import AnyArray, PyTree
 
 
 class Teacher(Protocol):
-  """What the training step, the score of a teacher and results need.
+  """What training, evaluation and results need of a teacher.
 
-  Optional attributes, which methods may ask for: `in_path_attention`, whether
-  its maps are refined by gates in its forward path; `gates`, what its
-  checkpoint has stored for AttnFD; `network`, its module; `source`, where it is
-  from; `miou`, on val, if known; `remarks`, for the log; `fingerprint`, of its
-  weights, which a resumed stage must find again; `compare(image)`, which raises
-  an InputError if it is not what it stands for; `with_taps(names)`, the teacher
-  with further maps that a method asks for.
+  Optional attributes:
+    in_path_attention: whether gates in the forward path refine its feature
+      maps.
+    gates: variables of the AttnFD gates in its checkpoint, or None.
+    network: its module.
+    source: where it comes from.
+    miou: on val, if known.
+    remarks: lines for the log.
+    fingerprint: hash of its weights, which must be the same on resume.
+    compare: (image) -> differences from the original model; raises InputError
+      if they are too large.
+    with_taps: (names) -> the teacher with further feature maps, which a method
+      asks for.
   """
 
-  name: str
-  class_names: Sequence[str]
-  variables: Any  # A pytree of arrays, possibly empty.
+  # Properties: a teacher may be immutable.
+
+  @property
+  def name(self) -> str:
+    """Name in logs and tables."""
+    ...
+
+  @property
+  def class_names(self) -> Sequence[str]:
+    """Names in the order of the logits."""
+    ...
+
+  @property
+  def variables(self) -> PyTree:
+    """Arrays that are passed to `apply`, possibly none."""
+    ...
 
   def apply(
-    self, variables: Any, image: jax.Array, *, rng: Any = None
+    self,
+    variables: PyTree,
+    image: Float[AnyArray, 'b H W 3'],
+    *,
+    rng: jax.Array | None = None,
   ) -> Outputs:
-    """Outputs of normalized images [b, H, W, 3].
+    """Computes the outputs for normalized images; a pure function.
 
-    Pure. Without `rng` it is scored; with one a student learns from it, and it
-    may drop at random.
+    Args:
+      variables: those of the teacher.
+      image: normalized images.
+      rng: given in training only, where dropout is allowed.
     """
+    ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FrozenNetwork:
-  """A network of ours as a teacher.
+  """A Linen module as a teacher.
 
   Attributes:
-    network: the module; no ASPP dropout in a teacher (aspp.py:104-111).
-    batch_statistics: normalize by the batch while a student learns, as the
-      authors' teacher does; its running statistics never change.
-    dropout: drop at random while a student learns; a network of the user's
-      drops where it normalizes by the batch.
-    remarks: how its PyTorch file was read, where names were not the authors'.
+    network: the module. A DeepLabV3Plus has no ASPP dropout (aspp.py:104-111).
+    variables: of the module.
+    name: for logs and tables.
+    class_names: in the order of the logits.
+    batch_statistics: in training, normalize by the statistics of the batch, as
+      the authors' teacher does; the running statistics never change.
+    dropout: in training, apply dropout. A network of the user's instead applies
+      it if batch_statistics is set.
     gates: frozen CBAMs at its taps, {'params', 'batch_stats'}, or None.
+    source: where it comes from.
+    remarks: how names in its PyTorch file differ from the authors'.
+    miou: on val, if known.
   """
 
   network: Any
-  variables: Any
+  variables: PyTree
   name: str
   class_names: Sequence[str]
   batch_statistics: bool = False
   dropout: bool = False
-  gates: Any = None
+  gates: PyTree = None
   source: str = 'this run'
   remarks: Sequence[str] = ()
   miou: float | None = None
 
-  def with_taps(self, taps):
-    """See `with_taps` of models/network.py."""
+  def with_taps(self, taps: Sequence[str]) -> 'FrozenNetwork':
+    """See with_taps of models/network.py."""
     return dataclasses.replace(
       self, network=networks.with_taps(self.network, taps)
     )
 
   @property
-  def in_path_attention(self):
+  def in_path_attention(self) -> bool:
+    """Whether gates in the forward path refine the feature maps."""
     return getattr(self.network, 'in_path_attention', False)
 
-  def apply(self, variables, image, *, rng=None):
+  def apply(
+    self,
+    variables: PyTree,
+    image: Float[AnyArray, 'b H W 3'],
+    *,
+    rng: jax.Array | None = None,
+  ) -> Outputs:
     """See Teacher."""
     if rng is None:
       return self.network.apply(variables, image, train=False)
     mode = {'train': self.batch_statistics, 'rngs': {'dropout': rng}}
     if networks.is_ours(self.network):
-      # Statistics are not mutable here: the teacher stays as it is.
+      # Nothing is mutable, so that the running statistics do not change.
       return self.network.apply(variables, image, dropout=self.dropout, **mode)
-    changing = [name for name in variables if name != 'params']
-    return self.network.apply(variables, image, mutable=changing, **mode)[0]
+    mutable = [name for name in variables if name != 'params']
+    return self.network.apply(variables, image, mutable=mutable, **mode)[0]
 
 
-def with_taps(teacher, taps):
-  """`teacher` with these maps, too, if it has `with_taps`."""
+def with_taps(teacher: Any, taps: Sequence[str]) -> Any:
+  """Makes a teacher return these feature maps, too, if it has `with_taps`."""
   if not taps or not hasattr(teacher, 'with_taps'):
     return teacher
   return teacher.with_taps(taps)
@@ -97,11 +137,17 @@ def with_taps(teacher, taps):
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """A teacher where a network is scored: apply(variables, image, train)."""
+  """A teacher with the `apply` of a network, for evaluation."""
 
   teacher: Any
 
-  def apply(self, variables, image, *, train=False):
-    """Outputs, as a network."""
+  def apply(
+    self,
+    variables: PyTree,
+    image: Float[AnyArray, 'b H W 3'],
+    *,
+    train: bool = False,
+  ) -> Outputs:
+    """See Network; `train` is ignored."""
     del train
     return self.teacher.apply(variables, image)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any torch.nn.Module as a teacher: a pure function of JAX, traced by torchax.
+"""Makes a teacher of any torch.nn.Module, traced by torchax.
 
-Needs the extra `torch`. Nothing here imports torch before a module is given.
+Needs the extra `torch`. torch is not imported until a module is given.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import difflib
 import hashlib
@@ -13,6 +13,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
 from attnfd_jax.data import transforms
@@ -20,49 +21,54 @@ from attnfd_jax.errors import first_line, InputError, one_of, within
 from attnfd_jax.models import layers
 from attnfd_jax.models.layers import IMAGE_MEAN, IMAGE_STD
 from attnfd_jax.teachers import torch_tracing
+from attnfd_jax.types import AnyArray, PyTree
 
-# Largest difference of PyTorch and JAX, relative to the largest value of a map.
+# Largest allowed difference between PyTorch and JAX, relative to the largest
+# absolute value of a feature map.
 TOLERANCE = 1e-4
-# Of sizes that vision transformers and encoders ask for.
+# Image sizes of vision transformers and encoders are multiples of these.
 _MULTIPLES = (8, 14, 16, 32, 64)
-# Before those of patches: a class, one for distillation, or four registers.
+# Numbers of tokens before those of the patches: a class token, that and one for
+# distillation, or that and four registers.
 _PREFIX_TOKENS = (1, 2, 5)
 
 
 def from_torch(
-  module,
-  taps=None,
+  module: Any,
+  taps: Mapping[str, str] | None = None,
   *,
-  name='',
-  class_names=(),
-  mean=IMAGE_MEAN,
-  std=IMAGE_STD,
-  size_multiple=1,
-  dtype='float32',
-):
-  """A Teacher of a torch.nn.Module, which is set to evaluation mode.
+  name: str = '',
+  class_names: Sequence[str] = (),
+  mean: Sequence[float] = IMAGE_MEAN,
+  std: Sequence[float] = IMAGE_STD,
+  size_multiple: int = 1,
+  dtype: str = 'float32',
+) -> 'TorchTeacher':
+  """Makes a Teacher of a torch.nn.Module, which it sets to evaluation mode.
 
   `jax.jit(teacher.apply)(teacher.variables, image)` computes what the module
-  does, from normalized images [b, H, W, 3] to Outputs; any mesh will do.
+  does, from normalized images [b, H, W, 3] to Outputs, on any device mesh.
 
   Args:
-    module: maps float images [b, 3, H, W] to logits [b, k, h, w], or to a dict
-      or an object that has them as 'logits' or 'out', or to a tuple whose first
-      item they are. Without logits it is of use for its taps only.
-    taps: {tap: name of a submodule}, as of module.named_modules(). What that
-      one returns is the map: [b, c, h, w], or tokens [b, n, c], which become a
-      map without those before the patches.
-    name: for logs and tables; by default that of the class.
-    class_names: in the order of its logits, if known.
-    mean, std: the normalization that the module was trained with, of images
-      from 0 to 1. `apply` takes images with ImageNet's, and changes them.
-    size_multiple: images are resized, bilinearly, to the next multiples of it
-      first, where a network needs that.
-    dtype: 'float32' or 'bfloat16', in which it computes; logits are float32.
+    module: maps float images [b, 3, H, W] to logits [b, k, h, w], to a dict or
+      an object that has them as 'logits' or 'out', or to a tuple in which they
+      are first. Without logits it can only provide feature maps.
+    taps: {tap: name of a submodule}, with names as in module.named_modules().
+      The output of the submodule is the feature map: [b, c, h, w], or tokens
+      [b, n, c], which are reshaped to a map without class and register tokens.
+    name: for logs and tables; default: the name of the class.
+    class_names: in the order of the logits, if known.
+    mean: of the normalization that the module was trained with, for images from
+      0 to 1. `apply` takes images normalized with ImageNet's and converts them.
+    std: see mean.
+    size_multiple: images are first resized bilinearly to the next multiple of
+      this, for networks that need it.
+    dtype: compute dtype, 'float32' or 'bfloat16'; logits are float32.
 
   Raises:
-    InputError: if torch or torchax is missing or does not fit, a tap does not
-      exist, weights hold NaN, or, when it is traced, the module fails.
+    InputError: if torch or torchax is missing or they do not fit together, a
+      tap does not exist, or weights hold NaN; from `apply`, if the module
+      cannot be traced.
   """
   torch_tracing.import_torchax()
   if not torch_tracing.is_module(module):
@@ -81,15 +87,15 @@ def from_torch(
   wrapped = torch_tracing.with_taps(module, taps)
   variables, function = torch_tracing.extract(wrapped)
   parameters = {f'module.{key}' for key, _ in module.named_parameters()}
-  broken = [
+  bad = [
     key.removeprefix('module.')
     for key in sorted(parameters & variables.keys())
     if not bool(jnp.isfinite(variables[key]).all())
   ]
-  if broken:
-    first = ', '.join(broken[:3])
+  if bad:
+    first = ', '.join(bad[:3])
     raise InputError(
-      f'{type(module).__name__}: {len(broken)} of its {len(parameters)} '
+      f'{type(module).__name__}: {len(bad)} of its {len(parameters)} '
       f'parameters hold NaN or infinity: {first}; take another checkpoint.'
     )
   return TorchTeacher(
@@ -107,20 +113,20 @@ def from_torch(
   )
 
 
-def _check_taps(module, taps):
+def _check_taps(module: Any, taps: Mapping[str, str]) -> None:
   names = [name for name, _ in module.named_modules() if name]
   for tap, name in taps.items():
     if name not in names:
       near = difflib.get_close_matches(str(name), names, 3, cutoff=0.4)
       near = near or [x for x in names if '.' not in x][:8]
       raise InputError(
-        f'taps: {tap}={name!r} is no submodule of {type(module).__name__}; '
-        f'nearest are {", ".join(near) or "none"}.'
+        f'taps: {tap}={name!r} is not a submodule of {type(module).__name__}; '
+        f'similar names are {", ".join(near) or "none"}.'
       )
 
 
-def _digest(variables):
-  """Hex digest of names, types and values, the same on every machine."""
+def _digest(variables: Mapping[str, AnyArray]) -> str:
+  """SHA-256 of names, dtypes, shapes and values, the same on every machine."""
   digest = hashlib.sha256()
   for name in sorted(variables):
     value = np.asarray(variables[name])
@@ -129,8 +135,8 @@ def _digest(variables):
   return digest.hexdigest()
 
 
-def _cast(variables, dtype):
-  """Floating point ones in `dtype`; half precision and doubles, too."""
+def _cast(variables: PyTree, dtype: str) -> PyTree:
+  """Casts all floating-point arrays to `dtype`."""
 
   def cast(x):
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -138,24 +144,27 @@ def _cast(variables, dtype):
   return jax.tree.map(cast, variables)
 
 
-def _as_map(tokens, size):
-  """[b, n, c] of patches of an image of `size` as [b, h, w, c].
+def _as_map(
+  tokens: Float[Array, 'b n c'], size: Sequence[int]
+) -> Float[Array, 'b h w c']:
+  """Reshapes tokens of the patches of an image of `size` to a feature map.
 
-  Patches divide the image, after a few other tokens, or there are no others.
+  Either patches divide the image evenly, and a few other tokens may come before
+  theirs, or there are no other tokens.
   """
   count, grids = tokens.shape[1], set()
   for patch in range(1, min(size) + 1):
-    whole = all(n % patch == 0 for n in size)
+    even = all(n % patch == 0 for n in size)
     for h, w in ([n // patch for n in size], [-(-n // patch) for n in size]):
       extra = count - h * w
-      if extra == 0 or (whole and extra in _PREFIX_TOKENS):
-        grids.add((not whole, extra, h, w))
+      if extra == 0 or (even and extra in _PREFIX_TOKENS):
+        grids.add((not even, extra, h, w))
   exact = [x for x in grids if x[:2] == (False, 0)]
   if len(exact or grids) != 1:
-    found = ' or '.join(f'{h}x{w} after {e}' for _, e, h, w in sorted(grids))
+    shown = ' or '.join(f'{h}x{w} after {e}' for _, e, h, w in sorted(grids))
     raise InputError(
       f'taps: {count} tokens of an image {tuple(size)} could be '
-      f'{found or "no grid of patches"}; name a submodule that returns '
+      f'{shown or "no grid of patches"}; name a submodule that returns '
       '[b, c, h, w].'
     )
   ((_, extra, h, w),) = exact or grids
@@ -164,94 +173,119 @@ def _as_map(tokens, size):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TorchTeacher:
-  """What `from_torch` makes, see there.
+  """A torch.nn.Module as a teacher, see from_torch.
 
   Attributes:
     module: the PyTorch module with its taps, on the CPU, for `compare`.
-    function: (variables, (image [b, 3, H, W],)) -> what the module returns.
-    variables: {name: array} of its parameters and buffers, in `dtype`.
-    fingerprint: SHA-256 of these before they were cast.
-    remarks: for the log.
+    function: (variables, (image [b, 3, H, W],)) -> outputs of the module.
+    variables: its parameters and buffers by name, in `dtype`.
+    name: see from_torch.
+    class_names: see from_torch.
+    taps: see from_torch.
+    mean: see from_torch.
+    std: see from_torch.
+    size_multiple: see from_torch.
+    dtype: see from_torch.
+    fingerprint: SHA-256 of the variables before they were cast.
+    source: where it comes from.
+    remarks: lines for the log.
   """
 
   module: Any
-  function: Any
-  variables: Any
+  function: Callable[..., Any]
+  variables: PyTree
   name: str
-  class_names: tuple = ()
+  class_names: tuple[str, ...] = ()
   taps: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  mean: tuple = IMAGE_MEAN
-  std: tuple = IMAGE_STD
+  mean: tuple[float, ...] = IMAGE_MEAN
+  std: tuple[float, ...] = IMAGE_STD
   size_multiple: int = 1
   dtype: str = 'float32'
   fingerprint: str = ''
   source: str = 'PyTorch'
-  remarks: tuple = ()
+  remarks: tuple[str, ...] = ()
 
-  def apply(self, variables, image, *, rng=None):
-    """Outputs, see Teacher; without random numbers, as it is evaluated."""
+  def apply(
+    self,
+    variables: PyTree,
+    image: Float[AnyArray, 'b H W 3'],
+    *,
+    rng: jax.Array | None = None,
+  ) -> Any:
+    """Returns Outputs, without 'logits' if the module has none.
+
+    Always in evaluation mode: `rng` is ignored. See Teacher.
+    """
     del rng
-    size = tuple(image.shape[1:3])
+    _, h, w, _ = image.shape
     x = self._enter(image).astype(self.dtype)
     try:
       with torch_tracing.quiet():
-        found = self.function(variables, (x,))
+        outputs = self.function(variables, (x,))
     except Exception as error:
-      raise self._explained(error, size) from error
-    return self._leave(found, size)
+      raise self._explained(error, (h, w)) from error
+    return self._leave(outputs, (h, w))
 
-  def _enter(self, image):
-    """[b, H, W, 3] as we normalize it to float32 [b, 3, H', W'] as it does."""
-    x = image.astype(jnp.float32)
-    numbers = (IMAGE_MEAN, IMAGE_STD), (self.mean, self.std)
-    if numbers[0] != numbers[1]:
-      (mean, std), (their_mean, their_std) = (
-        [layers.per_channel(np.float32(y), x) for y in pair] for pair in numbers
+  def _enter(
+    self, image: Float[AnyArray, 'b H W 3']
+  ) -> Float[Array, 'b 3 h w']:
+    """Converts our normalized images to the float32 input of the module."""
+    x: Any = image.astype(jnp.float32)
+    constants = (IMAGE_MEAN, IMAGE_STD), (self.mean, self.std)
+    if constants[0] != constants[1]:
+      (mean, std), (module_mean, module_std) = (
+        [layers.per_channel(np.array(y, np.float32), x) for y in pair]
+        for pair in constants
       )
-      x = (x * std + mean - their_mean) / their_std
-    x = _resize(x, self._seen(image.shape[1:3]))
+      x = (x * std + mean - module_mean) / module_std
+    _, h, w, _ = image.shape
+    x = _resize(x, self._input_size((h, w)))
     return jnp.transpose(x, (0, 3, 1, 2))
 
-  def _seen(self, size):
-    """(height, width) of what the module is given for an image of `size`."""
+  def _input_size(self, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the module's input for an image of `size`."""
     return transforms.next_multiple(size, self.size_multiple)
 
-  def _leave(self, found, size):
-    """Outputs of what the module returned for an image of `size`."""
+  def _leave(
+    self, module_outputs: Mapping[str, jax.Array], size: tuple[int, int]
+  ) -> dict[str, Any]:
+    """Outputs for an image of `size` from those of the module."""
     features = {}
-    for key, x in found.items():
+    for key, x in module_outputs.items():
       if key != 'logits':
         x = (
-          _as_map(x, self._seen(size))
+          _as_map(x, self._input_size(size))
           if x.ndim == 3
           else jnp.moveaxis(x, 1, -1)
         )
         features[key.removeprefix('tap ')] = x
-    outputs = {'features': features}
-    if 'logits' in found:
-      logits = jnp.moveaxis(found['logits'], 1, -1).astype(jnp.float32)
-      outputs['logits'] = _resize(logits, size)
+    outputs: dict[str, Any] = {'features': features}
+    if 'logits' in module_outputs:
+      logits = jnp.moveaxis(module_outputs['logits'], 1, -1)
+      outputs['logits'] = _resize(logits.astype(jnp.float32), size)
     return outputs
 
-  def _explained(self, error, size):
-    """An InputError, with a size that fits if there is one near."""
+  def _explained(self, error: Exception, size: tuple[int, int]) -> InputError:
+    """An InputError; it suggests a size_multiple if the module needs one."""
     if isinstance(error, InputError):
       return error
     text = f'{self.name} fails on images {size}: {first_line(error)}'
     if type(error).__name__ == 'OperatorNotFound':  # Of torchax.
       versions = ', '.join(map(torch_tracing.version, ('torch', 'torchax')))
-      what = f'torchax has no such operation here ({versions})'
-      return InputError(f'{text}; {what}: {torch_tracing.INSTALL}')
+      return InputError(
+        f'{text}; torchax has no such operation here ({versions}): '
+        f'{torch_tracing.INSTALL}'
+      )
     for multiple in _MULTIPLES:
-      near = transforms.next_multiple(size, multiple)
-      if near != size and self.accepts(near):
+      larger = transforms.next_multiple(size, multiple)
+      if larger != size and self.accepts(larger):
         return InputError(
-          f'{text}; it takes {near}: size_multiple={multiple} resizes images '
-          'to that before, see docs/any_teacher.md.'
+          f'{text}; it takes {larger}: size_multiple={multiple} resizes images '
+          'to that first, see docs/any_teacher.md.'
         )
     return InputError(text)
 
-  def accepts(self, size):
+  def accepts(self, size: tuple[int, int]) -> bool:
     """Whether the module can be traced for an image of (height, width)."""
     x = jax.ShapeDtypeStruct((1, 3, *size), self.dtype)
     try:
@@ -261,58 +295,61 @@ class TorchTeacher:
       return False
     return True
 
-  def compare(self, image):
-    """{'logits' or tap: largest difference of JAX and PyTorch} in float32,
-    relative to the largest value of PyTorch.
+  def compare(self, image: Float[AnyArray, 'b H W 3']) -> dict[str, float]:
+    """Compares the outputs of JAX and PyTorch, both in float32.
 
     Args:
-      image: float32 [b, H, W, 3], normalized as by attnfd_jax.normalise.
+      image: normalized, as by attnfd_jax.normalize.
+
+    Returns:
+      For 'logits' and each tap, the largest absolute difference divided by the
+      largest absolute value of PyTorch.
 
     Raises:
-      InputError: if one is above TOLERANCE, or is not finite.
+      InputError: if one is above TOLERANCE or not finite.
     """
     torch, _ = torch_tracing.import_torchax()
     variables, _ = torch_tracing.extract(self.module)
     exact = dataclasses.replace(
       self, variables=_cast(variables, 'float32'), dtype='float32'
     )
-    size = tuple(image.shape[1:3])
+    _, h, w, _ = image.shape
     with jax.default_matmul_precision('highest'):
-      ours = jax.jit(exact.apply)(exact.variables, image)
+      actual = _maps(jax.jit(exact.apply)(exact.variables, image))
     x = torch.from_numpy(np.array(exact._enter(image)))
     with torch.no_grad(), warnings.catch_warnings():
       warnings.simplefilter('ignore')  # Of the user's module.
-      found = self.module.float()(x)
-    found = {key: jnp.asarray(value.numpy()) for key, value in found.items()}
-    theirs, differences = exact._leave(found, size), {}
-    for key, y in _maps(theirs).items():
+      outputs = self.module.float()(x)
+    outputs = {key: jnp.asarray(y.numpy()) for key, y in outputs.items()}
+    expected, differences = _maps(exact._leave(outputs, (h, w))), {}
+    for key, y in expected.items():
       if not np.isfinite(y).all():
         raise InputError(
           f'{self.name}: {key} has NaN or infinite values for images of the '
-          'data set; are its weights, and mean and std, right?'
+          'data set; check its weights, mean and std.'
         )
-      worst = np.max(np.abs(_maps(ours)[key] - y))
-      differences[key] = float(worst / max(np.max(np.abs(y)), 1e-30))
+      largest = np.max(np.abs(actual[key] - y))
+      differences[key] = float(largest / max(np.max(np.abs(y)), 1e-30))
     for key, difference in differences.items():
       if not difference <= TOLERANCE:
         raise InputError(
           f'{self.name}: {key} differs by {difference:.1e} between PyTorch and '
-          f'JAX, more than {TOLERANCE:g} of its largest value; is something '
-          'random, or in place, in its forward pass?'
+          f'JAX, more than {TOLERANCE:g} of its largest value; look for random '
+          'or in-place operations in its forward pass.'
         )
     return differences
 
 
-def _maps(outputs):
+def _maps(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
   logits = {'logits': outputs['logits']} if 'logits' in outputs else {}
-  found = logits | outputs['features']
-  return {key: np.asarray(x, np.float32) for key, x in found.items()}
+  maps = logits | outputs['features']
+  return {key: np.asarray(x, np.float32) for key, x in maps.items()}
 
 
-def _resize(x, size):
-  """[b, h, w, c] to (height, width) with half-pixel centers, as PyTorch's
-  interpolate(mode='bilinear') does.
-  """
+def _resize(
+  x: Float[AnyArray, 'b h w c'], size: tuple[int, int]
+) -> Float[AnyArray, 'b height width c']:
+  """Resizes with half-pixel centers, as PyTorch's bilinear interpolate."""
   if x.shape[1:3] == tuple(size):
     return x
   shape = (x.shape[0], *size, x.shape[-1])

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State, step, loop and what surrounds them; the same for every stage."""
+"""Training of any stage: state, step, loop, and the stages of a run."""

@@ -1,75 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: evaluate, save, stop, next batch, step, log."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 import math
 import signal
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 
+from attnfd_jax import progress
 from attnfd_jax.devices import processes
 from attnfd_jax.errors import InputError
 from attnfd_jax.runs import checkpoints, logs
-from attnfd_jax.training.stopping import Stopped
+from attnfd_jax.training.stage import Stage
+from attnfd_jax.training.step import TrainState
+from attnfd_jax.training.stopping import Stop, Stopped
+from attnfd_jax.types import PyTree
 
-_SHOWN = 16  # Names of a batch.
+_MAX_NAMES = 16  # Images of a batch that a message names.
 
 
 class NonFiniteLoss(InputError):
-  """The loss became NaN or infinite; what is saved stays."""
+  """The loss, a gradient or an update is NaN or infinite."""
 
 
-def check_finite(step, metrics, *, names, manager, state=None):
-  """Waits for a step's metrics; NonFiniteLoss if they are not finite.
+def check_finite(
+  step: int,
+  metrics: Mapping[str, jax.Array],
+  *,
+  names: Callable[[int], Sequence[str]],
+  manager: ocp.CheckpointManager,
+  state: TrainState | None = None,
+) -> None:
+  """Waits for the metrics of a step and checks that they are finite.
 
-  Or a `state` that is to be saved: its loss is that of the weights before.
-  `names` maps a step to the names of the images of the batch after it.
+  Args:
+    step: number of the step.
+    metrics: of the step.
+    names: from a step to the names of the images in the batch after it.
+    manager: for the step of the last checkpoint.
+    state: a state to check as well, before it is saved: the loss of a step is
+      computed with the weights before its update.
+
+  Raises:
+    NonFiniteLoss: if something is not finite.
   """
   loss, gradient = jax.device_get((metrics['loss'], metrics['grad_norm']))
   if not math.isfinite(loss):
-    what = 'Loss'
+    culprit = 'Loss'
   elif not math.isfinite(gradient):
-    what = 'Gradient'
+    culprit = 'Gradient'
   elif state and not _all_finite((state.params, state.collections)):
-    what = 'Update of the weights'
+    culprit = 'Update of the weights'
   else:
     return
   values = sorted(jax.device_get(metrics).items())
   terms = ', '.join(f'{name} {float(x):.4g}' for name, x in values)
   images = names(step - 1)
-  more = f' and {len(images) - _SHOWN} more' if len(images) > _SHOWN else ''
-  saved = manager.latest_step()
-  kept = f'Last good checkpoint: step {saved}'
-  if saved is None:
-    kept = 'There is no checkpoint yet'
+  shown, more = ', '.join(images[:_MAX_NAMES]), len(images) - _MAX_NAMES
+  if more > 0:
+    shown += f' and {more} more'
+  last_step = manager.latest_step()
+  checkpoint = f'Last good checkpoint: step {last_step}'
+  if last_step is None:
+    checkpoint = 'There is no checkpoint yet'
   raise NonFiniteLoss(
-    f'{what} is not finite at step {step}: {terms}. Images: '
-    f'{", ".join(images[:_SHOWN])}{more}. {kept}. Lower --config.optim.lr or '
-    'set --config.optim.clip_norm=1.'
+    f'{culprit} is not finite at step {step}: {terms}. Images: {shown}. '
+    f'{checkpoint}. Lower --config.optim.lr or set --config.optim.clip_norm=1.'
   )
 
 
 @jax.jit
-def _all_finite(tree):
+def _all_finite(tree: PyTree) -> jax.Array:
   finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
   return jnp.all(jnp.stack(finite))
 
 
 class _Clock:
-  """Speed since it was made, and the share of the time without data."""
+  """Measures speed, and the fraction of time spent waiting for data."""
 
-  def __init__(self, step):
+  def __init__(self, step: int):
     self._step, self._start, self._waited = step, time.monotonic(), 0.0
 
-  def next(self, batches):
+  def next(self, batches: Iterator[Any]) -> Any:
     start = time.monotonic()
     batch = next(batches)
     self._waited += time.monotonic() - start
     return batch
 
-  def read(self, step, batch_size):
+  def read(self, step: int, batch_size: int) -> dict[str, float]:
     elapsed = max(time.monotonic() - self._start, 1e-9)
     seconds, waited = elapsed / (step - self._step), self._waited / elapsed
     return {
@@ -79,27 +102,43 @@ class _Clock:
     }
 
 
-def train(stage, state, *, manager, log, stop):
-  """The state after the last step of a Stage, from wherever `state` is.
+def train(
+  stage: Stage,
+  state: TrainState,
+  *,
+  manager: ocp.CheckpointManager,
+  log: logs.StageLog,
+  stop: Stop,
+) -> TrainState:
+  """Trains a stage to its last step; returns the final state.
 
-  `state` is donated. The Orbax `manager` saves it after each evaluation, as
-  often as the config says, and when `stop`, a stopping.Stop, says so. Raises
-  NonFiniteLoss at the first such step, and Stopped after a signal.
+  Args:
+    stage: what to train.
+    state: an initial or restored state; it is donated.
+    manager: saves the state after each evaluation, every
+      config.checkpoint.every_minutes, and after a signal.
+    log: of the stage.
+    stop: checked after every step.
+
+  Raises:
+    NonFiniteLoss: at the first step whose loss or gradient is not finite.
+    Stopped: after a signal, once the state is saved.
   """
   config, num_steps = stage.config, stage.num_steps
   log_every = config.log_every_steps
   step = first = saved = int(state.step)
-  # A run that was stopped in an evaluation has saved without its metrics.
+  # A run that was stopped during an evaluation saved no metrics.
   scored = step if step and manager.metrics(step) else None
   if step == scored == num_steps:
     return state
-  best = -math.inf
-  if manager.best_step() is not None:
-    best = manager.metrics(manager.best_step())['miou']
+  best, best_step = -math.inf, manager.best_step()
+  if best_step is not None:
+    best_metrics: Any = manager.metrics(best_step)
+    best = best_metrics['miou']
   train_step, rng = stage.make_train_step(), stage.rng
   teacher_variables = stage.teacher.variables if stage.teacher else {}
   batches, clock = iter(stage.make_batches(step)), _Clock(step)
-  save_time = time.monotonic()
+  start = save_time = time.monotonic()
   unchecked = metrics = None
   advised = False
   check = functools.partial(
@@ -110,28 +149,29 @@ def train(stage, state, *, manager, log, stop):
     nonlocal saved, save_time, clock
     if metrics is not None:
       check(step, metrics, state=state)
-    if miou is not None and math.isnan(miou):  # No score to choose by.
-      raise InputError('val has no labeled pixel that is scored; label some.')
+    if miou is not None and math.isnan(miou):  # Cannot select the best one.
+      raise InputError('val has no labeled pixels to evaluate; label some.')
     checkpoints.save(manager, step, state, stage.run_facts, miou=miou)
     log.upload()
     if saved == first:
-      checkpoints.wait(manager)  # Errors of saving come late.
+      checkpoints.wait(manager)  # To report errors of the first save early.
     saved, save_time = step, time.monotonic()
     clock = _Clock(step)
 
   def save_is_due():
-    # Clocks of processes differ, and to ask all of them is not free.
+    # Processes must agree although their clocks differ, which takes time.
     if jax.process_count() > 1 and step % log_every:
       return False
     seconds = 60 * config.checkpoint.every_minutes
     return processes.any_of(0 < seconds <= time.monotonic() - save_time)
 
-  with stop.deferred():
+  bar = progress.steps(step, num_steps, log.name, shown=processes.is_first())
+  with stop.deferred(), bar:
     while True:
       due = step % stage.eval_every == 0 or step == num_steps
       if step and due and scored != step:
         if metrics is not None:
-          check(step, metrics)  # Before an evaluation in vain.
+          check(step, metrics)  # Before a useless evaluation.
         start = time.monotonic()
         scores = stop.attempt(stage.evaluate, state.variables('student'))
         if scores is not None:
@@ -141,8 +181,8 @@ def train(stage, state, *, manager, log, stop):
             f'{logs.percent(scores["miou"])}  (best {logs.percent(best)}, '
             f'{logs.duration(time.monotonic() - start)})'
           )
-          # The line is there before the checkpoint: a restart drops what is
-          # newer than its checkpoint, and writes nothing older again.
+          # Logged before the checkpoint is saved: a resumed run drops records
+          # after its checkpoint, but does not repeat earlier ones.
           log.metrics('eval', step, scores)
           save(scores['miou'])
           scored = step
@@ -161,7 +201,7 @@ def train(stage, state, *, manager, log, stop):
       try:
         batch = clock.next(batches)
       except Exception:
-        # Ctrl-C also ends the processes that read.
+        # Ctrl-C also stops the worker processes that read the data.
         if not stop.signum:
           raise
         continue
@@ -170,14 +210,16 @@ def train(stage, state, *, manager, log, stop):
         start = time.monotonic()
       state, metrics = train_step(state, teacher_variables, batch, rng)
       step += 1
+      bar.update()
       if unchecked:
-        check(*unchecked)  # One step late: the device is not kept waiting.
+        check(*unchecked)  # One step late, so that the device never waits.
       unchecked = step, metrics
       if step == first + 1:
         jax.block_until_ready(metrics)
         seconds = time.monotonic() - start
-        kept = jax.config.jax_enable_compilation_cache
-        text = '; faster next time, cached' if kept else ''
+        # JAX defines the attributes at run time.
+        cached = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+        text = ' (cached for the next run)' if cached else ''
         log.line(f'first step after {seconds:.1f} s{text}')
         clock = _Clock(step)
       if step % log_every and step != num_steps:
@@ -189,17 +231,19 @@ def train(stage, state, *, manager, log, stop):
       text = '  '.join(
         f'{name} {values[name]:.4f}' for name in shown if name.count('_') < 2
       )
-      if step > first + 1:  # The time of the first is that of the compiler.
+      if step > first + 1:  # The first step includes compilation.
         values |= clock.read(step, config.batch_size)
         clock = _Clock(step)
         left = logs.duration(values['step_seconds'] * (num_steps - step))
         text += f'  {values["images_per_second"]:.1f} images/s'
         text += f'  waiting {values["data_wait"]:.0%}  left {left}'
       log.metrics('train', step, values)
-      log.line(f'step {step}/{num_steps}  {text}')
+      # On a terminal, the bar takes the place of these lines.
+      bar.set_postfix_str(f'loss {values["loss"]:.4f}')
+      log.line(f'step {step}/{num_steps}  {text}', shown=bar.disable)
       if not advised and values.get('data_wait', 0) > 0.1:
         advised = True
         log.line(
           'the step waits for data: config.data.cache=True keeps decoded '
-          'images in memory, config.data.workers=2 decodes in more processes'
+          'images in memory, config.data.workers=2 decodes in two processes'
         )

@@ -1,37 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CutMix (arXiv 1905.04899) of images with their masks, on the devices.
+"""CutMix (arXiv 1905.04899) of images and their masks, on the device.
 
-Teacher and student see the same mixed image, as a patient and consistent
-teacher should (arXiv 2106.05237).
+Teacher and student see the same mixed image, as in "a good teacher is patient
+and consistent" (arXiv 2106.05237).
 """
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 
-def _boxes(rng, b, h, w):
-  """bool [b, h, w]: a box of each image whose area is uniform in (0, 1).
+def _boxes(rng: jax.Array, b: int, h: int, w: int) -> jax.Array:
+  """A random box in each image, as a boolean mask [b, h, w].
 
-  As the paper draws it, with lambda from Beta(1, 1): sides in proportion to the
-  image's, centre anywhere in it, cut off at its edges.
+  As in the paper, with lambda from Beta(1, 1): the area is uniform in (0, 1),
+  the aspect ratio is the image's, the center is anywhere in the image, and the
+  box is clipped to it.
   """
-  area, *centre = jax.random.uniform(rng, (3, b, 1))
+  area, *center = jax.random.uniform(rng, (3, b, 1))
 
-  def inside(size, centre):
+  def inside(size, center):
     half = jnp.sqrt(area) / 2
-    place = (jnp.arange(size, dtype=jnp.float32)[None] + 0.5) / size
-    return jnp.abs(place - centre) < half  # [b, size]
+    position = (jnp.arange(size, dtype=jnp.float32)[None] + 0.5) / size
+    return jnp.abs(position - center) < half  # [b, size]
 
-  rows, columns = map(inside, (h, w), centre)
+  rows, columns = map(inside, (h, w), center)
   return rows[:, :, None] & columns[:, None, :]
 
 
-def cutmix(batch, rng, *, probability):
-  """Pastes a box of the next image of the batch, and of its label, into each.
+def cutmix(
+  batch: Mapping[str, jax.Array], rng: jax.Array, *, probability: float
+) -> dict[str, jax.Array]:
+  """Pastes a box of the next image in the batch, and its label, into each.
 
   Args:
-    batch: {'image': [b, h, w, 3], 'label': [b, h, w]}. The next image of the
-      last one is the first; the order of a batch is random.
+    batch: 'image' [b, h, w, 3] and 'label' [b, h, w]. The next image of the
+      last one is the first; batches are in random order.
+    rng: for the boxes, and the choice of images.
     probability: of each image to be changed.
   """
   box_rng, chosen_rng = jax.random.split(rng)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer: poly schedule, parameter groups, phases (METHOD section 4)."""
 
+from collections.abc import Callable, Hashable, Iterable, Mapping
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,13 @@ import optax
 
 from attnfd_jax.distill.method import CONNECTOR_SCHEDULES
 from attnfd_jax.errors import one_of, within
+from attnfd_jax.types import PyTree
 
 
-def poly_schedule(lr, *, num_steps, power, warmup_steps=0):
-  """step -> lr (1 - step / num_steps)^power, after a linear warm-up."""
+def poly_schedule(
+  lr: float, *, num_steps: int, power: float, warmup_steps: int = 0
+) -> optax.Schedule:
+  """Learning rate lr (1 - step / num_steps)^power, after a linear warm-up."""
 
   def schedule(step):
     # An integer divided by an integer is float32 even where x64 is on.
@@ -26,8 +31,14 @@ def poly_schedule(lr, *, num_steps, power, warmup_steps=0):
   return schedule
 
 
-def make_labels(groups=()):
-  """params -> the group of every leaf; see WeightedSum.parameter_groups."""
+def make_labels(
+  groups: Iterable[tuple[str, str]] = (),
+) -> Callable[[PyTree], PyTree]:
+  """Returns a function from parameters to the group of every leaf.
+
+  Args:
+    groups: (regex, group) of the distiller, see WeightedSum.parameter_groups.
+  """
   rules = [
     (r'student/backbone/.*', 'backbone'),
     (r'student/.*', 'head'),
@@ -42,52 +53,67 @@ def make_labels(groups=()):
   return lambda params: jax.tree_util.tree_map_with_path(label, params)
 
 
-def _clip_what_trains(clip_norm, labels, trains):
-  """optax.clip_by_global_norm over the groups that train at a step."""
+def _clip_active_groups(
+  clip_norm: float,
+  labels: Callable[[PyTree], PyTree],
+  is_active: Mapping[str, Callable],
+) -> optax.GradientTransformation:
+  """optax.clip_by_global_norm over the groups that are trained at a step."""
   clip = optax.clip_by_global_norm(clip_norm)
 
-  def update(updates, count, params=None):
-    active = {group: now(count) for group, now in trains.items()}
+  def update(updates: Any, state: Any, params: Any = None):
+    # The state counts the steps.
+    active = {group: at_step(state) for group, at_step in is_active.items()}
 
-    def resting(update, group):
-      # Groups of a method's own optimizer always train.
+    def zero_inactive(update, group):
+      # Groups with an optimizer of their own are always trained.
       return jnp.where(active.get(group, group != 'frozen'), update, 0)
 
-    updates = jax.tree.map(resting, updates, labels(updates))
+    updates = jax.tree.map(zero_inactive, updates, labels(updates))
     updates, _ = clip.update(updates, clip.init(params), params)
-    return updates, count + 1
+    return updates, state + 1
 
   return optax.GradientTransformation(lambda params: jnp.int32(0), update)
 
 
 def make_optimizer(
-  schedule,
+  schedule: optax.Schedule,
   *,
-  name='sgd',
-  head_lr_scale=10.0,
-  weight_decay=5e-4,
-  momentum=0.9,
-  nesterov=True,
-  clip_norm=None,
-  connector_schedule='always',
-  epoch_steps=0,
-  groups=(),
-  optimizers=None,
-):
+  name: str = 'sgd',
+  head_lr_scale: float = 10.0,
+  weight_decay: float = 5e-4,
+  momentum: float = 0.9,
+  nesterov: bool = True,
+  clip_norm: float | None = None,
+  connector_schedule: str = 'always',
+  epoch_steps: int = 0,
+  groups: Iterable[tuple[str, str]] = (),
+  optimizers: Mapping[str, optax.GradientTransformation] | None = None,
+) -> optax.GradientTransformation:
   """An Optax transformation with PyTorch's SGD, or AdamW, for each group.
 
-  Weight decay is of every trained tensor, norms and biases included; in SGD it
-  is added to the gradient, before momentum.
+  Weight decay applies to every trained tensor, including norms and biases; with
+  SGD it is added to the gradient before momentum.
 
   Args:
-    schedule: step -> learning rate of the backbone; that of everything else is
-      `head_lr_scale` times as high.
-    clip_norm: largest norm of the gradient of what trains at a step, or None.
-    connector_schedule: 'always' trains all groups all the time. 'first_epoch'
-      trains the connectors alone in the first `epoch_steps` steps, at the
-      learning rate of the backbone, and fixes them afterwards. 'warmup' starts
-      the same way and continues with all of them.
-    groups, optimizers: of methods, see WeightedSum.
+    schedule: learning rate of the backbone at each step.
+    name: 'sgd' or 'adamw'.
+    head_lr_scale: factor of the learning rate outside the backbone.
+    weight_decay: coefficient of the weights in the update.
+    momentum: for SGD.
+    nesterov: for SGD.
+    clip_norm: largest global norm of the gradients of the groups that are
+      trained at a step; None or 0 does not clip.
+    connector_schedule: 'always' trains all groups at every step. 'first_epoch'
+      trains only the connectors in the first `epoch_steps` steps, at the
+      learning rate of the backbone, and freezes them afterwards. 'warmup'
+      starts the same way and then trains all groups.
+    epoch_steps: length of the first phase.
+    groups: (regex, group) of the distiller, see WeightedSum.parameter_groups.
+    optimizers: of groups with one of their own, see WeightedSum.optimizers.
+
+  Raises:
+    InputError: for a value outside its choices or its range.
   """
   one_of('config.optim.name', name, ('sgd', 'adamw'))
   one_of('connector_schedule', connector_schedule, CONNECTOR_SCHEDULES)
@@ -100,31 +126,35 @@ def make_optimizer(
   core = optax.chain(decay, optax.trace(momentum, nesterov=nesterov))
   if name == 'adamw':
     core = optax.chain(optax.scale_by_adam(), decay)
-  phased, trains = connector_schedule != 'always', {}
+  phased, is_active = connector_schedule != 'always', {}
   if phased:
-    trains['backbone'] = trains['head'] = lambda step: step >= epoch_steps
+    is_active['backbone'] = is_active['head'] = lambda step: step >= epoch_steps
   if connector_schedule == 'first_epoch':
-    trains['connectors'] = lambda step: step < epoch_steps
+    is_active['connectors'] = lambda step: step < epoch_steps
 
   def rate(group, step):
     scale = 1.0 if group == 'backbone' else head_lr_scale
     if group == 'connectors' and phased:
-      # The authors' scheduler overwrites the tenfold rate of a single group.
+      # A single group: the authors' scheduler overwrites its tenfold rate.
       scale = jnp.where(step < epoch_steps, 1.0, scale)
     return -scale * schedule(step)
 
   def make_group(name):
     inner = core
-    if name in trains:
-      # Outside its phase a group keeps weights and momentum as they are.
-      inner = optax.conditionally_mask(core, trains[name])
+    if name in is_active:
+      # Outside its phase, a group keeps its weights and its momentum.
+      inner = optax.conditionally_mask(core, is_active[name])
     scale = optax.scale_by_schedule(functools.partial(rate, name))
     return optax.chain(inner, scale)
 
   labels = make_labels(groups)
-  made = {x: make_group(x) for x in ('backbone', 'head', 'connectors')}
-  made |= {'frozen': optax.set_to_zero()} | (optimizers or {})
-  tx = optax.partition(made, labels)
+  transforms: dict[Hashable, optax.GradientTransformation] = {
+    group: make_group(group) for group in ('backbone', 'head', 'connectors')
+  }
+  transforms['frozen'] = optax.set_to_zero()
+  for group, own in (optimizers or {}).items():
+    transforms[group] = own
+  tx = optax.partition(transforms, labels)
   if clip_norm:
-    tx = optax.chain(_clip_what_trains(clip_norm, labels, trains), tx)
+    tx = optax.chain(_clip_active_groups(clip_norm, labels, is_active), tx)
   return tx

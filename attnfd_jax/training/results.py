@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a finished stage leaves for people: result.json and pictures.npz."""
+"""Writes the results of a finished stage: result.json and pictures.npz."""
 
+from collections.abc import Sequence
 import functools
 import json
+from typing import Any
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,13 +17,31 @@ from attnfd_jax.data.pairs import UNLABELED
 from attnfd_jax.devices import processes, sharding
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
-from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.models.deeplab import normalize
 from attnfd_jax.pytorch import weights
 from attnfd_jax.runs import loading, logs
+from attnfd_jax.training.stage import Stage
+from attnfd_jax.training.step import TrainState
+from attnfd_jax.types import Config
 
 
-def write(stage, state, directory, *, step, log):
-  """Scores `state`, draws pictures, writes both; returns the result."""
+def write(
+  stage: Stage,
+  state: TrainState,
+  directory: epath.Path,
+  *,
+  step: int,
+  log: logs.StageLog,
+) -> dict[str, Any]:
+  """Scores `state`, draws pictures and writes both; returns the result.
+
+  Args:
+    stage: the finished stage.
+    state: of its best checkpoint.
+    directory: folder of the stage.
+    step: of the checkpoint.
+    log: of the stage, for training times.
+  """
   config, variables = stage.config, state.variables('student')
   options, source = config.eval, stage.dataset.splits['val']
   records = evaluation.chosen_records(
@@ -32,7 +53,8 @@ def write(stage, state, directory, *, step, log):
     pictures = make_pictures(stage, state, records)
     if processes.is_first():
       with paths.replacing(directory / 'pictures.npz') as file:
-        np.savez_compressed(file, **pictures)
+        # None of the names is an option of the function.
+        np.savez_compressed(file, **pictures)  # pyright: ignore[reportArgumentType]
   result = stage.evaluate(variables)
   if options.test_split:
     result['test'] = stage.evaluate(variables, options.test_split)
@@ -57,8 +79,9 @@ def write(stage, state, directory, *, step, log):
     'device': logs.device_name(),
     'versions': logs.versions(),
   }
-  if stage.teacher is not None:
-    teacher, method = stage.teacher, config.distill.method
+  teacher, distiller = stage.teacher, stage.distiller
+  if teacher is not None and distiller is not None:
+    method = config.distill.method
     result['teacher'] = {
       'name': teacher.name,
       'miou': stage.teacher_miou,
@@ -67,15 +90,15 @@ def write(stage, state, directory, *, step, log):
     if fingerprint := getattr(teacher, 'fingerprint', ''):
       result['teacher']['sha256'] = fingerprint
     # As they are used: the config may ask for what this teacher lacks.
-    used = json.dumps(stage.distiller.options(), default=str)
+    used = json.dumps(distiller.options(), default=str)
     result['method'] = {
       'name': method,
       'title': distill.title(method),
       'options': json.loads(used),
-      'pictures': stage.distiller.pictures_note,
+      'pictures': distiller.pictures_note,
     }
     trained = sharding.to_host(state.variables('distiller'))
-    gates = stage.distiller.student_attention_variables(trained)
+    gates = distiller.student_attention_variables(trained)
     if gates and processes.is_first():
       loading.write_attention(directory, gates)
   result = logs.without_nan(result)
@@ -83,16 +106,25 @@ def write(stage, state, directory, *, step, log):
   return result
 
 
-def _first_weights(options):
-  """The path as it is given, what a name stands for, or None."""
+def _first_weights(options: Config) -> Any:
+  """Origin of the pretrained weights: a path, facts on a download, or None."""
   if options.pretrained == weights.NAME:
     return weights.facts(options.backbone)
   return options.pretrained or None
 
 
-def make_pictures(stage, state, records):
-  """Arrays for the report: image, label, prediction, palette, and the maps of
-  the method, 'map_<role>_<name>', float16 [n, h, w] from 0 to 1.
+def make_pictures(
+  stage: Stage, state: TrainState, records: Sequence[dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+  """Arrays for the report: image, label, prediction, palette and maps.
+
+  The maps of the method are 'map_<role>_<name>': float16 [n, h, w], from 0 to
+  1.
+
+  Args:
+    stage: the finished stage.
+    state: of its best checkpoint.
+    records: images with their labels, all of the same size.
   """
   image = np.stack([record['image'] for record in records])
   student = sharding.to_host(state.variables('student'))
@@ -100,7 +132,7 @@ def make_pictures(stage, state, records):
 
   @jax.jit
   def predict(variables, image):
-    logits = forward(variables, normalise(image))['logits']
+    logits = forward(variables, normalize(image))['logits']
     return jnp.argmax(logits, -1).astype(jnp.uint8)
 
   pictures = {
@@ -109,20 +141,22 @@ def make_pictures(stage, state, records):
     'prediction': np.asarray(predict(student, image)),
     'palette': stage.dataset.palette,
   }
-  if stage.teacher is None or not stage.distiller.pictures_note:
+  teacher, distiller = stage.teacher, stage.distiller
+  if teacher is None or distiller is None or not distiller.pictures_note:
     return pictures
 
   @jax.jit
-  def draw(student, teacher, distiller, image):
-    image = normalise(image)
-    outputs = forward(student, image), stage.teacher.apply(teacher, image)
-    return stage.distiller.apply(
-      distiller, *outputs, train=False, method='pictures'
+  def draw(student_variables, teacher_variables, variables, image):
+    image = normalize(image)
+    outputs = (
+      forward(student_variables, image),
+      teacher.apply(teacher_variables, image),
     )
+    return distiller.apply(variables, *outputs, train=False, method='pictures')
 
-  others = stage.teacher.variables, state.variables('distiller')
-  found = draw(student, *sharding.to_host(others), image)
-  for role, maps in found.items():
+  others = teacher.variables, state.variables('distiller')
+  drawn = draw(student, *sharding.to_host(others), image)
+  for role, maps in drawn.items():
     for name, x in maps.items():
       x = np.asarray(x, np.float32)
       x = x - np.min(x, axis=(1, 2), keepdims=True)

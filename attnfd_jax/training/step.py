@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state, and the one jitted, sharded, donated step of all stages."""
+"""The train state, and the jitted training step of all stages."""
 
+from collections.abc import Callable, Mapping
 import functools
+from typing import Any
 
 import flax.struct
 import jax
@@ -9,13 +11,17 @@ import jax.numpy as jnp
 import optax
 
 from attnfd_jax.devices import sharding
-from attnfd_jax.losses import upsampled_cross_entropy
+from attnfd_jax.distill import WeightedSum
+from attnfd_jax.losses import Mean, upsampled_cross_entropy
 from attnfd_jax.models import cpu_forms
-from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.models.deeplab import normalize
+from attnfd_jax.models.network import Network
 from attnfd_jax.models.resizing import score_precision
+from attnfd_jax.teachers.teacher import Teacher
 from attnfd_jax.training import mixing
+from attnfd_jax.types import PyTree, Variables
 
-# Bytes of logits on a device above which the loss is taken part by part.
+# Bytes of logits per device above which the loss is computed in parts.
 LARGE_LOGITS = 2**26
 
 
@@ -24,30 +30,45 @@ class TrainState:
   """State of one stage, arrays only.
 
   Attributes:
-    step: int32 scalar, updates applied so far.
+    step: number of updates applied so far, an int32 scalar.
     params: {'student': ..., 'distiller': ...}; the network in training is
       called student in every stage. Without a teacher there is no distiller.
-    collections: same keys, everything that is not trained: running statistics,
-      memories, the teacher's frozen gates.
+    collections: same keys; variables that are not trained: running statistics,
+      memory banks, the teacher's frozen gates.
     opt_state: of the optimizer.
-    ema: averaged params, of the same keys, or {}. Statistics are averages
-      already, and are not averaged again.
+    ema: moving averages of params, or {}. Batch statistics are moving averages
+      themselves and are not averaged again.
   """
 
   step: jax.Array
-  params: dict
-  collections: dict
+  params: PyTree
+  collections: dict[str, PyTree]
   opt_state: optax.OptState
-  ema: dict
+  ema: PyTree
 
-  def variables(self, name):
-    """Of 'student' or 'distiller' as they are evaluated: averaged if kept."""
+  def variables(self, name: str) -> Variables:
+    """Variables for evaluation; the moving averages if they are kept.
+
+    Args:
+      name: 'student' or 'distiller'.
+    """
     params = (self.ema or self.params)[name]
     return {'params': params, **self.collections[name]}
 
 
-def make_state(variables, tx, *, ema):
-  """TrainState of {'student': variables, ...}; `ema` keeps an average."""
+def make_state(
+  variables: Mapping[str, Variables],
+  tx: optax.GradientTransformation,
+  *,
+  ema: bool,
+) -> TrainState:
+  """Creates a TrainState at step 0.
+
+  Args:
+    variables: of 'student' and, with a teacher, 'distiller'.
+    tx: the optimizer.
+    ema: whether to keep moving averages of the parameters.
+  """
   collections = {name: dict(parts) for name, parts in variables.items()}
   params = {name: x.pop('params', {}) for name, x in collections.items()}
   return TrainState(
@@ -55,22 +76,22 @@ def make_state(variables, tx, *, ema):
     params=params,
     collections=collections,
     opt_state=tx.init(params),
-    # Copies: a donated state must not hold one buffer twice.
+    # Copies: a donated state must not contain a buffer twice.
     ema=jax.tree.map(jnp.copy, params) if ema else {},
   )
 
 
-def _with_second(first, second):
-  """Both gradients, and what the first one has beside them."""
+def _with_second(first: Callable, second: Callable) -> Callable:
+  """Joins two gradient functions; the auxiliary data is that of the first."""
 
   def both(*arguments):
-    grads, rest = first(*arguments)
-    return (grads, second(*arguments)[0]), rest
+    grads, aux = first(*arguments)
+    return (grads, second(*arguments)[0]), aux
 
   return both
 
 
-def _compare_gradients(total, task):
+def _compare_gradients(total: PyTree, task: PyTree) -> dict[str, Any]:
   """See `log_gradients` of make_train_step."""
   distill = jax.tree.map(jnp.subtract, total, task)
   norms = optax.tree.norm(task), optax.tree.norm(distill)
@@ -83,45 +104,54 @@ def _compare_gradients(total, task):
 
 
 def make_train_step(
-  student,
-  tx,
+  student: Network,
+  tx: optax.GradientTransformation,
   *,
-  task_loss,
-  teacher=None,
-  distiller=None,
-  schedule,
-  mesh,
-  state_sharding=None,
-  plain_cross_entropy=False,
-  ce_batch_division=False,
-  log_gradients=False,
-  cutmix=0.0,
-  accumulate=1,
-  remat=False,
-  ema_decay=0.0,
-):
+  task_loss: Callable[[jax.Array, jax.Array], dict[str, Mean]],
+  teacher: Teacher | None = None,
+  distiller: WeightedSum | None = None,
+  schedule: optax.Schedule,
+  mesh: jax.sharding.Mesh,
+  state_sharding: TrainState | None = None,
+  plain_cross_entropy: bool = False,
+  ce_batch_division: bool = False,
+  log_gradients: bool = False,
+  cutmix: float = 0.0,
+  accumulate: int = 1,
+  remat: bool = False,
+  ema_decay: float = 0.0,
+) -> jax.stages.Wrapped:
   """Returns jitted (state, teacher_variables, batch, rng) -> state, metrics.
 
-  Batch statistics and norms are over the global batch on any mesh, so that
-  the result does not depend on the number of devices.
+  The state is donated. Batch statistics and norms are over the global batch on
+  any device mesh, so that the result does not depend on the number of devices.
 
   Args:
-    task_loss: (logits, labels) -> {term: Mean}.
-    schedule: step -> learning rate, for the log.
-    state_sharding: as of sharding.split_state: the weights are gathered for the
-      gradient, which comes back split. None is a whole state on every device.
-    plain_cross_entropy: task_loss is the cross-entropy: large logits that are
-      the resize of coarse ones need never exist as a whole.
-    ce_batch_division: as the authors divide the task loss (utils/loss.py).
-    log_gradients: adds to the metrics, of the gradients of the student's
-      weights, 'cosine' between that of the task and that of the distillation,
-      and both norms, 'task_norm' and 'distill_norm'; by a second backward pass.
+    student: the network in training.
+    tx: the optimizer of the network and the distiller.
+    task_loss: from logits and labels to {term: Mean}.
+    teacher: comes with a distiller.
+    distiller: the distillation losses; None trains without a teacher.
+    schedule: learning rate at each step, for the log.
+    mesh: device mesh.
+    state_sharding: as of sharding.split_state: parameters are gathered for the
+      forward and backward pass, and gradients are sharded like them. None
+      replicates the state.
+    plain_cross_entropy: whether task_loss is the cross-entropy without class
+      weights: large logits are then never materialized at full size, if the
+      network returns coarse ones.
+    ce_batch_division: divide the task loss by the batch size, as the authors do
+      (utils/loss.py).
+    log_gradients: add to the metrics, for the gradients of the student's
+      weights, the 'cosine' between that of the task and that of distillation,
+      and their norms 'task_norm' and 'distill_norm', by a second backward pass.
     cutmix: probability of an image to be mixed with another, see mixing.py.
-    accumulate: parts of the batch, one after the other, in less memory. What is
-      a Mean is divided once, by what the whole batch counts; batch statistics,
-      norms and other losses are over a part, and their mean is taken.
-    remat: compute all but block outputs again for the backward pass.
-    ema_decay: of the averaged parameters; 0 keeps none.
+    accumulate: number of parts of the batch to process one after the other, in
+      less memory. Every Mean is divided once, by its count in the whole batch;
+      batch statistics, norms and other losses are per part, and these losses
+      are averaged.
+    remat: recompute activations, except block outputs, in the backward pass.
+    ema_decay: of the moving averages of the parameters; 0 keeps none.
   """
   everywhere = sharding.replicated(mesh)
   split_gradients = log_gradients and distiller is not None
@@ -139,8 +169,8 @@ def make_train_step(
   def task_terms(out, label):
     logits = out['logits']
     parts = -(-4 * logits.size // (mesh.shape['data'] * LARGE_LOGITS))
-    whole = not plain_cross_entropy or mesh.shape['spatial'] > 1
-    if parts == 1 or whole or 'coarse_logits' not in out:
+    splits = plain_cross_entropy and mesh.shape['spatial'] == 1
+    if parts == 1 or not splits or 'coarse_logits' not in out:
       return task_loss(logits, label)
     precision = score_precision(getattr(student, 'dtype', None))
     loss = upsampled_cross_entropy(
@@ -151,10 +181,10 @@ def make_train_step(
   def compute_losses(
     params, collections, batch, rng, *, teacher_variables, step
   ):
-    """Two dicts {term: Mean}, new collections, and scalars for the log."""
+    """Task losses, distillation losses, new collections, scalars to log."""
     image = batch['image']
     if image.dtype == jnp.uint8:
-      image = normalise(image)
+      image = normalize(image)
     image = sharding.split_height(image, mesh)
     label = sharding.split_height(batch['label'], mesh)
     student_rng, teacher_rng = jax.random.split(rng)
@@ -164,6 +194,7 @@ def make_train_step(
     collections = {**collections, 'student': updated}
     if distiller is None:
       return task, {}, collections, {}
+    assert teacher is not None
     target = jax.lax.stop_gradient(
       teacher.apply(teacher_variables, image, rng=teacher_rng)
     )
@@ -185,9 +216,10 @@ def make_train_step(
   def loss_fn(
     params, collections, batch, rng, counts, *, task_only=False, **fixed
   ):
-    """The loss of a batch, or its share of it; counts are the whole batch's."""
-    found = compute_losses(params, collections, batch, rng, **fixed)
-    task, distances, collections, terms = found
+    """Loss of a batch, or of a part given the counts of the whole batch."""
+    task, distances, collections, terms = compute_losses(
+      params, collections, batch, rng, **fixed
+    )
     values = {
       name: loss._replace(count=counts.get(name, loss.count)).value
       for name, loss in (task | distances).items()
@@ -195,13 +227,13 @@ def make_train_step(
     loss = sum(values[name] for name in task)
     if ce_batch_division:
       loss = loss / (accumulate * batch['image'].shape[0])
-    if distances:
+    if distiller is not None:
       loss = loss * distiller.task_weight(fixed['step'])
-    if distances and not task_only:
-      loss = loss + sum(
-        distiller.weight(name, fixed['step']) * values[name]
-        for name in distances
-      )
+      if not task_only:
+        loss = loss + sum(
+          distiller.weight(name, fixed['step']) * values[name]
+          for name in distances
+        )
     share = jax.tree.map(lambda x: x / accumulate, terms)
     return loss, (collections, values | share | {'loss': loss})
 
@@ -215,16 +247,16 @@ def make_train_step(
       return grad_fn(*start, batch, rng, {})
 
     def split(x):
-      # Every device keeps its images: the parts interleave.
+      # Interleaved parts, so that every device keeps its images.
       parts = x.reshape(-1, accumulate, *x.shape[1:])
       return jnp.swapaxes(parts, 0, 1)
 
     def count(part):
-      # The compiler drops all that the counts do not need: for most losses
-      # that is everything but the labels.
+      # The compiler drops what the counts do not depend on: for most losses
+      # everything but the labels.
       index, batch = part
-      own = jax.random.fold_in(rng, index)
-      task, distances, _, _ = compute_losses(*start, batch, own, **fixed)
+      part_rng = jax.random.fold_in(rng, index)
+      task, distances, _, _ = compute_losses(*start, batch, part_rng, **fixed)
       return {name: loss.count for name, loss in (task | distances).items()}
 
     def add(carry, part):
@@ -246,18 +278,17 @@ def make_train_step(
     return grads, (collections, jax.tree.map(jnp.sum, terms))
 
   def train_step(state, teacher_variables, batch, rng):
-    whole = state
+    gathered, constrain = state, jax.lax.with_sharding_constraint
     if state_sharding is not None:
-      # Said, not left to XLA, which might split channels of maps instead.
-      constrain = jax.lax.with_sharding_constraint
-      whole = state.replace(params=constrain(state.params, everywhere))
+      # Explicit: XLA might shard the channels of feature maps instead.
+      gathered = state.replace(params=constrain(state.params, everywhere))
     rng = jax.random.fold_in(rng, state.step)
     if cutmix:
-      # An index that no part of the batch has.
-      own = jax.random.fold_in(rng, accumulate)
-      batch = mixing.cutmix(batch, own, probability=cutmix)
+      # The index differs from those of the parts of the batch.
+      mix_rng = jax.random.fold_in(rng, accumulate)
+      batch = mixing.cutmix(batch, mix_rng, probability=cutmix)
     fixed = {'teacher_variables': teacher_variables, 'step': state.step}
-    grads, (collections, metrics) = gradients(whole, batch, rng, **fixed)
+    grads, (collections, metrics) = gradients(gathered, batch, rng, **fixed)
     if split_gradients:
       grads, of_task = grads
       metrics |= _compare_gradients(grads['student'], of_task['student'])
@@ -271,17 +302,17 @@ def make_train_step(
     }
     step, ema = state.step + 1, state.ema
     if ema_decay:
-      # Warmed up: a young average would be the random start.
+      # Warmed up, or early averages would be close to the initial weights.
       decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
       ema = jax.tree.map(
         lambda old, new: decay * old + (1 - decay) * new, ema, params
       )
     return TrainState(step, params, collections, opt_state, ema), metrics
 
-  place = everywhere if state_sharding is None else state_sharding
+  placement = everywhere if state_sharding is None else state_sharding
   return jax.jit(
     train_step,
     donate_argnums=0,
-    in_shardings=(place, everywhere, sharding.by_batch(mesh), everywhere),
-    out_shardings=(place, everywhere),
+    in_shardings=(placement, everywhere, sharding.by_batch(mesh), everywhere),
+    out_shardings=(placement, everywhere),
   )

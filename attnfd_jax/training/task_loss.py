@@ -1,24 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss that compares logits with labels, from the group `loss`."""
+"""The task loss, which compares logits with labels, from the group `loss`."""
 
+from collections.abc import Callable, Sequence
 import contextlib
 import functools
 import json
 
+from etils import epath
+import jax
+
 from attnfd_jax import losses
 from attnfd_jax.data import frequencies
+from attnfd_jax.data.pairs import Dataset
 from attnfd_jax.errors import InputError, one_of, within
 from attnfd_jax.runs import loading
+from attnfd_jax.types import Config
 
 NAMES = ('ce', 'ohem', 'focal', 'dice', 'ce+dice')
 
+TaskLoss = Callable[[jax.Array, jax.Array], dict[str, losses.Mean]]
 
-def make_task_loss(options):
-  """(logits, labels) -> {term: Mean}, of the group `loss` of a config."""
+
+def make_task_loss(options: Config) -> TaskLoss:
+  """Returns a function from logits and labels to {term: Mean}.
+
+  Args:
+    options: the group `loss` of a config.
+  """
   weights = {'class_weights': tuple(options['class_weights']) or None}
   ohem = {key: options[f'ohem_{key}'] for key in ('threshold', 'min_kept')}
   gamma = options['focal_gamma']
-  made = {
+  functions = {
     'ce': functools.partial(losses.softmax_cross_entropy, **weights),
     'ohem': functools.partial(losses.ohem_cross_entropy, **ohem, **weights),
     'focal': functools.partial(losses.focal_loss, gamma=gamma, **weights),
@@ -26,17 +38,17 @@ def make_task_loss(options):
   }
   terms = options['name'].split('+')
   return lambda logits, labels: {
-    term: made[term](logits, labels) for term in terms
+    term: functions[term](logits, labels) for term in terms
   }
 
 
-def is_plain(options):
-  """Whether the loss is the cross-entropy, which can be taken part by part."""
+def is_plain(options: Config) -> bool:
+  """Whether the loss is the cross-entropy without class weights."""
   return options['name'] == 'ce' and not options['class_weights']
 
 
-def check(options, class_names):
-  """Refuses what does not exist, go together, or fit the classes."""
+def check(options: Config, class_names: Sequence[str]) -> None:
+  """Raises InputError if the options, or options and classes, do not fit."""
   given, weighting = tuple(options['class_weights']), options['weighting']
   one_of('config.loss.name', options['name'], NAMES)
   one_of('config.loss.weighting', weighting, ('none', 'given', 'auto'))
@@ -63,27 +75,32 @@ def check(options, class_names):
   if options['name'] == 'dice' and weighting != 'none':
     raise InputError(
       f"config.loss.weighting={weighting!r} does not go with name='dice', in "
-      "which all classes count the same; use 'none', or 'ce+dice'."
+      "which all classes weigh the same; use weighting='none', or 'ce+dice'."
     )
 
 
-def with_class_weights(config, dataset, workdir, labeled_limit=0):
-  """`config` with numbers in loss.class_weights where weighting is 'auto'.
+def with_class_weights(
+  config: Config,
+  dataset: Dataset,
+  workdir: epath.Path,
+  labeled_limit: int = 0,
+) -> Config:
+  """Fills in loss.class_weights of a config if loss.weighting is 'auto'.
 
-  Median-frequency weights of the training split, which is read once in a run
-  for each limit of labeled images: the stages of `workdir` keep the numbers in
-  their config.json.
+  The median-frequency weights of the training split. A run reads the split once
+  for each value of `labeled_limit`: the stages of `workdir` store the weights
+  in their config.json.
   """
   if config.loss.weighting != 'auto':
     return config
-  weights = _counted_before(workdir, labeled_limit)
+  weights = _stored_weights(workdir, labeled_limit)
   if weights is None:
     source, threads = dataset.splits['train'], config.data.threads
     rows = frequencies.count_labels(
       source, dataset.num_classes, threads, 'class weights'
     )
-    found = frequencies.median_frequency_weights(rows)
-    weights = tuple(float(f'{x:.4g}') for x in found)
+    exact = frequencies.median_frequency_weights(rows)
+    weights = tuple(float(f'{x:.4g}') for x in exact)
   pairs = zip(dataset.class_names, weights, strict=True)
   named = ', '.join(f'{name} {x:g}' for name, x in pairs)
   print(f'class weights: {named}', flush=True)
@@ -92,10 +109,12 @@ def with_class_weights(config, dataset, workdir, labeled_limit=0):
   return config
 
 
-def _counted_before(workdir, labeled_limit):
-  """Weights that another stage, or a part before a restart, wrote down."""
+def _stored_weights(
+  workdir: epath.Path, labeled_limit: int
+) -> tuple[float, ...] | None:
+  """Weights stored by another stage, or by this one before a restart."""
   for path in sorted(workdir.glob('*/config.json')):
-    # Damaged: it is written again.
+    # A damaged file is going to be overwritten.
     with contextlib.suppress(ValueError, KeyError):
       info = json.loads(path.read_text())
       options = info.get('loss', {})

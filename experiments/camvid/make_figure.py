@@ -45,10 +45,10 @@ def main():
   curves = read_curves(HERE / 'results')
   figure = Figure(figsize=(6, 3.6), layout='constrained')
   axes = figure.subplots()
-  for name, (colour, line) in LOOKS.items():
+  for name, (color, line) in LOOKS.items():
     for i, curve in enumerate(curves[name]):
       label = f'{name}, {len(curves[name])} seeds' if i == 0 else None
-      axes.plot(*zip(*curve, strict=True), line, color=colour, label=label)
+      axes.plot(*zip(*curve, strict=True), line, color=color, label=label)
   axes.set(xlabel='epoch', ylabel='val mIoU, %')
   axes.grid(alpha=0.3)
   axes.spines[['top', 'right']].set_visible(False)

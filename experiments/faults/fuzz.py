@@ -116,9 +116,9 @@ def join_chunks(chunks):
   return b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*c) for c in chunks)
 
 
-def make_png(width, height, *, depth=8, colour=0, interlace=0, pixels=b''):
+def make_png(width, height, *, depth=8, color=0, interlace=0, pixels=b''):
   """A PNG of any header; `pixels` are its rows, uncompressed."""
-  head = struct.pack('>IIBBBBB', width, height, depth, colour, 0, 0, interlace)
+  head = struct.pack('>IIBBBBB', width, height, depth, color, 0, 0, interlace)
   rest = [(b'IDAT', zlib.compress(pixels)), (b'IEND', b'')]
   return join_chunks([(b'IHDR', head), *rest])
 
@@ -148,7 +148,7 @@ def _saved(array, form, mode=None, **options):
 def make_seeds():
   """{name: bytes} of whole files: images, and masks of ids 0 to 3."""
   generator = np.random.default_rng(0)
-  colours = generator.integers(0, 256, (*SIZE, 3), np.uint8)
+  colors = generator.integers(0, 256, (*SIZE, 3), np.uint8)
   ids = generator.integers(0, 4, SIZE, np.uint8)
   palette = Image.fromarray(ids)
   palette.putpalette(bytes(range(12)))
@@ -162,54 +162,54 @@ def make_seeds():
     'palette': indexed.getvalue(),
     'interlaced': interlaced(ids),
     'deep': _saved(ids.astype(np.uint16), 'PNG'),
-    'twelve_bits': _saved(colours[..., 0].astype(np.uint16) * 16, 'PNG'),
-    'deep_colour': make_png(
+    'twelve_bits': _saved(colors[..., 0].astype(np.uint16) * 16, 'PNG'),
+    'deep_color': make_png(
       *SIZE[::-1],
       depth=16,
-      colour=2,
+      color=2,
       pixels=b''.join(b'\0' + bytes(6 * SIZE[1]) for _ in range(SIZE[0])),
     ),
     **{
-      f'grey_{depth}': make_png(
+      f'gray_{depth}': make_png(
         *SIZE[::-1],
         depth=depth,
         pixels=(b'\0' + b'\x1b' * (SIZE[1] * depth // 8)) * SIZE[0],
       )
       for depth in (1, 2, 4)
     },
-    'png_exif': _saved(colours, 'PNG', exif=exif),
-    'jpeg': _saved(colours, 'JPEG'),
-    'jpeg_exif': _saved(colours, 'JPEG', exif=exif),
-    'jpeg_cmyk': _saved(colours, 'JPEG', 'CMYK'),
-    'jpeg_grey': _saved(colours, 'JPEG', 'L'),
-    'jpeg_progressive': _saved(colours, 'JPEG', progressive=True),
-    'png_grey_alpha': _saved(colours, 'PNG', 'LA'),
-    'png_alpha': _saved(colours, 'PNG', 'RGBA'),
-    'png_one_bit': _saved(colours, 'PNG', '1'),
-    'png_trns': _saved(colours, 'PNG', transparency=(1, 2, 3)),
-    'png': _saved(colours, 'PNG'),
-    'bmp': _saved(colours, 'BMP'),
-    'gif': _saved(colours, 'GIF', 'P'),
-    'tiff': _saved(colours, 'TIFF', compression='tiff_lzw'),
-    'tiff_lab': _saved(colours, 'TIFF', 'LAB'),
+    'png_exif': _saved(colors, 'PNG', exif=exif),
+    'jpeg': _saved(colors, 'JPEG'),
+    'jpeg_exif': _saved(colors, 'JPEG', exif=exif),
+    'jpeg_cmyk': _saved(colors, 'JPEG', 'CMYK'),
+    'jpeg_gray': _saved(colors, 'JPEG', 'L'),
+    'jpeg_progressive': _saved(colors, 'JPEG', progressive=True),
+    'png_gray_alpha': _saved(colors, 'PNG', 'LA'),
+    'png_alpha': _saved(colors, 'PNG', 'RGBA'),
+    'png_one_bit': _saved(colors, 'PNG', '1'),
+    'png_trns': _saved(colors, 'PNG', transparency=(1, 2, 3)),
+    'png': _saved(colors, 'PNG'),
+    'bmp': _saved(colors, 'BMP'),
+    'gif': _saved(colors, 'GIF', 'P'),
+    'tiff': _saved(colors, 'TIFF', compression='tiff_lzw'),
+    'tiff_lab': _saved(colors, 'TIFF', 'LAB'),
     'tiff_float': _saved(ids.astype(np.float32), 'TIFF'),
     'tiff_signed': _saved(ids.astype(np.int32), 'TIFF'),
     'tiff_deep': _saved(ids.astype(np.uint16), 'TIFF'),
-    'tiff_one_bit': _saved(colours, 'TIFF', '1', compression='group4'),
-    'tiff_jpeg': _saved(colours, 'TIFF', compression='jpeg'),
-    'bmp_one_bit': _saved(colours, 'BMP', '1'),
+    'tiff_one_bit': _saved(colors, 'TIFF', '1', compression='group4'),
+    'tiff_jpeg': _saved(colors, 'TIFF', compression='jpeg'),
+    'bmp_one_bit': _saved(colors, 'BMP', '1'),
     'gif_ids': _saved(ids, 'GIF'),
-    'webp': _saved(colours, 'WEBP'),
+    'webp': _saved(colors, 'WEBP'),
     'webp_ids': _saved(np.dstack([ids] * 3), 'WEBP', lossless=True),
-    'ppm': _saved(colours, 'PPM'),
-    'pbm': _saved(colours, 'PPM', '1'),
+    'ppm': _saved(colors, 'PPM'),
+    'pbm': _saved(colors, 'PPM', '1'),
     'pgm_few': b'P5 %d %d 3\n' % SIZE[::-1] + ids.tobytes(),
     'pgm_deep': b'P5 %d %d 4095\n' % SIZE[::-1] + bytes(2 * ids.size),
     'pfm': _saved(ids.astype(np.float32), 'PPM'),
-    'ico': _saved(colours, 'ICO'),
-    'jpeg2000': _saved(colours, 'JPEG2000'),
-    'eps': _saved(colours, 'EPS'),
-    'pdf': _saved(colours, 'PDF'),
+    'ico': _saved(colors, 'ICO'),
+    'jpeg2000': _saved(colors, 'JPEG2000'),
+    'eps': _saved(colors, 'EPS'),
+    'pdf': _saved(colors, 'PDF'),
     'svg': b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
     'empty': b'',
   }
@@ -299,7 +299,7 @@ def draw_file(rng):
   if rng.random() < 0.03:
     # Declares more than it has.
     size = rng.choice(((60000, 60000), (20000, 20000), (2**31 - 1, 1), (1, 0)))
-    return make_png(*size, colour=rng.choice((0, 2, 3, 6)))
+    return make_png(*size, color=rng.choice((0, 2, 3, 6)))
   data = _SEEDS[rng.choice(list(_SEEDS))]
   if data.startswith(b'\x89PNG') and rng.random() < 0.6:
     return mutate_chunks(rng, data)
@@ -309,7 +309,7 @@ def draw_file(rng):
 LABELS = (
   masks.IndexLabels((0, 1, 2, 3)),
   masks.IndexLabels((3, 0), (1, 2)),
-  masks.ColourLabels(((0, 1, 2), (3, 4, 5)), ((6, 7, 8), (9, 10, 11))),
+  masks.ColorLabels(((0, 1, 2), (3, 4, 5)), ((6, 7, 8), (9, 10, 11))),
 )
 
 
@@ -813,7 +813,7 @@ def build(config, workdir):
 
 
 def _compute(stage):
-  """What needs no compiler: one record each way, schedule, optimiser."""
+  """What needs no compiler: one record each way, schedule, optimizer."""
   config, dataset = stage.config, stage.dataset
   json.dumps(stage.description())
   assert stage.num_steps > 0 and stage.eval_every > 0

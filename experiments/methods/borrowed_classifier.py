@@ -67,7 +67,7 @@ def mean_cosine(borrowed, variables, teacher, source, info):
   """Mean over the pixels of 8 images of val."""
   side, values = info['eval']['short_side'], []
   for record in evaluation.chosen_records(source, 8, short_side=side):
-    image = attnfd_jax.normalise(jnp.asarray(record['image'])[None])
+    image = attnfd_jax.normalize(jnp.asarray(record['image'])[None])
     ours = borrowed.connected(variables, image)
     theirs = teacher[0].apply(teacher[1], image, train=False)
     theirs = theirs['features']['decoder']

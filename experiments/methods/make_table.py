@@ -35,6 +35,8 @@ def merged(tables):
     found['tuning'] += other['tuning']
   started = [row for row in rows.values() if row['runs'] or 'failed' in row]
   found['rows'] = started
+  tried = [x for x in found['tuning'] if x['val'] or x['failed']]
+  found['tuning'] = tried
   table.set_statistics(found)
   return found
 
@@ -59,10 +61,10 @@ def tuning_table(found):
 
 
 def short_table(found):
-  """Equal steps, the best on val first."""
+  """Equal steps, rows of several seeds, the best on val first."""
   rows = [row for row in found['rows'] if row['equal'] == 'steps']
-  rows = [row for row in rows if row['val']]
-  lines = ['| method | mIoU val, % | over the baseline | seeds | time |']
+  rows = [row for row in rows if row['val'] and row['val']['n'] > 1]
+  lines = ['| method | mIoU val, % | gain | seeds | relative time |']
   lines += ['| --- | --- | --- | --- | --- |']
   baseline = found['baseline']
   for row in (baseline, *comparison_page.in_order(rows)):

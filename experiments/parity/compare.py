@@ -59,10 +59,10 @@ def error(ours, theirs):
 
 
 def make_batch(seed):
-  """Normalised images and labels with ignored pixels.
+  """Normalized images and labels with ignored pixels.
 
-  Images are patches of colour: over white noise the pooled branch of ASPP
-  normalises four nearly equal values, and rounding comes out amplified.
+  Images are patches of color: over white noise the pooled branch of ASPP
+  normalizes four nearly equal values, and rounding comes out amplified.
   """
   dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
   generator = np.random.default_rng(seed)
@@ -71,9 +71,9 @@ def make_batch(seed):
     return np.repeat(np.repeat(x, 16, 1), 16, 2)[:, :SIZE, :SIZE]
 
   cells = -(-SIZE // 16)
-  colours = generator.normal(size=(BATCH, cells, cells, 3))
-  colours += 2 * generator.normal(size=(BATCH, 1, 1, 3))
-  image = patches(colours)
+  colors = generator.normal(size=(BATCH, cells, cells, 3))
+  colors += 2 * generator.normal(size=(BATCH, 1, 1, 3))
+  image = patches(colors)
   image = (image + 0.3 * generator.normal(size=image.shape)).astype(dtype)
   label = patches(generator.integers(0, CLASSES, (BATCH, cells, cells)))
   label = label.astype(np.uint8)
@@ -180,7 +180,7 @@ def compare_gradients(reference, fresh, student):
     trained = {
       name: value
       for name, value in named(pair, gradients).items()
-      if '.mlp.' not in name  # In no group of their optimiser.
+      if '.mlp.' not in name  # In no group of their optimizer.
     }
     for name, pairs in (
       ('gradients', [(trained[key], theirs[key]) for key in trained]),

@@ -6,7 +6,7 @@ r"""What a training step sends between devices, read off the compiled program.
 The step of ResNet-101 to ResNet-18 is compiled for simulated devices, not run.
 Bytes are those of the results of all-reduce, all-gather, reduce-scatter and
 collective-permute, beside the ideal: one all-reduce of the gradients, and of
-each normalisation two sums forward and two backward.
+each normalization two sums forward and two backward.
 """
 
 import argparse

@@ -61,7 +61,7 @@ class PilSource:
 class PilAugment(grain.transforms.RandomMap):
   """The recipe in the authors' order, of whole images and with floats.
 
-  custom_transforms.py:50-123: flip, resize, pad, crop, blur, normalise.
+  custom_transforms.py:50-123: flip, resize, pad, crop, blur, normalize.
   """
 
   def __init__(self, augment):

@@ -76,7 +76,7 @@ def make_tables(folder):
     for student, found in results.items():
       text += rows_of(student, found)
     if 'GPU' in ours['device'] or 'NVIDIA' in ours['device']:
-      share = ours['flop_utilisation']
+      share = ours['flop_utilization']
       text += f'\nThat is {share:.0%} of the measured matmul throughput.\n'
   return text
 

@@ -101,7 +101,7 @@ def make_stage(config):
   return stages.with_teacher(stage, teacher)
 
 
-def normalised(image):
+def normalized(image):
   """As of models.deeplab, in float64."""
   image = image.astype(jnp.float64) / 255
   return (image - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
@@ -140,14 +140,14 @@ def train(stage, first, steps, *, dtype='float32', control=False):
   state = jax.jit(start, out_shardings=place)(first)
   teacher = jax.jit(convert, out_shardings=everywhere)(stage.teacher.variables)
   by_batch = sharding.by_batch(stage.mesh)
-  normalise = jax.jit(normalised, out_shardings=by_batch)
+  normalize = jax.jit(normalized, out_shardings=by_batch)
   train_step = stage.make_train_step()
   rng = sharding.place(jax.random.key(0), everywhere)
   batches = iter(stage.make_batches(int(first.step)))
   for _ in range(steps):
     batch = next(batches)
     if dtype == 'float64':
-      batch = batch | {'image': normalise(batch['image'])}
+      batch = batch | {'image': normalize(batch['image'])}
     state, metrics = train_step(state, teacher, batch, rng)
     yield float(metrics['loss']), state
   batches.close()
@@ -176,7 +176,7 @@ def read(path, like):
 
 def work(args):
   """One process of one topology; the first one writes."""
-  processes.initialise(
+  processes.initialize(
     coordinator=args.coordinator,
     num_processes=args.num_processes,
     process_id=args.process_id,

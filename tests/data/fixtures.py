@@ -21,12 +21,12 @@ import scipy.io
 SIZE = (48, 64)
 NUM_IMAGES = {'train': 6, 'val': 4, 'test': 4}
 NAMES = ('background', 'road', 'tree')  # Of make_folder.
-COLOURS = ((0, 0, 0), (200, 30, 30), (10, 250, 0))
+COLORS = ((0, 0, 0), (200, 30, 30), (10, 250, 0))
 ID_MAP = (3, 40, 7)
 KINDS = (
   'index',
   'palette',
-  'colours',
+  'colors',
   'id_map',
   'fiftyone',
   'voc',
@@ -54,9 +54,9 @@ def draw(seed, num_classes, void=255):
     # Following images go on with the next classes.
     value = (7 * seed + i) % num_classes if i else void
     ids[top : top + height, left : left + width] = value
-  colours = generator.integers(0, 256, (256, 3), np.uint8)
+  colors = generator.integers(0, 256, (256, 3), np.uint8)
   noise = generator.integers(0, 16, (*SIZE, 3))
-  image = np.clip(colours[ids] + noise, 0, 255).astype(np.uint8)
+  image = np.clip(colors[ids] + noise, 0, 255).astype(np.uint8)
   return image, ids
 
 
@@ -70,16 +70,16 @@ def write(path, array, palette=None):
   return path
 
 
-def voc_colours():
+def voc_colors():
   """768 numbers by the loop of the devkit's labelcolormap."""
   found = []
   for index in range(256):
-    colour = [0, 0, 0]
+    color = [0, 0, 0]
     for shift in range(8):
       for channel in range(3):
         bit = (index >> (3 * shift + channel)) & 1
-        colour[channel] |= bit << (7 - shift)
-    found += colour
+        color[channel] |= bit << (7 - shift)
+    found += color
   return found
 
 
@@ -117,7 +117,7 @@ def make_voc(root, sbd=False):
       image, ids = draw(_seed(split, i), 21)
       key = f'2007_{_seed(split, i):06d}'
       write(voc / 'JPEGImages' / f'{key}.jpg', image)
-      write(voc / 'SegmentationClass' / f'{key}.png', ids, voc_colours())
+      write(voc / 'SegmentationClass' / f'{key}.png', ids, voc_colors())
       drawn[split][key] = ids
     (lists / f'{split}.txt').write_text('\n'.join(drawn[split]) + '\n')
   # The devkit has more images than these lists.
@@ -237,7 +237,7 @@ def _write_coco(path, images, categories):
 
 
 def make_coco(root):
-  """COCO 2017; the last image of each split has too few labelled pixels."""
+  """COCO 2017; the last image of each split has too few labeled pixels."""
   root, drawn = pathlib.Path(root), {}
   categories = [*COCO, (13, 'stop sign')]
   for split in ('train', 'val'):
@@ -269,8 +269,8 @@ def make_folder(root, kind):
   for split, count in NUM_IMAGES.items():
     drawn[split], images = {}, {}
     for i in range(count):
-      # Colours and annotations have no void.
-      void = 0 if kind in ('colours', 'cvat', 'coco') else 255
+      # Colors and annotations have no void.
+      void = 0 if kind in ('colors', 'cvat', 'coco') else 255
       image, ids = draw(_seed(split, i), len(NAMES), void)
       # VOC's and CVAT's images lie in one folder.
       key = f'{split}_{i}'
@@ -292,8 +292,8 @@ def make_folder(root, kind):
       _write_coco(path, images, [(4, 'road'), (9, 'tree')])
   if kind == 'cvat':
     lines = ['# label:color_rgb:parts:actions']
-    for name, colour in zip(NAMES, COLOURS, strict=True):
-      lines.append(f'{name}:{",".join(map(str, colour))}::')
+    for name, color in zip(NAMES, COLORS, strict=True):
+      lines.append(f'{name}:{",".join(map(str, color))}::')
     (root / 'labelmap.txt').write_text('\n'.join(lines) + '\n')
   return drawn
 
@@ -303,8 +303,8 @@ def folder_config(kind):
   keys = {'name': 'folder', 'class_names': NAMES}
   if kind in ('cvat', 'roboflow', 'coco'):
     keys['class_names'] = ()  # They bring their own.
-  if kind == 'colours':
-    keys['palette'] = COLOURS
+  if kind == 'colors':
+    keys['palette'] = COLORS
   if kind == 'id_map':
     keys['id_map'] = ID_MAP
   return keys
@@ -328,14 +328,14 @@ def _write_example(root, kind, split, key, image, ids):
     'cvat': root / 'SegmentationClass',
     'roboflow': root / _valid(split),
   }.get(kind, root / 'masks' / split)
-  if kind in ('colours', 'cvat'):
-    write(folder / f'{key}.png', np.array(COLOURS, np.uint8)[ids])
+  if kind in ('colors', 'cvat'):
+    write(folder / f'{key}.png', np.array(COLORS, np.uint8)[ids])
   elif kind == 'id_map':
     values = np.full(256, 99, np.uint8)  # Ids that are no class are ignored.
     values[: len(ID_MAP)] = ID_MAP
     write(folder / f'{key}.png', values[ids])
   elif kind in ('palette', 'voc'):
-    write(folder / f'{key}.png', ids, voc_colours())
+    write(folder / f'{key}.png', ids, voc_colors())
   elif kind == 'roboflow':
     write(folder / f'{key}_mask.png', ids)
   elif kind != 'coco':
@@ -350,7 +350,7 @@ def pack_bits(array, bits):
 
 
 def png_bytes(array, bits):
-  """A grey PNG of 1, 2, 4, 8 or 16 bits, of which Pillow writes few."""
+  """A gray PNG of 1, 2, 4, 8 or 16 bits, of which Pillow writes few."""
 
   def chunk(name, data):
     checksum = struct.pack('>I', zlib.crc32(name + data))

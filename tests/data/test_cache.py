@@ -137,7 +137,7 @@ class Lying(Source):
 
 def test_records_of_another_size_than_their_header(tmp_path):
   source = Lying()
-  with pytest.raises(InputError, match=r'^\d.png: not of the size that its'):
+  with pytest.raises(InputError, match=r'^\d.png: size differs from the one'):
     cache.open_decoded(source, tmp_path)
 
 

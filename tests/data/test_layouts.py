@@ -179,9 +179,9 @@ def test_cityscapes_names_ids_that_do_not_exist(tmp_path):
   ids[0, :3] = 34
   fixtures.write(path, ids)
   message = re.escape(
-    f'{path}: values 34 (3 pixels) are no class; classes are 7 to 8, 11 to 13,'
-    ' 17, 19 to 28, 31 to 33, ignored 0 to 6, 9 to 10, 14 to 16, 18, 29 to 30,'
-    ' 255.'
+    f'{path}: values 34 (3 pixels) are not classes; classes are 7 to 8, 11 to '
+    '13, 17, 19 to 28, 31 to 33, ignored 0 to 6, 9 to 10, 14 to 16, 18, 29 to '
+    '30, 255.'
   )
   with pytest.raises(DataError, match=message):
     source[0]
@@ -206,7 +206,7 @@ def test_trainaug_from_a_ready_made_list(tmp_path):
   dataset = load(tmp_path, 'pascal_voc', train_list='trainaug')
   assert_drawn(dataset, {'train': augmented, 'val': drawn['val']})
   with pytest.raises(
-    InputError, match="'trainaug' does not go with .*sbd_root"
+    InputError, match="'trainaug' cannot be combined with .*sbd_root"
   ):
     load(tmp_path, 'pascal_voc', train_list='trainaug', sbd_root='x')
 
@@ -356,7 +356,7 @@ def test_the_first_annotation_wins():
     ([], 'has no segmentation, as polygons or RLE'),
     ([[1, 2, 3, 4]], 'polygons of at least three corners'),
     ([[1, 2, 3, 4, 5, 6, 7]], 'polygons of at least three corners'),
-    ({'size': [9, 9], 'counts': [81]}, r'its RLE is of size \[9, 9\]'),
+    ({'size': [9, 9], 'counts': [81]}, r'its RLE has size \[9, 9\]'),
     ({'size': [48, 64], 'counts': [81]}, 'its RLE does not fill the image'),
     (None, 'has no segmentation, as polygons or RLE'),
   ],
@@ -499,29 +499,29 @@ def test_names_choose_among_those_of_the_layout(tmp_path, kind):
     load_folder(tmp_path, kind, class_names=('background', 'cactus'))
 
 
-def test_further_colours_are_ignored(tmp_path):
-  drawn, _ = make(tmp_path, 'folder colours')
-  dataset = load_folder(tmp_path, 'colours', class_names=fixtures.NAMES[:2])
+def test_further_colors_are_ignored(tmp_path):
+  drawn, _ = make(tmp_path, 'folder colors')
+  dataset = load_folder(tmp_path, 'colors', class_names=fixtures.NAMES[:2])
   for i, label in enumerate(drawn['train'].values()):
     np.testing.assert_array_equal(
       dataset.splits['train'][i]['label'], np.where(label == 2, 255, label)
     )
-  assert dataset.palette.tolist() == [list(c) for c in fixtures.COLOURS[:2]]
+  assert dataset.palette.tolist() == [list(c) for c in fixtures.COLORS[:2]]
 
 
 @pytest.mark.parametrize('mode', ['RGBA', 'P', 'L'])
-def test_colours_in_other_modes(tmp_path, mode):
-  greys = tuple((v, v, v) for v in (10, 90, 200))
+def test_colors_in_other_modes(tmp_path, mode):
+  grays = tuple((v, v, v) for v in (10, 90, 200))
   ids = fixtures.draw(1, 3, void=0)[1]
-  image = Image.fromarray(np.array(greys, np.uint8)[ids])
+  image = Image.fromarray(np.array(grays, np.uint8)[ids])
   path = tmp_path / 'a.png'
   if mode == 'P':
     image = Image.fromarray(ids)
-    image.putpalette(np.array(greys, np.uint8).tobytes())
+    image.putpalette(np.array(grays, np.uint8).tobytes())
   image.convert(mode).save(path)
   with Image.open(path) as stored:
     assert stored.mode == mode
-  read = masks.ColourLabels(greys)
+  read = masks.ColorLabels(grays)
   np.testing.assert_array_equal(read(files.File(str(path))), ids)
 
 
@@ -536,8 +536,8 @@ def test_colours_in_other_modes(tmp_path, mode):
     ({'id_map': (1, 2, 2)}, 'must have a different id'),
     ({'id_map': (1, 2, 256)}, 'of 0 to 255'),
     (
-      {'id_map': (1, 2, 3), 'palette': fixtures.COLOURS},
-      'give one of them',
+      {'id_map': (1, 2, 3), 'palette': fixtures.COLORS},
+      'set only one of them',
     ),
     (
       {'layout': 'yolo'},
@@ -545,7 +545,7 @@ def test_colours_in_other_modes(tmp_path, mode):
     ),
     (
       {'layout': 'roboflow', 'id_map': (1, 2, 3)},
-      'does not go with the layout',
+      'cannot be used with the layout',
     ),
   ],
   ids=str,
@@ -560,7 +560,7 @@ def test_two_layouts_need_a_choice(tmp_path):
   drawn, keys = make(tmp_path, 'folder voc')
   fixtures.make_folder(tmp_path, 'index')
   with pytest.raises(
-    InputError, match='pairs or voc; say --config.data.layout'
+    InputError, match='pairs or voc; set --config.data.layout'
   ):
     load(tmp_path, **keys)
   assert_drawn(load(tmp_path, layout='voc', **keys), drawn)
@@ -571,13 +571,13 @@ def test_two_layouts_need_a_choice(tmp_path):
   [
     ('cvat', 'labelmap.txt', 'road:1,2::', 'is not name:red,green,blue'),
     ('cvat', 'labelmap.txt', 'road:1,2,256::', 'is not name:red,green,blue'),
-    ('cvat', 'labelmap.txt', 'a:1,2,3::\na:1,2,4::', 'a second time'),
-    ('cvat', 'labelmap.txt', 'a:1,2,3::\nb:1,2,3::', 'a second time'),
+    ('cvat', 'labelmap.txt', 'a:1,2,3::\na:1,2,4::', 'repeats a name'),
+    ('cvat', 'labelmap.txt', 'a:1,2,3::\nb:1,2,3::', 'repeats a name'),
     ('cvat', 'labelmap.txt', '# nothing', 'no classes in it'),
     ('roboflow', 'train/_classes.csv', 'x\nroad, 1', 'is not id, name'),
-    ('roboflow', 'train/_classes.csv', 'x\n1, a\n1, b', 'a second time'),
+    ('roboflow', 'train/_classes.csv', 'x\n1, a\n1, b', 'repeats a name'),
     ('roboflow', 'train/_classes.csv', 'x', 'no classes in it'),
-    ('roboflow', 'valid/_classes.csv', 'x\n1, a', 'other classes than those'),
+    ('roboflow', 'valid/_classes.csv', 'x\n1, a', 'its classes differ from'),
   ],
   ids=str,
 )
@@ -594,7 +594,7 @@ def test_a_default_list_of_cvat_is_told(tmp_path):
   lists = tmp_path / 'ImageSets' / 'Segmentation'
   for name in ('train', 'val', 'test'):
     (lists / f'{name}.txt').rename(lists / 'default.txt')
-  message = r'train\.txt: no such list, there is default\.txt'
+  message = r'train\.txt: no such list, but there is default\.txt'
   with pytest.raises(DataError, match=message):
     load_folder(tmp_path, 'cvat')
 
@@ -612,7 +612,7 @@ def smaller(image, mask):
   Image.new('L', (60, 40)).save(mask)
 
 
-def coloured(image, mask):
+def colored(image, mask):
   Image.new('RGB', (64, 48)).save(mask)
 
 
@@ -650,13 +650,13 @@ KINDS = [
   (no_text, 'unreadable', r'annot/0001TP_000000\.png: not a readable mask'),
   (nothing, 'unreadable', r'annot/0001TP_000000\.png: not a readable mask'),
   (smaller, 'size', r'annot/.*: mask is 60x40, its image 64x48 \(width'),
-  (coloured, 'mode', r'annot/.*mode RGB; expected an 8-bit.*data\.palette='),
-  (deep, 'depth', r'annot/.*: mask has 16 bits a pixel; save ids as an 8-bit'),
+  (colored, 'mode', r'annot/.*mode RGB; expected an 8-bit.*data\.palette='),
+  (deep, 'depth', r'annot/.*: mask has 16 bits per pixel; save ids as an 8-'),
   (
     strange,
     'values',
-    r'annot/.*: values 77 \(9 pixels\), 200 \(5 pixels\) are no class; classes '
-    r'are 0 to 10, ignored 11, 255\.',
+    r'annot/.*: values 77 \(9 pixels\), 200 \(5 pixels\) are not classes; '
+    r'classes are 0 to 10, ignored 11, 255\.',
   ),
   (lossy, 'lossy', r'annot/.*: a JPEG mask.*Export the masks as PNG'),
   (turned, 'exif', r'train/.*EXIF orientation 3.*save the image upright'),
@@ -701,7 +701,7 @@ def read_by_pillow(path):
 @pytest.mark.parametrize(
   'options',
   [{}, {'transparency': 3}, {'bits': 8}],
-  ids=['grey', 'transparent', 'palette'],
+  ids=['gray', 'transparent', 'palette'],
 )
 def test_ids_are_those_of_pillow_whatever_the_damage(tmp_path, options):
   generator = np.random.default_rng(0)
@@ -731,15 +731,15 @@ def test_ids_are_those_of_pillow_whatever_the_damage(tmp_path, options):
   assert 50 < refused < 200
 
 
-def test_colours_that_are_no_class(tmp_path):
-  fixtures.make_folder(tmp_path, 'colours')
+def test_colors_that_are_no_class(tmp_path):
+  fixtures.make_folder(tmp_path, 'colors')
   pixels = np.zeros((48, 64, 3), np.uint8)
   pixels[0, :7] = (1, 2, 3)
   pixels[1] = np.arange(64)[:, None] + 100
   path = fixtures.write(tmp_path / 'masks' / 'train' / 'train_0.png', pixels)
-  message = rf'{path}: values 1,2,3 \(7 pixels\), .* and 60 more are no class'
+  message = rf'{path}: values 1,2,3 \(7 pixels\), .* and 60 more are not cl'
   with pytest.raises(DataError, match=message) as error:
-    load_folder(tmp_path, 'colours').splits['train'][0]
+    load_folder(tmp_path, 'colors').splits['train'][0]
   assert error.value.kind == 'values'
   assert error.value.values['1,2,3'] == 7 and len(error.value.values) == 65
 
@@ -855,7 +855,7 @@ def test_categories_of_coco():
 
 
 def test_palette_formula():
-  expected = np.reshape(fixtures.voc_colours(), (256, 3))
+  expected = np.reshape(fixtures.voc_colors(), (256, 3))
   np.testing.assert_array_equal(classes.voc_palette(256), expected)
   np.testing.assert_array_equal(list(classes.VOC.values()), expected[:21])
 
@@ -896,7 +896,7 @@ def patched_jp2(pixels):
 
 
 OPAQUE = np.full((*fixtures.SIZE, 1), 65535, np.uint16)
-# Of uint16 [h, w, 3] in R, G, B; what stores greys stores the first.
+# Of uint16 [h, w, 3] in R, G, B; what stores grays stores the first.
 DEEP = {
   'png': lambda x: encoded('.png', x[..., 0]),
   'png_rgb': lambda x: encoded('.png', x[..., ::-1]),
@@ -951,7 +951,7 @@ def test_dark_images_of_8_bits_are_decoded_once(monkeypatch):
 
 
 @pytest.mark.parametrize('most', [1, 15, 100, 254, 255, 1023, 4095, 65534])
-@pytest.mark.parametrize('channels', [1, 3], ids=['grey', 'rgb'])
+@pytest.mark.parametrize('channels', [1, 3], ids=['gray', 'rgb'])
 def test_stated_maxima_become_255(most, channels):
   pixels = deep_pixels() % (most + 1)
   pixels = (pixels[..., 0] if channels == 1 else pixels).astype(np.uint16)
@@ -989,7 +989,7 @@ def test_images_of_other_numbers_are_refused(kind, options, message):
   channels = options.pop('channels', 1)
   pixels = pixels[..., :channels] if channels > 1 else pixels[..., 0]
   data = fixtures.tiff_bytes(pixels, **options)
-  message = f'a: TIFF of {message} a pixel; .*as grey or RGB of 8'
+  message = f'a: TIFF of {message} per pixel; .*as gray or RGB of 8'
   with pytest.raises(DataError, match=message) as error:
     masks.decode_image('a', data)
   assert error.value.kind == 'depth'
@@ -1040,7 +1040,7 @@ MASKS = {
     for form in ('PNG', 'GIF', 'BMP', 'TIFF')
   },
   **{
-    f'grey_{form}': (saved(few_ids(15), form), 4)
+    f'gray_{form}': (saved(few_ids(15), form), 4)
     for form in ('PNG', 'GIF', 'BMP', 'TIFF')
   },
   'webp': (saved(np.dstack([few_ids(15)] * 3), 'WEBP', lossless=True), 4),
@@ -1066,12 +1066,12 @@ def test_masks_are_ids_in_every_exact_format(tmp_path, name):
 
 
 @pytest.mark.parametrize('bits', [1, 2, 4])
-def test_few_bits_keep_the_colours_that_viewers_show(tmp_path, bits):
+def test_few_bits_keep_the_colors_that_viewers_show(tmp_path, bits):
   most = 2**bits - 1
   path = tmp_path / 'mask.png'
   path.write_bytes(fixtures.png_bytes(few_ids(most), bits))
-  greys = [(255 // most * i,) * 3 for i in range(most + 1)]
-  label = masks.ColourLabels(tuple(greys))(files.File(str(path)))
+  grays = [(255 // most * i,) * 3 for i in range(most + 1)]
+  label = masks.ColorLabels(tuple(grays))(files.File(str(path)))
   np.testing.assert_array_equal(label, few_ids(most))
 
 
@@ -1123,7 +1123,7 @@ HINT = r'Its channels are equal: .*save one of them, .*data\.palette='
   ],
   ids=[
     *('webp', 'webp_alpha', 'jpeg2000', 'tiff_jpeg', 'gif', 'apng', 'webps'),
-    *('rgb', 'rgba', 'la', 'webp_colours', 'png16', 'tiff16', 'float'),
+    *('rgb', 'rgba', 'la', 'webp_colors', 'png16', 'tiff16', 'float'),
   ],
 )
 def test_masks_that_are_no_exact_ids_are_refused(tmp_path, data, kind, message):
@@ -1201,7 +1201,7 @@ def nest(content):
 
 FLAT = 'one flat list of numbers are read as one polygon (2)'
 PAIRS = 'of [x, y] pairs are read as polygons (2)'
-SIZE = 'RLE without a size are read in the size of their images (2)'
+SIZE = 'RLEs without a size get the size of their images (2)'
 NUMBERS = (
   'numbers written as "48" or 48.0 are read as whole numbers ({})'.format
 )
@@ -1228,7 +1228,7 @@ REPAIRED = {
   ),
   'rle_bytes': (
     segmented({'size': [24, 32], 'counts': f"b'{TEXT}'"}),
-    ("RLE written as b'...' are read without these marks (2)",),
+    ("RLEs written as b'...' are read without b'' (2)",),
   ),
   'float_sizes': (each('images', height=float, width=str), (NUMBERS(4),)),
   'float_ids': (each('annotations', image_id=float), (NUMBERS(2),)),
@@ -1252,11 +1252,11 @@ REPAIRED = {
   ),
   'blanks': (
     each('categories', name=' {}\t'.format),
-    ('blanks around the names of categories are removed (2)',),
+    ('spaces around category names are removed (2)',),
   ),
   'twice': (
     lambda c: c['categories'].append({'id': 7, 'name': 'road'}),
-    ('categories of one name are read as one class (1)',),
+    ('categories with the same name are read as one class (1)',),
   ),
 }
 
@@ -1359,12 +1359,12 @@ def test_unsound_files_of_coco_name_the_entry(tmp_path, change, message):
     ([1, 2, [3, 4]], 'its segmentation has a list among the numbers'),
     ([{'counts': RUNS}], 'its segmentation has an object among the numbers'),
     ([[1, 2, float('nan'), 4, 5, 6]], 'has a corner far outside of the image'),
-    ('x', 'its segmentation is "x", no polygons and no RLE'),
-    (7, 'its segmentation is 7, no polygons and no RLE'),
-    ({'size': [24, 32]}, 'its segmentation is an object, no polygons and no'),
-    ({'size': [24, 32], 'counts': None}, 'is no polygons and no RLE'),
-    ({'size': 7, 'counts': RUNS}, 'is no polygons and no RLE'),
-    ({'size': [32, 24], 'counts': RUNS}, r'its RLE is of size \[32, 24\]'),
+    ('x', 'its segmentation is "x", not polygons or RLE'),
+    (7, 'its segmentation is 7, not polygons or RLE'),
+    ({'size': [24, 32]}, 'its segmentation is an object, not polygons or RLE'),
+    ({'size': [24, 32], 'counts': None}, 'is not polygons or RLE'),
+    ({'size': 7, 'counts': RUNS}, 'is not polygons or RLE'),
+    ({'size': [32, 24], 'counts': RUNS}, r'its RLE has size \[32, 24\]'),
     ({'size': [24, 32], 'counts': TEXT[:9]}, 'its RLE does not fill the image'),
     ({'counts': RUNS[:2]}, 'its RLE does not fill the image'),
   ],
@@ -1387,8 +1387,8 @@ def test_ids_that_stand_for_two(tmp_path):
 
   *_, problems, _ = draw_coco(tmp_path / 'a.json', change)
   assert [str(x).partition('a.json: ')[2] for x in problems] == [
-    'image id 1 is of different entries; number them anew.',
-    'category id 5 is of different entries; number them anew.',
+    'image id 1 is used by different entries; renumber them.',
+    'category id 5 is used by different entries; renumber them.',
   ]
 
 

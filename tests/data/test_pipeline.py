@@ -377,7 +377,7 @@ class Noise(Source):
       '1bfaff995265e231',
       {'daeaa9f34f7f6834'},
     ),
-    # Nearest neighbours differ between OpenCV 5 and 4 where two are as near.
+    # Nearest neighbors differ between OpenCV 5 and 4 where two are as near.
     ({}, 'cac13f5be6d0c4a0', {'1d0f4db0cb2af7e0', 'c6d9ede143356cca'}),
     (
       {'photometric': 1.0},
@@ -405,7 +405,7 @@ class Broken(Source):
   def __getitem__(self, index):
     if index == 7:
       raise DataError(
-        'masks/a.png: values 9 (4 pixels) are no class.', 'values'
+        'masks/a.png: values 9 (4 pixels) are not classes.', 'values'
       )
     return super().__getitem__(index)
 
@@ -427,7 +427,8 @@ def test_errors_arrive_as_they_are(workers):
   batches = iter(pipeline.to_device(dataset, sharding))
   with pytest.raises(DataError) as error:
     list(itertools.islice(batches, 3))
-  assert str(error.value) == 'masks/a.png: values 9 (4 pixels) are no class.'
+  message = 'masks/a.png: values 9 (4 pixels) are not classes.'
+  assert str(error.value) == message
   batches.close()
 
 

@@ -15,8 +15,8 @@ from attnfd_jax.errors import DataError, InputError
 
 SIZE = (12, 16)
 REAL_CAMVID = pathlib.Path(__file__).parents[2].parent / 'shared' / 'camvid'
-# The first colours of VOCdevkit's labelcolormap, and its border.
-VOC_COLOURS = {
+# The first colors of VOCdevkit's labelcolormap, and its border.
+VOC_COLORS = {
   0: (0, 0, 0),
   1: (128, 0, 0),
   2: (0, 128, 0),
@@ -102,7 +102,7 @@ def test_camvid_records(camvid):
       record['label'], np.where(ids == 11, 255, ids)
     )
     assert record['image'].dtype == record['label'].dtype == np.uint8
-    # JPEG rounds and thins the colour; BGR would differ by up to 100.
+    # JPEG rounds and thins the color; BGR would differ by up to 100.
     loss = 12 if name.endswith('jpg') else 0
     difference = record['image'].astype(int) - draw(i)
     assert np.abs(difference).max() <= loss
@@ -123,18 +123,18 @@ def test_wrong_values_are_listed(camvid):
   with pytest.raises(InputError) as error:
     source[0]
   assert str(error.value) == (
-    f'{path}: values 12 (3 pixels), 200 (5 pixels) are no class; classes are '
-    '0 to 10, ignored 11, 255.'
+    f'{path}: values 12 (3 pixels), 200 (5 pixels) are not classes; classes '
+    'are 0 to 10, ignored 11, 255.'
   )
   assert set(source[1]) == {'image', 'label'}  # Others can still be read.
 
 
 @pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA'])
-def test_a_mask_of_colours_is_refused(camvid, mode):
+def test_a_mask_of_colors_is_refused(camvid, mode):
   path = camvid / 'trainannot' / 'a.png'
   Image.new(mode, SIZE[::-1]).save(path)
   message = rf'{re.escape(str(path))}: mask has mode {mode}; expected an 8-bit'
-  with pytest.raises(InputError, match=f'{message}.*Convert colours to ids'):
+  with pytest.raises(InputError, match=f'{message}.*Convert colors to ids'):
     load_train(camvid)[0]
 
 
@@ -287,7 +287,7 @@ def test_folder_needs_names(folder):
 
 
 def test_folder_refuses_ids_past_the_names(folder):
-  message = r'values 2 \(\d+ pixels\) are no class; classes are 0 to 1,'
+  message = r'values 2 \(\d+ pixels\) are not classes; classes are 0 to 1,'
   with pytest.raises(InputError, match=message):
     load_folder(folder, ('x', 'y')).splits['train'][0]
 
@@ -334,8 +334,8 @@ def test_changing_a_scene_does_not_change_the_next():
 def test_voc_palette():
   palette = classes.voc_palette(256)
   assert palette.dtype == np.uint8
-  for index, colour in VOC_COLOURS.items():
-    assert tuple(palette[index].tolist()) == colour
+  for index, color in VOC_COLORS.items():
+    assert tuple(palette[index].tolist()) == color
   assert len(np.unique(palette, axis=0)) == 256
   np.testing.assert_array_equal(classes.voc_palette(21), palette[:21])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes are reproducible, complete, and not solved by colour."""
+"""Scenes are reproducible, complete, and not solved by color."""
 
 import pickle
 
@@ -118,8 +118,8 @@ def test_labels_lie_on_image_edges(examples):
   assert contrast(0) > max(contrast(-3), contrast(3)) + 0.5
 
 
-def test_colour_alone_does_not_solve_it(examples):
-  """Pixels get the class with the nearest mean colour, fitted on them."""
+def test_color_alone_does_not_solve_it(examples):
+  """Pixels get the class with the nearest mean color, fitted on them."""
   image = np.concatenate([e['image'].reshape(-1, 3) for e in examples])
   label = np.concatenate([e['label'].ravel() for e in examples])
   image, label = image[label < 9].astype(np.float32), label[label < 9]

@@ -58,8 +58,8 @@ def test_image_and_label_move_together(scale):
     inside = result['label'] != 255
     # Between patches the image is interpolated: only flat areas count.
     kernel = np.ones((3, 3), np.uint8)
-    grey = result['image'][..., 0]
-    flat = cv2.dilate(grey, kernel) == cv2.erode(grey, kernel)
+    gray = result['image'][..., 0]
+    flat = cv2.dilate(gray, kernel) == cv2.erode(gray, kernel)
     flat &= inside
     np.testing.assert_array_equal(
       result['image'][flat][:, 0], 100 * result['label'][flat] + 20
@@ -153,7 +153,7 @@ def test_scale_stays_in_its_range():
   for seed in range(300):
     rows = augment.random_map(record, generator(seed))['image'][2:-2, 5, 0]
     scales.append(2 * 19 / (float(rows[-1]) - float(rows[0])))
-  # 96 pixels become 24 to 96. One of 8 to 38 grey values is rounded, and a
+  # 96 pixels become 24 to 96. One of 8 to 38 gray values is rounded, and a
   # window of whole pixels is up to two pixels too large.
   assert 0.22 < min(scales) < 0.30
   assert 0.85 < max(scales) < 1.15
@@ -187,16 +187,16 @@ def slopes(result):
   return fit[:2].T, np.abs(places @ fit - values).max(), fit.T @ [39.5, 39.5, 1]
 
 
-def test_rotation_turns_about_the_centre():
+def test_rotation_turns_about_the_center():
   angles = []
   for seed in range(60):
-    matrix, rest, centre = slopes(
+    matrix, rest, center = slopes(
       turned(make_record(80, 80), seed, rotation=30.0)
     )
-    # Grey values are whole numbers, and OpenCV's places multiples of 1/32.
+    # Gray values are whole numbers, and OpenCV's places multiples of 1/32.
     assert rest < 0.6
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(2), rtol=0, atol=0.02)
-    np.testing.assert_allclose(centre, 39.5, rtol=0, atol=0.1)
+    np.testing.assert_allclose(center, 39.5, rtol=0, atol=0.1)
     assert np.linalg.det(matrix) > 0  # Not a mirror image.
     angles.append(np.degrees(np.arctan2(matrix[1, 0], matrix[0, 0])))
   assert -31 < min(angles) < -20 and 20 < max(angles) < 31
@@ -242,10 +242,10 @@ def test_rotated_image_and_label_move_together(scale):
   for seed in range(20):
     result = augment.random_map(blobs(60, 75, seed), generator(seed))
     kernel = np.ones((5, 5), np.uint8)
-    grey = result['image'][..., 0]
-    flat = cv2.dilate(grey, kernel) == cv2.erode(grey, kernel)
+    gray = result['image'][..., 0]
+    flat = cv2.dilate(gray, kernel) == cv2.erode(gray, kernel)
     flat &= cv2.dilate(result['label'], kernel) != 255
-    np.testing.assert_array_equal(grey[flat], 100 * result['label'][flat] + 20)
+    np.testing.assert_array_equal(gray[flat], 100 * result['label'][flat] + 20)
     counted += flat.mean()
   assert counted / 20 > 0.04
 
@@ -286,11 +286,11 @@ def test_strength_0_changes_nothing_but_rounding():
 
 
 def test_strength_bounds_the_change_of_brightness():
-  grey = np.full((4, 4, 3), 128, np.uint8)
+  gray = np.full((4, 4, 3), 128, np.uint8)
   rng = generator(0)
   values = np.array(
     [
-      int(transforms.distort(grey, rng, strength=0.5)[0, 0, 0])
+      int(transforms.distort(gray, rng, strength=0.5)[0, 0, 0])
       for _ in range(300)
     ]
   )
@@ -300,11 +300,11 @@ def test_strength_bounds_the_change_of_brightness():
 
 
 def test_distortion_wraps_hue_and_clips():
-  colours = np.array([[[255, 0, 0], [0, 255, 0], [255, 255, 255], [0, 0, 0]]])
+  colors = np.array([[[255, 0, 0], [0, 255, 0], [255, 255, 255], [0, 0, 0]]])
   rng = generator(0)
   for _ in range(100):
     red, green, white, black = transforms.distort(
-      colours.astype(np.uint8), rng, strength=1.0
+      colors.astype(np.uint8), rng, strength=1.0
     )[0].astype(int)
     # At most 18 degrees of hue: the leading channel stays the leading one.
     assert red.argmax() == 0 and green.argmax() == 1
@@ -323,7 +323,7 @@ def test_a_generator_gives_one_result():
 
 
 def test_classes_keep_their_shares():
-  """No class is favoured by crop, scale or flip."""
+  """No class is favored by crop, scale or flip."""
   label = np.zeros((64, 64), np.uint8)
   label[:, 16:] = 1  # A quarter and three quarters.
   label[32:] += 2

@@ -73,7 +73,7 @@ def test_run_and_check_refuse_alike(tmp_path, kind, split):
     {'id_map': (0, 7, 8)},
     {'palette': ((0, 0, 0), (9, 9, 9), (8, 8, 8))},
   ],
-  ids=['nothing', 'one id', 'one colour'],
+  ids=['nothing', 'one id', 'one color'],
 )
 def test_a_table_must_meet_two_of_its_classes(tmp_path, keys):
   draw(tmp_path, {'train': [0, 1, 2], 'val': [0, 1, 2]})

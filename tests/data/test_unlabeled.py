@@ -95,9 +95,9 @@ def test_limit_and_cache(camvid, images):
   [
     ('nowhere', r'nowhere: not found; config\.data\.unlabeled is a folder'),
     ('camvid/nothing*.png', 'not found'),
-    ('empty', 'no images there;'),
-    ('list.txt', r'gone\.png: not there, but .*list\.txt names it'),
-    ('broken', r'e\.png: a link to /gone/e\.png, which is not there'),
+    ('empty', 'no images found;'),
+    ('list.txt', r'gone\.png: not found, but listed in .*list\.txt'),
+    ('broken', r'e\.png: a link to /gone/e\.png, which does not exist'),
   ],
 )
 def test_what_is_not_there(camvid, tmp_path, place, text):

@@ -143,7 +143,7 @@ def test_adaptive_weights_are_schedules():
     distill.make_distiller('kd', {'kd': {}}, task_schedule='up')
 
 
-def test_wrong_options_and_shapes_are_named():
+def test_wrong_options_and_shapes_are_named(no_type_checks):
   student, teacher = outputs(0), outputs(1)
   with pytest.raises(InputError, match="form='paper2' must be one of pap"):
     distill.make_method('aicsd', student, teacher, form='paper2')

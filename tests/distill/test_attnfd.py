@@ -404,7 +404,7 @@ def test_batch_over_devices_equals_one_device(fill):
   module, params, state, student, teacher = make(
     fill, 2 * mesh.size, teacher_attention='random', teacher_bn='batch'
   )
-  # Devices with other lengths and means than their neighbours.
+  # Devices with other lengths and means than their neighbors.
   scale = 1 + np.arange(2 * mesh.size, dtype=np.float32)[:, None, None, None]
   student, teacher = jax.tree.map(lambda x: x * scale, (student, teacher))
   expected = run_grad(module, params, state, student, teacher)
@@ -479,7 +479,7 @@ def test_match_size(fill, match):
   if match == 'to_student':
     t = large[:, ::2, ::2]
   else:
-    # Rows, then columns; every second pixel is the mean of its neighbours.
+    # Rows, then columns; every second pixel is the mean of its neighbors.
     t, wide = large, np.zeros((2, 5, 7, 3))
     wide[:, ::2, ::2] = s
     wide[:, 1::2] = (wide[:, :-1:2] + wide[:, 2::2]) / 2
@@ -520,7 +520,7 @@ WRONG_MAPS = {
 @pytest.mark.parametrize(
   ('change', 'message'), WRONG_MAPS.values(), ids=WRONG_MAPS
 )
-def test_wrong_maps(fill, change, message):
+def test_wrong_maps(fill, change, message, no_type_checks):
   module, params, state, student, teacher = make(fill)
   student, teacher = change(student, teacher)
   with pytest.raises(ValueError, match=message):

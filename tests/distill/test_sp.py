@@ -72,7 +72,7 @@ def test_equal_and_empty_images():
   assert np.isfinite(grads).all()
 
 
-def test_batches_must_be_equal():
+def test_batches_must_be_equal(no_type_checks):
   with pytest.raises(ValueError, match=r'Batches differ: \(2, .*\(3, '):
     similarity_distance(normal(0, 2, 4, 5, 6), normal(0, 3, 4, 5, 6))
 

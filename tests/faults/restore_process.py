@@ -20,7 +20,7 @@ def make_state(step):
 
 if __name__ == '__main__':
   coordinator, index, folder = sys.argv[1:]
-  processes.initialise(
+  processes.initialize(
     coordinator=coordinator, num_processes=2, process_id=int(index)
   )
   mesh = jax.sharding.Mesh(jax.devices(), 'data')

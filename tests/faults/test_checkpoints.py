@@ -108,7 +108,7 @@ def test_a_damaged_one_is_skipped(folder, name):
   assert restore(folder, lines.append) == 4
   (line,) = lines
   assert line.startswith('checkpoint 5 cannot be read (')
-  assert line.endswith('moved to damaged_5; resumes from 4')
+  assert line.endswith('moved to damaged_5; resuming from step 4')
   # Moved, not deleted; its step can be saved again.
   assert checkpoints.steps(folder) == [1, 4]
   assert (folder.parent / 'damaged_5').is_dir()

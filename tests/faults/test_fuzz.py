@@ -88,7 +88,7 @@ def test_random_input(kind, count, monkeypatch):
 @pytest.mark.parametrize('size', [(60000, 60000), (20000, 20000)])
 def test_declared_pixels_take_no_memory(tmp_path, size):
   path = tmp_path / 'large.png'
-  path.write_bytes(load_fuzz().make_png(*size, colour=2))
+  path.write_bytes(load_fuzz().make_png(*size, color=2))
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   start = time.perf_counter()
   for read in (masks.read_image, masks.read_size):
@@ -130,7 +130,7 @@ def test_declared_chunk_takes_no_memory():
 
 
 @pytest.mark.parametrize(
-  'name', 'jpeg png png_exif bmp gif tiff webp ppm jpeg2000 deep_colour'.split()
+  'name', 'jpeg png png_exif bmp gif tiff webp ppm jpeg2000 deep_color'.split()
 )
 def test_whole_files_are_read(tmp_path, name):
   fuzz = load_fuzz()
@@ -144,11 +144,11 @@ def test_programs_are_no_images(tmp_path):
   """Pillow hands EPS to Ghostscript."""
   path = tmp_path / 'mask.png'
   Image.new('RGB', (8, 8)).save(path, 'EPS')
-  with pytest.raises(DataError, match='no image'):
+  with pytest.raises(DataError, match='not an image'):
     masks.read_mask(path)
 
 
-def test_colours_of_another_kind(tmp_path, monkeypatch):
+def test_colors_of_another_kind(tmp_path, monkeypatch):
   """Pillow 10 does not make RGB of them."""
 
   def convert(image, mode):
@@ -158,19 +158,19 @@ def test_colours_of_another_kind(tmp_path, monkeypatch):
   Image.new('RGB', (8, 8)).convert('LAB').save(path, 'TIFF')
   monkeypatch.setattr(Image.Image, 'convert', convert)
   with pytest.raises(DataError, match='conversion from LAB to RGB'):
-    masks.ColourLabels(((0, 0, 0),))(files.File(str(path)))
+    masks.ColorLabels(((0, 0, 0),))(files.File(str(path)))
 
 
-def test_bands_of_colours_are_one_mask(tmp_path, monkeypatch):
+def test_bands_of_colors_are_one_mask(tmp_path, monkeypatch):
   ids = np.random.default_rng(0).integers(0, 3, (23, 7))
-  colours = ((9, 0, 0), (0, 0, 200), (3, 3, 3))
+  colors = ((9, 0, 0), (0, 0, 200), (3, 3, 3))
   path = tmp_path / 'mask.png'
-  Image.fromarray(np.array(colours, np.uint8)[ids]).save(path)
+  Image.fromarray(np.array(colors, np.uint8)[ids]).save(path)
   monkeypatch.setattr(masks, '_BAND', 20)  # Two rows, and one at the end.
-  label = masks.ColourLabels(colours)(files.File(str(path)))
+  label = masks.ColorLabels(colors)(files.File(str(path)))
   np.testing.assert_array_equal(label, ids)
   with pytest.raises(DataError) as error:
-    masks.ColourLabels(colours[:2])(files.File(str(path)))
+    masks.ColorLabels(colors[:2])(files.File(str(path)))
   assert error.value.values == {'3,3,3': int((ids == 2).sum())}
 
 
@@ -192,7 +192,7 @@ def make_zip(path, data, **fields):
   ('fields', 'message'),
   [
     ({'file_size': 10}, 'Bad CRC-32.*; copy the zip again'),
-    ({'file_size': 2**40}, '1099511627776 bytes, more than an image has'),
+    ({'file_size': 2**40}, '1099511627776 bytes, too large for an image'),
     ({'header_offset': 2**63}, 'cannot be read'),
   ],
   ids=['bomb', 'size', 'offset'],
@@ -322,7 +322,7 @@ def test_hostile_annotations(tmp_path, content, message):
     ),
     (mask_values.read_classes_csv, f'id,name\n0,{"a" * 200000}', 'not a table'),
   ],
-  ids=['colour', 'id', 'field'],
+  ids=['color', 'id', 'field'],
 )
 def test_long_fields_of_tables(tmp_path, read, text, message):
   path = tmp_path / 'table'

@@ -191,7 +191,7 @@ def test_a_second_ctrl_c_is_not_waited_for(tmp_path):
   with Stop().listening() as stop:
     with pytest.raises(Stopped, match='130') as stopped:
       train(tmp_path / 'run', stop, train_step=step)
-  assert 'goes on where the last checkpoint is' in stopped.value.message
+  assert 'resumes from the last checkpoint' in stopped.value.message
   assert train(tmp_path / 'run') == 36
 
 
@@ -266,13 +266,13 @@ class Device:
       {'bytes_limit': 3e9, 'bytes_in_use': 1e9},
       'trying to allocate 3000000000 bytes.',
       {'accumulate': 2},
-      ['(3.0 GB wanted, 2.0 GB free)', 'batch_size=8 ', 'accumulate=4'],
+      ['(3.0 GB needed, 2.0 GB free)', 'batch_size=8 ', 'accumulate=4'],
     ),
     (
       None,
       'Ran out of memory in memory space hbm. Used 20.00G of 15.00G hbm.',
       {'accumulate': 1},
-      ['(21.5 GB wanted, 16.1 GB free)', '--config.batch_size=8 '],
+      ['(21.5 GB needed, 16.1 GB free)', '--config.batch_size=8 '],
     ),
     (None, '', {'accumulate': 4}, ['batch_size is as small as it can be']),
     (

@@ -273,7 +273,7 @@ def test_a_teacher_that_is_gone_is_told(photographed, tmp_path):
   before = sorted(workdir.rglob('*'))
   config = make_config()
   config.stages = ('teacher', 'distill')
-  message = 'teacher: no checkpoints there, .*put them back, move the rest'
+  message = 'teacher: no checkpoints there, .*restore them, move the other'
   with pytest.raises(InputError, match=message):
     experiment.train(config, workdir)
   shutil.rmtree(workdir / 'teacher')

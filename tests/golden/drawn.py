@@ -41,7 +41,7 @@ def weight(name, shape):
 
 
 def image(name, shape):
-  """Images [b, c, h, w] of different colours: they differ after pooling."""
+  """Images [b, c, h, w] of different colors: they differ after pooling."""
   means = uniform(f'{name} means', (*shape[:2], 1, 1))
   return uniform(name, shape, -2, 2) + means
 

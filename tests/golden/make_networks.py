@@ -71,7 +71,7 @@ class Layers:
     return {k: v for k, v in self.state().items() if '.running_' in k}
 
   def gradients(self):
-    """Of every trained tensor: the authors' optimiser sees no Linear."""
+    """Of every trained tensor: the authors' optimizer sees no Linear."""
     return {
       f'{name}.{key}': parameter.grad.numpy()
       for name, layer in self._layers.items()

@@ -204,8 +204,8 @@ def test_text_of_absent_classes():
     'accuracy_per_class': {'a': 0.75, 'b': 1.0, 'c': None},
   }
   lines = scoring.as_text(counts, result).splitlines()
-  assert lines[0].endswith('over scales 0.75, 1; mean with the mirror image')
-  header = ['class', 'IoU', '%', 'accuracy', '%', 'share', '%']
+  assert lines[0].endswith('scales 0.75, 1; averaged with the mirror image')
+  header = ['class', 'IoU', '%', 'accuracy', '%', 'pixels', '%']
   assert lines[-4].split() == header
   assert lines[-3].split() == ['a', '75.00', '75.00', '50.00']
   assert lines[-2].split() == ['b', '80.00', '100.00', '50.00']
@@ -242,7 +242,7 @@ def test_scales_are_read():
   [
     ({'protocol': 'pixel'}, "--protocol='pixel' must be one of native, refer"),
     ({'split': 'all'}, "--split='all' must be one of train, val, test"),
-    ({'split': 'test'}, 'test: scenes has no such split, but train, val'),
+    ({'split': 'test'}, 'test: scenes has no such split; it has train, val'),
     ({'overlap': 1.0}, '--overlap=1.0 must be from 0 to below 1'),
     ({'submission': 'new'}, 'for the data set cityscapes, this one is scenes'),
     ({'step': 77}, r'no checkpoint 77; have \[1, 2\]'),
@@ -295,7 +295,7 @@ def test_the_command_refuses_an_overlap_of_nothing(stage):
   done = tiny_run.run_verb('evaluate', f'--checkpoint={stage}', '--overlap=0.5')
   assert done.returncode == 2
   assert done.stderr == (
-    'error: --overlap is of tiles; add --tile=HEIGHTxWIDTH.\n'
+    'error: --overlap needs tiles; add --tile=HEIGHTxWIDTH.\n'
   )
 
 

@@ -25,7 +25,7 @@ from attnfd_jax.inference import evaluation, image_files, tiling
 from attnfd_jax.inference import options as flag_options
 from attnfd_jax.inference import predictor as predictors
 from attnfd_jax.inference.predictor import Predictor
-from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.models.deeplab import normalize
 from attnfd_jax.models.resizing import resize
 from attnfd_jax.runs import loading
 
@@ -73,7 +73,7 @@ def test_ids_are_those_of_the_padded_image(stage, size):
   ]
   network, variables, _ = loading.load_network(stage)
   logits = jax.jit(
-    lambda x: network.apply(variables, normalise(x), train=False)['logits']
+    lambda x: network.apply(variables, normalize(x), train=False)['logits']
   )(padded[None])
   expected = np.argmax(np.asarray(logits), -1)[0, :h, :w]
   np.testing.assert_array_equal(ids, expected)
@@ -142,7 +142,7 @@ def test_the_network_sees_the_short_side_of_its_score(stage, tmp_path):
   # As evaluation: from the coarse scores to the size of the label.
   @jax.jit
   def direct(x):
-    out = network.apply(variables, normalise(x), train=False)
+    out = network.apply(variables, normalize(x), train=False)
     return resize(out['coarse_logits'], 100, 200)
 
   expected = np.argmax(np.asarray(direct(small[None])), -1)[0]
@@ -324,7 +324,7 @@ def test_tiles_of_a_network_differ_smoothly(stage):
     np.zeros((8, 8, 4), np.uint8),
     np.zeros((0, 8, 3), np.uint8),
   ],
-  ids=['float', 'grey', 'alpha', 'empty'],
+  ids=['float', 'gray', 'alpha', 'empty'],
 )
 def test_other_arrays_are_refused(stage, image):
   with pytest.raises(ValueError, match=r'it must be uint8 \[h, w, 3\]'):
@@ -381,7 +381,7 @@ def test_what_is_not_sure_is_black(stage, folder, tmp_path):
   )
   assert kept < 0.5
   ids = sources.read_mask(output / 'a.png')
-  assert (sources.read_image(output / 'a_colour.png')[ids == 255] == 0).all()
+  assert (sources.read_image(output / 'a_color.png')[ids == 255] == 0).all()
   _, *rows = _rows(output / 'areas.csv')
   np.testing.assert_allclose(
     np.mean([[float(x) for x in row[1:]] for row in rows]) * 9, kept, atol=1e-5
@@ -393,9 +393,9 @@ def test_what_is_not_sure_is_black(stage, folder, tmp_path):
   [
     (
       {'masks_only': True, 'confidence': True},
-      '--confidence is more than mask',
+      '--confidence writes more than mask',
     ),
-    ({'masks_only': True, 'video': 'a.mp4'}, '--video is more than masks'),
+    ({'masks_only': True, 'video': 'a.mp4'}, '--video writes more than masks'),
     ({'min_confidence': 1.5}, '--min_confidence=1.5'),
   ],
 )
@@ -410,7 +410,7 @@ def test_all_files_of_a_folder(stage, folder, tmp_path):
   found = image_files.predict_files(stage, str(folder), output, confidence=True)
   assert found == (3, 1.0)
   names = {path.name for path in output.iterdir()}
-  endings = ('.png', '_colour.png', '_overlay.jpg', '_confidence.png')
+  endings = ('.png', '_color.png', '_overlay.jpg', '_confidence.png')
   assert names == {'areas.csv'} | {
     stem + ending for stem in ('a', 'b', 'c d') for ending in endings
   }
@@ -424,11 +424,11 @@ def test_all_files_of_a_folder(stage, folder, tmp_path):
     stem = output / name.rpartition('.')[0]
     ids = sources.read_mask(f'{stem}.png')
     np.testing.assert_array_equal(ids, expected)
-    colour = sources.read_image(f'{stem}_colour.png')
-    np.testing.assert_array_equal(colour, predictor.palette[ids])
+    color = sources.read_image(f'{stem}_color.png')
+    np.testing.assert_array_equal(color, predictor.palette[ids])
     overlay = sources.read_image(f'{stem}_overlay.jpg').astype(float)
     # Compression.
-    assert np.mean(np.abs(overlay - (image / 2 + colour / 2))) < 8
+    assert np.mean(np.abs(overlay - (image / 2 + color / 2))) < 8
     with Image.open(f'{stem}_confidence.png') as file:
       np.testing.assert_array_equal(file, confidence)
     share = np.bincount(ids.ravel(), minlength=9) / ids.size
@@ -492,7 +492,8 @@ TREE += ['gone.png', 'linked/f00.png']
 def test_folders_are_searched_whole(tree, capsys):
   assert found_names(tree) == TREE
   assert capsys.readouterr().out == (
-    f'{tree}: left out 4 of other endings: a.txt, cam 2/b.heic, d.csv, ...\n'
+    f'{tree}: left out 4 files of other types: '
+    'a.txt, cam 2/b.heic, d.csv, ...\n'
   )
 
 
@@ -525,7 +526,7 @@ def test_folders_with_the_letters_of_patterns(folder, name):
     path.rmdir()
   # Where no such folder is, they are a pattern.
   assert found_names(folder.parent / 'image[rst]' / 'a.*') == ['images/a.png']
-  with pytest.raises(InputError, match=r'in which \[\[\] is a bracket\.$'):
+  with pytest.raises(InputError, match=r'write \[\[\] for a bracket\.$'):
     image_files.find_images(str(folder / '[2024]' / '*.png'))
 
 
@@ -537,7 +538,7 @@ def test_patterns_stay_in_their_folder(folder):
 def test_results_are_no_inputs(folder):
   for below in ('out', 'out/cam'):
     (folder / below).mkdir()
-    (folder / below / 'a_colour.png').write_bytes(b'')
+    (folder / below / 'a_color.png').write_bytes(b'')
     (folder / below / 'areas.csv').write_bytes(b'')
   names = ['a.png', 'b.PNG', 'c d.jpg']
   assert found_names(folder, output=folder / 'out') == names
@@ -558,11 +559,11 @@ def test_results_keep_their_paths(stage, tree, tmp_path, capsys):
     image_files.predict_files(stage, str(tree), output)
   printed = capsys.readouterr()
   assert f'skipped {tree / "gone.png"}' in printed.err
-  assert 'left out 4 of other endings' in printed.out
+  assert 'left out 4 files of other types' in printed.out
   names = [x for x in TREE if x != 'gone.png']
   stems = {name.rpartition('.')[0] for name in names}
   results = {path for path in output.rglob('*') if path.is_file()}
-  endings = ('.png', '_colour.png', '_overlay.jpg')
+  endings = ('.png', '_color.png', '_overlay.jpg')
   assert results == {output / 'areas.csv'} | {
     output / f'{stem}{end}' for stem in stems for end in endings
   }
@@ -665,7 +666,7 @@ def test_no_images(folder):
     image_files.find_images(str(folder / 'empty'))
   (folder / 'empty' / 'a.heic').write_text('')
   with pytest.raises(
-    InputError, match=r'in it, 1 of other endings: a\.heic\.$'
+    InputError, match=r'in it, 1 file of other types: a\.heic\.$'
   ):
     image_files.find_images(str(folder / 'empty'))
 
@@ -673,18 +674,18 @@ def test_no_images(folder):
 def test_nothing_is_overwritten_unasked(stage, folder, tmp_path):
   output = tmp_path / 'out'
   output.mkdir()
-  old = output / 'b_colour.png'
+  old = output / 'b_color.png'
   old.write_text('mine')
-  with pytest.raises(InputError, match=r'b_colour\.png exists; add --overwri'):
+  with pytest.raises(InputError, match=r'b_color\.png exists; add --overwri'):
     image_files.predict_files(stage, str(folder), output)
-  assert [path.name for path in output.iterdir()] == ['b_colour.png']
+  assert [path.name for path in output.iterdir()] == ['b_color.png']
   assert old.read_text() == 'mine'
   options = {'overwrite': True}
   found = image_files.predict_files(stage, str(folder), output, **options)
   assert found == (3, 1.0)
   assert sources.read_image(old).shape == (40, 56, 3)
   (output / 'a.png').unlink()
-  with pytest.raises(InputError, match=r'a_colour\.png exists'):
+  with pytest.raises(InputError, match=r'a_color\.png exists'):
     image_files.predict_files(stage, str(folder), output)
 
 
@@ -695,7 +696,7 @@ def test_inputs_are_never_overwritten(stage, folder):
   assert (folder / 'a.png').read_bytes() == before
 
 
-@pytest.mark.parametrize('twin', ['a.jpg', 'a_colour.bmp'])
+@pytest.mark.parametrize('twin', ['a.jpg', 'a_color.bmp'])
 def test_two_results_of_one_name_are_refused(stage, folder, twin, tmp_path):
   Image.fromarray(_image(8, 8)).save(folder / twin)
   with pytest.raises(InputError, match='would both be written to') as caught:
@@ -768,7 +769,7 @@ def test_a_video_of_the_overlays(stage, frames, tmp_path, capsys):
     if i != 5
   ]
   assert [frame.shape for frame in found] == [(40, 56, 3)] * 11
-  # Neighbours differ by 10 or so; compression.
+  # Neighbors differ by 10 or so; compression.
   np.testing.assert_allclose(
     np.mean(found, (1, 2, 3)), np.mean(expected, (1, 2, 3)), rtol=0, atol=5
   )
@@ -847,7 +848,7 @@ def test_an_unreadable_file_does_not_stop_the_others(stage, folder, tmp_path):
     f'{output}.\n'
   )
   assert {path.name for path in output.glob('*.png')} == {
-    *('a.png', 'a_colour.png', 'c d.png', 'c d_colour.png')
+    *('a.png', 'a_color.png', 'c d.png', 'c d_color.png')
   }
   assert [row[0] for row in _rows(output / 'areas.csv')[1:]] == [
     'a.png',
@@ -886,7 +887,7 @@ def test_flags_of_tiles():
 def test_flags_that_do_not_go_together(stage):
   with pytest.raises(InputError, match='--tile=64: expected HEIGHTxWIDTH'):
     flag_options.read(_values(tile='64'))
-  with pytest.raises(InputError, match='--overlap is of tiles; add --tile='):
+  with pytest.raises(InputError, match='--overlap needs tiles; add --tile='):
     flag_options.read(_values(overlap=0.5))
   with pytest.raises(InputError, match=r'--overlap=1\.0 must be from 0 to bel'):
     Predictor(stage, overlap=1.0, tile=(64, 64))
@@ -903,7 +904,7 @@ def test_flags_that_do_not_go_together(stage):
     ),
     (
       ('--checkpoint=x', '--input=y', '--output=z', '--fps=9'),
-      '--fps is of a video; add --video=FILE.mp4.',
+      '--fps is for a video; add --video=FILE.mp4.',
     ),
   ],
   ids=['checkpoint', 'input', 'output', 'fps'],

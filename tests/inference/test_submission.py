@@ -25,8 +25,8 @@ class Brightest:
   def apply(self, variables, image, *, train):
     assert not train and not variables
     red = np.float32(0.485) + np.float32(0.229) * image[..., :1]
-    centres = np.arange(19, dtype=np.float32).reshape(1, 1, 1, 19) * 10 / 255
-    return {'logits': -abs(red - centres)}
+    centers = np.arange(19, dtype=np.float32).reshape(1, 1, 1, 19) * 10 / 255
+    return {'logits': -abs(red - centers)}
 
 
 def test_the_writer_gives_label_ids_at_full_size(tmp_path):

@@ -27,7 +27,7 @@ def tiled(apply, image, **options):
 
 
 def edges(part):
-  """Sees its neighbours: another result at every edge of a tile."""
+  """Sees its neighbors: another result at every edge of a tile."""
   x = part.astype(np.float32)
   padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
   return x + padded[1:-1, 2:] + padded[2:, 1:-1]

@@ -32,7 +32,7 @@ def channel_gated(variables, x):
 
 
 def spatial_logit(params, x):
-  """The 7x7 convolution of [maximum, mean], before its normalisation."""
+  """The 7x7 convolution of [maximum, mean], before its normalization."""
   h, w = x.shape[1:3]
   pooled = np.stack([x.max(-1), x.mean(-1)], -1)
   pooled = np.pad(pooled, ((0, 0), (3, 3), (3, 3), (0, 0)))

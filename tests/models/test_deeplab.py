@@ -12,7 +12,7 @@ import pytest
 
 from attnfd_jax.models import convolution, layers, resizing
 from attnfd_jax.models.attention import CBAM
-from attnfd_jax.models.deeplab import ASPP, Decoder, DeepLabV3Plus, normalise
+from attnfd_jax.models.deeplab import ASPP, Decoder, DeepLabV3Plus, normalize
 from attnfd_jax.models.efficientnet_lite import EfficientNetLite
 from attnfd_jax.models.mobilenet_v2 import (
   block_table,
@@ -614,21 +614,21 @@ def test_wrong_options(options, message):
 @pytest.mark.parametrize(
   ('shape', 'dtype', 'message'),
   [
-    ((1, 33, 33, 3), np.uint8, 'uint8; call attnfd_jax.normalise'),
+    ((1, 33, 33, 3), np.uint8, 'uint8; call attnfd_jax.normalize'),
     ((1, 33, 33, 4), np.float32, r'\(1, 33, 33, 4\) must be \[b, h, w, 3\]'),
     ((33, 33, 3), np.float32, r'\(33, 33, 3\) must be \[b, h, w, 3\]'),
   ],
   ids=['uint8', 'channels', 'rank'],
 )
-def test_wrong_images(key, shape, dtype, message):
+def test_wrong_images(no_type_checks, key, shape, dtype, message):
   with pytest.raises(ValueError, match=message):
     small().init(key, np.zeros(shape, dtype), train=False)
 
 
-def test_normalise():
+def test_normalize():
   image = np.array([[[0, 0, 0], [255, 255, 255], [124, 116, 104]]], np.uint8)
   mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-  actual = normalise(image)
+  actual = normalize(image)
   assert actual.dtype == jnp.float32
   expected = (image / 255 - mean) / std
   # Numbers of order 1 in float32.

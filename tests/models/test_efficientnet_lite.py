@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from attnfd_jax.models import network as networks
-from attnfd_jax.models.deeplab import BACKBONES, DeepLabV3Plus, normalise
+from attnfd_jax.models.deeplab import BACKBONES, DeepLabV3Plus, normalize
 from attnfd_jax.models.efficientnet_lite import Block, EfficientNetLite
 from attnfd_jax.pytorch import names as torch_names
 from attnfd_jax.pytorch import networks as torch_models
@@ -69,8 +69,7 @@ def load(variant):
   assert report.fills_backbone and report.backbone_only
   assert not report.unexpected
   assert report.remarks == [
-    'left out 7 tensors beside it: _conv_head.weight, _bn1.weight, _bn1.bias, '
-    '...'
+    'ignored 7 other tensors: _conv_head.weight, _bn1.weight, _bn1.bias, ...'
   ]
   return as_float64(backbone_of(found))
 
@@ -259,7 +258,7 @@ def test_borders_are_zeros_of_the_weights_own_images(fill):
       return next_function(*args, **kwargs)
 
     with nn.intercept_methods(record):
-      module.apply(variables, normalise(image), train=False)
+      module.apply(variables, normalize(image), train=False)
     return seen['block0']
 
   x = run(image)
@@ -338,7 +337,7 @@ def test_imagenet_weights(variant, output_stride, size):
   assert line.startswith('starts from the backbone of')
   ours = BACKBONES[name](output_stride=output_stride)
   with jax.default_matmul_precision('highest'):
-    image = normalise(image)
+    image = normalize(image)
     _, maps = run_blocks(ours, backbone_of(found), image)
   assert len(maps) == len(expected)
   for i, (x, y) in enumerate(zip(maps, expected, strict=True)):

@@ -148,7 +148,7 @@ def test_batch_norm_far_from_zero(key):
   y = layers.BatchNorm().apply(
     layers.BatchNorm().init(key, x, train=False), x, train=True
   )
-  # 1000 has 6e-5 between neighbours; E[x^2] - E[x]^2 would be off by 0.06.
+  # 1000 has 6e-5 between neighbors; E[x^2] - E[x]^2 would be off by 0.06.
   np.testing.assert_allclose(np.std(y), 1, rtol=1e-3, atol=0)
 
 

@@ -36,7 +36,7 @@ SIZE = (72, 104)
 
 @pytest.fixture(autouse=True)
 def quick_compilation():
-  """Programs that run once are not worth optimising."""
+  """Programs that run once are not worth optimizing."""
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)
@@ -96,7 +96,7 @@ def page_config(arguments, path):
 def random_images(count, size=SIZE):
   generator = np.random.default_rng(0)
   image = generator.integers(0, 256, (count, *size, 3), np.uint8)
-  return np.asarray(attnfd_jax.normalise(image))
+  return np.asarray(attnfd_jax.normalize(image))
 
 
 # Index of the file: shapes of its maps for images of SIZE.

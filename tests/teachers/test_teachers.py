@@ -102,7 +102,7 @@ def test_a_function_of_the_users(tmp_path):
   [
     ({'name': 'broken'}, 'returned object without name, class_names, variab'),
     ({'name': 'none'}, 'has no none'),
-    ({'names': ('a', 'b', 'c')}, r"knows 3 classes \['a', 'b', 'c'\]"),
+    ({'names': ('a', 'b', 'c')}, r"has 3 classes \['a', 'b', 'c'\]"),
   ],
   ids=['no teacher', 'no function', 'classes'],
 )

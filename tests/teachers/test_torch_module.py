@@ -229,7 +229,7 @@ def test_normalization_is_that_of_the_module(made):
   plain = attnfd_jax.from_torch(module)
   other = attnfd_jax.from_torch(module, mean=mean, std=std)
   pixels = np.random.default_rng(0).integers(0, 256, (1, 24, 24, 3), np.uint8)
-  ours = attnfd_jax.normalise(pixels)
+  ours = attnfd_jax.normalize(pixels)
   theirs = (np.float32(pixels) / 255 - np.float32(mean)) / np.float32(std)
   np.testing.assert_allclose(
     other.apply(other.variables, ours)['logits'],
@@ -431,8 +431,11 @@ def test_a_training_step_under_it_on_1_and_4_devices(
 @pytest.mark.parametrize(
   ('taps', 'message'),
   [
-    ({'backbone': 'boddy'}, "backbone='boddy' is no submodule of Net; .* body"),
-    ({'backbone': 'encoder'}, 'nearest are .*head'),
+    (
+      {'backbone': 'boddy'},
+      "backbone='boddy' is not a submodule of Net; .* body",
+    ),
+    ({'backbone': 'encoder'}, 'similar names are .*head'),
     ({'backbone': 'unused'}, "backbone='unused' was not called"),
   ],
 )
@@ -453,8 +456,14 @@ def test_wrong_taps_are_named(made, taps, message):
     ('make_dark', r'mean=\(0, 0\) must be three numbers'),
     ('make_raises', "make_raises': it raised KeyError: 'best.pt'"),
     ('gone', 'has no gone'),
-    ('make_torchvision', 'torchvision is not of this torch; .*torch==2.12.1'),
-    ('make_named', r'class_map="\(8, 7, 6, 5, 4, 3, 2, 1, 0\)" its names fit'),
+    (
+      'make_torchvision',
+      'torchvision does not fit this torch; .*torch==2.12.1',
+    ),
+    (
+      'make_named',
+      r'names fit with .*class_map="\(8, 7, 6, 5, 4, 3, 2, 1, 0\)"',
+    ),
   ],
 )
 def test_makers_that_fail_are_one_line(made, file, function, message):
@@ -629,7 +638,7 @@ def test_the_commands_need_one_network(verb, tmp_path):
   more = ['--input=x', '--output=y'] if verb == 'predict' else []
   config = '--config=configs/quickstart.py'
   for flags, message in (
-    ((config,), 'The config gives no teacher'),
+    ((config,), 'The config names no teacher'),
     ((config, '--checkpoint=runs/x'), 'name one network, not two'),
     ((config, '--step=3'), '--step goes with --checkpoint'),
   ):

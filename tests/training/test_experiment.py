@@ -182,7 +182,7 @@ def test_an_interrupted_run_ends_as_the_whole_one(
 @pytest.mark.parametrize(
   ('key', 'value', 'message'),
   [
-    ('seed', 1, r'begun with another config \(seed: 0 -> 1\)'),
+    ('seed', 1, r'started with another config \(seed: 0 -> 1\)'),
     ('optim.lr', 0.5, r'optim.lr: 0.05 -> 0.5; student.lr: 0.05 -> 0.5; teach'),
     ('data.flip', 0.0, r'\(data.flip: 0.5 -> 0.0\)\. Use another --workdir'),
   ],
@@ -264,7 +264,7 @@ def test_a_teacher_of_other_classes_is_refused(finished, tmp_path):
   (teacher / 'config.json').write_text(json.dumps(info))
   config = small_run.make_config()
   config.stages, config.teacher.checkpoint = ('distill',), str(teacher)
-  with pytest.raises(InputError, match="knows 9 classes.*'heaven'"):
+  with pytest.raises(InputError, match="has 9 classes.*'heaven'"):
     experiment.train(config, tmp_path / 'run')
 
 

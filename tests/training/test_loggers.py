@@ -134,7 +134,7 @@ def test_a_logger_that_fails_is_left_out(tmp_path, wandb, monkeypatch, when):
   monkeypatch.setattr(owner, when, refuse)
   (line,) = part(tmp_path, ('wandb', 'tensorboard'), (1, 2))
   assert line == (
-    'wandb fails (No network.) and is left out; all numbers are in '
+    'wandb failed (No network.) and is turned off; all numbers are in '
     'metrics.jsonl'
   )
   shown = shown_by_tensorboard(tmp_path)

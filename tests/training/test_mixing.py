@@ -47,8 +47,8 @@ def test_share_of_pixels():
   side = np.sqrt(generator.uniform(size=200_000))
 
   def covered():
-    centre = generator.uniform(size=side.size)
-    low, high = centre - side / 2, centre + side / 2
+    center = generator.uniform(size=side.size)
+    low, high = center - side / 2, center + side / 2
     return np.minimum(high, 1) - np.maximum(low, 0)
 
   expected = np.mean(covered() * covered())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimiser against SGD in NumPy, and the groups of METHOD section 4.1."""
+"""The optimizer against SGD in NumPy, and the groups of METHOD section 4.1."""
 
 import collections
 import functools
@@ -295,8 +295,8 @@ def test_a_warmup_that_is_too_long_is_a_line(name, warmup, changes, epochs):
   plan(name, config, dataset, mesh).init_state(log=lines.append)
   assert len(lines) == (epochs is not None)
   for line in lines:
-    assert f'config.optim.warmup_epochs={warmup}, is as long' in line
-    assert f'as this stage of {epochs} epochs or longer' in line
+    assert f'config.optim.warmup_epochs={warmup} is not shorter' in line
+    assert f'than this stage of {epochs} epochs: the learning' in line
     assert 'the learning rate 0.05 is never reached' in line
 
 

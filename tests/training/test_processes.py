@@ -141,15 +141,15 @@ def joined(monkeypatch):
 )
 def test_flags_that_do_not_fit(joined, options, words):
   with pytest.raises(InputError, match=words):
-    processes.initialise(**options)
+    processes.initialize(**options)
   assert not joined
 
 
 def test_flags_leave_out_detection(joined, monkeypatch):
   monkeypatch.setenv('SLURM_STEP_NODELIST', 'node[1-2]')
-  processes.initialise(coordinator='a:1', num_processes=2, process_id=1)
+  processes.initialize(coordinator='a:1', num_processes=2, process_id=1)
   assert joined == [(('a:1', 2, 1), {'cluster_detection_method': 'deactivate'})]
-  processes.initialise(num_processes=1)
+  processes.initialize(num_processes=1)
   assert len(joined) == 1
 
 
@@ -157,7 +157,7 @@ def test_flags_leave_out_detection(joined, monkeypatch):
 def test_a_single_task_keeps_its_devices(joined, monkeypatch, tasks):
   monkeypatch.setenv('SLURM_STEP_NODELIST', 'node1')
   monkeypatch.setenv('SLURM_NTASKS', tasks)
-  processes.initialise()
+  processes.initialize()
   assert len(joined) == int(tasks != '1')
 
 
@@ -168,13 +168,13 @@ def test_who_cannot_meet(monkeypatch, joined, launched):
 
   monkeypatch.setattr(jax.distributed, 'initialize', refuse)
   if not launched:
-    processes.initialise()  # A laptop, or a notebook: no cluster.
+    processes.initialize()  # A laptop, or a notebook: no cluster.
     return
   monkeypatch.setenv('JOB_COMPLETION_INDEX', '0')
   with pytest.raises(
-    InputError, match=r'cannot meet: RuntimeError No pod there\. Give'
+    InputError, match=r'cannot connect: RuntimeError No pod there\. Give'
   ):
-    processes.initialise()
+    processes.initialize()
 
 
 def test_the_others_write_nothing(monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from attnfd_jax.inference import evaluation
 from attnfd_jax.losses import softmax_cross_entropy
 from attnfd_jax.models import layers, resizing
 from attnfd_jax.models import network as networks
-from attnfd_jax.models.deeplab import normalise
+from attnfd_jax.models.deeplab import normalize
 from attnfd_jax.teachers.teacher import FrozenNetwork
 from attnfd_jax.training import mixing, optim
 from attnfd_jax.training import step as steps
@@ -486,7 +486,7 @@ def test_eval_step_counts_pixels():
     count(variables, jax.device_put(batch, sharding.by_batch(mesh)))
   )
   out = jax.jit(functools.partial(network.apply, train=False))(
-    jax.device_get(variables), normalise(batch['image'])
+    jax.device_get(variables), normalize(batch['image'])
   )
   scores = resizing.resize(out['coarse_logits'], 32, 12)
   predictions = np.argmax(np.asarray(scores), -1)

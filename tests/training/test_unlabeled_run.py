@@ -37,7 +37,8 @@ def test_which_stage_sees_what(finished):
   logs = {x: (finished / x / 'log.txt').read_text() for x in small_run.STAGES}
   assert 'label' not in logs['teacher']
   assert '4 labeled images (labeled_limit=4)' in logs['student']
-  line = '4 labeled and 4 unlabeled images; 2 of the 4 of a batch are unlabeled'
+  line = '4 labeled and 4 unlabeled images; 2 of the 4 images of a batch are '
+  line += 'unlabeled'
   assert line in logs['distill']
   # All images make the epochs: with few labels there are as many steps.
   steps = {x: small_run.read_lines(finished / x)[-1]['step'] for x in logs}
@@ -99,7 +100,7 @@ def test_batches_without_labels_in_parts(tmp_path):
     ),
     (
       {'data.unlabeled': '', 'distill.method': 'pseudo'},
-      'pseudo learns from unlabeled images, and there are none',
+      'pseudo needs unlabeled images, and there are none',
     ),
     ({'data.unlabeled': 'nowhere'}, 'nowhere: not found'),
     ({'student.labeled_limit': -1}, 'config.student.labeled_limit=-1'),

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies the compare.json of a comparison into results/, for make_table.py.
+r"""Copies the compare.json of a comparison into the repository.
 
-  python experiments/methods/collect.py runs/facade facade/2026-11-29.json
+  python experiments/collect_comparison.py runs/facade \
+    experiments/methods/results/facade/2026-11-29.json
 
 Paths of this machine become PATH, and RUN for the folder of the comparison.
 """
@@ -11,22 +12,20 @@ import json
 import pathlib
 import re
 
-HERE = pathlib.Path(__file__).parent
-
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('folder', type=pathlib.Path)
-  parser.add_argument('target', help='Below results/.')
+  parser.add_argument('target', type=pathlib.Path)
   options = parser.parse_args()
   text = (options.folder / 'compare.json').read_text()
   text = text.replace(str(options.folder.resolve()), 'RUN')
   # A path of at least two parts, in a string or after a flag's equals sign.
   text = re.sub(r'(?<=["=])(/[\w.-]+){2,}', 'PATH', text)
-  target = HERE / 'results' / options.target
-  target.parent.mkdir(parents=True, exist_ok=True)
-  target.write_text(json.dumps(json.loads(text), indent=1) + '\n')
-  print(target)
+  options.target.parent.mkdir(parents=True, exist_ok=True)
+  options.target.write_text(json.dumps(json.loads(text), indent=1) + '\n')
 
 
 if __name__ == '__main__':
