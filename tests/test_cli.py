@@ -332,8 +332,11 @@ def test_values_of_another_type_get_our_words(
     ('--config.stages=a,b', "config.stages=('a,b',) must be chosen from"),
     ('--config.student.backbone=None', "Unknown backbone 'None'. Have: resn"),
     ('--config.teacher.network=None', "config.teacher.network='None' must be"),
-    ('--config.student={}', 'config.student.aspp_channels is absent; set sin'),
-    ("--config.data={'root': 'x'}", 'config.data.balanced is absent; set sing'),
+    ('--config.student={}', 'config.student.aspp_channels is missing; set sin'),
+    (
+      "--config.data={'root': 'x'}",
+      'config.data.balanced is missing; set',
+    ),
   ],
   ids=str,
 )
@@ -398,5 +401,5 @@ def test_a_cache_that_cannot_be_written_is_one_line(
   found = capsys.readouterr().err
   assert found.count('(NotADirectoryError: no folder)') == 1
   variable = 'JAX_COMPILATION_CACHE_DIR' if own else 'XDG_CACHE_HOME'
-  assert f'set {variable} to a folder that can be written.' in found
+  assert f'set {variable} to a writable folder' in found
   assert len(others) == 1

@@ -315,24 +315,25 @@ def read_same(source, expected):
 
 
 @pytest.mark.parametrize(
-  ('prefix', 'words'),
+  ('prefix', 'removed'),
   [
     ('', ''),
-    ('module.', "removed 'module.' from"),
-    ('_orig_mod.module.', "removed '_orig_mod.', 'module.'"),
-    ('model.', "removed 'model.'"),
-    ('net.network.', "removed 'net.network.'"),
-    ('student._orig_mod.', "removed '_orig_mod.', 'student.'"),
-    ('model.module.student.', "removed 'module.', 'model.student.'"),
-    ('backbone.', "removed 'backbone.'"),
-    ('what ever.', "removed 'what ever.'"),
+    ('module.', "'module.'"),
+    ('_orig_mod.module.', "'_orig_mod.', 'module.'"),
+    ('model.', "'model.'"),
+    ('net.network.', "'net.network.'"),
+    ('student._orig_mod.', "'_orig_mod.', 'student.'"),
+    ('model.module.student.', "'module.', 'model.student.'"),
+    ('backbone.', "'backbone.'"),
+    ('what ever.', "'what ever.'"),
   ],
 )
 @pytest.mark.parametrize(
   'backbone', ['resnet18', 'mobilenet_v2', 'efficientnet_lite0']
 )
-def test_any_prefix_is_taken_off(tensors, backbone, prefix, words):
+def test_any_prefix_is_taken_off(tensors, backbone, prefix, removed):
   found = tensors(backbone)
+  words = f'removed {removed} from names' if removed else ''
   assert read_same(prefixed(prefix, found), found) == words
   beside = {
     'criterion.weight': np.ones(21),
@@ -458,7 +459,9 @@ def test_numbers_that_are_none_are_refused_everywhere(
     lambda: import_stage(path, tmp_path / 'b', allow_missing=True),
     lambda: torch_models.load_pretrained(path, network),
     lambda: attnfd_jax.load_torch(path, **options),
-    lambda: sources.from_config(config, tmp_path, classes.VOC, mesh),
+    lambda: sources.from_config(
+      resolve(config), tmp_path, tuple(classes.VOC), mesh
+    ),
   ):
     with pytest.raises(InputError, match=f'1 of .* NaN or inf.*: {name}; '):
       load()
@@ -502,7 +505,7 @@ def test_networks_of_other_projects(
     lambda: import_stage(path, tmp_path / 'b', allow_missing=True, **options),
     lambda: attnfd_jax.load_torch(path, **options, **TINY),
     lambda: sources.from_config(
-      config, tmp_path, classes.VOC, sharding.make_mesh()
+      resolve(config), tmp_path, tuple(classes.VOC), sharding.make_mesh()
     ),
   ):
     with pytest.raises(InputError, match='a.pth: holds a network') as error:
@@ -618,7 +621,9 @@ def test_what_was_done_is_said_by_all(tmp_path, tensors):
   options = {'backbone': 'resnet18', **TINY, 'checkpoint': str(path)}
   config.teacher.update(options)
   mesh = sharding.make_mesh()
-  teacher = sources.from_config(config, tmp_path, classes.VOC, mesh)
+  teacher = sources.from_config(
+    resolve(config), tmp_path, tuple(classes.VOC), mesh
+  )
   assert '; '.join(teacher.remarks) == said
   with pytest.raises(InputError, match='removed'):
     attnfd_jax.load_torch(path, backbone='resnet34', num_classes=21, **TINY)

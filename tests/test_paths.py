@@ -44,7 +44,7 @@ def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch, variable, place):
     user_cache.made('coco')
   text = str(refused.value)
   assert text.startswith(f'The cache {user_cache.folder("coco")} cannot be wri')
-  assert text.endswith('; set XDG_CACHE_HOME to a folder that can be.')
+  assert text.endswith('; set XDG_CACHE_HOME to a writable folder.')
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):

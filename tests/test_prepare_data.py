@@ -159,7 +159,7 @@ def test_what_cannot_be_read_is_refused(tmp_path):
   with pytest.raises(InputError, match='no data set of prepare_data in it'):
     load('camvid', prepared=str(tmp_path / 'files'))
   folder, _ = prepared.prepare(files, tmp_path / 'shards', workers=1)
-  with pytest.raises(InputError, match='holds camvid'):
+  with pytest.raises(InputError, match='contains camvid'):
     load('cityscapes', prepared=str(folder))
   info = folder / 'dataset_info.json'
   text = info.read_text()

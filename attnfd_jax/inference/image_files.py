@@ -85,9 +85,11 @@ def find_images(
     os.path.join(os.path.realpath(x), '') for x in (root, output or root)
   )
 
+  output_is_below = results.startswith(searched) and results != searched
+
   def is_input(name):
     path = os.path.realpath(root / name)
-    return results == searched or not path.startswith(results)
+    return not (output_is_below and path.startswith(results))
 
   names, others = filter(is_input, names), [*filter(is_input, others)]
   images = {pathlib.Path(x): root / x for x in names if _is_file(root / x)}

@@ -164,7 +164,7 @@ def convolve_resized(
 
 
 def hold(
-  x: Float[AnyArray, '*dims'], value: Float[AnyArray, '']
+  x: Float[AnyArray, '*dims'], value: jax.typing.ArrayLike
 ) -> Float[Array, '*dims']:
   """Implements layers.finished on a CPU.
 

@@ -145,7 +145,7 @@ def test_drawn_sets_have_no_cache(tmp_path):
   config = default_config().data
   config.train_scenes = 2
   dataset = load_dataset(config)
-  with pytest.raises(InputError, match='decoded_cache is for data sets of fil'):
+  with pytest.raises(InputError, match='decoded_cache works only for data'):
     cache.with_decoded(dataset, tmp_path)
 
 

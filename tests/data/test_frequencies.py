@@ -119,9 +119,7 @@ def test_presence_without_a_cache(monkeypatch, tmp_path, capsys, place):
     found = frequencies.class_presence(FileSource(PRESENCE), 4)
     np.testing.assert_array_equal(found, PRESENCE)
     text = capsys.readouterr().err
-    assert (
-      text.count('set XDG_CACHE_HOME to a folder that can be. Each st') == 1
-    )
+    assert text.count('set XDG_CACHE_HOME to a writable folder. Every') == 1
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,6 @@ def test_logits_of_the_size_of_the_image():
 
 
 @pytest.mark.parametrize('temperature', [0.0, -1.0, float('nan'), '4'])
-def test_the_temperature_is_positive(temperature):
+def test_the_temperature_is_positive(no_type_checks, temperature):
   with pytest.raises(ValueError, match=rf'temperature={temperature} must be'):
     kd.LogitKD(temperature)

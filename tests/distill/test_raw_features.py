@@ -64,9 +64,10 @@ def test_closed_form(name):
     for tap, x in student['features'].items()
   }
   assert loss.dtype == jnp.float32 and set(terms) == set(expected)
+  # A cosine over the whole batch is a float32 sum in the order of the CPU.
   for tap, value in expected.items():
-    np.testing.assert_allclose(terms[tap], value, rtol=1e-6)
-  np.testing.assert_allclose(loss, sum(expected.values()), rtol=1e-6)
+    np.testing.assert_allclose(terms[tap], value, rtol=2e-6)
+  np.testing.assert_allclose(loss, sum(expected.values()), rtol=2e-6)
 
 
 @pytest.mark.parametrize('name', METHODS)

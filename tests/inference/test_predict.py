@@ -553,6 +553,13 @@ def test_results_are_no_inputs(folder):
   assert len(found_names(folder, output=folder)) == 6
 
 
+def test_results_may_be_written_above_the_images(tmp_path):
+  images = tmp_path / 'images'
+  images.mkdir()
+  Image.new('RGB', (8, 8)).save(images / 'a.png')
+  assert found_names(images, output=tmp_path) == ['a.png']
+
+
 def test_results_keep_their_paths(stage, tree, tmp_path, capsys):
   output = tmp_path / 'out'
   with pytest.raises(InputError, match='1 of 6 images were skipped'):
