@@ -15,13 +15,17 @@ def write(text: str, *, file: TextIO | None = None) -> None:
 
 
 def steps(done: int, total: int, text: str, *, shown: bool = True) -> tqdm:
-  """A bar over the steps of training; never shown unless on a terminal."""
+  """A bar over the steps of training; only shown on a terminal.
+
+  It takes the place of lines on stdout, which must be on the terminal as well.
+  """
+  terminal = sys.stdout.isatty() and sys.stderr.isatty()
   return tqdm(
     desc=text,
     initial=done,
     total=total,
     unit=' steps',
-    disable=not (shown and sys.stderr.isatty()),
+    disable=not (shown and terminal),
     dynamic_ncols=True,
   )
 
