@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the table of README.md and the curve of results/ over the labels.
+"""Writes the table of README.md, and the curve if there are two points.
 
   python experiments/unlabeled/make_page.py [--check]
 
@@ -109,7 +109,7 @@ def table_text(tables):
 
 def main():
   tables = read()
-  if '--check' not in sys.argv:
+  if len(tables) > 1 and '--check' not in sys.argv:
     draw(tables, HERE.parents[1] / 'docs' / 'images' / 'unlabeled.png')
   fill_page.main(
     HERE / 'README.md', 'table', table_text(tables), description=__doc__
