@@ -171,7 +171,7 @@ def output_file(flag: str, ending: str = '') -> pathlib.Path | None:
 
 def enable_compilation_cache() -> None:
   """Keeps compiled programs between runs, in JAX's folder or our own."""
-  if not _cache_dir():
+  if not jax.config.values['jax_compilation_cache_dir']:
     path = str(user_cache.folder('xla'))
     jax.config.update('jax_compilation_cache_dir', path)
   show, shown = warnings.showwarning, []
@@ -182,7 +182,7 @@ def enable_compilation_cache() -> None:
       show(message, *rest, **options)
     elif not shown:  # JAX repeats the warning in each compiling thread.
       shown.append(text)
-      path = _cache_dir()
+      path = jax.config.values['jax_compilation_cache_dir']
       is_default = path == str(user_cache.folder('xla'))
       variable = 'XDG_CACHE_HOME' if is_default else 'JAX_COMPILATION_CACHE_DIR'
       reason = text.partition("': ")[2] or text
@@ -192,12 +192,6 @@ def enable_compilation_cache() -> None:
       jax.config.update('jax_enable_compilation_cache', False)
 
   warnings.showwarning = show_once
-
-
-def _cache_dir() -> str | None:
-  # Attributes of jax.config are defined at run time.
-  config: Any = jax.config
-  return config.jax_compilation_cache_dir
 
 
 def _with_home(match: re.Match[str]) -> str:

@@ -335,7 +335,7 @@ def test_values_of_another_type_get_our_words(
     ('--config.student={}', 'config.student.aspp_channels is missing; set sin'),
     (
       "--config.data={'root': 'x'}",
-      'config.data.balanced is missing; set',
+      'config.data.balanced is missing; set sing',
     ),
   ],
   ids=str,
@@ -401,5 +401,5 @@ def test_a_cache_that_cannot_be_written_is_one_line(
   found = capsys.readouterr().err
   assert found.count('(NotADirectoryError: no folder)') == 1
   variable = 'JAX_COMPILATION_CACHE_DIR' if own else 'XDG_CACHE_HOME'
-  assert f'set {variable} to a writable folder' in found
+  assert f'set {variable} to a writable folder.' in found
   assert len(others) == 1

@@ -101,7 +101,7 @@ def test_pixels_beyond_int32_are_refused():
 
 @pytest.mark.parametrize('dtype', [np.uint8, np.int32])
 @pytest.mark.parametrize('ignored', [255, 3], ids=['outside', 'a_class'])
-def test_the_host_counts_the_same(no_type_checks, dtype, ignored):
+def test_the_host_counts_the_same(dtype, ignored):
   predictions, labels = make(dtype=dtype)
   labels[0, :3] = 255 if dtype == np.uint8 else -1
   host, device = (
@@ -110,6 +110,11 @@ def test_the_host_counts_the_same(no_type_checks, dtype, ignored):
   )
   assert host.dtype == np.int64
   np.testing.assert_array_equal(host, device)
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.int32])
+def test_the_host_needs_equal_shapes(no_type_checks, dtype):
+  predictions, labels = make(dtype=dtype)
   with pytest.raises(ValueError, match='must equal'):
     metrics.host_confusion_matrix(predictions[1:], labels, num_classes=19)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pairs images and masks by name, and decodes and checks them when read."""
 
+import abc
 import collections
 from collections.abc import (
   Callable,
@@ -79,7 +80,7 @@ def no_label(size: Size) -> np.ndarray:
   return np.full(size, IGNORE_LABEL, np.uint8)
 
 
-class Decoded:
+class Decoded(abc.ABC):
   """Base class of sources that can keep their decoded records in memory."""
 
   def __init__(self, length: int, *, cache: bool):
@@ -91,9 +92,9 @@ class Decoded:
     """Whether records are kept in memory."""
     return self._cache is not None
 
+  @abc.abstractmethod
   def _read(self, index: int) -> Record:
     """Reads and decodes a record."""
-    raise NotImplementedError
 
   def __len__(self) -> int:
     return self._length

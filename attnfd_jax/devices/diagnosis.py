@@ -264,6 +264,5 @@ def find_all(workdir: StrPath) -> Iterator[Finding]:
   for device in jax.local_devices():
     yield check_device(device)
   yield check_folder(workdir, 'workdir', '--workdir')
-  # JAX defines its options at run time.
-  cache: Any = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+  cache = jax.config.values['jax_compilation_cache_dir']
   yield check_folder(cache, 'compiled programs', 'JAX_COMPILATION_CACHE_DIR')

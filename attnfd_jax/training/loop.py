@@ -217,8 +217,7 @@ def train(
       if step == first + 1:
         jax.block_until_ready(metrics)
         seconds = time.monotonic() - start
-        # JAX defines the attributes at run time.
-        cached = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+        cached = jax.config.values['jax_enable_compilation_cache']
         text = ' (cached for the next run)' if cached else ''
         log.line(f'first step after {seconds:.1f} s{text}')
         clock = _Clock(step)

@@ -15,6 +15,7 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import fill_page  # noqa: E402
+import method_rows  # noqa: E402
 
 from attnfd_jax.comparison import table  # noqa: E402
 from attnfd_jax.reporting import comparison_page  # noqa: E402
@@ -64,18 +65,10 @@ def short_table(found):
   """Equal steps, rows of several seeds, the best on val first."""
   rows = [row for row in found['rows'] if row['equal'] == 'steps']
   rows = [row for row in rows if row['val'] and row['val']['n'] > 1]
-  lines = ['| method | mIoU val, % | gain | seeds | relative time |']
-  lines += ['| --- | --- | --- | --- | --- |']
   baseline = found['baseline']
+  lines = method_rows.head(method_rows.HEAD)
   for row in (baseline, *comparison_page.in_order(rows)):
-    cells = (
-      row['title'],
-      comparison_page.score(row['val']),
-      comparison_page.difference(row.get('difference', {}).get('val')),
-      comparison_page.seeds(row),
-      f'{row["seconds"] / baseline["seconds"]:.2f}',
-    )
-    lines.append(f'| {" | ".join(cells)} |')
+    lines.append(method_rows.line(method_rows.cells(row, baseline)))
   return '\n'.join(lines)
 
 

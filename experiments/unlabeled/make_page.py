@@ -16,8 +16,7 @@ import numpy as np
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import fill_page  # noqa: E402
-
-from attnfd_jax.reporting import comparison_page  # noqa: E402
+import method_rows  # noqa: E402
 
 # Okabe and Ito, as in the report.
 COLORS = {
@@ -88,22 +87,16 @@ def spread(row):
 
 
 def table_text(tables):
-  lines = ['| labels | method | mIoU val, % | gain | seeds | relative time |']
-  lines += ['| --- | --- | --- | --- | --- | --- |']
+  head = ('labels', *method_rows.HEAD)
+  lines = method_rows.head(head)
   for labels, table in tables.items():
+    teacher = f'{100 * table["teacher"]["val"]:.2f}'
     lines.append(
-      f'| {labels} | Teacher | {100 * table["teacher"]["val"]:.2f} | | | |'
+      method_rows.line((str(labels), 'Teacher', teacher, '', '', ''))
     )
     for row in rows_of(table).values():
-      cells = (
-        '',
-        row['title'],
-        comparison_page.score(row['val']),
-        comparison_page.difference(row.get('difference', {}).get('val')),
-        comparison_page.seeds(row),
-        f'{row["seconds"] / table["baseline"]["seconds"]:.2f}',
-      )
-      lines.append(f'| {" | ".join(cells)} |')
+      cells = method_rows.cells(row, table['baseline'])
+      lines.append(method_rows.line(('', *cells)))
   return '\n'.join(lines)
 
 

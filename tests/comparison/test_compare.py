@@ -399,7 +399,9 @@ def test_files_of_a_method_may_not_change(finished, tmp_path):
   options = {'config': config, 'methods': [f'{path}:Own']}
   compare(tmp_path / 'c', seeds=[0], **options)
   path.write_text(OWN + '\n')
-  with pytest.raises(InputError, match='own.py has changed since the run'):
+  with pytest.raises(
+    InputError, match='own.py has changed since the run started'
+  ):
     compare(tmp_path / 'c', seeds=[1], **options)
 
 
@@ -434,7 +436,9 @@ def test_what_is_chosen_stays_chosen(finished, tmp_path, monkeypatch):
 def test_another_config_is_refused(finished):
   config = make_config()
   config.optim.lr = 0.01
-  with pytest.raises(InputError, match=r'with another config \(optim.lr'):
+  with pytest.raises(
+    InputError, match=r'started with another config \(optim.lr'
+  ):
     compare(finished[0], config=config)
 
 

@@ -145,7 +145,9 @@ def test_drawn_sets_have_no_cache(tmp_path):
   config = default_config().data
   config.train_scenes = 2
   dataset = load_dataset(config)
-  with pytest.raises(InputError, match='decoded_cache works only for data'):
+  with pytest.raises(
+    InputError, match='decoded_cache works only for data sets of fil'
+  ):
     cache.with_decoded(dataset, tmp_path)
 
 

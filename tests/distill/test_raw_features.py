@@ -56,18 +56,23 @@ def cosines(s, t, axes):
 
 
 @pytest.mark.parametrize('name', METHODS)
-def test_closed_form(name):
-  student, teacher = make_outputs(0), make_outputs(1)
-  loss, terms = run(METHODS[name](), student, teacher)
+def test_closed_form(name, x64):
+  assert run(METHODS[name](), make_outputs(0), make_outputs(1))[0].dtype == (
+    jnp.float32
+  )
+  student, teacher = (make_outputs(i, np.float64) for i in range(2))
+  with x64():  # Else the order of a CPU's float32 sums would be compared.
+    variables = identity(METHODS[name](), student, teacher)
+    variables = jax.tree.map(np.float64, variables)
+    loss, terms = run(METHODS[name](), student, teacher, variables)
   expected = {
     tap: np.mean(2 - 2 * cosines(x, teacher['features'][tap], AXES[name]))
     for tap, x in student['features'].items()
   }
-  assert loss.dtype == jnp.float32 and set(terms) == set(expected)
-  # A cosine over the whole batch is a float32 sum in the order of the CPU.
+  assert loss.dtype == jnp.float64 and set(terms) == set(expected)
   for tap, value in expected.items():
-    np.testing.assert_allclose(terms[tap], value, rtol=2e-6)
-  np.testing.assert_allclose(loss, sum(expected.values()), rtol=2e-6)
+    np.testing.assert_allclose(terms[tap], value, rtol=1e-6)
+  np.testing.assert_allclose(loss, sum(expected.values()), rtol=1e-6)
 
 
 @pytest.mark.parametrize('name', METHODS)
