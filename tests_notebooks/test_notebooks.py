@@ -21,7 +21,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LIMIT = 600  # Seconds a notebook, on two cores.
 CLASSES = 'sky building road marking pavement tree pole car person'.split()
-SMALL = (
+SHORT = (
   '--config.num_epochs=1',
   '--config.teacher.num_epochs=1',
   '--config.eval.every_epochs=1',
@@ -30,6 +30,9 @@ SMALL = (
     for role in ('teacher', 'student')
     for key in ('aspp_channels', 'decoder_channels', 'low_level_channels')
   ),
+)
+SMALL = (
+  *SHORT,
   '--config.student.width_multiplier=0.125',
   '--config.teacher.width_multiplier=0.25',
 )
@@ -93,13 +96,14 @@ def test_colab_tpu(execute, tmp_path):
     'RESULTS': str(results),
     'ACCELERATOR': 'cpu',
     'QUICKSTART': [*SMALL, '--config.data.train_scenes=64'],
+    'MAX_DROP': 1.0,  # Barely trained.
     'DRAWN': [
-      *SMALL,
+      *SHORT,
       '--config.data.base_size=96',
       '--config.data.crop_size=(96, 96)',
       '--config.data.limit=32',
       '--config.batch_size=16',
-      '--config.teacher.backbone=resnet18',
+      '--config.teacher.backbone=efficientnet_lite0',
       '--config.optim.warmup_epochs=0',
     ],
   }
@@ -114,7 +118,14 @@ def test_colab_tpu(execute, tmp_path):
     table = json.loads((results / run / 'results.json').read_text())
     assert set(table) == {'teacher', 'student', 'distill'}
   assert table['distill']['dataset'] == 'folder'
-  assert (results / 'drawn' / 'student.onnx').stat().st_size > 1e5
+  sizes = [
+    (results / 'drawn' / name).stat().st_size
+    for name in ('student.onnx', 'student_int8.onnx')
+  ]
+  assert 1e5 < sizes[1] < 0.3 * sizes[0]
+  text = text_of(outputs)
+  assert text.count('loaded ') >= 2  # Teacher and student from ImageNet.
+  assert 'with int8' in text
 
   # The runtime is lost just before its last result; now with a zip.
   data = tmp_path / 'attnfd_jax_files' / 'data'
@@ -127,7 +138,7 @@ def test_colab_tpu(execute, tmp_path):
   outputs, _ = execute('colab_tpu.ipynb', **options)
   text = text_of(outputs)
   assert text.count('already finished, skipped') == 5
-  assert '[distill] goes on at step 2' in text
+  assert '[distill] resumed from step 2' in text
   again = json.loads((results / 'own' / 'results.json').read_text())
   assert again['distill']['miou'] == table['distill']['miou']
 
