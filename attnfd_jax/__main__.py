@@ -12,7 +12,7 @@ import runpy
 import sys
 
 from attnfd_jax import named_configs
-from attnfd_jax.errors import InputError, known
+from attnfd_jax.errors import check_name, InputError
 
 _NAMES = ('train', 'check-data', 'prepare-data', 'evaluate', 'predict')
 _NAMES += ('compare', 'export', 'convert', 'report', 'benchmark', 'doctor')
@@ -59,7 +59,7 @@ def main() -> None:
     return _help()
   command = 'train' if given == 'main' else given.replace('_', '-')
   try:
-    known('command', command, (*_MODULES, *_OWN))
+    check_name('command', command, (*_MODULES, *_OWN))
     if command in _OWN:
       return _run_own(command, arguments)
   except (InputError, OSError) as error:

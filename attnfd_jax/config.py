@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections.config_dict import ConfigDict, placeholder
 
 from attnfd_jax import distill, user_code
-from attnfd_jax.errors import InputError, named, one_of, within
+from attnfd_jax.errors import check_choice, check_range, InputError, named
 from attnfd_jax.models import network as networks
 from attnfd_jax.types import Config
 
@@ -309,7 +309,7 @@ def resolve(config: Config) -> Config:
   config.update_from_flattened_dict(
     {k: os.path.expanduser(v) for k, v in texts.items()}
   )
-  one_of('config.recipe', config.recipe, RECIPES)
+  check_choice('config.recipe', config.recipe, RECIPES)
   filled = dict(RECIPES[config.recipe])
   if filled['distill.aspp_dropout'] == 'student':
     # As in the baseline, so that only the loss differs.
@@ -346,12 +346,12 @@ def _check(config: Config, defaults: Mapping[str, Any]) -> None:
     if isinstance(value, (int, float)):
       # JAX's integers have 32 bits.
       most = 2**31 - 1 if isinstance(value, int) else 1e30
-      within(f'config.{key}', value, -(2**31 - 1), most)
+      check_range(f'config.{key}', value, -(2**31 - 1), most)
   for limits, keys in _RANGES.items():
     for key in keys.split():
-      within(f'config.{key}', values[key], *limits)
+      check_range(f'config.{key}', values[key], *limits)
   for key, choices in _CHOICES.items():
-    one_of(f'config.{key}', values[key], choices)
+    check_choice(f'config.{key}', values[key], choices)
   for role in ('teacher', 'student'):
     if not user_code.is_code(config[role].network):
       with named(f'config.{role}'):

@@ -38,7 +38,7 @@ class DataError(InputError):
     self.kind, self.file, self.values = kind, str(file), values
 
 
-def within(
+def check_range(
   name: str, value: object, least: float, most: float = math.inf
 ) -> None:
   """Raises InputError unless least <= value <= most; NaN is never within."""
@@ -49,13 +49,13 @@ def within(
     raise InputError(f'{name}={value} must be {limits}.')
 
 
-def one_of(name: str, value: object, choices: Collection[str]) -> None:
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
   """Raises InputError unless `value` is one of the choices."""
   if value not in choices:
     raise InputError(f'{name}={value!r} must be one of {", ".join(choices)}.')
 
 
-def known(
+def check_name(
   what: str, name: str, names: Iterable[str], *, others: str = ''
 ) -> None:
   """Raises InputError with the closest of `names` unless `name` is one."""
@@ -84,8 +84,8 @@ def named(group: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-  """Turns any error of the user's code into InputError('<what>: <line>')."""
+def convert_errors(what: str) -> Iterator[None]:
+  """Turns any error into InputError('<what>: <its first line>')."""
   try:
     yield
   except Exception as error:

@@ -27,7 +27,7 @@ from absl import flags
 import jax
 
 from attnfd_jax import cli
-from attnfd_jax.errors import one_of
+from attnfd_jax.errors import check_choice
 from attnfd_jax.exporting import agreement, folder, stablehlo, student
 
 FORMATS = (*student.FORMATS, folder.FORMAT)
@@ -38,7 +38,7 @@ def main() -> None:
   # Neither the exported program nor the check may depend on the machine.
   jax.config.update('jax_platforms', 'cpu')
   given = cli.own_flags()
-  one_of('--format', kind := given.pop('format'), FORMATS)
+  check_choice('--format', kind := given.pop('format'), FORMATS)
   if kind == folder.FORMAT:
     lines = folder.export_folder(**folder.options_of(given))
   else:

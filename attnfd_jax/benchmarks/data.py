@@ -18,7 +18,7 @@ from typing import Any
 from attnfd_jax.config import num_cores, resolve
 from attnfd_jax.data import cache, pipeline
 from attnfd_jax.data.sources import Dataset, load_dataset
-from attnfd_jax.errors import InputError, within
+from attnfd_jax.errors import check_range, InputError
 from attnfd_jax.runs import logs
 from attnfd_jax.types import Config
 
@@ -116,8 +116,8 @@ def run(options: Any) -> dict[str, Any]:
   """
   if options.config is None:
     raise InputError('--config is missing, as in --config=configs/camvid.py.')
-  within('--rounds', options.rounds, 1)
-  within('--seconds', options.seconds, 1e-9)
+  check_range('--rounds', options.rounds, 1)
+  check_range('--seconds', options.seconds, 1e-9)
   config: Config = resolve(options.config)
   dataset = load_dataset(config.data)
   for note in dataset.notes:

@@ -25,7 +25,7 @@ from attnfd_jax import distill
 from attnfd_jax.config import default_config, resolve
 from attnfd_jax.data.pairs import Dataset
 from attnfd_jax.devices import sharding
-from attnfd_jax.errors import InputError, within
+from attnfd_jax.errors import check_range, InputError
 from attnfd_jax.models import network as networks
 from attnfd_jax.runs import logs
 from attnfd_jax.teachers import sources as teachers
@@ -201,8 +201,8 @@ def configure(options: Any) -> Config:
   Raises:
     InputError: if a flag is out of range.
   """
-  within('--steps', options.steps, 1)
-  within('--num_classes', options.num_classes, 2)
+  check_range('--steps', options.steps, 1)
+  check_range('--num_classes', options.num_classes, 2)
   config: Config = options.config or default_config()
   config = config.copy_and_resolve_references()
   values = {key: getattr(options, flag) for flag, key in FLAGS.items()}

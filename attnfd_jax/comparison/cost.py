@@ -42,7 +42,7 @@ def measure(
   config = stage.config
   parts = {'devices': stage.mesh.shape['data']}
   parts['accumulate'] = config.optim.accumulate
-  with memory.explained(config.batch_size, **parts):
+  with memory.explain_exhaustion(config.batch_size, **parts):
     try:
       trainers = _alternate(stages)
     except jax.errors.JaxRuntimeError as error:

@@ -29,7 +29,7 @@ from attnfd_jax.comparison.rows import BASELINE, Row, Settings
 from attnfd_jax.config import resolve
 from attnfd_jax.data.sources import Dataset, load_dataset
 from attnfd_jax.devices import processes, sharding
-from attnfd_jax.errors import first_line, InputError, one_of, within
+from attnfd_jax.errors import check_choice, check_range, first_line, InputError
 from attnfd_jax.runs import lock, logs
 from attnfd_jax.training import experiment
 from attnfd_jax.training.stage import make_stage, plan, Stage
@@ -38,7 +38,7 @@ from attnfd_jax.types import Config, StrPath
 
 # Keys in which a run may differ from its start: the folder may have moved, with
 # the teacher in it, and the method is that of the row.
-_HARMLESS = (*experiment.HARMLESS, 'distill.method', 'teacher.checkpoint')
+_MAY_CHANGE = (*experiment.MAY_CHANGE, 'distill.method', 'teacher.checkpoint')
 
 
 def compare(
@@ -81,8 +81,8 @@ def compare(
       a method fails, its row contains the error instead.
     Stopped: after a signal.
   """
-  one_of('--equal', equal, table.KINDS)
-  within('--seconds_factor', seconds_factor, 1e-3, 1e3)
+  check_choice('--equal', equal, table.KINDS)
+  check_range('--seconds_factor', seconds_factor, 1e-3, 1e3)
   config, workdir = resolve(config), paths.as_path(workdir)
   settings = {
     'tune': rows.parse_settings('tune', tune, config),
@@ -98,8 +98,8 @@ def _check_seeds(seeds: Sequence[int], tune_seed: int, *, tuned: bool) -> None:
   if not seeds or len({*seeds}) < len(seeds):
     raise InputError(f'--seeds={seeds}: give different numbers, such as 0,1,2.')
   for seed in seeds:
-    within('--seeds', seed, 0, 2**31 - 1)
-  within('--tune_seed', tune_seed, 0, 2**31 - 1)
+    check_range('--seeds', seed, 0, 2**31 - 1)
+  check_range('--tune_seed', tune_seed, 0, 2**31 - 1)
   if tuned and tune_seed in seeds:
     raise InputError(
       f'--tune_seed={tune_seed} is one of --seeds, so that tuned rows would be '
@@ -208,9 +208,9 @@ class _Runner:
     """Claims the folder; refuses one that was started with other options."""
     self.workdir.mkdir(parents=True, exist_ok=True)
     with sharing.holding(self.workdir, wait=True):
-      harmless = (*experiment.HARMLESS, 'distill.method')
+      may_change = (*experiment.MAY_CHANGE, 'distill.method')
       path = self.workdir / 'config.json'
-      experiment.claim(path, self.config, harmless=harmless)
+      experiment.save_config(path, self.config, may_change=may_change)
       for path in self.workdir.glob('seconds/*/row.json'):
         factor = logs.read_json(path).get('seconds_factor')
         if factor and self.equal == 'seconds' and factor != self.factor:
@@ -271,7 +271,10 @@ class _Runner:
     def attempt():
       with sharing.holding(self.workdir / 'teacher', name='.compare'):
         experiment.train(
-          config, self.workdir / 'teacher', stop=self.stop, harmless=_HARMLESS
+          config,
+          self.workdir / 'teacher',
+          stop=self.stop,
+          may_change=_MAY_CHANGE,
         )
 
     sharing.until_done([attempt], 'another command is training the teacher')
@@ -332,7 +335,7 @@ class _Runner:
         job.directory,
         stop=self.stop,
         teacher_scores=scores,
-        harmless=_HARMLESS,
+        may_change=_MAY_CHANGE,
       )
       path.unlink(missing_ok=True)
     except Exception as error:
@@ -423,7 +426,7 @@ class _Runner:
 
   def _make_stage(self, row: Row) -> Stage:
     config = self._configured(row)
-    config.data.update(self._dataset.settled)
+    config.data.update(self._dataset.detected)
     return make_stage(
       row.stage, config, self._dataset, self._mesh, self.workdir
     )

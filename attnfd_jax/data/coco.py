@@ -62,9 +62,9 @@ _Repairs: TypeAlias = collections.Counter[str]  # Keys are those of _REPAIRS.
 _Wrong: TypeAlias = list[tuple[_Entry, InputError]]
 
 
-def unsound(path: StrPath, what: str) -> DataError:
+def annotation_error(path: StrPath, what: str) -> DataError:
   """Returns the DataError of a file that defines classes or masks."""
-  return files.fault(path, 'annotation', what)
+  return files.data_error(path, 'annotation', what)
 
 
 def _is_name(text: str) -> bool:
@@ -165,16 +165,18 @@ def _read_json(path: pathlib.Path, repairs: _Repairs) -> list[list[_Entry]]:
     content = json.loads(path.read_bytes())
     lists = [_entries(content[name], repairs) for name, _ in _LISTS.values()]
   except (ValueError, RecursionError) as error:
-    raise unsound(path, f'not JSON ({error})') from error
+    raise annotation_error(path, f'not JSON ({error})') from error
   except (AttributeError, KeyError, TypeError) as error:
     what = 'not COCO annotations: needs images, annotations and categories'
     what = f'{what}, each a list of objects'
-    raise unsound(path, what) from error
+    raise annotation_error(path, what) from error
   names: dict[int | str, str] = {}
   for entries, (kind, (_, fields)) in zip(lists, _LISTS.items(), strict=True):
     for number, entry in enumerate(entries, 1):
       if what := _fault_of(entry, fields, repairs):
-        raise unsound(path, f'{_describe(kind, entry, number, names)}: {what}')
+        raise annotation_error(
+          path, f'{_describe(kind, entry, number, names)}: {what}'
+        )
       if kind == 'image':
         names[entry['id']] = entry['file_name']
       elif kind == 'category':
@@ -190,11 +192,13 @@ def check_classes(
   """Raises a DataError if there are too many or unknown class names."""
   if len(class_names) > IGNORE_LABEL:
     what = f'{len(class_names)} classes, more than {IGNORE_LABEL}'
-    raise unsound(path, f'{what}; select some with config.data.class_names')
+    raise annotation_error(
+      path, f'{what}; select some with config.data.class_names'
+    )
   for name in class_names:
     if name not in known:
       what = f'no class {name!r}; it has {", ".join([*known][:90])}'
-      raise unsound(path, what)
+      raise annotation_error(path, what)
 
 
 def _decode_runs(data: bytes) -> list[int]:
@@ -275,7 +279,7 @@ def _area(segmentation: Any, size: Size, repairs: _Repairs) -> np.ndarray:
     far = 10 * max(size)
     if not all(abs(x) <= far for polygon in polygons for x in polygon):
       raise InputError('has a corner far outside of the image')
-    mask = files.need(*_NEEDED)
+    mask = files.require_module(*_NEEDED)
     segmentation = mask.merge(mask.frPyObjects(polygons, *size))
     if polygons != given:
       repairs['flat' if _are_numbers(given) else 'pairs'] += 1
@@ -356,7 +360,7 @@ def _draw_all(
     boxes = ', only a box' if all('bbox' in x for x in annotations) else ''
     what = f'none of its {len(annotations)} annotations has a segmentation'
     remedy = 'masks need polygons or RLE, as exports for segmentation have them'
-    raise unsound(path, f'{what}{boxes}; {remedy}')
+    raise annotation_error(path, f'{what}{boxes}; {remedy}')
   known = [x['name'] for x in sorted(categories, key=_in_order)]
   repairs['twice'] = len(known) - len({*known})
   names = (name.strip() for name in class_names or (_BACKGROUND, *known))
@@ -440,7 +444,7 @@ def draw_labels(
   digest = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
   target = folder / f'{digest}-{stat.st_size}-{stat.st_mtime_ns}.zip'
   if not target.exists():
-    files.need(*_NEEDED)  # Raises before the work starts.
+    files.require_module(*_NEEDED)  # Raises before the work starts.
     user_cache.made('coco')
     # Renamed when complete, so that other processes never see a part of it.
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -453,7 +457,7 @@ def draw_labels(
   member = functools.partial(files.File, str(target))
   index = json.loads(member('index.json').read())
   labels = {name: member(f'{name}.png') for name in index['images']}
-  problems = [unsound(path, problem) for problem in index['problems']]
+  problems = [annotation_error(path, problem) for problem in index['problems']]
   notes = [pairs.Note(f'{path}: {note}.') for note in index['notes']]
   return tuple(index['class_names']), labels, problems, notes
 

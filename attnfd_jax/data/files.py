@@ -25,7 +25,7 @@ _JUNK = ('thumbs.db', 'desktop.ini', '__macosx')
 _LARGEST_MEMBER = 1 << 29
 
 
-def need(module: str, what: str) -> types.ModuleType:
+def require_module(module: str, what: str) -> types.ModuleType:
   """Imports a module of the extra 'data'.
 
   Raises:
@@ -38,7 +38,7 @@ def need(module: str, what: str) -> types.ModuleType:
     raise InputError(f"{what} needs {name} 'attnfd_jax[data]'.") from error
 
 
-def fault(
+def data_error(
   file: 'File | StrPath',
   kind: str,
   what: str,
@@ -56,7 +56,7 @@ def _archive(path: str, process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
   except Exception as error:  # zipfile raises many types.
     what = f'not a readable zip ({error}); copy it again'
-    raise fault(path, 'unreadable', what) from error
+    raise data_error(path, 'unreadable', what) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,9 @@ class File:
   def broken(self) -> DataError:
     """Returns the DataError of a broken link, a file with a `target`."""
     what = f'a link to {self.target}, which does not exist; the data may have'
-    return fault(self, 'unreadable', f'{what} been moved or not downloaded')
+    return data_error(
+      self, 'unreadable', f'{what} been moved or not downloaded'
+    )
 
   def read(self, limit: int | None = None) -> bytes:
     """Reads the first `limit` bytes, or all.
@@ -105,7 +107,7 @@ class File:
     except Exception as error:  # zipfile raises many types.
       what = f'cannot be read ({first_line(error)})'
       remedy = '; copy the zip again' if archive else ''
-      raise fault(self, 'unreadable', what + remedy) from error
+      raise data_error(self, 'unreadable', what + remedy) from error
 
 
 def as_file(path: File | StrPath) -> File:
@@ -142,7 +144,7 @@ def walk(folder: StrPath, endings: tuple[str, ...] = IMAGE_ENDINGS) -> Listing:
   def refuse(error: OSError) -> None:
     if os.path.lexists(error.filename):
       what = f'cannot be listed ({error.strerror})'
-      raise fault(error.filename, 'unreadable', what) from error
+      raise data_error(error.filename, 'unreadable', what) from error
 
   listed: dict[str, File] = {}
   others: list[str] = []

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from attnfd_jax.data import coco, files, mask_values, pairs, voc
 from attnfd_jax.data.records import DataConfig
-from attnfd_jax.errors import DataError, InputError, one_of
+from attnfd_jax.errors import check_choice, DataError, InputError
 
 _Entries: TypeAlias = Mapping[str, Iterable[pairs.Entry]]  # By split.
 _Paths: TypeAlias = tuple[pathlib.Path, pathlib.Path]
@@ -93,20 +93,20 @@ def _make_given(
 ) -> pairs.Dataset:
   """Makes a Dataset whose config says what the values in masks mean."""
   entries = {x: [*pairs.with_error(y)] for x, y in splits.items()}
-  settled: dict[str, Any] = {}
+  detected: dict[str, Any] = {}
   label_files = [
     entry.mask
     for entry in itertools.chain(*entries.values())
     if isinstance(entry, pairs.Pair) and entry.mask
   ]
   if mask_values.are_black_and_white(config, label_files):
-    settled['id_map'] = ids = mask_values.BLACK_AND_WHITE
+    detected['id_map'] = ids = mask_values.BLACK_AND_WHITE
     meaning = f'255 is read as {config["class_names"][1]!r}'
     note = f'masks have only the ids 0 and 255: {meaning}, as with'
     notes = (*notes, f'{note} --config.data.id_map="{ids}"')
-  table, read_label = mask_values.given_labels({**config, **settled})
+  table, read_label = mask_values.given_labels({**config, **detected})
   return pairs.make_dataset(
-    config, table, entries, read_label, notes=notes, settled=settled
+    config, table, entries, read_label, notes=notes, detected=detected
   )
 
 
@@ -130,7 +130,7 @@ def _without_splits(root: pathlib.Path) -> DataError:
   what = f'no images/train and masks/train, found {seen or "no images"}'
   needed = 'images/train, images/val, masks/train and masks/val'
   hint = f'move each split to its own folders: {needed}; docs/own_data.md'
-  return files.fault(root, 'split', f'{what}; {hint} has other layouts')
+  return files.data_error(root, 'split', f'{what}; {hint} has other layouts')
 
 
 def _read_voc(
@@ -163,7 +163,7 @@ def _match_roboflow(
     raise pairs.absent(path)
   tables[path] = mask_values.read_classes_csv(path)
   if tables[path] != next(iter(tables.values())):
-    raise coco.unsound(path, 'its classes differ from those of train')
+    raise coco.annotation_error(path, 'its classes differ from those of train')
   both = files.walk(folder).files
   images = {k: x for k, x in both.items() if not x.inner.stem.endswith('_mask')}
   yield from pairs.match((folder, folder), (images, both), ('', '_mask'))
@@ -234,7 +234,7 @@ def folder(config: DataConfig, splits: Sequence[str]) -> pairs.Dataset:
   """Reads a folder in config.data.layout; with 'auto', detects the layout."""
   root, layout = pairs.check_root(config), config['layout']
   mask_values.check_names(config['class_names'])
-  one_of('config.data.layout', layout, ('auto', *LAYOUTS))
+  check_choice('config.data.layout', layout, ('auto', *LAYOUTS))
   if layout == 'auto':
     layouts = [
       name

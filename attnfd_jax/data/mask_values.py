@@ -136,10 +136,10 @@ def _make_table(
   for text, name, value in rows:
     if name in table or value in table.values():
       what = f'{text[:90]!r} repeats a name, color or id'
-      raise coco.unsound(path, what)
+      raise coco.annotation_error(path, what)
     table[name] = value
   if not table:
-    raise coco.unsound(path, 'no classes in it')
+    raise coco.annotation_error(path, 'no classes in it')
   return table
 
 
@@ -152,7 +152,9 @@ def read_labelmap(path: pathlib.Path) -> dict[str, Color]:
       match = re.fullmatch(pattern, line)
       color = tuple(map(int, match.group(2, 3, 4))) if match else ()
       if not match or not _is_color(color):
-        raise coco.unsound(path, f'{line[:90]!r} is not name:red,green,blue::')
+        raise coco.annotation_error(
+          path, f'{line[:90]!r} is not name:red,green,blue::'
+        )
       rows.append((line, match[1], color))
   return _make_table(path, rows)
 
@@ -165,10 +167,12 @@ def read_classes_csv(path: pathlib.Path) -> dict[str, int]:
       text, cells = ','.join(row), [cell.strip() for cell in row]
       number = len(cells) > 1 and re.fullmatch(r'\d{1,3}', cells[0])
       if not number or int(cells[0]) >= IGNORE_LABEL:
-        raise coco.unsound(path, f'{text[:90]!r} is not id, name')
+        raise coco.annotation_error(path, f'{text[:90]!r} is not id, name')
       rows.append((text, cells[1], int(cells[0])))
   except csv.Error as error:
-    raise coco.unsound(path, f'not a table of id, name ({error})') from error
+    raise coco.annotation_error(
+      path, f'not a table of id, name ({error})'
+    ) from error
   table = _make_table(path, rows)
   return dict(sorted(table.items(), key=lambda item: item[1]))
 

@@ -65,7 +65,7 @@ def decoding(file: files.File | StrPath, kind: str) -> Iterator[None]:
     if isinstance(error, UnidentifiedImageError):
       reason = 'empty or not an image'  # Pillow's would name a Python object.
     what = f'not a readable {kind} ({reason}); replace or remove it'
-    raise files.fault(file, 'unreadable', what) from error
+    raise files.data_error(file, 'unreadable', what) from error
 
 
 def _chunks_fit(data: bytes) -> bool:
@@ -96,7 +96,7 @@ def _max_value(header: Any, data: bytes) -> int:
 
 def _too_deep(file: files.File | StrPath, what: str) -> DataError:
   remedy = 'save all images, scaled by one rule, as gray or RGB of 8 bits'
-  return files.fault(file, 'depth', f'{what}; {remedy} or the full 16')
+  return files.data_error(file, 'depth', f'{what}; {remedy} or the full 16')
 
 
 def _check_tiff(file: files.File | StrPath, data: bytes) -> None:
@@ -197,7 +197,7 @@ def check_upright(file: files.File | StrPath, data: bytes) -> None:
   if orientation != 1:
     what = f'rotated by EXIF orientation {orientation}, unlike its mask'
     remedy = 'save the image upright, without the tag'
-    raise files.fault(file, 'exif', f'{what}; {remedy}')
+    raise files.data_error(file, 'exif', f'{what}; {remedy}')
 
 
 def _lossy(image: ImageFile.ImageFile, data: bytes) -> str:
@@ -225,10 +225,10 @@ def _open_mask(file: files.File) -> tuple[Image.Image, int]:
     image.load()
   if name := _lossy(image, data):
     what = f'a {name} mask; compression changes ids. Export the masks as PNG'
-    raise files.fault(file, 'lossy', what)
+    raise files.data_error(file, 'lossy', what)
   if image.mode[0] in 'IF':
     what = f'mask has {most.bit_length()} bits per pixel'
-    raise files.fault(file, 'depth', f'{what}; save ids as an 8-bit PNG')
+    raise files.data_error(file, 'depth', f'{what}; save ids as an 8-bit PNG')
   return image, most
 
 
@@ -260,7 +260,7 @@ def read_mask(path: files.File | StrPath) -> np.ndarray:
       what += ', in Pillow with getchannel(0)'
   remedy = "Convert colors to ids, or, with the data set 'folder', add"
   flag = '--config.data.palette="((r,g,b), ...)"'
-  raise files.fault(file, 'mode', f'{what}. {remedy} {flag}')
+  raise files.data_error(file, 'mode', f'{what}. {remedy} {flag}')
 
 
 def _count(values: np.ndarray) -> dict[int, int]:
@@ -277,7 +277,7 @@ def _no_class(
   listed = ', '.join(f'{value} ({counts[value]} pixels)' for value in most)
   more = f' and {len(counts) - 5} more' if len(counts) > 5 else ''
   what = f'values {listed}{more} are not classes; {expected}'
-  return files.fault(file, 'values', what, counts)
+  return files.data_error(file, 'values', what, counts)
 
 
 def _ranges(ids: Iterable[int]) -> str:

@@ -44,7 +44,7 @@ class Dataset:
   problems: tuple[DataError, ...] = ()
   notes: tuple[str, ...] = ()  # What was skipped or reinterpreted.
   # Keys of the config whose values were inferred from the files.
-  settled: dict[str, Any] = dataclasses.field(default_factory=dict)
+  detected: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def num_classes(self) -> int:
@@ -186,7 +186,7 @@ class PairSource(Decoded):
     if image.shape[:2] != label.shape:
       (h, w, _), (rows, columns) = image.shape, label.shape
       what = f'mask is {columns}x{rows}, its image {w}x{h} (width x height)'
-      raise files.fault(pair.mask_name or pair.mask, 'size', what)
+      raise files.data_error(pair.mask_name or pair.mask, 'size', what)
     return {'image': image, 'label': label}
 
 
@@ -217,7 +217,7 @@ def make_dataset(
   *,
   upright: bool = True,
   notes: Iterable[str] = (),
-  settled: Mapping[str, Any] | None = None,
+  detected: Mapping[str, Any] | None = None,
 ) -> Dataset:
   """Makes a Dataset of pairs.
 
@@ -229,7 +229,7 @@ def make_dataset(
     read_label: see PairSource.
     upright: see PairSource.
     notes: additional notes.
-    settled: see Dataset.
+    detected: see Dataset.
   """
   sources, problems, texts = {}, [], [*notes]
   for split, entries in splits.items():
@@ -250,14 +250,14 @@ def make_dataset(
     splits=sources,
     problems=tuple(problems),
     notes=tuple(texts),
-    settled=dict(settled or {}),
+    detected=dict(detected or {}),
   )
 
 
 def absent(path: files.File | StrPath, what: str = 'not found') -> DataError:
   """Returns the DataError of a missing folder or list."""
   hint = 'is config.data.root right? (--config.data.root=PATH)'
-  return files.fault(path, 'split', f'{what}; {hint}')
+  return files.data_error(path, 'split', f'{what}; {hint}')
 
 
 def check_root(config: DataConfig) -> pathlib.Path:
@@ -287,7 +287,7 @@ def no_images(
     what += f', but {count_endings(others)}'
   if any(name.endswith('.txt') for name in others):
     what += '; YOLO labels are not supported: masks are images of class ids'
-  return files.fault(folder, 'split', what)
+  return files.data_error(folder, 'split', what)
 
 
 def count_endings(names: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from attnfd_jax.data.pairs import SPLITS as SPLITS
 from attnfd_jax.data.records import DataConfig
 from attnfd_jax.data.synthetic import scenes
 from attnfd_jax.data.voc import pascal_voc
-from attnfd_jax.errors import DataError, known
+from attnfd_jax.errors import check_name, DataError
 
 DATASETS: dict[str, Callable[[DataConfig, Sequence[str]], Dataset]] = {
   'camvid': camvid,
@@ -49,7 +49,7 @@ def load_dataset(
     DataError: for a missing folder; if strict, for the first problem.
     InputError: for an unknown name or incompatible keys.
   """
-  known('data set', config['name'], DATASETS)
+  check_name('data set', config['name'], DATASETS)
   read = prepared.load if config['prepared'] else DATASETS[config['name']]
   dataset = read(config, splits)
   if tuple(splits) == SPLITS:

@@ -19,7 +19,7 @@ import numpy as np
 
 from attnfd_jax.data import pairs, views
 from attnfd_jax.data.records import DataConfig, Record, Size
-from attnfd_jax.errors import within
+from attnfd_jax.errors import check_range
 from attnfd_jax.losses import IGNORE_LABEL
 
 Color: TypeAlias = Sequence[float] | np.ndarray  # RGB in [0, 255].
@@ -554,9 +554,9 @@ class StreetScenes(pairs.Decoded):
 
   def __init__(self, num_scenes: int, *, height: int, width: int, seed: int):
     super().__init__(num_scenes, cache=True)
-    within('num_scenes', num_scenes, 1)
-    within('height', height, 32)
-    within('width', width, 32)
+    check_range('num_scenes', num_scenes, 1)
+    check_range('height', height, 32)
+    check_range('width', width, 32)
     self._size, self._seed = (height, width), seed
 
   def _read(self, index: int) -> Record:

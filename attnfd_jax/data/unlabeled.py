@@ -81,7 +81,7 @@ def _pair(
   if file.target:
     return file.broken()
   if listed_in and not os.path.isfile(file.path):
-    return files.fault(
+    return files.data_error(
       file, 'unreadable', f'not found, but listed in {listed_in}'
     )
   return Pair(os.path.splitext(name)[0], file)

@@ -30,10 +30,10 @@ def read_list(path: pathlib.Path) -> Iterator[str]:
     if not others:
       raise pairs.absent(path)
     what = f'no such list, but there is {others}; a list has one image name'
-    raise files.fault(path, 'split', f'{what} without extension per line')
+    raise files.data_error(path, 'split', f'{what} without extension per line')
   lines = [line for line in dict.fromkeys(files.read_lines(path)) if line]
   if not lines:
-    raise files.fault(path, 'split', 'no names in it')
+    raise files.data_error(path, 'split', 'no names in it')
   yield from lines
 
 
@@ -94,11 +94,11 @@ def _sbd_folder(root: StrPath) -> pathlib.Path:
 
 def _sbd_pairs(root: StrPath, exclude: set[str]) -> Iterator[pairs.Entry]:
   """Yields the pairs of SBD's train and val, sorted, without some ids."""
-  files.need('scipy.io', 'config.data.sbd_root')
+  files.require_module('scipy.io', 'config.data.sbd_root')
   folder = _sbd_folder(root)
   if not (folder / 'cls').is_dir():
     what = 'no such folder; config.data.sbd_root must be benchmark_RELEASE'
-    raise files.fault(folder / 'cls', 'split', what)
+    raise files.data_error(folder / 'cls', 'split', what)
   lists = read_list(folder / 'train.txt'), read_list(folder / 'val.txt')
   ids = {*itertools.chain(*lists)} - exclude
   where = folder / 'img', folder / 'cls'
@@ -172,7 +172,7 @@ def read_split(
     yield pairs.Note(f'{path}: {what}')
   if len(folders) > 1:
     what = f'masks in {len(folders)} folders ({", ".join(sorted(folders)[:3])})'
-    raise files.fault(path, 'split', f'{what}; use a single one')
+    raise files.data_error(path, 'split', f'{what}; use a single one')
   where = root / (folders or {labels}).pop()
   label_files = _stems(where)
   if not label_files.keys() >= {*ids}:

@@ -11,7 +11,7 @@ from attnfd_jax.errors import InputError
 
 
 @contextlib.contextmanager
-def explained(
+def explain_exhaustion(
   batch_size: int, *, devices: int, accumulate: int | None = None
 ) -> Iterator[None]:
   """Turns RESOURCE_EXHAUSTED of a device into an InputError.

@@ -14,7 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from attnfd_jax.errors import first_line, InputError, within
+from attnfd_jax.errors import check_range, first_line, InputError
 
 _SLURM = 'SLURM_STEP_NODELIST'
 # Set in processes that a launcher started as one job.
@@ -57,7 +57,7 @@ def initialize(
   if coordinator is not None and num_processes is not None:
     if not re.fullmatch(r'.+:\d+', coordinator):
       raise InputError(f'--coordinator={coordinator} must be HOST:PORT.')
-    within('--process_id', process_id, 0, num_processes - 1)
+    check_range('--process_id', process_id, 0, num_processes - 1)
   # An interactive shell of a cluster: joining would hide all devices but one.
   elif _SLURM in os.environ and os.environ.get('SLURM_NTASKS', '1') == '1':
     return

@@ -32,7 +32,13 @@ from attnfd_jax.distill.raw_features import CAD, LAD, PAD
 from attnfd_jax.distill.skd import SKD
 from attnfd_jax.distill.sp import SimilarityPreserving
 from attnfd_jax.distill.weighted_sum import SCHEDULES, WeightedSum
-from attnfd_jax.errors import explained, InputError, known, one_of, within
+from attnfd_jax.errors import (
+  check_choice,
+  check_name,
+  check_range,
+  convert_errors,
+  InputError,
+)
 from attnfd_jax.models import layers
 from attnfd_jax.models.network import Outputs
 from attnfd_jax.types import Variables
@@ -100,7 +106,7 @@ def make_method(
       compare these outputs.
   """
   method_class = _find(name)
-  with explained(f'config.distill.{name}'):
+  with convert_errors(f'config.distill.{name}'):
     method = method_class(**options)
   abstract_variables(method, student_outputs, teacher_outputs)
   return method
@@ -139,14 +145,16 @@ def abstract_variables(distiller: nn.Module, *shapes: Outputs) -> Variables:
     InputError: if it cannot compare these outputs.
   """
   init = functools.partial(init_distiller, distiller, shapes, train=True)
-  with explained('config.distill.method'):
+  with convert_errors('config.distill.method'):
     return jax.eval_shape(init)
 
 
 def _find(name: str) -> type[nn.Module]:
   if user_code.is_code(name):
     return user_code.load_object(name, option='config.distill.method')
-  known('method', name, METHODS, others=', joined by "+", or "file.py:Class"')
+  check_name(
+    'method', name, METHODS, others=', joined by "+", or "file.py:Class"'
+  )
   return METHODS[name]
 
 
@@ -203,9 +211,9 @@ def make_distiller(
     group, fields = f'config.distill.{key}', dict(fields)
     weights[name] = fields.pop('weight', 1.0)
     schedules[name] = fields.pop('weight_schedule', 'constant')
-    within(f'{group}.weight', weights[name], 0, 1e30)
-    one_of(f'{group}.weight_schedule', schedules[name], SCHEDULES)
-    with explained(group):
+    check_range(f'{group}.weight', weights[name], 0, 1e30)
+    check_choice(f'{group}.weight_schedule', schedules[name], SCHEDULES)
+    with convert_errors(group):
       methods[name] = method_class(**fields)
-  one_of('config.distill.task_weight_schedule', task_schedule, SCHEDULES)
+  check_choice('config.distill.task_weight_schedule', task_schedule, SCHEDULES)
   return WeightedSum(methods, weights, schedules, num_steps, task_schedule)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from attnfd_jax.distill import taps
 from attnfd_jax.distill.attnfd import unit
 from attnfd_jax.distill.method import LossAndTerms, Step
-from attnfd_jax.errors import one_of
+from attnfd_jax.errors import check_choice
 from attnfd_jax.losses import Labels, Logits, Mean
 from attnfd_jax.models import layers
 from attnfd_jax.models.network import Outputs
@@ -119,7 +119,7 @@ class AICSD(nn.Module):
 
   def __post_init__(self):
     for name, choices in CHOICES.items():
-      one_of(name, getattr(self, name), choices)
+      check_choice(name, getattr(self, name), choices)
     super().__post_init__()
 
   @property

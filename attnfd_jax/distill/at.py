@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from attnfd_jax.distill import taps as matching
 from attnfd_jax.distill import vectors
 from attnfd_jax.distill.method import LossAndTerms, Step
-from attnfd_jax.errors import one_of
+from attnfd_jax.errors import check_choice
 from attnfd_jax.losses import Labels
 from attnfd_jax.models.network import Outputs
 from attnfd_jax.types import AnyArray
@@ -93,8 +93,8 @@ class AttentionTransfer(nn.Module):
 
   def __post_init__(self):
     matching.check(self.taps, self.match_size)
-    one_of('distance', self.distance, DISTANCES)
-    one_of('norm_scope', self.norm_scope, NORM_SCOPES)
+    check_choice('distance', self.distance, DISTANCES)
+    check_choice('norm_scope', self.norm_scope, NORM_SCOPES)
     super().__post_init__()
 
   def __call__(

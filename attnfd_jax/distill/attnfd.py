@@ -28,7 +28,7 @@ from attnfd_jax.distill.method import (
   Scalar,
   Step,
 )
-from attnfd_jax.errors import InputError, one_of
+from attnfd_jax.errors import check_choice, InputError
 from attnfd_jax.losses import Labels
 from attnfd_jax.models import layers, resizing
 from attnfd_jax.models.attention import CBAM
@@ -137,7 +137,7 @@ class AttnFDOptions(nn.Module, kw_only=True):
   def __post_init__(self):
     for name, choices in CHOICES.items():
       if hasattr(self, name):
-        one_of(name, getattr(self, name), choices)
+        check_choice(name, getattr(self, name), choices)
     super().__post_init__()
 
 

@@ -21,7 +21,7 @@ from attnfd_jax.distill import memory, taps
 from attnfd_jax.distill.method import LossAndTerms, Scalar, Step
 from attnfd_jax.distill.pooling import average_pool
 from attnfd_jax.distill.vectors import unit
-from attnfd_jax.errors import one_of, within
+from attnfd_jax.errors import check_choice, check_range
 from attnfd_jax.losses import Labels
 from attnfd_jax.models import layers
 from attnfd_jax.models.network import Outputs
@@ -211,16 +211,16 @@ class CIRKD(nn.Module):
 
   def __post_init__(self):
     for name in ('batch_weight', 'pixel_weight', 'region_weight'):
-      within(name, getattr(self, name), 0, 1e30)
+      check_range(name, getattr(self, name), 0, 1e30)
     for name in ('temperature', 'memory_temperature'):
-      within(name, getattr(self, name), 1e-3, 1e6)
+      check_range(name, getattr(self, name), 1e-3, 1e6)
     for name in ('pool', 'region_memory', 'pixels'):
-      within(name, getattr(self, name), 1, 2**30)
+      check_range(name, getattr(self, name), 1, 2**30)
     for name in ('pixel_samples', 'region_samples'):
-      within(name, getattr(self, name), 0, 2**30)
-    within('pixel_memory', self.pixel_memory, self.pixels, 2**30)
-    one_of('positions', self.positions, memory.POSITIONS)
-    one_of('overflow', self.overflow, memory.OVERFLOWS)
+      check_range(name, getattr(self, name), 0, 2**30)
+    check_range('pixel_memory', self.pixel_memory, self.pixels, 2**30)
+    check_choice('positions', self.positions, memory.POSITIONS)
+    check_choice('overflow', self.overflow, memory.OVERFLOWS)
     super().__post_init__()
 
   @nn.compact

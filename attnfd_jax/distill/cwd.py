@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from attnfd_jax.distill import taps as matching
 from attnfd_jax.distill.fitnet import Regressor
 from attnfd_jax.distill.method import LossAndTerms, Step
-from attnfd_jax.errors import InputError, within
+from attnfd_jax.errors import check_range, InputError
 from attnfd_jax.losses import Labels
 from attnfd_jax.models.network import Outputs
 from attnfd_jax.types import AnyArray
@@ -78,9 +78,9 @@ class ChannelWise(nn.Module):
 
   def __post_init__(self):
     matching.check(self.taps, self.match_size)
-    within('feature_weight', self.feature_weight, 0, 1e30)
-    within('logits_weight', self.logits_weight, 0, 1e30)
-    within('temperature', self.temperature, 1e-3, 1e6)
+    check_range('feature_weight', self.feature_weight, 0, 1e30)
+    check_range('logits_weight', self.logits_weight, 0, 1e30)
+    check_range('temperature', self.temperature, 1e-3, 1e6)
     if not self.feature_weight + self.logits_weight:
       raise InputError('feature_weight and logits_weight are both 0.')
     super().__post_init__()

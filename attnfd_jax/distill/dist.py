@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from attnfd_jax.distill import taps
 from attnfd_jax.distill.method import LossAndTerms, Scalar, Step
-from attnfd_jax.errors import within
+from attnfd_jax.errors import check_range
 from attnfd_jax.losses import Labels, Logits
 from attnfd_jax.models.network import Outputs
 from attnfd_jax.types import AnyArray
@@ -101,9 +101,9 @@ class Dist(nn.Module):
   divides_by_batch: bool = False
 
   def __post_init__(self):
-    within('inter_weight', self.inter_weight, 0, 1e30)
-    within('intra_weight', self.intra_weight, 0, 1e30)
-    within('temperature', self.temperature, 1e-3, 1e6)
+    check_range('inter_weight', self.inter_weight, 0, 1e30)
+    check_range('intra_weight', self.intra_weight, 0, 1e30)
+    check_range('temperature', self.temperature, 1e-3, 1e6)
     super().__post_init__()
 
   def __call__(

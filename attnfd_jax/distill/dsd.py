@@ -18,7 +18,7 @@ from attnfd_jax.distill import taps as matching
 from attnfd_jax.distill.method import LossAndTerms, Step
 from attnfd_jax.distill.pooling import average_pool
 from attnfd_jax.distill.vectors import scaled, unit
-from attnfd_jax.errors import InputError, within
+from attnfd_jax.errors import check_range, InputError
 from attnfd_jax.losses import Labels, Logits, Mean
 from attnfd_jax.models import layers, resizing
 from attnfd_jax.models.network import Outputs
@@ -147,10 +147,10 @@ class DSD(nn.Module):
 
   def __post_init__(self):
     matching.check(self.taps, self.match_size)
-    within('pixel_weight', self.pixel_weight, 0)
-    within('category_weight', self.category_weight, 0)
-    within('temperature', self.temperature, 1e-3, 1e6)
-    within('pool', self.pool, 1, 1024)
+    check_range('pixel_weight', self.pixel_weight, 0)
+    check_range('category_weight', self.category_weight, 0)
+    check_range('temperature', self.temperature, 1e-3, 1e6)
+    check_range('pool', self.pool, 1, 1024)
     if not (self.pixel_weight or self.category_weight):
       raise InputError('pixel_weight or category_weight must be above 0.')
     super().__post_init__()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from attnfd_jax.distill import taps, vectors
 from attnfd_jax.distill.method import LossAndTerms, Step
-from attnfd_jax.errors import within
+from attnfd_jax.errors import check_range
 from attnfd_jax.losses import Labels, Logits, Mean
 from attnfd_jax.models.network import Outputs
 
@@ -73,7 +73,7 @@ class LogitKD(nn.Module):
   full_size: bool = False
 
   def __post_init__(self):
-    within('temperature', self.temperature, 1e-3, 1e6)
+    check_range('temperature', self.temperature, 1e-3, 1e6)
     super().__post_init__()
 
   def __call__(

@@ -27,7 +27,7 @@ from attnfd_jax.distill.method import (
   Scalar,
   Step,
 )
-from attnfd_jax.errors import InputError, one_of, within
+from attnfd_jax.errors import check_choice, check_range, InputError
 from attnfd_jax.losses import Labels, Mean
 from attnfd_jax.models import layers
 from attnfd_jax.models.deeplab import RAW_TAPS
@@ -101,14 +101,16 @@ class OFD(nn.Module):
   connector_schedule: str = 'warmup'
 
   def __post_init__(self):
-    one_of('connector_schedule', self.connector_schedule, CONNECTOR_SCHEDULES)
+    check_choice(
+      'connector_schedule', self.connector_schedule, CONNECTOR_SCHEDULES
+    )
     if len(self.taps) != len(self.divisors):
       raise InputError(
         f'divisors={tuple(self.divisors)} must be one for each of '
         f'taps={tuple(self.taps)}.'
       )
     for divisor in self.divisors:
-      within('divisors', divisor, 1e-30, 1e30)
+      check_range('divisors', divisor, 1e-30, 1e30)
     super().__post_init__()
 
   @property

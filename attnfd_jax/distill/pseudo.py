@@ -11,7 +11,7 @@ from jaxtyping import Array, Integer
 
 from attnfd_jax.distill import taps
 from attnfd_jax.distill.method import LossAndTerms, Step
-from attnfd_jax.errors import within
+from attnfd_jax.errors import check_range
 from attnfd_jax.losses import (
   IGNORE_LABEL,
   Labels,
@@ -57,7 +57,7 @@ class PseudoLabels(nn.Module):
   full_size: bool = False
 
   def __post_init__(self):
-    within('min_confidence', self.min_confidence, 0, 1)
+    check_range('min_confidence', self.min_confidence, 0, 1)
     super().__post_init__()
 
   @property

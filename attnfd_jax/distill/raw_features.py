@@ -21,7 +21,7 @@ import flax.linen as nn
 from attnfd_jax.distill import taps as matching
 from attnfd_jax.distill.attnfd import AttnFD, CHOICES
 from attnfd_jax.distill.method import LossAndTerms, Step
-from attnfd_jax.errors import one_of
+from attnfd_jax.errors import check_choice
 from attnfd_jax.losses import Labels
 from attnfd_jax.models.network import Outputs
 
@@ -42,7 +42,7 @@ class _RawFeatures(nn.Module):
 
   def __post_init__(self):
     for name in ('match_size', 'connector_schedule'):
-      one_of(name, getattr(self, name), CHOICES[name])
+      check_choice(name, getattr(self, name), CHOICES[name])
     super().__post_init__()
 
   def parameter_groups(self) -> tuple[tuple[str, str], ...]:
@@ -90,7 +90,7 @@ class LAD(_RawFeatures):
   reduction: str = 'unitmean'
 
   def __post_init__(self):
-    one_of('reduction', self.reduction, ('unitmean', 'batchmean'))
+    check_choice('reduction', self.reduction, ('unitmean', 'batchmean'))
     super().__post_init__()
 
   @property

@@ -21,7 +21,7 @@ from attnfd_jax.distill.discriminator import Discriminator
 from attnfd_jax.distill.method import LossAndTerms, Scalar, Step
 from attnfd_jax.distill.pooling import max_pool
 from attnfd_jax.distill.vectors import unit
-from attnfd_jax.errors import InputError, one_of, within
+from attnfd_jax.errors import check_choice, check_range, InputError
 from attnfd_jax.losses import Labels, Mean
 from attnfd_jax.models import layers
 from attnfd_jax.models.network import Outputs
@@ -140,17 +140,17 @@ class SKD(nn.Module):
     matching.check(self.taps, self.match_size)
     weights = ('pair_weight', 'adversarial_weight', 'discriminator_weight')
     for name in (*weights, 'penalty_weight', 'discriminator_lr'):
-      within(name, getattr(self, name), 0)
+      check_range(name, getattr(self, name), 0)
     if not any(getattr(self, name) for name in weights):
       raise InputError(f'One of {", ".join(weights)} must be above 0.')
-    within('pool_scale', self.pool_scale, 0, 1)
-    within('pool_size', self.pool_size, 0)
-    within('discriminator_channels', self.discriminator_channels, 1, 2**16)
-    one_of('game', self.game, adversarial.GAMES)
+    check_range('pool_scale', self.pool_scale, 0, 1)
+    check_range('pool_size', self.pool_size, 0)
+    check_range('discriminator_channels', self.discriminator_channels, 1, 2**16)
+    check_choice('game', self.game, adversarial.GAMES)
     optimizer = self.discriminator_optimizer
-    one_of('discriminator_optimizer', optimizer, OPTIMIZERS)
+    check_choice('discriminator_optimizer', optimizer, OPTIMIZERS)
     schedule = self.discriminator_schedule
-    one_of('discriminator_schedule', schedule, ('poly', 'constant'))
+    check_choice('discriminator_schedule', schedule, ('poly', 'constant'))
     super().__post_init__()
 
   def parameter_groups(self) -> tuple[tuple[str, str], ...]:

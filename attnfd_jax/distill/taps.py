@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnfd_jax.distill.method import FeatureMaps, Terms
-from attnfd_jax.errors import InputError, one_of
+from attnfd_jax.errors import check_choice, InputError
 from attnfd_jax.losses import Mean
 from attnfd_jax.models import layers, resizing
 from attnfd_jax.models.network import Outputs
@@ -27,7 +27,7 @@ def check(taps: Sequence[str], match_size: str) -> None:
   """Raises InputError if an option that several methods have is invalid."""
   if isinstance(taps, str) or not taps:
     raise InputError(f"taps={taps!r} must be names of maps, such as ('aspp',).")
-  one_of('match_size', match_size, MATCH_SIZES)
+  check_choice('match_size', match_size, MATCH_SIZES)
 
 
 def shared(

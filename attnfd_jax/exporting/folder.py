@@ -140,7 +140,7 @@ def _write_pictures(source: pathlib.Path, target: pathlib.Path) -> bool:
 def _initial_weights(pretrained: dict[str, Any] | str | None) -> str:
   """Describes `pretrained` of a result.json; of a path, the file name."""
   if isinstance(pretrained, dict):
-    return weights.in_words(pretrained)
+    return weights.describe(pretrained)
   return os.path.basename(pretrained or '')
 
 
@@ -201,7 +201,7 @@ def make_card(
     protocol=result['protocol'],
     step=info['checkpoint_step'],
     seed=info['seed'],
-    short_side=predictor.seen_short_side_of(info),
+    short_side=predictor.stage_short_side(info),
     version=logs.versions()['attnfd_jax'],
     onnx=True,
     shown=shown,

@@ -26,7 +26,12 @@ from onnxruntime import quantization
 from attnfd_jax import metrics
 from attnfd_jax.data import masks
 from attnfd_jax.data.records import Source
-from attnfd_jax.errors import explained, InputError, one_of, within
+from attnfd_jax.errors import (
+  check_choice,
+  check_range,
+  convert_errors,
+  InputError,
+)
 from attnfd_jax.exporting import agreement
 from attnfd_jax.inference import evaluation, image_files
 from attnfd_jax.inference.onnx_model import OnnxNetwork
@@ -61,8 +66,8 @@ def check_options(
 ) -> None:
   """Raises InputError for options of `write` with invalid values."""
   del others
-  one_of('--calibration', calibration, METHODS)
-  within('--max_drop', max_drop, 0, 1)
+  check_choice('--calibration', calibration, METHODS)
+  check_range('--max_drop', max_drop, 0, 1)
 
 
 def calibration_images(
@@ -215,7 +220,7 @@ def make_int8(
   return int8
 
 
-def share_of_equal(
+def pixel_agreement(
   first: OnnxNetwork, second: OnnxNetwork, images: Iterable[np.ndarray]
 ) -> float:
   """Fraction of the pixels where two files predict the same class.
@@ -310,13 +315,13 @@ def rank_layers(
     write: makes a network from the layers to keep in float.
     layers: to rank.
     exact: the float file.
-    images: see share_of_equal.
+    images: see pixel_agreement.
 
   Returns:
     pairs of the fraction of pixels with the same class, and the layer.
   """
   shares = [
-    (share_of_equal(exact, write([layer]), images), layer)
+    (pixel_agreement(exact, write([layer]), images), layer)
     for layer in progress(
       len(layers), 'layers', iterable=layers, unit=' layers'
     )
@@ -338,7 +343,7 @@ class _Files:
     self._path, self._facts = path, facts
     self._model = onnx.load(path)
     self.layers = layers_of(self._model)
-    with explained('onnxruntime cannot calibrate the file'):
+    with convert_errors('onnxruntime cannot calibrate the file'):
       self._ranges = find_ranges(
         path, images, method=method, folder=path.parent
       )
@@ -367,7 +372,7 @@ def _remedy(
   the same class on a few images, which is quick.
   """
   images = images[:: -(-len(images) // _NUM_PROXY)]
-  before = share_of_equal(exact, files.write(kept), images)
+  before = pixel_agreement(exact, files.write(kept), images)
   layers = [x for x in files.layers if x not in kept]
   ranked = rank_layers(lambda x: files.write(kept + x), layers, exact, images)
   best = [(share, x) for share, x in ranked[:_NUM_NAMED] if share > before]
@@ -398,7 +403,7 @@ def _make_scorer(
   """
 
   def compare(network: OnnxNetwork) -> _Score:
-    share = share_of_equal(exact, network, images)
+    share = pixel_agreement(exact, network, images)
     text = f'same class at {100 * share:.2f} % of the pixels of the calibration'
     return f'{text} images, as val cannot be read here', 1 - share, []
 
@@ -492,7 +497,7 @@ def write(
     )
   line = f'In a fresh process, int8 against the network, on {text}: '
   lines.append(agreement.describe(expected, outputs, line)[0])
-  share = share_of_equal(exact, network, images)
+  share = pixel_agreement(exact, network, images)
   lines.append(
     f'same class as the float file at {100 * share:.2f} % of the pixels of '
     'the calibration images'

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from attnfd_jax.errors import InputError, one_of
+from attnfd_jax.errors import check_choice, InputError
 from attnfd_jax.exporting import agreement, fresh_process, stablehlo
 from attnfd_jax.inference import predictor
 from attnfd_jax.models import network as networks
@@ -35,7 +35,7 @@ def _check_quantization(
   """The options that are given; InputError if they cannot be used."""
   given = {name: x for name, x in options.items() if x is not None}
   if quantize:
-    one_of('--quantize', quantize, ('int8',))
+    check_choice('--quantize', quantize, ('int8',))
     if kind != 'onnx':
       other = '--weights=int8 is for small files of --format=stablehlo'
       raise InputError(f'--quantize=int8 is for --format=onnx; {other}.')
@@ -67,8 +67,8 @@ def _check_arguments(
   overwrite: bool,
 ) -> pathlib.Path:
   """The path to write; InputError for arguments that do not go together."""
-  one_of('--format', kind, FORMATS)
-  one_of('--weights', weights, stablehlo.WEIGHTS)
+  check_choice('--format', kind, FORMATS)
+  check_choice('--weights', weights, stablehlo.WEIGHTS)
   for name, value in form.items():
     if value and kind not in _PROGRAMS:
       raise InputError(f'--{name} needs a program: --format=stablehlo or onnx.')
@@ -155,7 +155,7 @@ def export_student(
   stored = stablehlo.shrink(variables, weights)
   rounded = jax.device_get(stablehlo.grow(stored))
   forward = stablehlo.make_forward(network, **form)
-  short_side = predictor.seen_short_side_of(info)
+  short_side = predictor.stage_short_side(info)
   batches, text = agreement.make_batches(
     images, info, short_side=short_side, count=num_images
   )

@@ -29,7 +29,7 @@ def make_eval_step(
     image = sharding.split_height(normalize(batch['image']), mesh)
     outputs = network.apply(variables, image, train=False)
     label = sharding.split_height(batch['label'], mesh)
-    logits = predictor.scores_at(outputs, *label.shape[1:])
+    logits = predictor.resized_logits(outputs, *label.shape[1:])
     predictions = jnp.argmax(logits, -1)
     return confusion_matrix(predictions, label, num_classes=num_classes)
 
@@ -73,7 +73,7 @@ def evaluate(
   """
   parts = mesh.shape['data']
   options['batch_size'] = -(-batch_size // parts) * parts
-  seen = predictor.seen_short_side(protocol, short_side)
+  seen = predictor.eval_short_side(protocol, short_side)
   options |= {'short_side': seen, 'resize_labels': protocol == 'reference'}
   batches = pipeline.eval_batches(source, **options)
   variables = sharding.place(variables, sharding.replicated(mesh))
@@ -103,7 +103,7 @@ def predictions(
   `evaluate` is faster and gets the same counts; `options` are those of
   predictor.segment.
   """
-  seen = predictor.seen_short_side(protocol, short_side)
+  seen = predictor.eval_short_side(protocol, short_side)
   fitted = {'short_side': seen, 'resize_labels': protocol == 'reference'}
   prepare = functools.partial(transforms.fit_record, **fitted)
   records = grain.MapDataset.source(source).map(prepare)

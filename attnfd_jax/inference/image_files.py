@@ -20,7 +20,7 @@ from PIL import Image
 from attnfd_jax import paths as run_paths
 from attnfd_jax.data import files, masks, sources
 from attnfd_jax.devices import diagnosis
-from attnfd_jax.errors import InputError, within
+from attnfd_jax.errors import check_range, InputError
 from attnfd_jax.inference import video as videos
 from attnfd_jax.inference.predictor import Predictor
 from attnfd_jax.losses import IGNORE_LABEL
@@ -228,7 +228,7 @@ def predict_files(
   if output.exists() and not output.is_dir():
     raise InputError(f'--output={output} is a file; name a folder.')
   images = find_images(pattern, output=output)
-  within('--min_confidence', min_confidence, 0, 1)
+  check_range('--min_confidence', min_confidence, 0, 1)
   for flag, value in (('--confidence', confidence), ('--video', video)):
     if masks_only and value:
       raise InputError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from attnfd_jax.errors import explained, InputError
+from attnfd_jax.errors import convert_errors, InputError
 from attnfd_jax.models.deeplab import normalize
 from attnfd_jax.types import StrPath
 
@@ -45,7 +45,7 @@ class OnnxNetwork:
     self.device = f'CPU (onnxruntime {runtime.__version__})'
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # Errors are raised; no warnings.
-    with explained(f'{path} is not a usable ONNX file'):
+    with convert_errors(f'{path} is not a usable ONNX file'):
       self._session = runtime.InferenceSession(
         str(path), options, providers=['CPUExecutionProvider']
       )

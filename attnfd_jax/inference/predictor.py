@@ -27,23 +27,23 @@ from attnfd_jax.types import AnyArray, StrPath, Variables
 REFERENCE_SHORT_SIDE = 513
 
 
-def seen_short_side(protocol: str, short_side: int = 0) -> int:
+def eval_short_side(protocol: str, short_side: int = 0) -> int:
   """Short side that images are resized to for a network; 0 keeps their size."""
   return REFERENCE_SHORT_SIDE if protocol == 'reference' else short_side
 
 
-def seen_short_side_of(info: Mapping[str, Any]) -> int:
-  """`seen_short_side` for the config.json of a stage."""
+def stage_short_side(info: Mapping[str, Any]) -> int:
+  """`eval_short_side` for the config.json of a stage."""
   settings = info['eval']
-  return seen_short_side(settings['protocol'], settings.get('short_side', 0))
+  return eval_short_side(settings['protocol'], settings.get('short_side', 0))
 
 
-def seen_size(size: Size, settings: Any) -> Size:
+def eval_size(size: Size, settings: Any) -> Size:
   """(height, width) of an image of `size` as the network gets it in evaluation.
 
   `settings` is the group `eval` of a config.
   """
-  side = seen_short_side(settings['protocol'], settings['short_side'])
+  side = eval_short_side(settings['protocol'], settings['short_side'])
   size = transforms.fit_short_side(size, side) if side else size
   return transforms.next_multiple(size, settings['size_multiple'])
 
@@ -56,7 +56,7 @@ def describe(checkpoint: Any, info: Mapping[str, Any]) -> str:
   return f'{checkpoint}, step {info["checkpoint_step"]}: {name}'
 
 
-def scores_at(
+def resized_logits(
   outputs: Mapping[str, Any],
   height: int,
   width: int,
@@ -88,7 +88,7 @@ def scores_at(
 
 
 @functools.partial(jax.jit, static_argnames=('network', 'size'))
-def compute_scores(
+def compute_logits(
   network: Any,
   variables: Variables,
   image: AnyArray,
@@ -96,9 +96,9 @@ def compute_scores(
   *,
   size: Size,
 ) -> AnyArray:
-  """Logits of uint8 images [b, h, w, 3], see `scores_at`; jitted per size."""
+  """Logits of uint8 images [b, h, w, 3] at `size`; compiled for each size."""
   outputs = network.apply(variables, normalize(image), train=False)
-  return scores_at(outputs, *size, ratio=ratio)
+  return resized_logits(outputs, *size, ratio=ratio)
 
 
 def _decide(logits: Any, xp: ModuleType) -> tuple[Any, Any]:
@@ -119,7 +119,7 @@ def classify(
   size: Size,
 ) -> tuple[jax.Array, jax.Array]:
   """Class ids and confidence, uint8 [b, *size] each; see `segment`."""
-  logits = compute_scores(network, variables, image, ratio, size=size)
+  logits = compute_logits(network, variables, image, ratio, size=size)
   return _decide(logits, jnp)
 
 
@@ -130,7 +130,7 @@ def is_file(network: Any) -> TypeGuard[OnnxNetwork]:
 
 @functools.partial(jax.jit, static_argnames='size')
 def _resize_logits(logits, ratio, *, size):
-  return scores_at({'logits': logits}, *size, ratio=ratio)
+  return resized_logits({'logits': logits}, *size, ratio=ratio)
 
 
 def _logits(
@@ -141,9 +141,9 @@ def _logits(
   *,
   size: Size,
 ) -> AnyArray:
-  """`compute_scores`, also for an exported file."""
+  """`compute_logits`, also for an exported file."""
   if not is_file(network):
-    return compute_scores(network, variables, image, ratio, size=size)
+    return compute_logits(network, variables, image, ratio, size=size)
   logits = network.run(image)
   if ratio is None and logits.shape[1:3] == size:
     return logits
@@ -313,7 +313,7 @@ class Predictor:
     self.network, self.info = network, info
     self.description = describe(checkpoint, info)
     self.class_names, self.palette = info['class_names'], info['palette']
-    self.short_side = seen_short_side_of(info)
+    self.short_side = stage_short_side(info)
 
   def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Class ids and confidence, uint8 [h, w] each, of uint8 RGB [h, w, 3].

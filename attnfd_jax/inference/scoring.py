@@ -11,7 +11,7 @@ from attnfd_jax import metrics
 from attnfd_jax.data.records import Source
 from attnfd_jax.data.sources import Dataset, load_dataset, SPLITS
 from attnfd_jax.devices import sharding
-from attnfd_jax.errors import InputError, one_of
+from attnfd_jax.errors import check_choice, InputError
 from attnfd_jax.inference import evaluation, predictor
 from attnfd_jax.inference import submission as submissions
 from attnfd_jax.progress import progress
@@ -63,7 +63,7 @@ def load_split(
     # Without this, a run that was trained from shards would read those.
     data = info['data'] | {'root': data_root, 'prepared': ''}
     info = {**info, 'data': data}
-  one_of('--split', split, SPLITS)
+  check_choice('--split', split, SPLITS)
   try:
     dataset = load_dataset(info['data'], splits=(split,))
     splits = dict(dataset.splits)
@@ -116,12 +116,12 @@ def evaluate_checkpoint(
     file: the scores (None where no pixel is labeled) and the settings.
   """
   if protocol is not None:
-    one_of('--protocol', protocol, PROTOCOLS)
+    check_choice('--protocol', protocol, PROTOCOLS)
   stage = predictor.Predictor(checkpoint, **options)
   info, settings = stage.info, stage.info['eval']
   dataset, source = load_split(info, data_root, split, hidden=bool(submission))
   protocol = settings['protocol'] = protocol or settings['protocol']
-  short_side = predictor.seen_short_side_of(info)
+  short_side = predictor.stage_short_side(info)
   seen = {'protocol': protocol, 'short_side': short_side}
   reading = seen | {'size_multiple': settings['size_multiple']}
   reading['threads'], name = info['data']['threads'], dataset.name

@@ -9,7 +9,7 @@ import pathlib
 import cv2
 import numpy as np
 
-from attnfd_jax.errors import InputError, within
+from attnfd_jax.errors import check_range, InputError
 
 CODECS = {'.avi': 'MJPG', '.mp4': 'mp4v'}
 
@@ -26,7 +26,7 @@ def check(path: pathlib.Path, fps: float) -> None:
       '--video: the name is not valid UTF-8; rename it.'
     ) from error
   # FFmpeg's codecs refuse other rates, or write a different one.
-  within('--fps', fps, 1, 1000)
+  check_range('--fps', fps, 1, 1000)
 
 
 @contextlib.contextmanager

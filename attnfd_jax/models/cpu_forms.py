@@ -163,10 +163,10 @@ def convolve_resized(
 # Barriers, where XLA would recompute values or use more memory.
 
 
-def hold(
+def computed_once(
   x: Float[AnyArray, '*dims'], value: jax.typing.ArrayLike
 ) -> Float[Array, '*dims']:
-  """Implements layers.finished on a CPU.
+  """Implements layers.computed_once on a CPU.
 
   There, XLA removes optimization barriers before it fuses operations; it keeps
   a branch whose condition it does not know. `value` is any that is not NaN.

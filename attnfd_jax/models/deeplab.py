@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
-from attnfd_jax.errors import known, within
+from attnfd_jax.errors import check_name, check_range
 from attnfd_jax.models import layers, resizing
 from attnfd_jax.models.attention import CBAM
 from attnfd_jax.models.efficientnet_lite import EfficientNetLite
@@ -165,17 +165,17 @@ class DeepLabV3Plus(nn.Module):
 
   def __post_init__(self) -> None:
     for tap in self.extra_taps:
-      known('tap', tap, RAW_TAPS)
-    known('backbone', self.backbone, BACKBONES)
+      check_name('tap', tap, RAW_TAPS)
+    check_name('backbone', self.backbone, BACKBONES)
     if self.output_stride not in (8, 16):
       raise ValueError(f'output_stride={self.output_stride} must be 8 or 16.')
-    within('num_classes', self.num_classes, 1)
-    within('width_multiplier', self.width_multiplier, 1e-3, 64)
+    check_range('num_classes', self.num_classes, 1)
+    check_range('width_multiplier', self.width_multiplier, 1e-3, 64)
     for name, value in layers.options_of(self).items():
       if name.endswith('_channels'):
-        within(name, value, 1, 2**16)
+        check_range(name, value, 1, 2**16)
       elif name.endswith('_dropout'):
-        within(name, value, 0, 1)
+        check_range(name, value, 0, 1)
     super().__post_init__()
 
   @nn.compact
@@ -255,7 +255,7 @@ class DeepLabV3Plus(nn.Module):
     )
     coarse = head(x)
     coarse = coarse.astype(layers.at_least_float32(coarse.dtype))
-    precision = resizing.score_precision(self.dtype)
+    precision = resizing.logits_precision(self.dtype)
     logits = resizing.resize(coarse, *image.shape[1:3], precision=precision)
     out: dict[str, Any] = {
       'logits': logits,

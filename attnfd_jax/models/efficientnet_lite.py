@@ -143,7 +143,7 @@ class Block(nn.Module):
     y = nn.relu6(conv_norm(y, hidden, self.size, self.strides, **form))
     y = conv_norm(y, self.features, 1, name='project')
     if self.strides == 1 and x.shape[-1] == self.features:
-      y = layers.finished(x + y, self.variables['params'])
+      y = layers.computed_once(x + y, self.variables['params'])
     return checkpoint_name(y, 'block')
 
 

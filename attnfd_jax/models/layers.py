@@ -198,7 +198,7 @@ class ConvNorm(_Convolution):
     return conv(x, norm.affine(), coarse=coarse)
 
 
-def finished(
+def computed_once(
   x: Float[AnyArray, '*dims'], params: PyTree
 ) -> Float[Array, '*dims']:
   """Returns x, which XLA then computes only once; a barrier against fusion.
@@ -214,7 +214,7 @@ def finished(
   return lax.platform_dependent(
     x,
     jax.tree.leaves(params)[0].ravel()[0],
-    cpu=cpu_forms.hold,
+    cpu=cpu_forms.computed_once,
     default=lambda x, _: lax.optimization_barrier(x),
   )
 

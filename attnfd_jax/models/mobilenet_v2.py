@@ -91,7 +91,7 @@ class InvertedResidual(nn.Module):
     y = nn.relu6(depthwise(y, train=train))
     y = conv_norm(self.features, 1, name='project')(y, train=train)
     if self.strides == 1 and x.shape[-1] == self.features:
-      y = layers.finished(x + y, self.variables['params'])
+      y = layers.computed_once(x + y, self.variables['params'])
     return checkpoint_name(y, 'block')
 
 

@@ -26,7 +26,12 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from attnfd_jax import user_code
-from attnfd_jax.errors import explained, first_line, InputError, one_of
+from attnfd_jax.errors import (
+  check_choice,
+  convert_errors,
+  first_line,
+  InputError,
+)
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
 from attnfd_jax.types import PyTree, Variables
@@ -91,7 +96,7 @@ NETWORKS: dict[str, Any] = {'deeplabv3plus': DeepLabV3Plus}
 
 def compute_dtype(name: str) -> jnp.dtype | None:
   """Returns the `dtype` field of modules; None is float32, that of images."""
-  one_of('config.optim.dtype', name, ('float32', 'bfloat16'))
+  check_choice('config.optim.dtype', name, ('float32', 'bfloat16'))
   return None if name == 'float32' else jnp.dtype(name)
 
 
@@ -123,7 +128,7 @@ def make_network(
     network_class = user_code.load_object(name, option='network', source=source)
     options = dict(config['options'])
   else:
-    one_of('network', name, (*NETWORKS, "or 'file.py:Class' of your own"))
+    check_choice('network', name, (*NETWORKS, "or 'file.py:Class' of your own"))
     if config['options']:
       raise InputError(
         f'options={dict(config["options"])} are for a class of your own; set '
@@ -134,7 +139,7 @@ def make_network(
     options = {key: config[key] for key in keys}
   fields = getattr(network_class, '__dataclass_fields__', {})
   options |= {key: x for key, x in changes.items() if key in fields}
-  with explained(f'network={name!r}'):
+  with convert_errors(f'network={name!r}'):
     return network_class(
       num_classes=num_classes, dtype=compute_dtype(dtype), **options
     )

@@ -15,7 +15,7 @@ from attnfd_jax.types import AnyArray, DType
 Size: TypeAlias = Any
 
 
-def score_precision(dtype: DType | None) -> lax.Precision:
+def logits_precision(dtype: DType | None) -> lax.Precision:
   """Precision of the matrix products that resize logits of a compute dtype.
 
   With bfloat16 logits, products in float32 precision would gain nothing.

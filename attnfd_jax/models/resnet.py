@@ -47,7 +47,7 @@ class Block(nn.Module):
       y = conv_norm(*form, name=f'conv{i}')(y, train=train)
     if strides != 1 or x.shape[-1] != y.shape[-1]:
       x = conv_norm(y.shape[-1], 1, strides, name='downsample')(x, train=train)
-    x = layers.finished(x + y, self.variables['params'])
+    x = layers.computed_once(x + y, self.variables['params'])
     return checkpoint_name(x, 'block')
 
 

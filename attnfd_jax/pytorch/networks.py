@@ -266,7 +266,7 @@ def load_pretrained(path: StrPath, network: Any) -> tuple[dict, str]:
   source = path
   if path == weights.NAME:
     path = find_imagenet(network)
-    source = weights.in_words(weights.facts(network.backbone))
+    source = weights.describe(weights.facts(network.backbone))
   try:
     variables, _, report = import_network(path, network, trunk=True)
   except OSError as error:

@@ -127,7 +127,7 @@ def facts(backbone: str) -> dict[str, str]:
   }
 
 
-def in_words(facts: Mapping[str, str]) -> str:
+def describe(facts: Mapping[str, str]) -> str:
   """Formats the result of `facts` as 'imagenet (FILE from SOURCE)'."""
   source = facts['source'].removesuffix(facts['file'])
   return f'{facts["name"]} ({facts["file"]} from {source})'

@@ -154,7 +154,7 @@ def percent(fraction: float | None, digits: int = 2) -> str:
 
 def pretrained(source: str | dict[str, Any] | None) -> str | None:
   """Describes the source of pretrained weights, a path or published ones."""
-  return weights.in_words(source) if isinstance(source, dict) else source
+  return weights.describe(source) if isinstance(source, dict) else source
 
 
 def share_right(prediction: np.ndarray, label: np.ndarray) -> str:

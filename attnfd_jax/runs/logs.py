@@ -132,7 +132,7 @@ class StageLog:
         if path.is_file():
           (self._directory / path.name).write_bytes(path.read_bytes())
 
-  def forget_after(self, step: int) -> None:
+  def truncate_after(self, step: int) -> None:
     """Drops the records that a run resumed from `step` will write again."""
     if not self._metrics.exists() or not processes.is_first():
       return

@@ -9,7 +9,7 @@ import jax
 
 from attnfd_jax import user_code
 from attnfd_jax.devices import sharding
-from attnfd_jax.errors import explained, InputError, known
+from attnfd_jax.errors import check_name, convert_errors, InputError
 from attnfd_jax.teachers import class_order, torch_module, torch_tracing
 from attnfd_jax.types import PyTree
 
@@ -36,7 +36,7 @@ def from_factory(
   factory, option = config.teacher.factory, 'config.teacher.factory'
   given = f'{option}={factory!r}'
   try:
-    with user_code.explained(given):
+    with user_code.convert_user_errors(given):
       returned = user_code.load_object(factory, option=option)()
   except InputError as error:
     if not _mentions(error, 'torchvision::nms'):
@@ -96,9 +96,9 @@ def _of_module(
       f'config.teacher.factory={factory!r} must return a module, or a module '
       f'and a dict, not a module and {type(facts).__name__}.'
     )
-  with explained(f'config.teacher.factory={factory!r}'):
+  with convert_errors(f'config.teacher.factory={factory!r}'):
     for key in facts:
-      known('fact', key, _FACTS)
+      check_name('fact', key, _FACTS)
     teacher = torch_module.from_torch(
       module, dict(options.taps), dtype=config.optim.dtype, **facts
     )

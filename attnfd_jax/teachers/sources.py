@@ -161,7 +161,7 @@ def load_given(config: Any) -> Alone:
   dataset = load_dataset(config.data, splits=('val',))
   names = dataset.class_names
   teacher = from_config(config, None, names, sharding.make_mesh())
-  size = predictor.seen_size(dataset.splits['val'].size(0), config.eval)
+  size = predictor.eval_size(dataset.splits['val'].size(0), config.eval)
   inputs = {'variables': teacher.variables, 'rng': None}
   networks.checked_outputs(teacher, len(names), size, **inputs)
   info = json.loads(config.to_json_best_effort()) | {

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from attnfd_jax.data import transforms
-from attnfd_jax.errors import first_line, InputError, one_of, within
+from attnfd_jax.errors import check_choice, check_range, first_line, InputError
 from attnfd_jax.models import layers
 from attnfd_jax.models.layers import IMAGE_MEAN, IMAGE_STD
 from attnfd_jax.teachers import torch_tracing
@@ -76,8 +76,8 @@ def from_torch(
     raise InputError(f'from_torch needs a torch.nn.Module, not {kind}.')
   taps = dict(taps or {})
   _check_taps(module, taps)
-  within('size_multiple', size_multiple, 1, 4096)
-  one_of('dtype', dtype, ('float32', 'bfloat16'))
+  check_range('size_multiple', size_multiple, 1, 4096)
+  check_choice('dtype', dtype, ('float32', 'bfloat16'))
   for key, values in (('mean', mean), ('std', std)):
     numbers = np.shape(values) == (3,) and np.isfinite(values).all()
     if not numbers or (key == 'std' and min(values) <= 0):

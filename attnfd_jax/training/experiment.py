@@ -34,7 +34,7 @@ from attnfd_jax.training.stopping import Stop
 from attnfd_jax.types import Config, StrPath
 
 # Keys that may change when a run is resumed.
-HARMLESS = (
+MAY_CHANGE = (
   *('stages', 'log_every_steps', 'loggers'),
   *('checkpoint.every_minutes', 'checkpoint.keep_best'),
   *('data.root', 'data.prepared', 'data.cache', 'data.decoded_cache'),
@@ -52,7 +52,7 @@ def train(
   *,
   stop: Stop | None = None,
   teacher_scores: Mapping[str, Any] | None = None,
-  harmless: Collection[str] = HARMLESS,
+  may_change: Collection[str] = MAY_CHANGE,
 ) -> dict[str, dict[str, Any]]:
   """Trains all stages of a run, or resumes it, and writes its report.
 
@@ -64,7 +64,7 @@ def train(
     stop: for a command that handles signals.
     teacher_scores: metrics.summarize of a given teacher on val; by default, it
       is evaluated.
-    harmless: keys of the config that may change when a run is resumed.
+    may_change: keys of the config that may change when a run is resumed.
 
   Returns:
     The content of result.json by stage.
@@ -76,7 +76,7 @@ def train(
   config, workdir = resolve(config), paths.as_path(workdir)
   dataset = load_dataset(config.data)
   # So that evaluation reads other files in the same way.
-  config.data.update(dataset.settled)
+  config.data.update(dataset.detected)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.spatial)
   scores = check(config, dataset, mesh, workdir, teacher_scores)
   loggers.check(config.loggers)
@@ -86,7 +86,7 @@ def train(
     workdir.mkdir(parents=True, exist_ok=True)
     if processes.is_first():
       stack.enter_context(lock.locked(workdir))
-    claim(workdir / 'config.json', config, harmless=harmless)
+    save_config(workdir / 'config.json', config, may_change=may_change)
     sizes = ', '.join(f'{k} {len(v)}' for k, v in dataset.splits.items())
     line = f'{dataset.name}: {dataset.num_classes} classes, {sizes} images'
     line += f'; {logs.device_name()}; writing to {workdir.name}/'
@@ -260,7 +260,7 @@ def _check_given(stage: Stage) -> None:
   """Checks a given teacher at the size of evaluation, and on real images."""
   teacher: Any = stage.teacher
   config, val = stage.config, stage.dataset.splits['val']
-  size = predictor.seen_size(val.size(0), config.eval)
+  size = predictor.eval_size(val.size(0), config.eval)
   inputs = {'variables': teacher.variables, 'rng': None}
   networks.checked_outputs(teacher, len(teacher.class_names), size, **inputs)
   if not hasattr(teacher, 'compare'):
@@ -301,15 +301,15 @@ def _check_own_teacher(config: Config, workdir: epath.Path) -> None:
     )
 
 
-def claim(
-  path: epath.Path, config: Config, *, harmless: Collection[str] = HARMLESS
+def save_config(
+  path: epath.Path, config: Config, *, may_change: Collection[str] = MAY_CHANGE
 ) -> None:
   """Writes the config of a run, unless it was started with another one.
 
   Args:
     path: of config.json.
     config: a resolved config.
-    harmless: keys that may differ.
+    may_change: keys that may differ.
 
   Raises:
     InputError: if other keys differ, or the file is damaged.
@@ -326,7 +326,7 @@ def claim(
   changed = [
     f'{key}: {old.get(key)} -> {new.get(key)}'
     for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key) and key not in harmless
+    if old.get(key) != new.get(key) and key not in may_change
   ]
   if changed:
     raise InputError(
@@ -370,7 +370,7 @@ def _run_stage(
   saved, facts = directory / 'checkpoints', stage.run_facts
   state = stage.init_state(fresh=not checkpoints.steps(saved), log=log.line)
   state, latest = checkpoints.restore_latest(saved, state, facts, log=log.line)
-  log.forget_after(latest)
+  log.truncate_after(latest)
   processes.wait('the log is written')
   if latest:
     log.line(f'resumed from step {latest}')
@@ -382,7 +382,9 @@ def _run_stage(
     if stage.teacher is not None:
       stage = _with_scored_teacher(stage, log, scores, resumed=latest > 0)
     devices = mesh.shape['data']
-    with memory.explained(config.batch_size, devices=devices, accumulate=parts):
+    with memory.explain_exhaustion(
+      config.batch_size, devices=devices, accumulate=parts
+    ):
       state = loop.train(stage, state, manager=manager, log=log, stop=stop)
     best = manager.best_step()
     log.line(f'evaluating the best checkpoint, step {best}')

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from attnfd_jax.distill.method import CONNECTOR_SCHEDULES
-from attnfd_jax.errors import one_of, within
+from attnfd_jax.errors import check_choice, check_range
 from attnfd_jax.types import PyTree
 
 
@@ -115,13 +115,13 @@ def make_optimizer(
   Raises:
     InputError: for a value outside its choices or its range.
   """
-  one_of('config.optim.name', name, ('sgd', 'adamw'))
-  one_of('connector_schedule', connector_schedule, CONNECTOR_SCHEDULES)
-  within('config.optim.head_lr_scale', head_lr_scale, 0)
-  within('config.optim.weight_decay', weight_decay, 0)
-  within('config.optim.momentum', momentum, 0, 1)
+  check_choice('config.optim.name', name, ('sgd', 'adamw'))
+  check_choice('connector_schedule', connector_schedule, CONNECTOR_SCHEDULES)
+  check_range('config.optim.head_lr_scale', head_lr_scale, 0)
+  check_range('config.optim.weight_decay', weight_decay, 0)
+  check_range('config.optim.momentum', momentum, 0, 1)
   if clip_norm is not None:
-    within('config.optim.clip_norm', clip_norm, 0)
+    check_range('config.optim.clip_norm', clip_norm, 0)
   decay = optax.add_decayed_weights(weight_decay)
   core = optax.chain(decay, optax.trace(momentum, nesterov=nesterov))
   if name == 'adamw':

@@ -18,7 +18,7 @@ from attnfd_jax.data import cache, pipeline, subsets
 from attnfd_jax.data.pairs import UNLABELED
 from attnfd_jax.data.sources import Dataset
 from attnfd_jax.devices import memory, sharding
-from attnfd_jax.errors import explained, named, within
+from attnfd_jax.errors import check_range, convert_errors, named
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
 from attnfd_jax.models.network import Network
@@ -257,7 +257,7 @@ class Stage:
     options['num_classes'] = self.dataset.num_classes
     network, source = network or self.network, self.dataset.splits[split]
     devices = self.mesh.shape['data']
-    with memory.explained(options['batch_size'], devices=devices):
+    with memory.explain_exhaustion(options['batch_size'], devices=devices):
       counts = evaluation.evaluate(network, variables, source, **options)
     return metrics.summarize(counts, self.dataset.class_names)
 
@@ -275,7 +275,7 @@ def make_network(name: str, config: Config, num_classes: int) -> Network:
   role, options, changes = role_of(name), config.distill, {}
   if name == 'distill':
     # The reference distills without ASPP dropout.
-    within('config.distill.aspp_dropout', options.aspp_dropout, 0, 1)
+    check_range('config.distill.aspp_dropout', options.aspp_dropout, 0, 1)
     keys = ('aspp_dropout', 'update_norms_twice')
     changes = {key: options[key] for key in keys}
   with named(f'config.{role}'):
@@ -360,7 +360,7 @@ def with_teacher(stage: Stage, teacher: Teacher) -> Stage:
     num_steps=stage.num_steps,
     task_schedule=options.task_weight_schedule,
   )
-  with explained('config.distill.method'):
+  with convert_errors('config.distill.method'):
     distiller = distiller.adapted(stage.network, teacher)
     network = networks.with_taps(stage.network, distiller.extra_taps)
     teacher = with_taps(teacher, distiller.extra_taps)

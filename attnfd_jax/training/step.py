@@ -16,7 +16,7 @@ from attnfd_jax.losses import Mean, upsampled_cross_entropy
 from attnfd_jax.models import cpu_forms
 from attnfd_jax.models.deeplab import normalize
 from attnfd_jax.models.network import Network
-from attnfd_jax.models.resizing import score_precision
+from attnfd_jax.models.resizing import logits_precision
 from attnfd_jax.teachers.teacher import Teacher
 from attnfd_jax.training import mixing
 from attnfd_jax.types import PyTree, Variables
@@ -172,7 +172,7 @@ def make_train_step(
     splits = plain_cross_entropy and mesh.shape['spatial'] == 1
     if parts == 1 or not splits or 'coarse_logits' not in out:
       return task_loss(logits, label)
-    precision = score_precision(getattr(student, 'dtype', None))
+    precision = logits_precision(getattr(student, 'dtype', None))
     loss = upsampled_cross_entropy(
       out['coarse_logits'], label, parts=parts, precision=precision
     )

@@ -12,7 +12,7 @@ import jax
 from attnfd_jax import losses
 from attnfd_jax.data import frequencies
 from attnfd_jax.data.pairs import Dataset
-from attnfd_jax.errors import InputError, one_of, within
+from attnfd_jax.errors import check_choice, check_range, InputError
 from attnfd_jax.runs import loading
 from attnfd_jax.types import Config
 
@@ -50,13 +50,13 @@ def is_plain(options: Config) -> bool:
 def check(options: Config, class_names: Sequence[str]) -> None:
   """Raises InputError if the options, or options and classes, do not fit."""
   given, weighting = tuple(options['class_weights']), options['weighting']
-  one_of('config.loss.name', options['name'], NAMES)
-  one_of('config.loss.weighting', weighting, ('none', 'given', 'auto'))
-  within('config.loss.ohem_threshold', options['ohem_threshold'], 1e-30, 1)
-  within('config.loss.ohem_min_kept', options['ohem_min_kept'], 0, 1)
-  within('config.loss.focal_gamma', options['focal_gamma'], 0)
+  check_choice('config.loss.name', options['name'], NAMES)
+  check_choice('config.loss.weighting', weighting, ('none', 'given', 'auto'))
+  check_range('config.loss.ohem_threshold', options['ohem_threshold'], 1e-30, 1)
+  check_range('config.loss.ohem_min_kept', options['ohem_min_kept'], 0, 1)
+  check_range('config.loss.focal_gamma', options['focal_gamma'], 0)
   for value in given:
-    within('config.loss.class_weights', value, 0, 1e30)
+    check_range('config.loss.class_weights', value, 0, 1e30)
   if weighting == 'given' and not any(given):
     raise InputError(
       "config.loss.weighting='given' needs a number for each class, not all 0, "

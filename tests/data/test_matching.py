@@ -137,16 +137,16 @@ def test_endings_are_one_list(tmp_path, ending):
 def test_black_and_white_masks_are_two_classes(tmp_path):
   root = draw(tmp_path, value=255)
   dataset = load(root)
-  assert dataset.settled == {'id_map': (0, 255)}
+  assert dataset.detected == {'id_map': (0, 255)}
   assert np.unique(dataset.splits['val'].label(0)).tolist() == [0, 1]
   assert any('255 is' in note for note in dataset.notes)
   # Beside a single 1 they are void, and with three names nothing is inferred.
-  assert not load(root, ('a', 'b', 'c')).settled
+  assert not load(root, ('a', 'b', 'c')).detected
   path = root / 'masks/val/f7.png'
   ids = np.asarray(Image.open(path)).copy()
   ids[0, 0] = 1
   Image.fromarray(ids).save(path)
-  assert not load(root).settled
+  assert not load(root).detected
 
 
 @pytest.mark.parametrize(

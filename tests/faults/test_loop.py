@@ -61,7 +61,7 @@ def train(
   saved = folder / 'checkpoints'
   state, step = checkpoints.restore_latest(saved, make_state(), RUN)
   log = logs.StageLog(folder)
-  log.forget_after(step)
+  log.truncate_after(step)
   stage = {
     'make_train_step': lambda: train_step,
     'teacher': None,
@@ -287,7 +287,7 @@ class Device:
 def test_out_of_memory_names_a_batch(monkeypatch, stats, text, options, words):
   monkeypatch.setattr(jax, 'local_devices', lambda: [Device(stats)])
   with pytest.raises(InputError) as error:
-    with memory.explained(16, devices=4, **options):
+    with memory.explain_exhaustion(16, devices=4, **options):
       raise out_of_memory(text)
   line = str(error.value)
   assert '\n' not in line
@@ -297,7 +297,7 @@ def test_out_of_memory_names_a_batch(monkeypatch, stats, text, options, words):
 
 def test_other_errors_of_a_device_are_not_memory():
   with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'):
-    with memory.explained(16, devices=4, accumulate=1):
+    with memory.explain_exhaustion(16, devices=4, accumulate=1):
       raise jax.errors.JaxRuntimeError('INTERNAL: something else')
 
 

@@ -275,7 +275,7 @@ def test_tiles_of_a_network_differ_smoothly(stage):
 
   def apply(part):
     size = part.shape[:2]
-    scores = predictors.compute_scores
+    scores = predictors.compute_logits
     return np.asarray(scores(network, variables, part[None], size=size)[0])
 
   def blended(overlap):

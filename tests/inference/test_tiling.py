@@ -311,11 +311,11 @@ def test_logits_at_another_size(coarse):
     'coarse_logits': maps,
     'logits': resizing.resize(maps, 17, 33),
   }
-  expected = predictor.scores_at(outputs, 40, 50)
+  expected = predictor.resized_logits(outputs, 40, 50)
   ratio = np.float32([39 / 16, 49 / 32])
   # Positions are rounded otherwise.
   np.testing.assert_allclose(
-    predictor.scores_at(outputs, 40, 50, ratio=ratio),
+    predictor.resized_logits(outputs, 40, 50, ratio=ratio),
     expected,
     rtol=1e-4,
     atol=1e-5,

@@ -207,7 +207,7 @@ def test_a_chain_of_blocks_is_computed_once():
   def operations(blocks):
     def chain(x, weight):
       for _ in range(blocks):
-        x = layers.finished(
+        x = layers.computed_once(
           jax.nn.relu(x) + jax.nn.relu(x) @ weight, weight[0, 0]
         )
       return x
@@ -222,12 +222,12 @@ def test_a_chain_of_blocks_is_computed_once():
 
 def test_finished_changes_nothing():
   x, known = normal(0, 3, 4), jnp.float32(-2)
-  value, vjp = jax.vjp(jax.jit(layers.finished), x, known)
+  value, vjp = jax.vjp(jax.jit(layers.computed_once), x, known)
   np.testing.assert_array_equal(value, x)
   gradient, of_known = vjp(x + 1)
   np.testing.assert_array_equal(gradient, x + 1)
   assert of_known == 0
-  broken = layers.finished(x, jnp.float32(np.nan))
+  broken = layers.computed_once(x, jnp.float32(np.nan))
   assert np.all(np.isnan(broken))
 
 

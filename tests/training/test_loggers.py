@@ -88,7 +88,7 @@ def part(directory, names, steps, *, goes_on_at=0):
   directory.mkdir(parents=True, exist_ok=True)
   said, log = [], logs.StageLog(directory)
   log.line = said.append
-  log.forget_after(goes_on_at)
+  log.truncate_after(goes_on_at)
   with loggers.attached(names, log, {'seed': 3}):
     for step in steps:
       log.metrics('train', step, {'loss': 1 / step, 'grad_norm': step})
