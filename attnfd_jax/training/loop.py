@@ -19,7 +19,7 @@ from attnfd_jax.runs import checkpoints, logs
 from attnfd_jax.training.stage import Stage
 from attnfd_jax.training.step import TrainState
 from attnfd_jax.training.stopping import Stop, Stopped
-from attnfd_jax.types import PyTree
+from attnfd_jax.types import Config, PyTree
 
 _MAX_NAMES = 16  # Images of a batch that a message names.
 
@@ -102,6 +102,16 @@ class _Clock:
     }
 
 
+def _data_advice(data: Config) -> str:
+  """What to set if the step waits for data; '' if all of it is set."""
+  advice = []
+  if not data.cache and not data.decoded_cache:
+    advice.append('config.data.cache=True keeps decoded images in memory')
+  if not data.workers:
+    advice.append('config.data.workers=2 decodes in two processes')
+  return ', '.join(advice)
+
+
 def train(
   stage: Stage,
   state: TrainState,
@@ -140,7 +150,7 @@ def train(
   batches, clock = iter(stage.make_batches(step)), _Clock(step)
   start = save_time = time.monotonic()
   unchecked = metrics = None
-  advised = False
+  advice = _data_advice(config.data)
   check = functools.partial(
     check_finite, names=stage.batch_names, manager=manager
   )
@@ -240,9 +250,6 @@ def train(
       # On a terminal, the bar takes the place of these lines.
       bar.set_postfix_str(f'loss {values["loss"]:.4f}')
       log.line(f'step {step}/{num_steps}  {text}', shown=bar.disable)
-      if not advised and values.get('data_wait', 0) > 0.1:
-        advised = True
-        log.line(
-          'the step waits for data: config.data.cache=True keeps decoded '
-          'images in memory, config.data.workers=2 decodes in two processes'
-        )
+      if advice and values.get('data_wait', 0) > 0.1:
+        log.line(f'the step waits for data: {advice}')
+        advice = ''

@@ -54,7 +54,13 @@ def evaluate(variables):
 
 
 def train(
-  folder, stop=None, train_step=add, log_every=1, save_minutes=0, **changes
+  folder,
+  stop=None,
+  train_step=add,
+  log_every=1,
+  save_minutes=0,
+  cache=False,
+  **changes,
 ):
   """8 steps, scored after 4 and 8; returns the final weight."""
   folder.mkdir(exist_ok=True)
@@ -76,6 +82,7 @@ def train(
       log_every_steps=log_every,
       batch_size=2,
       checkpoint=types.SimpleNamespace(every_minutes=save_minutes),
+      data=types.SimpleNamespace(cache=cache, decoded_cache='', workers=0),
     ),
   } | changes
   stage = types.SimpleNamespace(**stage)
@@ -129,6 +136,9 @@ def test_advice_is_given_once_where_the_step_waits(tmp_path, capsys):
 
   train(tmp_path / 'waits', make_batches=slow_batches)
   assert capsys.readouterr().out.count('the step waits for data: config.') == 1
+  train(tmp_path / 'cached', make_batches=slow_batches, cache=True)
+  lines = capsys.readouterr().out
+  assert 'data: config.data.workers' in lines and 'data.cache' not in lines
   train(tmp_path / 'works', train_step=slow_step)
   assert 'the step waits' not in capsys.readouterr().out
 
