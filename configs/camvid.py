@@ -16,7 +16,7 @@ from attnfd_jax.config import default_config, from_imagenet, with_variant
 
 
 def cpu(config):
-  """Half an hour on two cores, a third of the resolution."""
+  """Twenty minutes on two cores, a third of the resolution."""
   config.data.base_size = 120
   config.data.crop_size = (120, 120)
   config.eval.short_side = 120

@@ -19,6 +19,8 @@ from attnfd_jax.types import Config
 NAMES = ('ce', 'ohem', 'focal', 'dice', 'ce+dice')
 
 TaskLoss = Callable[[jax.Array, jax.Array], dict[str, losses.Mean]]
+# Terms that take class weights; dice weighs all classes the same.
+_WEIGHTED = ('ce', 'ohem', 'focal')
 
 
 def make_task_loss(options: Config) -> TaskLoss:
@@ -72,10 +74,12 @@ def check(options: Config, class_names: Sequence[str]) -> None:
       f'config.loss.class_weights has {len(given)} numbers for the '
       f'{len(class_names)} classes {", ".join(class_names)}.'
     )
-  if options['name'] == 'dice' and weighting != 'none':
+  terms = options['name'].split('+')
+  if weighting != 'none' and not {*terms} & {*_WEIGHTED}:
     raise InputError(
-      f"config.loss.weighting={weighting!r} does not go with name='dice', in "
-      "which all classes weigh the same; use weighting='none', or 'ce+dice'."
+      f'config.loss.name={options["name"]!r} has no class weights, so '
+      f"config.loss.weighting={weighting!r} would do nothing; use 'none', or "
+      f'one of the losses {", ".join(_WEIGHTED)}, ce+dice.'
     )
 
 

@@ -120,7 +120,7 @@ def compare_stage(checkpoint, folder):
   loaded = {x: onnx_model.OnnxNetwork(files[x]) for x in ('float32', 'int8')}
   for name, model in loaded.items():
     counts[name] = quantized.count_pixels(model, source, info, text=name)
-  share = quantized.share_of_equal(*loaded.values(), images)
+  share = quantized.pixel_agreement(*loaded.values(), images)
   costs = find_costs(files)
   return {
     'network': info['student']['backbone'],

@@ -128,7 +128,7 @@ def test_each_name_and_its_parameters(options, expected):
     (WEIGHTS | {'class_weights': (0, 0.0)}, 'a number for each class, not all'),
     (
       WEIGHTS | {'name': 'dice'},
-      "weighting='given' does not go with name",
+      "name='dice' has no class weights",
     ),
     ({'ohem_threshold': 0.0}, 'ohem_threshold=0.0 must be from 1e-30 to 1'),
     ({'ohem_min_kept': 1.5}, 'ohem_min_kept=1.5 must be from 0 to 1'),
