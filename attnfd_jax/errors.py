@@ -20,8 +20,8 @@ class DataError(InputError):
       differ), 'mode' (colors where ids are expected), 'depth' (not 8 bits),
       'values' (ids or colors that are not a class), 'lossy' (a JPEG mask),
       'exif' (rotated by its orientation tag), 'split' (missing or empty),
-      'annotation' (JSON and tables of classes) or 'classes' (a split with
-      fewer than two).
+      'annotation' (JSON and tables of classes), 'classes' (a split with
+      fewer than two) or 'leak' (an unlabeled image that is in val or test).
     file: the file at fault, 'path' or 'archive!member'.
     values: for kind 'values', {id or 'r,g,b': number of pixels}.
   """

@@ -48,7 +48,9 @@ if __name__ == '__main__':
   )
   flags.DEFINE_string('split', 'val', 'train, val or test.')
   flags.DEFINE_string(
-    'protocol', None, 'native or reference; default: as in its run.'
+    'protocol',
+    None,
+    'native (needed by --submission) or reference; default: as in its run.',
   )
   flags.DEFINE_bool('boundary', False, 'Also report boundary IoU.')
   flags.DEFINE_string('submission', None, 'Folder for the Cityscapes server.')

@@ -19,9 +19,12 @@ NOTEBOOKS = sorted((ROOT / 'experiments').glob('*.ipynb'))
 PAGES = [
   *(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')),
   *sorted((ROOT / 'docs').glob('*.md')),
+  *sorted((ROOT / 'experiments').glob('*/README.md')),
   *NOTEBOOKS,
 ]
-each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+each_page = pytest.mark.parametrize(
+  'page', PAGES, ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 each_notebook = pytest.mark.parametrize(
   'notebook', NOTEBOOKS, ids=lambda page: page.name
 )
