@@ -3,8 +3,9 @@
 
   python experiments/parity/compare.py --reference=CLONE [--output=F.json]
 
-Needs the extra `parity` (torch). On the CPU, in float32 at the highest precision
-or, with --float64, in float64; errors are relative to the largest value of the reference tensor.
+Needs the extra `parity` (torch). On the CPU, in float32 at the highest
+precision or, with --float64, in float64; errors are relative to the largest
+value of the reference tensor.
 """
 
 import argparse
