@@ -230,7 +230,7 @@ def default_config() -> Config:
 
   config.mesh.data = -1  # Shards of a batch; -1: number of devices / spatial.
   config.mesh.spatial = 1  # Shards of the image height.
-  config.mesh.fsdp = False  # Shard weights and optimizer state over data.
+  config.mesh.fsdp = False  # Shard weights, average, optimizer state.
 
   empty = {k: placeholder(type(v)) for k, (v, _) in _BY_RECIPE.items()}
   config.update_from_flattened_dict(empty)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors that a user can fix, and checks of single values."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 import contextlib
 import difflib
 import math
@@ -56,10 +56,9 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 
 
 def check_name(
-  what: str, name: str, names: Iterable[str], *, others: str = ''
+  what: str, name: str, names: Collection[str], *, others: str = ''
 ) -> None:
   """Raises InputError with the closest of `names` unless `name` is one."""
-  names = list(names)
   if name not in names:
     close = difflib.get_close_matches(name, names, 1)
     hint = f' Did you mean {close[0]!r}?' if close else ''

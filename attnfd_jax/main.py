@@ -35,12 +35,12 @@ def main() -> None:
   path, _, variant = flag.config_filename.partition(':')
   name = pathlib.Path(path).stem + (f'_{variant}' if variant else '')
   workdir = options.workdir or f'runs/{name}'
-  split = options.config.eval.test_split or 'val'
   with Stop().listening() as stop:
     results = experiment.train(options.config, workdir, stop=stop)
   print('\n'.join(experiment.summary_lines(results)))
   print(f'report: {workdir}/report.html')
   if results:
+    split = options.config.eval.test_split or 'val'
     commands = next_commands(workdir, stage=[*results][-1], split=split)
     print('\n  '.join(['next:', *commands]))
 

@@ -18,5 +18,6 @@ Variables: TypeAlias = Mapping[str, PyTree]
 DType: TypeAlias = jax.typing.DTypeLike
 StrPath: TypeAlias = str | os.PathLike[str]
 # An ml_collections.ConfigDict, or a group of one. Type checkers would infer
-# that each of its attributes may be None, a number or a string.
+# that each of its attributes may be None, a number or a string. Functions that
+# also take a dict with the keys of the group `data`: data.records.DataConfig.
 Config: TypeAlias = Any

@@ -15,7 +15,7 @@ import hashlib
 import os
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from attnfd_jax.data.records import Record, Size, Source
 from attnfd_jax.errors import InputError
 from attnfd_jax.progress import progress
 from attnfd_jax.types import StrPath
+
+if TYPE_CHECKING:
+  from attnfd_jax.data.pairs import Dataset
 
 _HEADER = 128  # Bytes of an .npy file before its array.
 
@@ -126,8 +129,9 @@ def open_decoded(
   return DecodedSource(source, folder)
 
 
-# Any: pairs.Dataset, which cannot be imported here.
-def with_decoded(dataset: Any, directory: StrPath, *, threads: int = 4) -> Any:
+def with_decoded(
+  dataset: 'Dataset', directory: StrPath, *, threads: int = 4
+) -> 'Dataset':
   """Replaces the splits of a data set, except 'test', by DecodedSources."""
   splits = dict(dataset.splits)
   for name in [x for x in splits if x != 'test']:  # It is read only once.

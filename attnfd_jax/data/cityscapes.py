@@ -63,11 +63,9 @@ def _choose_suffix(listings: Iterable[list[_Listing | DataError]]) -> str:
 def _find_pairs(
   both: list[_Listing | DataError], suffix: str
 ) -> Iterator[pairs.Entry]:
-  listings = []
-  for listing in both:
-    if isinstance(listing, DataError):
-      raise listing
-    listings.append(listing)
+  if isinstance(both[-1], DataError):
+    raise both[-1]
+  listings = [x for x in both if not isinstance(x, DataError)]
   folders = [folder for folder, _ in listings]
   trees = [{x.inner.name: x for x in group} for _, group in listings]
   if suffix == _TRAIN_IDS:

@@ -265,7 +265,8 @@ def _area(segmentation: Any, size: Size, repairs: _Repairs) -> np.ndarray:
   """Draws polygons or an RLE as a mask, bool [h, w].
 
   Raises:
-    InputError: if the segmentation is invalid; so do other types.
+    InputError: if the segmentation is invalid. Malformed values raise other
+      types, in pycocotools as well, which draw_label catches.
   """
   if segmentation is None:
     what = 'has no segmentation, as polygons or RLE'

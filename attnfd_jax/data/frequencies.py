@@ -15,21 +15,22 @@ from attnfd_jax.data.records import Source
 from attnfd_jax.errors import InputError
 from attnfd_jax.progress import progress, write
 
+_Item = TypeVar('_Item')
 _Result = TypeVar('_Result')
 
 
 def map_records(
-  function: Callable[[int], _Result], indices: Iterable[int], threads: int
+  function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int
 ) -> Iterator[_Result]:
-  """Yields function(index) for each index, in order, computed in threads."""
+  """Yields function(item) for each item, in order, computed in threads."""
   pool, pending = futures.ThreadPoolExecutor(threads), collections.deque()
   try:
     # Few calls are pending at a time, so that an error or Ctrl-C stops soon;
     # Executor.map would submit a call for every record first.
-    for index in indices:
+    for item in items:
       if len(pending) == 4 * threads:
         yield pending.popleft().result()
-      pending.append(pool.submit(function, index))
+      pending.append(pool.submit(function, item))
     while pending:
       yield pending.popleft().result()
   finally:

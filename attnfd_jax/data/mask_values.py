@@ -29,10 +29,11 @@ _Value = TypeVar('_Value', int, Color)  # Of a class in masks.
 
 
 def check_names(names: Collection[Any]) -> None:
-  """Checks class names; no names are valid.
+  """Checks class names; an empty list is accepted.
 
   Raises:
-    InputError: if there is only one, or they are not different strings.
+    InputError: if there is only one or more than 255, or if they are not
+      different strings.
   """
   valid = all(isinstance(name, str) and name.strip() for name in names)
   if not valid or not len({*names}) == len(names) <= IGNORE_LABEL:
@@ -189,15 +190,15 @@ def are_black_and_white(
   if given or len(config['class_names']) != 2:
     return False
 
-  def values_of(index: int) -> set[int]:
+  def values_of(file: files.File) -> set[int]:
     try:
-      return {*np.unique(masks.read_mask(files_of_masks[index])).tolist()}
+      return {*np.unique(masks.read_mask(file)).tolist()}
     except DataError:  # Raised again when the pair is used.
       return set()
 
   seen: set[int] = set()
   count = len(files_of_masks)
-  rows = frequencies.map_records(values_of, range(count), config['threads'])
+  rows = frequencies.map_records(values_of, files_of_masks, config['threads'])
   for values in progress(count, 'reading ids', iterable=rows, delay=1):
     seen |= values
     if not seen <= {*BLACK_AND_WHITE}:

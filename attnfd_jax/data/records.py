@@ -6,7 +6,8 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-# {'image': uint8 [h, w, 3] RGB, 'label': uint8 [h, w] of train ids}.
+# {'image': uint8 [h, w, 3] RGB, 'label': uint8 [h, w] of train ids, where 255
+# is ignored}.
 Record: TypeAlias = dict[str, np.ndarray]
 Size: TypeAlias = tuple[int, int]  # (height, width).
 
@@ -30,7 +31,10 @@ class Source(Protocol):
 
     image(index): the image without reading the label.
     label(index): the label without decoding the image.
+    encoded(index): the record with the image as stored bytes, for prepare_data.
     fingerprint(): a hex digest that changes with the content.
+    cached: whether records stay in memory.
+    pairs: the files of each record, for messages.
   """
 
   def __len__(self) -> int:

@@ -39,8 +39,8 @@ def for_stage(
     if count == len(train):
       raise InputError(
         f'config.data.unlabeled={REST}: all {count} pairs of train are labeled '
-        f'with config.student.labeled_limit={labeled_limit}; set a smaller '
-        'limit (0 means all).'
+        f'with config.student.labeled_limit={labeled_limit}; set one from 1 to '
+        f'{count - 1} (0 means all).'
       )
     splits[UNLABELED] = View(train, np.sort(order[count:]), labeled=False)
   return dataclasses.replace(dataset, splits=splits)

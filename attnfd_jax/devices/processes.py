@@ -54,7 +54,8 @@ def initialize(
     raise InputError(
       f'{", ".join(missing)} missing: for several processes, give {_ALL_THREE}.'
     )
-  if coordinator is not None and num_processes is not None:
+  if not missing:
+    assert coordinator is not None and num_processes is not None
     if not re.fullmatch(r'.+:\d+', coordinator):
       raise InputError(f'--coordinator={coordinator} must be HOST:PORT.')
     check_range('--process_id', process_id, 0, num_processes - 1)

@@ -6,8 +6,10 @@ r"""Students in float32, with int8 weights, and in full int8, side by side.
 
 Exports each stage to a float32 and an int8 ONNX file (all defaults, calibrated
 on train) and to a StableHLO file with int8 weights. Reports the mIoU on val,
-the size, and, each in processes of its own that take turns, the time per image
-and the memory that loading and running the file adds.
+the fraction of pixels of the calibration images with the class of float32, the
+size, and, in fresh processes that take turns, the time per image and the memory
+that loading and running the file adds to a process. make_table.py writes it
+into docs/deployment.md.
 """
 
 import argparse
@@ -81,6 +83,7 @@ def find_costs(files):
 def compare_stage(checkpoint, folder):
   """The rows of one stage."""
   import jax
+  import numpy as np
 
   from attnfd_jax import metrics
   from attnfd_jax.devices import sharding
@@ -99,39 +102,39 @@ def compare_stage(checkpoint, folder):
     lines[name] = [x.replace(f'{folder}/', '') for x in lines[name]]
     lines[name] = [x.replace(checkpoint, 'STAGE') for x in lines[name]]
   network, variables, info = loading.load_network(checkpoint)
-  source = agreement.split_source(info)
-  network = network.clone(dtype=None)
-  small = jax.device_get(
-    stablehlo.grow(stablehlo.shrink(jax.device_get(variables), 'int8'))
-  )
+  network, variables = network.clone(dtype=None), jax.device_get(variables)
+  source, short_side = agreement.split_source(info), info['eval']['short_side']
+  small = jax.device_get(stablehlo.grow(stablehlo.shrink(variables, 'int8')))
+  options = {'mesh': sharding.make_mesh(), 'short_side': short_side}
+  options['num_classes'] = len(info['class_names'])
   counts = {
-    'int8 weights': evaluation.evaluate(
-      network,
-      small,
-      source,
-      num_classes=len(info['class_names']),
-      mesh=sharding.make_mesh(),
-      short_side=info['eval']['short_side'],
-    )
+    'int8 weights': evaluation.evaluate(network, small, source, **options)
   }
-  images, _ = quantized.calibration_images(
-    None, info, short_side=info['eval']['short_side']
-  )
   loaded = {x: onnx_model.OnnxNetwork(files[x]) for x in ('float32', 'int8')}
   for name, model in loaded.items():
     counts[name] = quantized.count_pixels(model, source, info, text=name)
-  share = quantized.pixel_agreement(*loaded.values(), images)
+  images, _ = quantized.calibration_images(None, info, short_side=short_side)
+  forward = stablehlo.make_forward(network, uint8=True, argmax=True)
+  exact, rounded = (
+    [np.asarray(forward(x, image)) for image in images]
+    for x in (variables, small)
+  )
+  same = {
+    'float32': 1.0,
+    'int8 weights': agreement.compare(exact, rounded)[2],
+    'int8': quantized.pixel_agreement(*loaded.values(), images),
+  }
   costs = find_costs(files)
   return {
     'network': info['student']['backbone'],
     'width_multiplier': info['student']['width_multiplier'],
     'from_imagenet': bool(info['student']['pretrained']),
     'num_epochs': info['num_epochs'],
-    'same_class_on_calibration_images': share,
     'rows': {
       name: {
         'file': files[name].suffix[1:],
         'val_miou': metrics.mean_iou(counts[name]),
+        'same_class': same[name],
         'val_iou_per_class': metrics.iou_per_class(counts[name]).tolist(),
         'mb': files[name].stat().st_size / 1e6,
         'costs': costs[name],
