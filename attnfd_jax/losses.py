@@ -54,7 +54,7 @@ class Mean(NamedTuple):
 
 def _float(logits: Float[AnyArray, '...']) -> Float[Array, '...']:
   dtype = np.promote_types(logits.dtype, np.float32)
-  return jnp.asarray(logits, dtype)
+  return jnp.asarray(logits.astype(dtype))
 
 
 def _check_shapes(

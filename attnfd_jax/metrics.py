@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Computes segmentation metrics from a confusion matrix of the whole data set.
 
-All metrics are fractions, not percent, and take the matrix that
-`confusion_matrix` or `host_confusion_matrix` counts: rows are labels, columns
-are predictions.
+All metrics are fractions, not percent. All but the boundary IoU take the matrix
+that `confusion_matrix` or `host_confusion_matrix` counts: rows are labels,
+columns are predictions.
 """
 
 from collections.abc import Sequence
@@ -110,8 +110,9 @@ def boundary_matrix(
   [[14, 0, 6], [8, 12, 0], [0, 6, 18]]
 
   Args:
-    predictions: class indices of one image.
-    labels: class indices of one image; other labels do not count.
+    predictions: class indices of one image, not negative.
+    labels: class indices of one image, not negative; those from num_classes on
+      do not count.
     num_classes: number of classes, less than 255.
     ratio: width of the bands as a fraction of the image's diagonal.
     ignore_label: label of the pixels to leave out.

@@ -50,9 +50,10 @@ def kept_programs(tmp_path_factory):
 @pytest.fixture
 def no_type_checks():
   """Calls as users make them: our own errors, not those of the annotations."""
+  before = jaxtyping.config.jaxtyping_disable
   jaxtyping.config.update('jaxtyping_disable', True)
   yield
-  jaxtyping.config.update('jaxtyping_disable', False)
+  jaxtyping.config.update('jaxtyping_disable', before)
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from attnfd_jax.inference import (
   image_files,
   onnx_model,
   options,
-  predictor,
   scoring,
 )
 from attnfd_jax.inference.predictor import Predictor
@@ -543,7 +542,7 @@ def test_the_network_that_is_named(files):
   assert found('--checkpoint=a') == 'a'
   assert found('--config=a') == 'it'
   network, _, info = found(f'--model={files.int8}')
-  assert predictor.is_file(network)
+  assert isinstance(network, onnx_model.OnnxNetwork)
   assert info['description'].endswith('of student, step 2, in int8')
 
 

@@ -41,7 +41,7 @@ def _cpu_seconds() -> float:
 
 def _peak_memory() -> int:
   """Returns the sum of the peak memory of this process and its workers."""
-  # getrusage would start from the peak of the process that was forked.
+  # getrusage would start from the peak of the process that forked this one.
   own = pathlib.Path('/proc/self/status').read_text()
   text = '\n'.join([own, *_of_workers('status')])
   return 1024 * sum(map(int, re.findall(r'^VmHWM:\s*(\d+)', text, re.M)))

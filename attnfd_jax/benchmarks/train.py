@@ -31,6 +31,7 @@ from attnfd_jax.runs import logs
 from attnfd_jax.teachers import sources as teachers
 from attnfd_jax.teachers.teacher import Scored
 from attnfd_jax.training.stage import plan, Stage, with_teacher
+from attnfd_jax.training.step import TrainState
 from attnfd_jax.types import Config, DType, PyTree
 
 # Size of the square matrices with which the matmul throughput is measured.
@@ -137,8 +138,7 @@ def make_stage(config: Config, num_classes: int) -> Stage:
     return stage
   if config.teacher.checkpoint or config.teacher.factory:
     return with_teacher(stage, teachers.from_config(config, '', names, mesh))
-  # Any: its fields are frozen; type checkers take those of Teacher as writable.
-  teacher: Any = teachers.abstract(config, names)
+  teacher = teachers.abstract(config, names)
   variables = random_variables(teacher.variables, config.seed)
   variables = sharding.place(variables, sharding.replicated(mesh))
   return with_teacher(stage, dataclasses.replace(teacher, variables=variables))
@@ -173,7 +173,7 @@ def model_flops(stage: Stage) -> int:
 
 def step_arguments(
   stage: Stage, *, fresh: bool = True
-) -> tuple[Any, PyTree, PyTree, jax.Array]:
+) -> tuple[TrainState, PyTree, PyTree, jax.Array]:
   """Returns state, teacher variables, a random batch and rng, on the devices.
 
   Args:

@@ -5,14 +5,13 @@ method.py defines the interface. To add a method, write its file and a line
 here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 from attnfd_jax import user_code
 from attnfd_jax.distill.aicsd import AICSD
@@ -41,7 +40,7 @@ from attnfd_jax.errors import (
 )
 from attnfd_jax.models import layers
 from attnfd_jax.models.network import Outputs
-from attnfd_jax.types import Variables
+from attnfd_jax.types import Config, Variables
 
 METHODS: dict[str, type[nn.Module]] = {}
 WEIGHTS: dict[str, float] = {}  # Default weights.
@@ -171,9 +170,9 @@ def title(method: str) -> str:
 
 def make_distiller(
   method: str,
-  groups: Mapping[str, Any] | ml_collections.ConfigDict,
+  groups: Config,
   *,
-  options: Mapping[str, Any] | ml_collections.ConfigDict | None = None,
+  options: Config | None = None,
   num_steps: int = 1,
   task_schedule: str = 'constant',
 ) -> WeightedSum:

@@ -13,6 +13,7 @@ from typing import Protocol, TypeAlias
 from jaxtyping import Array, Float, Integer
 
 from attnfd_jax.losses import Labels, Mean
+from attnfd_jax.models.network import FeatureMaps as FeatureMaps
 from attnfd_jax.models.network import Outputs
 from attnfd_jax.types import AnyArray
 
@@ -21,8 +22,6 @@ CONNECTOR_SCHEDULES = ('always', 'first_epoch', 'warmup')
 Scalar: TypeAlias = Float[Array, '']
 # Number of updates applied so far.
 Step: TypeAlias = int | Integer[AnyArray, '']
-# Feature maps by tap; heights, widths and channels may differ between taps.
-FeatureMaps: TypeAlias = Mapping[str, Float[AnyArray, 'b _h _w _c']]
 # Named scalars for the log.
 Terms: TypeAlias = Mapping[str, Scalar]
 LossAndTerms: TypeAlias = tuple[Scalar | Mean, Terms]

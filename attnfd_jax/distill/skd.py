@@ -181,15 +181,17 @@ class SKD(nn.Module):
   ) -> LossAndTerms:
     """See distill/method.py; the terms are before weighting."""
     del labels, step
-    terms, loss = {}, 0.0
+    terms, weighted = {}, []
     if self.pair_weight:
       terms['pair'] = self._pair_term(student, teacher)
-      loss += self.pair_weight * terms['pair']
+      weighted.append(self.pair_weight * terms['pair'])
     if self.adversarial_weight or self.discriminator_weight:
       terms |= self._play(student, teacher, train=train)
-      loss += self.adversarial_weight * terms['adversarial']
-      loss += self.discriminator_weight * terms['discriminator']
-    assert isinstance(loss, jax.Array)  # One of the weights is above 0.
+      weighted += [
+        self.adversarial_weight * terms['adversarial'],
+        self.discriminator_weight * terms['discriminator'],
+      ]
+    loss = matching.total(weighted)  # One of the weights is above 0.
     # A mean over images: parts of a batch have weights by their sizes.
     images = jnp.asarray(student['logits'].shape[0], loss.dtype)
     return Mean(images * loss, images), terms

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares how similar the images of a batch are (Tung and Mori, 1907.09682).
+"""Compares how similar the images of a batch are.
+
+Tung and Mori, arXiv 1907.09682.
 
 With the feature maps of b images as the rows of F [b, h w c], for each network:
 

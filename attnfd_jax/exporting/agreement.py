@@ -25,6 +25,7 @@ from attnfd_jax.exporting import fresh_process
 from attnfd_jax.exporting.stablehlo import SMALLEST
 from attnfd_jax.inference import evaluation, image_files
 from attnfd_jax.pytorch import files, names
+from attnfd_jax.runs import logs
 from attnfd_jax.types import PyTree, StrPath, Variables
 
 # Number of images that are compared; their pixels must fit on any disk.
@@ -107,7 +108,7 @@ def make_batches(
   h, w = (max(n * 7 // 8, SMALLEST) for n in images[0].shape[:2])
   part = images[0][:h, :w]
   other = np.stack([part, part[:, ::-1]])
-  text = f'{len(images)} {kind}{"s" * (len(images) != 1)}{origin}'
+  text = f'{logs.count_text(len(images), kind)}{origin}'
   return [*(x[None] for x in images), other], text
 
 

@@ -152,7 +152,7 @@ def _resnet_block(
 def _resnet(g: Graph, x: str, module: resnet.ResNet) -> tuple[str, str]:
   x = g.conv_relu(x, 'backbone/stem', strides=2)
   x = g.op('MaxPool', x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
-  low_level = x
+  low_level = ''  # Of no value: onnx.checker would refuse it.
   form = module.stage_sizes, module.bottleneck, module.output_stride
   for name, stage, strides, dilation in resnet.block_table(*form):
     if stage == 2 and strides == 2:
@@ -178,7 +178,7 @@ def _inverted_residual(
 def _mobilenet_v2(
   g: Graph, x: str, module: mobilenet_v2.MobileNetV2
 ) -> tuple[str, str]:
-  low_level = x = g.relu6(g.conv(x, 'backbone/stem', strides=2))
+  low_level, x = '', g.relu6(g.conv(x, 'backbone/stem', strides=2))
   features = len(g.convs['backbone/stem'][0])
   rows = enumerate(mobilenet_v2.block_table(module.output_stride), start=1)
   for index, (_, _, strides, dilation) in rows:
@@ -195,7 +195,7 @@ def _efficientnet_lite(
   g: Graph, x: str, module: efficientnet_lite.EfficientNetLite
 ) -> tuple[str, str]:
   x = g.relu6(g.conv(x, 'backbone/stem', strides=2, padding='same'))
-  low_level = x
+  low_level = ''
   features = len(g.convs['backbone/stem'][0])
   table = efficientnet_lite.block_table(module.depth, module.output_stride)
   for index, (stage, *_, strides, dilation) in enumerate(table):

@@ -36,7 +36,7 @@ from attnfd_jax.exporting import agreement
 from attnfd_jax.inference import evaluation, image_files
 from attnfd_jax.inference.onnx_model import OnnxNetwork
 from attnfd_jax.progress import progress
-from attnfd_jax.runs.logs import percent
+from attnfd_jax.runs.logs import count_text, percent
 from attnfd_jax.types import StrPath
 
 METHODS = ('minmax', 'entropy', 'percentile')
@@ -55,10 +55,6 @@ _GATES = 'attention_'
 _DOT_PRODUCTS = ('avx512_vnni', 'avx_vnni', 'asimddp')
 # (text with the scores, drop as a fraction, lines of a table).
 _Score: TypeAlias = tuple[str, float, list[str]]
-
-
-def _count(images: Sequence[Any], kind: str = 'image') -> str:
-  return f'{len(images)} {kind}{"s" * (len(images) != 1)}'
 
 
 def check_options(
@@ -99,7 +95,8 @@ def calibration_images(
     source, NUM_IMAGES, read=read, short_side=short_side
   )
   agreement.check_sizes(images, f'images of {origin}', option='--calibrate')
-  return [x[None] for x in images], f'{_count(images)} of {origin}'
+  count = count_text(len(images), 'image')
+  return [x[None] for x in images], f'{count} of {origin}'
 
 
 class _OneImage(quantization.CalibrationDataReader):
@@ -386,9 +383,10 @@ def _remedy(
   outcome = f'{option} fixes it ({result})'
   if not drop <= max_drop:
     outcome = f'{option} is not enough ({result}); {others}'
+  count = count_text(len(images), 'calibration image')
   return (
-    f'{100 * before:.2f} % of the pixels of '
-    f'{_count(images, "calibration image")} have the same class as in float; '
+    f'{100 * before:.2f} % of the pixels of {count} have the same class as in '
+    'float; '
     f'most is gained if one of these layers is kept in float: {text}; {outcome}'
   )
 

@@ -19,13 +19,15 @@ from PIL import Image
 
 from attnfd_jax import paths as run_paths
 from attnfd_jax.data import files, masks, sources
+from attnfd_jax.data.records import Size
 from attnfd_jax.devices import diagnosis
 from attnfd_jax.errors import check_range, InputError
 from attnfd_jax.inference import video as videos
 from attnfd_jax.inference.predictor import Predictor
 from attnfd_jax.losses import IGNORE_LABEL
 from attnfd_jax.progress import progress, write
-from attnfd_jax.types import StrPath, Variables
+from attnfd_jax.runs import loading, logs
+from attnfd_jax.types import StrPath
 
 # Class ids, the same in colors, colors over the image, and confidence.
 _RESULTS = ('.png', '_color.png', '_overlay.jpg', '_confidence.png')
@@ -85,17 +87,15 @@ def find_images(
     os.path.join(os.path.realpath(x), '') for x in (root, output or root)
   )
 
-  output_is_below = results.startswith(searched) and results != searched
-
   def is_input(name):
+    # All are, if the output is the searched folder or above it.
     path = os.path.realpath(root / name)
-    return not (output_is_below and path.startswith(results))
+    return searched.startswith(results) or not path.startswith(results)
 
   names, others = filter(is_input, names), [*filter(is_input, others)]
   images = {pathlib.Path(x): root / x for x in names if _is_file(root / x)}
   shown = ', '.join(others[:3]) + ', ...' * (len(others) > 3)
-  plural = 's' * (len(others) != 1)
-  left_out = f'{len(others)} file{plural} of other types: {shown}'
+  left_out = f'{logs.count_text(len(others), "file")} of other types: {shown}'
   left_out *= bool(others)
   if not images:
     raise InputError(
@@ -134,7 +134,7 @@ def check_outputs(
       raise InputError(f'{target} exists; add --overwrite or write elsewhere.')
 
 
-def frame_size(paths: Iterable[pathlib.Path]) -> tuple[int, int] | None:
+def frame_size(paths: Iterable[pathlib.Path]) -> Size | None:
   """(height, width) of all frames, by their headers; None if all are damaged.
 
   Raises:
@@ -190,7 +190,7 @@ def _write_areas(output: pathlib.Path, rows: Iterable[Sequence[str]]) -> None:
 
 
 def predict_files(
-  checkpoint: StrPath | tuple[Any, Variables, dict[str, Any]],
+  checkpoint: StrPath | loading.Loaded,
   pattern: StrPath,
   output: StrPath,
   *,
@@ -262,7 +262,7 @@ def predict_files(
     *(x.parent for results in targets.values() for x in results),
   }:
     folder.mkdir(parents=True, exist_ok=True)
-  count = f'{len(images)} image{"s" * (len(images) != 1)}'
+  count = logs.count_text(len(images), 'image')
   print(f'{predictor.description}, on {count}; writing to {output}')
   for text in skipped:
     write(f'skipped {text}')
@@ -270,7 +270,6 @@ def predict_files(
 
   def work(path):
     """Area of each class and the overlay, or (None, why it was skipped)."""
-    h = w = 0
     try:
       image = sources.read_image(path)
       h, w = image.shape[:2]
@@ -278,15 +277,16 @@ def predict_files(
         return None, f'{path}: {w}x{h}, a side is longer than {_LONGEST}.'
       if size and (h, w) != size:
         return None, f'{path}: {w}x{h}, which differs from its header.'
-      with device:
-        ids, certainty = predictor(image)
+      try:
+        with device:
+          ids, certainty = predictor(image)
+      except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+          raise
+        problem = f'{path}: {w}x{h} needs more memory than the device has'
+        return None, f'{problem}; use --tile, or a smaller image.'
     except (InputError, OSError) as error:
       return None, str(error)
-    except jax.errors.JaxRuntimeError as error:
-      if 'RESOURCE_EXHAUSTED' not in str(error):
-        raise
-      problem = f'{path}: {w}x{h} needs more memory than the device has'
-      return None, f'{problem}; use --tile, or a smaller image.'
     ids = np.where(certainty < 255 * min_confidence, IGNORE_LABEL, ids)
     ids = ids.astype(np.uint8)
     overlay = _write(targets[path], image, ids, certainty, predictor.palette)

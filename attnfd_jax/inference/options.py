@@ -8,8 +8,11 @@ from typing import Any
 
 from absl import flags
 
+from attnfd_jax.data.records import Size
 from attnfd_jax.errors import InputError
 from attnfd_jax.inference import onnx_model
+from attnfd_jax.runs import loading
+from attnfd_jax.types import StrPath
 
 flags.disclaim_key_flags()  # Lets --help list them as flags of the command.
 # Flags that only work with --checkpoint: a config gives its own data and code,
@@ -41,7 +44,7 @@ def define() -> None:
 
 def checkpoint(
   values: flags.FlagValues, *, load_teacher: Callable[[], Any]
-) -> Any:
+) -> StrPath | loading.Loaded:
   """What Predictor takes, from the one flag of --checkpoint, --model, --config.
 
   `load_teacher` is called for the network of --config.
@@ -85,7 +88,7 @@ def parse_scales(text: str) -> tuple[float, ...]:
   raise InputError(f'--scales={text}: expected {expected}.')
 
 
-def parse_tile(text: str | None) -> tuple[int, int] | None:
+def parse_tile(text: str | None) -> Size | None:
   """(512, 1024) from '512x1024', height first; None from None."""
   if text is None:
     return None

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import operator
 from types import ModuleType
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from attnfd_jax.models import network as networks
 from attnfd_jax.models.deeplab import normalize
 from attnfd_jax.models.resizing import resize
 from attnfd_jax.runs import loading
-from attnfd_jax.types import AnyArray, StrPath, Variables
+from attnfd_jax.types import AnyArray, Config, StrPath, Variables
 
 # Short side of image and label in protocol `reference`; train_kd.py:281.
 REFERENCE_SHORT_SIDE = 513
@@ -38,7 +38,7 @@ def stage_short_side(info: Mapping[str, Any]) -> int:
   return eval_short_side(settings['protocol'], settings.get('short_side', 0))
 
 
-def eval_size(size: Size, settings: Any) -> Size:
+def eval_size(size: Size, settings: Config) -> Size:
   """(height, width) of an image of `size` as the network gets it in evaluation.
 
   `settings` is the group `eval` of a config.
@@ -123,11 +123,6 @@ def classify(
   return _decide(logits, jnp)
 
 
-def is_file(network: Any) -> TypeGuard[OnnxNetwork]:
-  """Whether a network is an exported file, which runs outside of JAX."""
-  return isinstance(network, OnnxNetwork)
-
-
 @functools.partial(jax.jit, static_argnames='size')
 def _resize_logits(logits, ratio, *, size):
   return resized_logits({'logits': logits}, *size, ratio=ratio)
@@ -142,7 +137,7 @@ def _logits(
   size: Size,
 ) -> AnyArray:
   """`compute_logits`, also for an exported file."""
-  if not is_file(network):
+  if not isinstance(network, OnnxNetwork):
     return compute_logits(network, variables, image, ratio, size=size)
   logits = network.run(image)
   if ratio is None and logits.shape[1:3] == size:
@@ -159,7 +154,7 @@ def _classes(
   size: Size,
 ) -> Iterable[AnyArray]:
   """`classify`, also for an exported file."""
-  if not is_file(network):
+  if not isinstance(network, OnnxNetwork):
     return classify(network, variables, image, ratio, size=size)
   logits = _logits(network, variables, image, ratio, size=size)
   return _decide(np.asarray(logits), np)
@@ -180,7 +175,7 @@ def segment(
   The confidence is the probability of the class times 255.
 
   Args:
-    network: see evaluation.evaluate; or a file, see `is_file`.
+    network: see evaluation.evaluate; or an OnnxNetwork.
     variables: of the network; None for a file.
     image: uint8 RGB [h, w, 3].
     size: (height, width) of the result.
@@ -285,7 +280,7 @@ class Predictor:
 
   def __init__(
     self,
-    checkpoint: StrPath | tuple[Any, Variables, dict[str, Any]],
+    checkpoint: StrPath | loading.Loaded,
     *,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
@@ -305,9 +300,11 @@ class Predictor:
     else:
       loaded = loading.load_network(checkpoint, **options)
       network, self.variables, info = loaded
-    self.has_confidence = not is_file(network) or network.has_logits
+    self.has_confidence = (
+      not isinstance(network, OnnxNetwork) or network.has_logits
+    )
     if flip or tuple(scales) != (1,):
-      if is_file(network):
+      if isinstance(network, OnnxNetwork):
         raise InputError('--scales and --flip are for a stage, not for a file.')
       network = Averaged(network, tuple(scales), flip)
     self.network, self.info = network, info

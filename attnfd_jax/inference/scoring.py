@@ -14,9 +14,10 @@ from attnfd_jax.devices import sharding
 from attnfd_jax.errors import check_choice, InputError
 from attnfd_jax.inference import evaluation, predictor
 from attnfd_jax.inference import submission as submissions
+from attnfd_jax.inference.onnx_model import OnnxNetwork
 from attnfd_jax.progress import progress
-from attnfd_jax.runs import logs
-from attnfd_jax.types import StrPath, Variables
+from attnfd_jax.runs import loading, logs
+from attnfd_jax.types import StrPath
 
 PROTOCOLS = {
   'native': 'scored at the size of the original labels',
@@ -90,7 +91,7 @@ def load_split(
 
 
 def evaluate_checkpoint(
-  checkpoint: StrPath | tuple[Any, Variables, dict[str, Any]],
+  checkpoint: StrPath | loading.Loaded,
   *,
   data_root: StrPath | None = None,
   split: str = 'val',
@@ -127,7 +128,7 @@ def evaluate_checkpoint(
   reading['threads'], name = info['data']['threads'], dataset.name
   facts = {'dataset': name, 'protocol': protocol}
   write = submissions.make_writer(submission, **facts) if submission else None
-  images = f'{len(source)} image{"s" * (len(source) != 1)}'
+  images = logs.count_text(len(source), 'image')
   print(f'{stage.description}, on the {images} of the {split} split of {name}')
   num_classes = dataset.num_classes
   counts = np.zeros((num_classes,) * 2, np.int64)
@@ -136,7 +137,7 @@ def evaluate_checkpoint(
     given = (stage.network, stage.variables, _Counted(source, bar))
     # In batches, unless single predictions are needed.
     batched = not (stage.tiles['tile'] or boundary or write)
-    if batched and not predictor.is_file(stage.network):
+    if batched and not isinstance(stage.network, OnnxNetwork):
       sizes = {'num_classes': num_classes, 'batch_size': settings['batch_size']}
       mesh = sharding.make_mesh()
       counts = evaluation.evaluate(*given, mesh=mesh, **sizes, **reading)

@@ -55,16 +55,18 @@ def bands(
   th, tw = map(min, tile, (h, w))
   rows, columns = starts(h, th, overlap), starts(w, tw, overlap)
   down, across = shares(rows, th, h), shares(columns, tw, w)
-  unfinished = nothing = np.zeros((0, w, 1), np.float32)
+  unfinished: np.ndarray | None = None
   for i, (y, next_y) in enumerate(itertools.pairwise([*rows, h])):
-    total = nothing
+    total: np.ndarray | None = None
     for x, share in zip(columns, across, strict=True):
       logits = np.asarray(apply(image[y : y + th, x : x + tw]))
-      if total is nothing:
+      if total is None:
         total = np.zeros((th, w, logits.shape[-1]), np.float32)
-        total[: len(unfinished)] = unfinished
-        unfinished = nothing  # Frees its memory.
+        if unfinished is not None:
+          total[: len(unfinished)] = unfinished
+        unfinished = None  # Frees its memory.
       total[:, x : x + tw] += logits * np.outer(down[i], share)[..., None]
+    assert total is not None  # There is at least one column.
     yield total[: next_y - y]
     unfinished = total[next_y - y :]
 

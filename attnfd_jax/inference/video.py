@@ -9,6 +9,7 @@ import pathlib
 import cv2
 import numpy as np
 
+from attnfd_jax.data.records import Size
 from attnfd_jax.errors import check_range, InputError
 
 CODECS = {'.avi': 'MJPG', '.mp4': 'mp4v'}
@@ -31,7 +32,7 @@ def check(path: pathlib.Path, fps: float) -> None:
 
 @contextlib.contextmanager
 def writer(
-  path: pathlib.Path, size: tuple[int, int], fps: float
+  path: pathlib.Path, size: Size, fps: float
 ) -> Iterator[Callable[[np.ndarray], None]]:
   """Yields a function that appends a frame, uint8 RGB [h, w, 3].
 

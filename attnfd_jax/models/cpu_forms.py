@@ -8,6 +8,7 @@ ones on a CPU, as on other platforms. Speedups are in docs/speed.md.
 
 from collections.abc import Callable
 import functools
+import operator
 from typing import Any, TypeAlias
 
 import jax
@@ -64,8 +65,8 @@ def shifted(
   """
   windows = _windows(x, kernel.shape[0], strides, dilation)
   taps = kernel.reshape(-1, 1, 1, 1, x.shape[-1])
-  products = [window * tap for window, tap in zip(windows, taps, strict=True)]
-  return jnp.asarray(sum(products))
+  products = (window * tap for window, tap in zip(windows, taps, strict=True))
+  return functools.reduce(operator.add, products)
 
 
 def _shifted_backward(

@@ -190,13 +190,14 @@ class DeepLabV3Plus(nn.Module):
 
     Its 'features' are the feature maps 'backbone', 'aspp' and 'decoder', at
     strides output_stride, output_stride and 4. The backbone map of a ResNet is
-    taken before its ReLU, the others after theirs. 'coarse_logits' are at
-    stride 4; all logits are float32.
+    taken before its ReLU, the others after theirs. 'coarse_logits' are those
+    at stride 4, before the last resize; all logits are float32.
 
     With `extra_taps`, 'features' also has those maps, each before its ReLU or
-    ReLU6, and 'norms' the normalization of each. 'layer1_raw' to 'layer4_raw'
-    are the stages of a ResNet; in MobileNetV2 and EfficientNet-Lite, three
-    expansions and the last map.
+    ReLU6, and 'norms' the {'scale', 'bias'} of the last normalization before
+    each. 'layer1_raw' to 'layer4_raw' are the stages of a ResNet; in
+    MobileNetV2 and EfficientNet-Lite, three expansions and the last map.
+    'aspp_raw' and 'decoder_raw' are those of ASPP and decoder.
 
     Args:
       image: normalized images, see `normalize`.

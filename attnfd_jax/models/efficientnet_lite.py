@@ -77,7 +77,8 @@ def pad_same(
   """Pads as TensorFlow's 'SAME' does for stride 2 and a kernel of this size.
 
   The last window ends at the last pixel: for even image sizes and a kernel of 3
-  the padding is (0, 1). PyTorch's is (1, 1), which moves the result by a pixel.
+  the padding is (0, 1). PyTorch's is (1, 1), whose result is one pixel
+  further up and left.
   """
   pads = []
   for n in x.shape[1:3]:
@@ -193,7 +194,7 @@ class EfficientNetLite(nn.Module):
     stem = scaled(32, self.width_multiplier)
     options = {'train': train, 'dtype': self.dtype, 'name': 'stem'}
     x = nn.relu6(_conv_norm(x * scale + shift, stem, 3, 2, **options))
-    low_level, name, previous = x, '', None  # All are set in the loop.
+    low_level, name, previous = x, '', None
     rows = block_table(self.depth, self.output_stride)
     for index, row in enumerate(rows):
       stage, expansion, size, channels, strides, dilation = row

@@ -167,7 +167,7 @@ class BatchNorm(nn.Module):
     return jnp.asarray(x + per_channel(bias, x), dtype)
 
   def affine(self) -> tuple[Float[Array, ' c'], Float[Array, ' c']]:
-    """Factor and shift that are the same as the running statistics."""
+    """Factor and shift that do what normalizing by running statistics does."""
     scale, bias = (self.get_variable('params', x) for x in ('scale', 'bias'))
     mean, var = (self.get_variable('batch_stats', x) for x in ('mean', 'var'))
     factor = lax.rsqrt(var + self.epsilon) * scale

@@ -16,7 +16,6 @@ from typing import (
   runtime_checkable,
   TypeAlias,
   TypedDict,
-  TypeGuard,
 )
 
 import jax
@@ -34,9 +33,13 @@ from attnfd_jax.errors import (
 )
 from attnfd_jax.models import resizing
 from attnfd_jax.models.deeplab import DeepLabV3Plus
-from attnfd_jax.types import PyTree, Variables
+from attnfd_jax.types import AnyArray, Config, PyTree, Variables
 
 _Rngs: TypeAlias = jax.Array | dict[str, jax.Array]
+
+
+# Feature maps by tap; heights, widths and channels may differ between taps.
+FeatureMaps: TypeAlias = Mapping[str, Float[AnyArray, 'b _h _w _c']]
 
 
 class Outputs(TypedDict):
@@ -53,9 +56,9 @@ class Outputs(TypedDict):
   """
 
   logits: Float[Array, 'b H W k']
-  features: Mapping[str, Float[Array, 'b h w c']]
-  coarse_logits: NotRequired[Float[Array, 'b h w k']]
-  norms: NotRequired[Mapping[str, Mapping[str, Float[Array, ' c']]]]
+  features: FeatureMaps
+  coarse_logits: NotRequired[Float[Array, 'b _h _w k']]
+  norms: NotRequired[Mapping[str, Mapping[str, Float[Array, ' _c']]]]
 
 
 @runtime_checkable
@@ -101,7 +104,7 @@ def compute_dtype(name: str) -> jnp.dtype | None:
 
 
 def make_network(
-  config: Any,
+  config: Config,
   num_classes: int,
   *,
   dtype: str = 'float32',
@@ -161,7 +164,7 @@ def is_ours(network: object) -> bool:
   return isinstance(network, tuple(NETWORKS.values()))
 
 
-def describe(config: Any) -> str:
+def describe(config: Config) -> str:
   """Names a network in tables: 'resnet18 x0.25', or the user's class."""
   if user_code.is_code(config['network']):
     return config['network'].rpartition(':')[2]
@@ -224,7 +227,7 @@ def check_network(
     )
 
 
-def _has_logits_and_features(out: Any) -> TypeGuard[Outputs]:
+def _has_logits_and_features(out: Any) -> bool:
   return (
     isinstance(out, Mapping)
     and isinstance(out.get('features'), Mapping)

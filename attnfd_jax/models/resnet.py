@@ -67,7 +67,7 @@ def block_table(
 
 
 class ResNet(nn.Module):
-  """A backbone that returns feature maps before the last ReLU.
+  """A backbone that returns the stride-4 map, and the last map before its ReLU.
 
   Attributes:
     stage_sizes: number of blocks in each stage.
@@ -107,7 +107,7 @@ class ResNet(nn.Module):
     base = round(64 * self.width_multiplier)
     stem = _conv_norm(base, 7, 2, dtype=self.dtype, name='stem')
     x = layers.max_pool(nn.relu(stem(x, train=train)))
-    low_level = x  # Replaced below, after stage 1.
+    low_level = x  # Replaced after stage 1.
     table = block_table(self.stage_sizes, self.bottleneck, self.output_stride)
     for name, stage, strides, dilation in table:
       if stage == 2 and strides == 2:

@@ -24,7 +24,8 @@ from attnfd_jax.types import StrPath
 _CHUNK = 2**18  # Bytes, at most, between two updates of the progress bar.
 _TIMEOUT = 30  # Seconds without data.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # On NFS.
+# On some network file systems.
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class DownloadError(Exception):

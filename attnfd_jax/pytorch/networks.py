@@ -6,13 +6,12 @@ and backbones of torchvision (ResNet, MobileNetV2), tonylins (MobileNetV2) and
 efficientnet_lite_pytorch, below any prefix (recognition.py).
 """
 
-from collections.abc import Mapping
 import difflib
 import functools
 import itertools
 import math
 import pathlib
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,10 +24,8 @@ from attnfd_jax.models.deeplab import DeepLabV3Plus, TAPS
 from attnfd_jax.pytorch import files, names, recognition, weights
 from attnfd_jax.pytorch.files import Tensors
 from attnfd_jax.pytorch.names import Report
-from attnfd_jax.pytorch.recognition import Found, read_network
+from attnfd_jax.pytorch.recognition import Found, read_network, TorchSource
 from attnfd_jax.types import PyTree, StrPath, Variables
-
-Source: TypeAlias = StrPath | Mapping[str, Any]
 
 # (option, tensor, n): the first axis of the tensor has n times the option.
 _SHOWN = (
@@ -69,7 +66,7 @@ def split_gates(variables: Variables) -> tuple[dict, dict]:
 
 
 def import_network(
-  source: Source | Found, network: Any, *, trunk: bool = False
+  source: TorchSource | Found, network: Any, *, trunk: bool = False
 ) -> tuple[dict, dict | None, Report]:
   """Reads the variables of a DeepLabV3Plus from PyTorch tensors.
 
@@ -207,7 +204,7 @@ def _infer_efficientnet(tensors: Tensors) -> dict[str, Any]:
 
 
 def load_torch(
-  source: Source, *, backbone: str, num_classes: int, **options: Any
+  source: TorchSource, *, backbone: str, num_classes: int, **options: Any
 ) -> tuple[dict, dict | None]:
   """Loads a DeepLabV3Plus and its attention from a PyTorch checkpoint.
 
@@ -220,7 +217,8 @@ def load_torch(
 
   Returns:
     The variables {'params', 'batch_stats'} of the DeepLabV3Plus, and those of
-    its three CBAMs by tap, or None if the file has none.
+    its three CBAMs, {'params', 'batch_stats'} with the taps as keys, or None if
+    the file has none.
 
   Raises:
     InputError: if a tensor is missing, unexpected or of another shape.
@@ -319,7 +317,7 @@ class DistillationPair(NamedTuple):
 
 
 def load_torch_distiller(
-  state_dict: Source,
+  state_dict: TorchSource,
   *,
   student_backbone: str,
   teacher_backbone: str,

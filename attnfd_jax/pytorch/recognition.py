@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import os
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -57,6 +57,10 @@ _PROJECTS = (
 )
 
 
+# A file, or names and arrays (or torch tensors), below any prefix and keys.
+TorchSource: TypeAlias = StrPath | Mapping[str, Any]
+
+
 class Found(NamedTuple):
   """The network found in a file or a mapping.
 
@@ -73,7 +77,7 @@ class Found(NamedTuple):
   foreign: str
 
 
-def read_groups(source: StrPath | Mapping[str, Any]) -> Groups:
+def read_groups(source: TorchSource) -> Groups:
   """`files.groups` of a file, or of a mapping of arrays or torch tensors."""
 
   def plain(value: Any) -> Any:
@@ -87,7 +91,7 @@ def read_groups(source: StrPath | Mapping[str, Any]) -> Groups:
   return files.read_groups(source)
 
 
-def read_network(source: StrPath | Mapping[str, Any]) -> Found:
+def read_network(source: TorchSource) -> Found:
   """Finds the network in a file or a mapping, below any prefix and any keys.
 
   Batch counters, aliases and the classifiers of trunks are ignored.

@@ -149,8 +149,8 @@ def import_stage(
     source: PyTorch file.
     target: new folder.
     config: plain values of a resolved config, for what the file does not show.
-    class_names: names of the classes; by default, those of a data set with as
-      many classes.
+    class_names: names of the classes; by default those in the file, else those
+      of a data set with as many classes, else class_0, class_1 and so on.
     allow_missing: whether to initialize missing tensors at random.
     **options: fields of DeepLabV3Plus; None is as in the file.
 

@@ -3,8 +3,7 @@
 
 from collections.abc import Mapping
 import json
-import pathlib
-from typing import Any
+from typing import Any, TypeAlias
 
 from etils import epath
 from flax import traverse_util
@@ -18,7 +17,7 @@ from attnfd_jax.models import network as networks
 from attnfd_jax.pytorch import files, names
 from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.runs import checkpoints
-from attnfd_jax.types import StrPath, Variables
+from attnfd_jax.types import AnyPath, StrPath, Variables
 
 # Gates at the taps of a network, outside its forward path: those of an imported
 # file, or the ones a student was distilled with; '<collection>/<tap>/<leaf>'.
@@ -27,6 +26,9 @@ ATTENTION_FILE = 'attention.safetensors'
 WEIGHTS_FILE = 'model.safetensors'
 # Keys that the config.json of any stage has.
 _STAGE_KEYS = ('class_names', 'palette', 'data', 'distill', 'eval', 'optim')
+
+# Network, its variables, and config.json of the stage.
+Loaded: TypeAlias = tuple[Any, Variables, dict[str, Any]]
 
 
 def role_of(info: Mapping[str, Any]) -> str:
@@ -64,7 +66,7 @@ def load_network(
   step: int | None = None,
   network: Any = None,
   allow_code: bool = False,
-) -> tuple[Any, Variables, dict[str, Any]]:
+) -> Loaded:
   """Loads the network of a finished or running stage.
 
   Args:
@@ -155,9 +157,7 @@ def load_attention(
   return traverse_util.unflatten_dict(tensors, sep='/')
 
 
-def write_attention(
-  directory: epath.Path | pathlib.Path, gates: Variables
-) -> None:
+def write_attention(directory: AnyPath, gates: Variables) -> None:
   """Writes gates for `load_attention`."""
   tensors = names.flatten(jax.device_get(gates))
   files.write_safetensors(directory / ATTENTION_FILE, tensors)

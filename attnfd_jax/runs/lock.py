@@ -7,14 +7,12 @@ import errno
 import fcntl
 import json
 import os
-import pathlib
 import socket
 from typing import TextIO
 
-from etils import epath
-
 from attnfd_jax import paths
 from attnfd_jax.errors import InputError
+from attnfd_jax.types import AnyPath
 
 # On some network file systems, which do not support locks.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -26,7 +24,7 @@ class InUse(InputError):
 
 @contextlib.contextmanager
 def locked(
-  workdir: epath.Path | pathlib.Path, *, name: str = '.lock', wait: bool = False
+  workdir: AnyPath, *, name: str = '.lock', wait: bool = False
 ) -> Iterator[None]:
   """Locks `workdir` for this process; the kernel unlocks it when it ends.
 

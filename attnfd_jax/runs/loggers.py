@@ -10,21 +10,19 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 import contextlib
 import importlib
 import os
-import pathlib
 from typing import Any, TypeAlias
 import uuid
 
-from etils import epath
 from flax import traverse_util
 
 from attnfd_jax import paths
 from attnfd_jax.devices import processes
 from attnfd_jax.errors import InputError
 from attnfd_jax.runs.logs import reason, StageLog
+from attnfd_jax.types import AnyPath
 
 # Is sent (step, {name: number}) until it is closed.
 _Sink: TypeAlias = Generator[None, tuple[int, dict[str, float]], None]
-_Path: TypeAlias = epath.Path | pathlib.Path
 
 
 def check(names: Collection[str]) -> None:
@@ -95,7 +93,7 @@ def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
   return {name: x for name, x in flat.items() if x is not None}
 
 
-def _tensorboard(directory: _Path, facts: Mapping[str, Any]) -> _Sink:
+def _tensorboard(directory: AnyPath, facts: Mapping[str, Any]) -> _Sink:
   del facts
   import tensorboardX
 
@@ -108,7 +106,7 @@ def _tensorboard(directory: _Path, facts: Mapping[str, Any]) -> _Sink:
         writer.add_scalar(name, value, step)
 
 
-def _wandb(directory: _Path, facts: Mapping[str, Any]) -> _Sink:
+def _wandb(directory: AnyPath, facts: Mapping[str, Any]) -> _Sink:
   import wandb  # pyright: ignore[reportMissingImports]  # Optional.
 
   identity = directory / 'wandb_id.txt'  # One page, also after restarts.

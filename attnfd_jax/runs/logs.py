@@ -13,9 +13,8 @@ import platform
 import re
 import sys
 import tempfile
-from typing import Any, TypeAlias
+from typing import Any
 
-from etils import epath
 import jax
 import tqdm
 
@@ -23,9 +22,7 @@ from attnfd_jax import paths
 from attnfd_jax.devices import processes
 from attnfd_jax.errors import InputError
 from attnfd_jax.progress import write
-from attnfd_jax.types import StrPath
-
-_Path: TypeAlias = epath.Path | pathlib.Path
+from attnfd_jax.types import AnyPath, StrPath
 
 
 def write_json(path: StrPath, value: Any) -> None:
@@ -36,7 +33,7 @@ def write_json(path: StrPath, value: Any) -> None:
       file.write(text.encode())
 
 
-def read_json(path: _Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
   """Reads the object in a JSON file; {} if there is no such file.
 
   Raises:
@@ -95,6 +92,11 @@ def reason(error: BaseException) -> str:
   return os.strerror(int(system[1])) if system else text.splitlines()[0][:160]
 
 
+def count_text(number: int, noun: str) -> str:
+  """'1 image', '2 images'."""
+  return f'{number} {noun}{"s" * (number != 1)}'
+
+
 def percent(fraction: float | None) -> str:
   """Formats a score as '43.55', or 'absent' if it is None or NaN."""
   if fraction is None or math.isnan(fraction):
@@ -114,7 +116,7 @@ class StageLog:
     on_record: called with every record of `metrics`, if it is set.
   """
 
-  def __init__(self, directory: _Path):
+  def __init__(self, directory: AnyPath):
     self._directory = self.local = directory
     self.name = directory.name
     if paths.is_remote(directory):
@@ -190,7 +192,7 @@ class StageLog:
     return values[-1] if values else default
 
   def train_seconds(self) -> float:
-    """Time of all steps, before restarts too, without compilation."""
+    """Time of all steps, before restarts too; no compilation, no evaluation."""
     total, last = 0.0, 0
     for record in self.records():
       if record['kind'] == 'train':

@@ -11,14 +11,14 @@ from attnfd_jax import user_code
 from attnfd_jax.devices import sharding
 from attnfd_jax.errors import check_name, convert_errors, InputError
 from attnfd_jax.teachers import class_order, torch_module, torch_tracing
-from attnfd_jax.types import PyTree
+from attnfd_jax.types import Config, PyTree
 
 # Keys of the dict that a factory may return with a module.
 _FACTS = ('name', 'class_names', 'mean', 'std', 'size_multiple')
 
 
 def from_factory(
-  config: Any,
+  config: Config,
   class_names: Sequence[str],
   everywhere: jax.sharding.Sharding,
 ) -> Any:
@@ -71,8 +71,8 @@ def from_factory(
 
 
 def _module_and_facts(returned: Any) -> tuple[Any, Any]:
-  pair = isinstance(returned, tuple) and len(returned) == 2
-  return returned if pair else (returned, {})
+  is_pair = isinstance(returned, tuple) and len(returned) == 2
+  return returned if is_pair else (returned, {})
 
 
 def _mentions(error: BaseException | None, text: str) -> bool:
@@ -83,7 +83,7 @@ def _mentions(error: BaseException | None, text: str) -> bool:
 
 
 def _of_module(
-  config: Any,
+  config: Config,
   module: Any,
   facts: Any,
   class_names: Sequence[str],

@@ -24,11 +24,11 @@ from attnfd_jax.pytorch import networks as torch_networks
 from attnfd_jax.runs import loading
 from attnfd_jax.teachers import class_order, factory
 from attnfd_jax.teachers.teacher import FrozenNetwork, Scored
-from attnfd_jax.types import PyTree, StrPath
+from attnfd_jax.types import Config, PyTree, StrPath
 
 
 def from_config(
-  config: Any,
+  config: Config,
   workdir: Any,
   class_names: Sequence[str],
   mesh: jax.sharding.Mesh,
@@ -81,7 +81,7 @@ def from_config(
   return class_order.in_order(directory, teacher, class_names, class_map)
 
 
-def abstract(config: Any, class_names: Sequence[str]) -> FrozenNetwork:
+def abstract(config: Config, class_names: Sequence[str]) -> FrozenNetwork:
   """The teacher that this run will train; its variables are abstract."""
   teacher = _without_variables(config, class_names)
   variables = networks.abstract_variables(teacher.network)
@@ -89,7 +89,7 @@ def abstract(config: Any, class_names: Sequence[str]) -> FrozenNetwork:
 
 
 def _without_variables(
-  config: Any, class_names: Sequence[str]
+  config: Config, class_names: Sequence[str]
 ) -> FrozenNetwork:
   dtype, size = config.optim.dtype, len(class_names)
   return FrozenNetwork(
@@ -104,7 +104,7 @@ def _without_variables(
 
 def _from_file(
   path: StrPath,
-  config: Any,
+  config: Config,
   class_names: Sequence[str],
   everywhere: jax.sharding.Sharding,
 ) -> Any:
@@ -144,7 +144,7 @@ class Alone(NamedTuple):
   info: dict[str, Any]
 
 
-def load_given(config: Any) -> Alone:
+def load_given(config: Config) -> Alone:
   """Loads the teacher that a config names, to evaluate it or predict with it.
 
   Args:

@@ -7,7 +7,7 @@ teachers/sources.py loads teachers.
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, TYPE_CHECKING
 
 import jax
 from jaxtyping import Float
@@ -19,6 +19,11 @@ from attnfd_jax.types import AnyArray, PyTree
 
 class Teacher(Protocol):
   """What training, evaluation and results need of a teacher.
+
+  Attributes:
+    name: for logs and tables.
+    class_names: in the order of the logits.
+    variables: arrays that are passed to `apply`, possibly none.
 
   Optional attributes:
     in_path_attention: whether gates in the forward path refine its feature
@@ -35,22 +40,19 @@ class Teacher(Protocol):
       asks for.
   """
 
-  # Properties: a teacher may be immutable.
-
-  @property
-  def name(self) -> str:
-    """Name in logs and tables."""
-    ...
-
-  @property
-  def class_names(self) -> Sequence[str]:
-    """Names in the order of the logits."""
-    ...
-
-  @property
-  def variables(self) -> PyTree:
-    """Arrays that are passed to `apply`, possibly none."""
-    ...
+  if TYPE_CHECKING:
+    # Properties are read-only, so that an immutable class fits as well.
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def class_names(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def variables(self) -> PyTree: ...  # noqa: D102
+  else:
+    # A subclass may set them.
+    name: str
+    class_names: Sequence[str]
+    variables: PyTree
 
   def apply(
     self,

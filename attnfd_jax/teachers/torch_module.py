@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from attnfd_jax.data import transforms
+from attnfd_jax.data.records import Size
 from attnfd_jax.errors import check_choice, check_range, first_line, InputError
 from attnfd_jax.models import layers
 from attnfd_jax.models.layers import IMAGE_MEAN, IMAGE_STD
@@ -121,7 +122,7 @@ def _check_taps(module: Any, taps: Mapping[str, str]) -> None:
       near = near or [x for x in names if '.' not in x][:8]
       raise InputError(
         f'taps: {tap}={name!r} is not a submodule of {type(module).__name__}; '
-        f'similar names are {", ".join(near) or "none"}.'
+        f'choose from {", ".join(near) or "none"}.'
       )
 
 
@@ -242,12 +243,12 @@ class TorchTeacher:
     x = _resize(x, self._input_size((h, w)))
     return jnp.transpose(x, (0, 3, 1, 2))
 
-  def _input_size(self, size: tuple[int, int]) -> tuple[int, int]:
+  def _input_size(self, size: Size) -> Size:
     """(height, width) of the module's input for an image of `size`."""
     return transforms.next_multiple(size, self.size_multiple)
 
   def _leave(
-    self, module_outputs: Mapping[str, jax.Array], size: tuple[int, int]
+    self, module_outputs: Mapping[str, jax.Array], size: Size
   ) -> dict[str, Any]:
     """Outputs for an image of `size` from those of the module."""
     features = {}
@@ -265,7 +266,7 @@ class TorchTeacher:
       outputs['logits'] = _resize(logits.astype(jnp.float32), size)
     return outputs
 
-  def _explained(self, error: Exception, size: tuple[int, int]) -> InputError:
+  def _explained(self, error: Exception, size: Size) -> InputError:
     """An InputError; it suggests a size_multiple if the module needs one."""
     if isinstance(error, InputError):
       return error
@@ -285,7 +286,7 @@ class TorchTeacher:
         )
     return InputError(text)
 
-  def accepts(self, size: tuple[int, int]) -> bool:
+  def accepts(self, size: Size) -> bool:
     """Whether the module can be traced for an image of (height, width)."""
     x = jax.ShapeDtypeStruct((1, 3, *size), self.dtype)
     try:
@@ -347,7 +348,7 @@ def _maps(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _resize(
-  x: Float[AnyArray, 'b h w c'], size: tuple[int, int]
+  x: Float[AnyArray, 'b h w c'], size: Size
 ) -> Float[AnyArray, 'b height width c']:
   """Resizes with half-pixel centers, as PyTorch's bilinear interpolate."""
   if x.shape[1:3] == tuple(size):

@@ -14,6 +14,7 @@ import optax
 
 from attnfd_jax import distill, paths
 from attnfd_jax.data.pairs import UNLABELED
+from attnfd_jax.data.records import Record
 from attnfd_jax.devices import processes, sharding
 from attnfd_jax.inference import evaluation
 from attnfd_jax.models import network as networks
@@ -114,7 +115,7 @@ def _first_weights(options: Config) -> Any:
 
 
 def make_pictures(
-  stage: Stage, state: TrainState, records: Sequence[dict[str, np.ndarray]]
+  stage: Stage, state: TrainState, records: Sequence[Record]
 ) -> dict[str, np.ndarray]:
   """Arrays for the report: image, label, prediction, palette and maps.
 

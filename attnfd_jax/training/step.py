@@ -12,13 +12,14 @@ import optax
 
 from attnfd_jax.devices import sharding
 from attnfd_jax.distill import WeightedSum
-from attnfd_jax.losses import Mean, upsampled_cross_entropy
+from attnfd_jax.losses import upsampled_cross_entropy
 from attnfd_jax.models import cpu_forms
 from attnfd_jax.models.deeplab import normalize
 from attnfd_jax.models.network import Network
 from attnfd_jax.models.resizing import logits_precision
 from attnfd_jax.teachers.teacher import Teacher
 from attnfd_jax.training import mixing
+from attnfd_jax.training.task_loss import TaskLoss
 from attnfd_jax.types import PyTree, Variables
 
 # Bytes of logits per device above which the loss is computed in parts.
@@ -107,7 +108,7 @@ def make_train_step(
   student: Network,
   tx: optax.GradientTransformation,
   *,
-  task_loss: Callable[[jax.Array, jax.Array], dict[str, Mean]],
+  task_loss: TaskLoss,
   teacher: Teacher | None = None,
   distiller: WeightedSum | None = None,
   schedule: optax.Schedule,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import contextlib
 import functools
 import json
+from typing import TypeAlias
 
 from etils import epath
 import jax
@@ -18,7 +19,7 @@ from attnfd_jax.types import Config
 
 NAMES = ('ce', 'ohem', 'focal', 'dice', 'ce+dice')
 
-TaskLoss = Callable[[jax.Array, jax.Array], dict[str, losses.Mean]]
+TaskLoss: TypeAlias = Callable[[jax.Array, jax.Array], dict[str, losses.Mean]]
 # Terms that take class weights; dice weighs all classes the same.
 _WEIGHTED = ('ce', 'ohem', 'focal')
 

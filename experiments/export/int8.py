@@ -6,21 +6,41 @@ r"""Students in float32, with int8 weights, and in full int8, side by side.
 
 Exports each stage to a float32 and an int8 ONNX file (all defaults, calibrated
 on train) and to a StableHLO file with int8 weights. Reports the mIoU on val,
-the fraction of pixels of the calibration images with the class of float32, the
-size, and, in fresh processes that take turns, the time per image and the memory
-that loading and running the file adds to a process. make_table.py writes it
-into docs/deployment.md.
+also for the other calibrations, the fraction of pixels of the calibration
+images with the class of float32, and the size. Then, on a machine that should
+have nothing else to do: the time per image, and the memory that loading and
+running a file adds to a process. The files take turns, each in a fresh process;
+networks of full width with random weights are measured as well.
+make_table.py writes the results into docs/deployment.md.
 """
 
 import argparse
 import json
 import os
 import pathlib
-import resource
+import re
 import subprocess
 import sys
 import tempfile
 import time
+
+import jax
+import numpy as np
+import onnx
+
+from attnfd_jax import metrics
+from attnfd_jax.devices import sharding
+from attnfd_jax.exporting import (
+  agreement,
+  fresh_process,
+  onnx_graph,
+  quantized,
+  stablehlo,
+  student,
+)
+from attnfd_jax.inference import evaluation, onnx_model
+from attnfd_jax.models.deeplab import DeepLabV3Plus
+from attnfd_jax.runs import loading, logs
 
 FOLDER = pathlib.Path(__file__).parent
 # Row -> (format, further options of export).
@@ -30,43 +50,46 @@ FILES = {
   'int8': ('onnx', {'quantize': 'int8'}),
 }
 SIZES = [(120, 160), (360, 480)]
+FULL_WIDTH = ('resnet18', 'mobilenet_v2', 'efficientnet_lite0')
 ROUNDS = 3
 
 
-def measure_file(kind, path, height, width):
+def peak_memory():
+  """Bytes; ru_maxrss would begin with that of the process that forked."""
+  text = pathlib.Path('/proc/self/status').read_text()
+  return 1024 * int(re.search(r'VmHWM:\s*(\d+) kB', text)[1])
+
+
+def measure_file(path, height, width):
   """Prints the cost of running a file on one image, as JSON."""
   import jax.export
-  import numpy as np
   import onnxruntime
 
-  from attnfd_jax.exporting import fresh_process
-
-  del jax, onnxruntime  # Imported before the memory is read.
+  del onnxruntime  # Imported before the memory is read.
   image = np.random.default_rng(0).integers(
     0, 256, (1, height, width, 3), dtype=np.uint8
   )
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  run = fresh_process.LOADERS[kind](path)
+  jax.devices()
+  before = peak_memory()
+  run = fresh_process.LOADERS[path.suffix[1:]](str(path))
   np.asarray(run(image))
   seconds = []
   for _ in range(11):
     start = time.perf_counter()
     np.asarray(run(image))
     seconds.append(time.perf_counter() - start)
-  after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  cost = {'ms': 1e3 * np.median(seconds), 'memory_mb': (after - before) / 1e3}
-  print(json.dumps(cost))
+  cost = {'ms': 1e3 * np.median(seconds)}
+  print(json.dumps(cost | {'memory_mb': (peak_memory() - before) / 1e6}))
 
 
-def find_costs(files):
+def find_costs(files, sizes=SIZES):
   """The cost of each file, {row: {'HxW': cost}}; the files take turns."""
   costs = {name: {} for name in files}
-  for h, w in SIZES:
+  for h, w in sizes:
     found = {name: [] for name in files}
     for _ in range(ROUNDS):
       for name, path in files.items():
-        command = [sys.executable, __file__, '--measure', FILES[name][0]]
-        command += [str(path), str(h), str(w)]
+        command = [sys.executable, __file__, '--measure', str(path), f'{h}x{w}']
         env = os.environ | {'JAX_PLATFORMS': 'cpu'}
         result = subprocess.run(
           command, env=env, check=True, capture_output=True, text=True
@@ -80,17 +103,8 @@ def find_costs(files):
   return costs
 
 
-def compare_stage(checkpoint, folder):
-  """The rows of one stage."""
-  import jax
-  import numpy as np
-
-  from attnfd_jax import metrics
-  from attnfd_jax.devices import sharding
-  from attnfd_jax.exporting import agreement, quantized, stablehlo, student
-  from attnfd_jax.inference import evaluation, onnx_model
-  from attnfd_jax.runs import loading
-
+def export_stage(checkpoint, folder):
+  """Files of a stage by row, and what `export` said of each."""
   files, lines = {}, {}
   for name, (kind, options) in FILES.items():
     files[name] = folder / f'{name.replace(" ", "_")}.{kind}'
@@ -101,6 +115,25 @@ def compare_stage(checkpoint, folder):
     # Places of this machine say nothing.
     lines[name] = [x.replace(f'{folder}/', '') for x in lines[name]]
     lines[name] = [x.replace(checkpoint, 'STAGE') for x in lines[name]]
+  return files, lines
+
+
+def calibrated_scores(path, images, source, info, folder):
+  """Val mIoU of int8 files by calibration; the layers are those of `export`."""
+  scores = {}
+  for method in quantized.METHODS:
+    ranges = quantized.find_ranges(path, images, method=method, folder=folder)
+    int8 = folder / f'{method}.onnx'
+    onnx.save(quantized.make_int8(onnx.load(path), ranges), int8)
+    network = onnx_model.OnnxNetwork(int8)
+    counts = quantized.count_pixels(network, source, info, text=method)
+    scores[method] = metrics.mean_iou(counts)
+  return scores
+
+
+def score_stage(checkpoint, folder):
+  """A stage's files by row, and all about it but their costs."""
+  files, lines = export_stage(checkpoint, folder)
   network, variables, info = loading.load_network(checkpoint)
   network, variables = network.clone(dtype=None), jax.device_get(variables)
   source, short_side = agreement.split_source(info), info['eval']['short_side']
@@ -124,12 +157,14 @@ def compare_stage(checkpoint, folder):
     'int8 weights': agreement.compare(exact, rounded)[2],
     'int8': quantized.pixel_agreement(*loaded.values(), images),
   }
-  costs = find_costs(files)
-  return {
+  return files, {
     'network': info['student']['backbone'],
     'width_multiplier': info['student']['width_multiplier'],
     'from_imagenet': bool(info['student']['pretrained']),
     'num_epochs': info['num_epochs'],
+    'val_miou_by_calibration': calibrated_scores(
+      files['float32'], images, source, info, folder
+    ),
     'rows': {
       name: {
         'file': files[name].suffix[1:],
@@ -137,7 +172,6 @@ def compare_stage(checkpoint, folder):
         'same_class': same[name],
         'val_iou_per_class': metrics.iou_per_class(counts[name]).tolist(),
         'mb': files[name].stat().st_size / 1e6,
-        'costs': costs[name],
         'lines': lines[name],
       }
       for name in FILES
@@ -145,29 +179,65 @@ def compare_stage(checkpoint, folder):
   }
 
 
+def full_width_files(backbone, folder):
+  """A float32 and an int8 file of a network with random weights."""
+  network = DeepLabV3Plus(backbone=backbone, num_classes=11)
+  image = np.zeros((1, *SIZES[0], 3), np.float32)
+  variables = jax.jit(network.init, static_argnames='train')(
+    jax.random.key(0), image, train=False
+  )
+  files = {x: folder / f'{x}.onnx' for x in ('float32', 'int8')}
+  model = onnx_graph.make_model(
+    network, jax.device_get(variables), uint8=True, argmax=True, metadata={}
+  )
+  onnx.save(model, files['float32'])
+  images = np.random.default_rng(0).integers(
+    0, 256, (2, 1, *SIZES[0], 3), dtype=np.uint8
+  )
+  ranges = quantized.find_ranges(
+    files['float32'], images, method='minmax', folder=folder
+  )
+  onnx.save(quantized.make_int8(model, ranges), files['int8'])
+  return files
+
+
 def main():
+  jax.config.update('jax_platforms', 'cpu')  # As the command.
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('checkpoints', nargs='+')
   output = FOLDER / 'results' / 'int8.json'
   parser.add_argument('--output', type=pathlib.Path, default=output)
   options = parser.parse_args()
+  with tempfile.TemporaryDirectory() as temporary:
 
-  import jax
+    def folder(name):
+      path = pathlib.Path(temporary, name)
+      path.mkdir()
+      return path
 
-  from attnfd_jax.exporting import quantized
-  from attnfd_jax.runs import logs
-
-  jax.config.update('jax_platforms', 'cpu')  # As the command.
-  rows = []
-  for checkpoint in options.checkpoints:
-    with tempfile.TemporaryDirectory() as folder:
-      rows.append(compare_stage(checkpoint, pathlib.Path(folder)))
+    stages = [
+      score_stage(checkpoint, folder(f'{i}'))
+      for i, checkpoint in enumerate(options.checkpoints)
+    ]
+    full_width = {x: full_width_files(x, folder(x)) for x in FULL_WIDTH}
+    print('measuring costs', flush=True)
+    for files, found in stages:
+      for name, cost in find_costs(files).items():
+        found['rows'][name]['costs'] = cost
+    full_width = {
+      name: {
+        'mb': {x: path.stat().st_size / 1e6 for x, path in files.items()},
+        'costs': find_costs(files, SIZES[1:]),
+      }
+      for name, files in full_width.items()
+    }
   found = {
     'command': [pathlib.Path(arg).name for arg in sys.argv],
     'device': logs.device_name(),
     'cpu': quantized.dot_products(),
     'versions': logs.versions(),
-    'stages': rows,
+    'stages': [found for _, found in stages],
+    'full_width': full_width,
   }
   options.output.parent.mkdir(parents=True, exist_ok=True)
   options.output.write_text(json.dumps(found, indent=1) + '\n')
@@ -175,7 +245,6 @@ def main():
 
 if __name__ == '__main__':
   if sys.argv[1:2] == ['--measure']:
-    kind, path, height, width = sys.argv[2:]
-    measure_file(kind, path, int(height), int(width))
+    measure_file(pathlib.Path(sys.argv[2]), *map(int, sys.argv[3].split('x')))
   else:
     main()

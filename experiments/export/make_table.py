@@ -20,44 +20,67 @@ LABELS = {
 }
 
 
-def name(stage):
-  width = stage['width_multiplier']
-  return stage['network'] + (f' x{width:g}' if width != 1 else '')
+def cost_cells(costs, exact):
+  """Time with the speedup over `exact`, and memory, of each image size."""
+  cells = []
+  for size, cost in costs.items():
+    text = f'{cost["ms"]:.1f}'
+    if costs is not exact:
+      text += f' ({exact[size]["ms"] / cost["ms"]:.1f}x)'
+    cells += [text, f'{cost["memory_mb"]:.0f}']
+  return cells
 
 
-def rows(stages):
-  """Lines of both tables, one stage after the other."""
-  head = ('student', 'file', 'val mIoU, %', 'same class, %', 'MB')
-  sizes = [*stages[0]['rows']['float32']['costs']]
-  costs = [f'ms at {x.replace("x", " x ")}' for x in sizes]
-  memory = [f'memory, MB, at {x.replace("x", " x ")}' for x in sizes]
-  lines = method_rows.head((*head, *costs, *memory))
+def cost_head(costs):
+  return [
+    text
+    for size in costs
+    for text in (f'ms, {size.replace("x", " x ")}', 'memory, MB')
+  ]
+
+
+def stage_table(stages):
+  head = ['student', 'file', 'val mIoU, %', 'same class, %', 'MB']
+  costs = stages[0]['rows']['float32']['costs']
+  lines = method_rows.head([*head, *cost_head(costs)])
   for stage in stages:
+    width = stage['width_multiplier']
+    name = stage['network'] + (f' x{width:g}' if width != 1 else '')
     exact = stage['rows']['float32']
     for key, label in LABELS.items():
-      row, cells = stage['rows'][key], []
-      for size in sizes:
-        ms = row['costs'][size]['ms']
-        text = f'{ms:.1f}'
-        if row is not exact:
-          text += f' ({exact["costs"][size]["ms"] / ms:.1f}x)'
-        cells.append(text)
-      cells += [f'{row["costs"][x]["memory_mb"]:.0f}' for x in sizes]
-      same = ''
+      row = stage['rows'][key]
+      cells = [
+        name,
+        label,
+        f'{100 * row["val_miou"]:.2f}',
+        '',
+        f'{row["mb"]:.1f}',
+      ]
       if row is not exact:
-        same = f'{100 * row["same_class"]:.2f}'
-      first = name(stage) if row is exact else ''
-      miou = f'{100 * row["val_miou"]:.2f}'
-      lines.append(
-        method_rows.line((first, label, miou, same, f'{row["mb"]:.1f}', *cells))
-      )
-  return '\n'.join(lines)
+        cells[0], cells[3] = '', f'{100 * row["same_class"]:.2f}'
+      cells += cost_cells(row['costs'], exact['costs'])
+      lines.append(method_rows.line(cells))
+  return lines
+
+
+def full_width_table(networks):
+  costs = next(iter(networks.values()))['costs']['float32']
+  lines = method_rows.head(['full width', 'file', 'MB', *cost_head(costs)])
+  for name, network in networks.items():
+    exact = network['costs']['float32']
+    for key, row in network['costs'].items():
+      first = name if row is exact else ''
+      cells = [first, LABELS[key], f'{network["mb"][key]:.1f}']
+      lines.append(method_rows.line([*cells, *cost_cells(row, exact)]))
+  return lines
 
 
 def main():
   found = json.loads((HERE / 'results' / 'int8.json').read_text())
+  lines = [*stage_table(found['stages']), '']
+  lines += full_width_table(found['full_width'])
   page = HERE.parents[1] / 'docs' / 'deployment.md'
-  fill_page.main(page, 'int8', rows(found['stages']), description=__doc__)
+  fill_page.main(page, 'int8', '\n'.join(lines), description=__doc__)
 
 
 if __name__ == '__main__':

@@ -535,7 +535,7 @@ def test_patterns_stay_in_their_folder(folder):
     image_files.find_images(str(folder / '*' / '..' / '*.png'))
 
 
-def test_results_are_no_inputs(folder):
+def test_results_are_no_inputs(folder, tmp_path):
   for below in ('out', 'out/cam'):
     (folder / below).mkdir()
     (folder / below / 'a_color.png').write_bytes(b'')
@@ -551,6 +551,13 @@ def test_results_are_no_inputs(folder):
   (beside / 'a.png').write_bytes(b'')
   assert 'out2/a.png' in found_names(folder, output=folder / 'out')
   assert len(found_names(folder, output=folder)) == 6
+  # A link inside the images to results elsewhere.
+  elsewhere = tmp_path / 'elsewhere'
+  (elsewhere).mkdir()
+  (elsewhere / 'b_overlay.jpg').write_bytes(b'')
+  (folder / 'results').symlink_to(elsewhere)
+  assert 'results/b_overlay.jpg' in found_names(folder)
+  assert 'results/b_overlay.jpg' not in found_names(folder, output=elsewhere)
 
 
 def test_results_may_be_written_above_the_images(tmp_path):

@@ -435,7 +435,7 @@ def test_a_training_step_under_it_on_1_and_4_devices(
       {'backbone': 'boddy'},
       "backbone='boddy' is not a submodule of Net; .* body",
     ),
-    ({'backbone': 'encoder'}, 'similar names are .*head'),
+    ({'backbone': 'encoder'}, 'choose from .*head'),
     ({'backbone': 'unused'}, "backbone='unused' was not called"),
   ],
 )
