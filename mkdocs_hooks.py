@@ -2,9 +2,11 @@
 """The README is the front page of the site, and links lead where they can.
 
 Pages are written for a clone: they link to files beside docs/, which a site
-does not have. Such a link becomes the path of the file.
+does not have. Such a link becomes the path of the file; a notebook opens in
+Colab, if the repository has an address.
 """
 
+import os
 import pathlib
 import posixpath
 import re
@@ -17,6 +19,9 @@ FRONT = {
   'CONTRIBUTING.md': 'contributing.md',
   'CHANGELOG.md': 'changelog.md',
 }
+# 'owner/name', set by GitHub's runners.
+REPOSITORY = os.environ.get('GITHUB_REPOSITORY')
+COLAB = 'https://colab.research.google.com/github'
 _LINK = re.compile(r'\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)')
 
 
@@ -43,6 +48,8 @@ def on_page_markdown(markdown, page, **_):
       place = path.removeprefix('docs/')
     if place:
       return f'[{text}]({place}{anchor})'
+    if path.endswith('.ipynb') and REPOSITORY:
+      return f'[{text}]({COLAB}/{REPOSITORY}/blob/main/{path})'
     name = text.strip('`')
     return text if name in path and '/' in name else f'{text} (`{path}`)'
 
