@@ -12,6 +12,16 @@ have nothing else to do: the time per image, and the memory that loading and
 running a file adds to a process. The files take turns, each in a fresh process;
 networks of full width with random weights are measured as well.
 make_table.py writes the results into docs/deployment.md.
+
+The stages of results/int8.json, each with --config=configs/camvid.py:cpu,
+--config.stages="('student',)" and --config.optim.warmup_epochs=1:
+
+  ResNet-18 x0.5: --config.student.width_multiplier=0.5
+  EfficientNet-Lite0: --config.student.backbone=efficientnet_lite0
+    --config.student.width_multiplier=1 --config.student.pretrained=imagenet
+    --config.student.lr=0.001 --config.student.head_lr_scale=4
+    --config.num_epochs=25
+  MobileNetV2: the same with --config.student.backbone=mobilenet_v2
 """
 
 import argparse
