@@ -15,7 +15,7 @@ import hashlib
 import os
 import pathlib
 import shutil
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +24,6 @@ from attnfd_jax.data.records import Record, Size, Source
 from attnfd_jax.errors import InputError
 from attnfd_jax.progress import progress
 from attnfd_jax.types import StrPath
-
-if TYPE_CHECKING:
-  from attnfd_jax.data.pairs import Dataset
 
 _HEADER = 128  # Bytes of an .npy file before its array.
 
@@ -129,9 +126,8 @@ def open_decoded(
   return DecodedSource(source, folder)
 
 
-def with_decoded(
-  dataset: 'Dataset', directory: StrPath, *, threads: int = 4
-) -> 'Dataset':
+# Any: a pairs.Dataset; pairs imports this module.
+def with_decoded(dataset: Any, directory: StrPath, *, threads: int = 4) -> Any:
   """Replaces the splits of a data set, except 'test', by DecodedSources."""
   splits = dict(dataset.splits)
   for name in [x for x in splits if x != 'test']:  # It is read only once.
