@@ -48,6 +48,7 @@ NOT_RUN = {
   'srun': 'needs Slurm',
   'gcloud': 'needs a TPU slice',
   'attnfd ': 'tests/test_named_configs.py and tests/test_wheel.py',
+  'python -m webbrowser ': 'opens a window',
   'python experiments/': 'minutes to hours, PyTorch or a clone of theirs',
 }
 AND = re.compile(r' && (?=(?:[^"]*"[^"]*")*[^"]*$)')  # Not in quotes.
