@@ -14,6 +14,7 @@ from absl import flags
 
 from attnfd_jax import cli
 from attnfd_jax.devices import diagnosis
+from attnfd_jax.runs import logs
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     if finding.remedy:
       print(f'      -> {finding.remedy}', flush=True)
   if problems:
-    print(f'{problems} problem{"s" * (problems > 1)} found.')
+    print(f'{logs.count_text(problems, "problem")} found.')
     sys.exit(1)
   print('Ready.')
 

@@ -39,7 +39,7 @@ def _cpu_seconds() -> float:
   return total
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
   """Returns the sum of the peak memory of this process and its workers."""
   # getrusage would start from the peak of the process that forked this one.
   own = pathlib.Path('/proc/self/status').read_text()
@@ -76,7 +76,7 @@ def measure(
   speed = {
     'images_per_second': images / wall,
     'cpu_seconds_per_image': cpu / images,
-    'peak_memory_bytes': _peak_memory(),
+    'peak_memory_bytes': peak_memory(),
   }
   iterator.close()
   # Wait for threads that finish their last batches, but not for those of other

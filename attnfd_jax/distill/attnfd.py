@@ -23,7 +23,6 @@ from jaxtyping import Array, Float
 from attnfd_jax.distill import taps as matching
 from attnfd_jax.distill.method import (
   CONNECTOR_SCHEDULES,
-  FeatureMaps,
   LossAndTerms,
   Scalar,
   Step,
@@ -32,7 +31,7 @@ from attnfd_jax.errors import check_choice, InputError
 from attnfd_jax.losses import Labels
 from attnfd_jax.models import layers, resizing
 from attnfd_jax.models.attention import CBAM
-from attnfd_jax.models.network import Outputs
+from attnfd_jax.models.network import FeatureMaps, Outputs
 from attnfd_jax.types import AnyArray, PyTree, Variables
 
 # Axes of [b, h, w, c] that are jointly scaled to unit length.

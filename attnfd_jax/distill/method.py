@@ -13,7 +13,6 @@ from typing import Protocol, TypeAlias
 from jaxtyping import Array, Float, Integer
 
 from attnfd_jax.losses import Labels, Mean
-from attnfd_jax.models.network import FeatureMaps as FeatureMaps
 from attnfd_jax.models.network import Outputs
 from attnfd_jax.types import AnyArray
 

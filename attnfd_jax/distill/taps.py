@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnfd_jax.distill.method import FeatureMaps, Terms
+from attnfd_jax.distill.method import Terms
 from attnfd_jax.errors import check_choice, InputError
 from attnfd_jax.losses import Mean
 from attnfd_jax.models import layers, resizing
-from attnfd_jax.models.network import Outputs
+from attnfd_jax.models.network import FeatureMaps, Outputs
 from attnfd_jax.types import AnyArray
 
 MATCH_SIZES = ('none', 'to_teacher', 'to_student')

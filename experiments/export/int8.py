@@ -28,7 +28,6 @@ import argparse
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -39,6 +38,7 @@ import numpy as np
 import onnx
 
 from attnfd_jax import metrics
+from attnfd_jax.benchmarks.data import peak_memory
 from attnfd_jax.devices import sharding
 from attnfd_jax.exporting import (
   agreement,
@@ -62,12 +62,6 @@ FILES = {
 SIZES = [(120, 160), (360, 480)]
 FULL_WIDTH = ('resnet18', 'mobilenet_v2', 'efficientnet_lite0')
 ROUNDS = 3
-
-
-def peak_memory():
-  """Bytes; ru_maxrss would begin with that of the process that forked."""
-  text = pathlib.Path('/proc/self/status').read_text()
-  return 1024 * int(re.search(r'VmHWM:\s*(\d+) kB', text)[1])
 
 
 def measure_file(path, height, width):

@@ -553,7 +553,7 @@ def test_results_are_no_inputs(folder, tmp_path):
   assert len(found_names(folder, output=folder)) == 6
   # A link inside the images to results elsewhere.
   elsewhere = tmp_path / 'elsewhere'
-  (elsewhere).mkdir()
+  elsewhere.mkdir()
   (elsewhere / 'b_overlay.jpg').write_bytes(b'')
   (folder / 'results').symlink_to(elsewhere)
   assert 'results/b_overlay.jpg' in found_names(folder)
