@@ -43,13 +43,15 @@ METHODS = ('minmax', 'entropy', 'percentile')
 NUM_IMAGES = 64  # For the calibration, at most.
 _NUM_PROXY = 4  # Of those, used to find the layers that hurt.
 _NUM_NAMED = 3  # Layers named in the error.
+_REST = 0.05  # Seconds between measurements of different networks.
 # Operations in int8. Resize is not among them: it would not be faster, and the
 # logits would lose accuracy (docs/deployment.md).
 _OPERATIONS = ['Conv', 'Relu', 'Clip', 'Add', 'MaxPool', 'Pad', 'Concat']
 _OPERATIONS += ['GlobalAveragePool']
-# These stay in float: the shift of the image is slow in int8, the classifier
-# is sensitive, and attention multiplies whole feature maps.
-_IN_FLOAT = ('input', 'classifier')
+# These stay in float: the shift of the image, slow in int8; the first
+# convolution, no faster in int8 with its three channels, and sensitive; the
+# classifier, sensitive too; and attention, which multiplies whole feature maps.
+_IN_FLOAT = ('input', 'backbone/stem', 'classifier')
 _GATES = 'attention_'
 # Flags of /proc/cpuinfo: x86 with AVX-512, x86 without, Arm.
 _DOT_PRODUCTS = ('avx512_vnni', 'avx_vnni', 'asimddp')
@@ -291,13 +293,17 @@ def alternate(
 ) -> np.ndarray:
   """Median seconds of each network on a prepared image, measured in turns."""
   seconds = []
-  for _ in range(rounds + 1):
+  for _ in range(rounds):
     seconds.append([])
     for network in networks:
+      # For a while after a call, its threads wait for the next one in a loop,
+      # and would take the cores from those of the other network.
+      time.sleep(_REST)
+      network.find(image)
       start = time.perf_counter()
       network.find(image)
       seconds[-1].append(time.perf_counter() - start)
-  return np.median(seconds[1:], axis=0)  # The first call allocates memory.
+  return np.median(seconds, axis=0)
 
 
 def rank_layers(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of int8.json into docs/deployment.md.
+"""Writes the tables of int8.json and int8_vnni.json into docs/deployment.md.
 
 python experiments/export/make_table.py [--check]
 """
@@ -39,13 +39,17 @@ def cost_head(costs):
   ]
 
 
+def stage_name(stage):
+  width = stage['width_multiplier']
+  return stage['network'] + (f' x{width:g}' if width != 1 else '')
+
+
 def stage_table(stages):
   head = ['student', 'file', 'val mIoU, %', 'same class, %', 'MB']
   costs = stages[0]['rows']['float32']['costs']
   lines = method_rows.head([*head, *cost_head(costs)])
   for stage in stages:
-    width = stage['width_multiplier']
-    name = stage['network'] + (f' x{width:g}' if width != 1 else '')
+    name = stage_name(stage)
     exact = stage['rows']['float32']
     for key, label in LABELS.items():
       row = stage['rows'][key]
@@ -75,12 +79,49 @@ def full_width_table(networks):
   return lines
 
 
+def short_table(found):
+  """float32 and int8 in a row; networks of full width have times only."""
+  sizes = found['stages'][0]['rows']['float32']['costs']
+  head = ['student', 'val mIoU, %', 'same class, %']
+  head += [f'ms, {size.replace("x", " x ")}' for size in sizes]
+  lines = method_rows.head(head)
+
+  def times(exact, int8):
+    return [
+      f'{exact[size]["ms"]:.1f} → {int8[size]["ms"]:.1f} '
+      f'({exact[size]["ms"] / int8[size]["ms"]:.1f}x)'
+      if size in exact
+      else ''
+      for size in sizes
+    ]
+
+  for stage in found['stages']:
+    exact, int8 = (stage['rows'][x] for x in ('float32', 'int8'))
+    scores = (f'{100 * row["val_miou"]:.2f}' for row in (exact, int8))
+    cells = [stage_name(stage), ' → '.join(scores)]
+    cells.append(f'{100 * int8["same_class"]:.2f}')
+    lines.append(
+      method_rows.line([*cells, *times(exact['costs'], int8['costs'])])
+    )
+  for name, network in found['full_width'].items():
+    costs = network['costs']
+    cells = [f'{name}, full width', '', '']
+    cells += times(costs['float32'], costs['int8'])
+    lines.append(method_rows.line(cells))
+  return lines
+
+
 def main():
-  found = json.loads((HERE / 'results' / 'int8.json').read_text())
+  found, vnni = (
+    json.loads((HERE / 'results' / f'{name}.json').read_text())
+    for name in ('int8', 'int8_vnni')
+  )
   lines = [*stage_table(found['stages']), '']
   lines += full_width_table(found['full_width'])
   page = HERE.parents[1] / 'docs' / 'deployment.md'
   fill_page.main(page, 'int8', '\n'.join(lines), description=__doc__)
+  lines = short_table(vnni)
+  fill_page.main(page, 'int8_vnni', '\n'.join(lines), description=__doc__)
 
 
 if __name__ == '__main__':

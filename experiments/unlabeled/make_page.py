@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the table of README.md, and the curve if there are two points.
+"""Writes the tables of README.md, and the picture of the curves.
 
   python experiments/unlabeled/make_page.py [--check]
 
-Each file of results/facade/ is the compare.json of one number of labels.
+Each file of results/facade/ and results/camvid/ is the compare.json of one
+number of labels.
 """
 
 import json
@@ -18,6 +19,12 @@ sys.path.insert(0, str(HERE.parent))
 import fill_page  # noqa: E402
 import method_rows  # noqa: E402
 
+from attnfd_jax.reporting import comparison_page  # noqa: E402
+
+TITLES = {
+  'facade': 'LabelMeFacade at 96 pixels, 838 images',
+  'camvid': 'CamVid at 120 pixels, 367 images',
+}
 # Okabe and Ito, as in the report.
 COLORS = {
   'baseline': '#E69F00',
@@ -28,10 +35,10 @@ COLORS = {
 }
 
 
-def read():
-  """{number of labels: compare.json}, ascending."""
+def read(name):
+  """{number of labels: compare.json} of a data set, ascending."""
   tables = {}
-  for path in (HERE / 'results' / 'facade').glob('*.json'):
+  for path in (HERE / 'results' / name).glob('*.json'):
     table = json.loads(path.read_text())
     tables[number_of_labels(table)] = table
   return dict(sorted(tables.items()))
@@ -54,9 +61,7 @@ def rows_of(table):
   }
 
 
-def draw(tables, path):
-  figure = Figure(figsize=(6, 3.6))
-  axes = figure.subplots()
+def draw(axes, tables, title):
   teachers = [100 * table['teacher']['val'] for table in tables.values()]
   axes.plot([*tables], teachers, 's--', color='#0072B2', label='Teacher')
   for name, color in COLORS.items():
@@ -67,45 +72,60 @@ def draw(tables, path):
     ]
     if points:
       labels, means, stds = np.array(points).T
-      title = rows_of(tables[int(labels[0])])[name]['title']
+      label = rows_of(tables[int(labels[0])])[name]['title']
       axes.errorbar(
-        labels, means, stds, fmt='o-', color=color, capsize=3, label=title
+        labels, means, stds, fmt='o-', color=color, capsize=3, label=label
       )
   axes.set_xscale('log')
   axes.set_xticks([*tables], [str(labels) for labels in tables])
   axes.minorticks_off()
+  axes.set_title(title, fontsize='medium')
   axes.set_xlabel('labeled images')
-  axes.set_ylabel('mIoU val, %')
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(axis='y', alpha=0.3)
-  axes.legend(frameon=False, ncols=2)
-  figure.savefig(path, dpi=150, bbox_inches='tight')
 
 
 def spread(row):
   return 100 * row['val']['mean'], 100 * (row['val']['std'] or 0)
 
 
-def table_text(tables):
-  head = ('labels', *method_rows.HEAD)
-  lines = method_rows.head(head)
+def table_lines(tables):
+  """Scores on test as well, where the data set has that split."""
+  has_test = any(table['teacher'].get('test') for table in tables.values())
+  test_head = ('mIoU test, %', 'gain, test') if has_test else ()
+  lines = method_rows.head(('labels', *method_rows.HEAD, *test_head))
   for labels, table in tables.items():
-    teacher = f'{100 * table["teacher"]["val"]:.2f}'
-    lines.append(
-      method_rows.line((str(labels), 'Teacher', teacher, '', '', ''))
-    )
+    teacher = table['teacher']
+    cells = [str(labels), 'Teacher', f'{100 * teacher["val"]:.2f}', '', '', '']
+    if has_test:
+      cells += [f'{100 * teacher["test"]:.2f}', '']
+    lines.append(method_rows.line(cells))
     for row in rows_of(table).values():
-      cells = method_rows.cells(row, table['baseline'])
-      lines.append(method_rows.line(('', *cells)))
-  return '\n'.join(lines)
+      cells = ['', *method_rows.cells(row, table['baseline'])]
+      if has_test:
+        gain = row.get('difference', {}).get('test')
+        cells.append(comparison_page.score(row['test']))
+        cells.append(comparison_page.difference(gain))
+      lines.append(method_rows.line(cells))
+  return lines
 
 
 def main():
-  tables = read()
-  if len(tables) > 1 and '--check' not in sys.argv:
-    draw(tables, HERE.parents[1] / 'docs' / 'images' / 'unlabeled.png')
+  sets = {name: read(name) for name in TITLES}
+  if '--check' not in sys.argv:
+    figure = Figure(figsize=(9, 3.6))
+    panels = figure.subplots(1, len(sets), width_ratios=(5, 3))
+    for axes, (name, tables) in zip(panels, sets.items(), strict=True):
+      draw(axes, tables, TITLES[name])
+    panels[0].set_ylabel('mIoU val, %')
+    panels[0].legend(frameon=False, ncols=2)
+    path = HERE.parents[1] / 'docs' / 'images' / 'unlabeled.png'
+    figure.savefig(path, dpi=150, bbox_inches='tight')
+  lines = []
+  for name, tables in sets.items():
+    lines += [f'#### {TITLES[name]}', '', *table_lines(tables), '']
   fill_page.main(
-    HERE / 'README.md', 'table', table_text(tables), description=__doc__
+    HERE / 'README.md', 'table', '\n'.join(lines[:-1]), description=__doc__
   )
 
 
