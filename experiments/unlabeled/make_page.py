@@ -91,14 +91,15 @@ def spread(row):
 
 def table_lines(tables):
   """Scores on test as well, where the data set has that split."""
-  has_test = any(table['teacher'].get('test') for table in tables.values())
+  has_test = any(table['baseline']['test'] for table in tables.values())
   test_head = ('mIoU test, %', 'gain, test') if has_test else ()
   lines = method_rows.head(('labels', *method_rows.HEAD, *test_head))
   for labels, table in tables.items():
     teacher = table['teacher']
     cells = [str(labels), 'Teacher', f'{100 * teacher["val"]:.2f}', '', '', '']
-    if has_test:
-      cells += [f'{100 * teacher["test"]:.2f}', '']
+    if has_test:  # A teacher that was given is evaluated on val only.
+      test = teacher.get('test')
+      cells += [f'{100 * test:.2f}' if test else '', '']
     lines.append(method_rows.line(cells))
     for row in rows_of(table).values():
       cells = ['', *method_rows.cells(row, table['baseline'])]
