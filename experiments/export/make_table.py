@@ -20,13 +20,17 @@ LABELS = {
 }
 
 
+def with_speedup(cost, exact):
+  """The time, and the speedup over `exact`, for one image size."""
+  return f'{cost["ms"]:.1f} ({exact["ms"] / cost["ms"]:.1f}x)'
+
+
 def cost_cells(costs, exact):
   """Time with the speedup over `exact`, and memory, of each image size."""
   cells = []
   for size, cost in costs.items():
-    text = f'{cost["ms"]:.1f}'
-    if costs is not exact:
-      text += f' ({exact[size]["ms"] / cost["ms"]:.1f}x)'
+    is_exact = costs is exact
+    text = f'{cost["ms"]:.1f}' if is_exact else with_speedup(cost, exact[size])
     cells += [text, f'{cost["memory_mb"]:.0f}']
   return cells
 
@@ -88,8 +92,7 @@ def short_table(found):
 
   def times(exact, int8):
     return [
-      f'{exact[size]["ms"]:.1f} → {int8[size]["ms"]:.1f} '
-      f'({exact[size]["ms"] / int8[size]["ms"]:.1f}x)'
+      f'{exact[size]["ms"]:.1f} → {with_speedup(int8[size], exact[size])}'
       if size in exact
       else ''
       for size in sizes
